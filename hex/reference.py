@@ -63,7 +63,7 @@ def cosines(
         assert negatives is not None
         own = (u0 * u1).sum(-1, keepdim=True)  # (B, 1)
         un = _unit_rows(negatives.to(dtype))  # (K, D) or (B, K, D)
-        others = u0 @ un.T if code == 3 else (un @ u0.unsqueeze(-1)).squeeze(-1)  # (B, K)
+        others = _dots(u0, un) if code == 3 else _dots(un, u0.unsqueeze(1)).squeeze(-1)  # (B, K)
         c = torch.cat([own, others], 1)  # (B, 1 + K)
         column = torch.arange(c.shape[1], device=c.device)
         return c, c[:, 0], (column > 0).expand(c.shape)
@@ -71,11 +71,11 @@ def cosines(
         u = torch.cat([u0, u1])  # (2B, D)
         row = torch.arange(2 * batch, device=u.device)
         own = (u * u).sum(-1, keepdim=True).detach().round()  # (2B, 1): 1, or 0 for zeros, or NaN
-        c = torch.where(row[:, None] == row, own, u @ u.T)  # (2B, 2B)
+        c = torch.where(row[:, None] == row, own, _dots(u, u))  # (2B, 2B)
         partner = row.roll(batch)  # i + B modulo 2B
         is_negative = (row != row[:, None]) & (row != partner[:, None])  # (2B, 2B)
         return c, c.gather(1, partner[:, None]).squeeze(1), is_negative
-    s = u0 @ u1.T  # (B, B)
+    s = _dots(u0, u1)  # (B, B)
     c = s if code == 1 else torch.cat([s, s.T])  # (B, B) or (2B, B)
     column = torch.arange(batch, device=c.device)
     partner = column if code == 1 else torch.cat([column, column])
@@ -174,9 +174,8 @@ def loss_rows(
     """
     released = _code(variant, VARIANTS, "variant") == 1
     c, p, is_negative = cosines(z0, z1, negatives, mode)  # (N, M), (N,), (N, M)
-    tau = tau.to(c) * torch.where(
-        tau.to(c) > 0, 1.0, math.nan
-    )  # a factor, so that the gradient is NaN too
+    tau = tau.to(c)
+    tau = tau * torch.where(tau > 0, 1.0, math.nan)  # a factor: the gradient is NaN too
     if _negatives_in_a_row(c, mode) <= 0:
         loss = 0 * p / tau + 0  # (N,), in the graph, NaN for NaN input, never -0
         return loss, torch.zeros_like(loss), loss.detach()
@@ -226,14 +225,19 @@ def _unit_rows(x: Tensor) -> Tensor:
     usable = (peak > 0) & (peak < math.inf)
     power = torch.where(usable, peak, 1.0).log2().floor()
     half = (power / 2).floor()
-    y = (
-        x
-        * torch.exp2(-half)
-        * torch.exp2(half - power)
-        * torch.where(peak < math.inf, 1.0, math.nan)
-    )
+    y = x * torch.exp2(-half) * torch.exp2(half - power)
+    y = y * torch.where(peak < math.inf, 1.0, math.nan)
     y = torch.where(peak == 0, 1.0, y)  # 1 in place of 0: sqrt has no derivative at 0
     return torch.where(peak == 0, 0.0, y / (y * y).sum(-1, keepdim=True).sqrt())
+
+
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    """The dot product of each row of a with each of b, in their dtype under autocast as well."""
+    device = a.device.type
+    if not torch.amp.is_autocast_available(device):  # "meta" has none to switch off
+        return a @ b.mT
+    with torch.autocast(device, enabled=False):
+        return a @ b.mT
 
 
 def _row_max(x: Tensor, among: Tensor) -> Tensor:
