@@ -1,0 +1,74 @@
+/* SPDX-License-Identifier: MIT */
+/* What the files of the CPU core share: the table of entry points that each instruction set fills
+ * once, and the few helpers that need neither a compute type nor an instruction set. */
+#ifndef HEX_CPU_H
+#define HEX_CPU_H
+
+#include <math.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../hex.h"
+#include "convert.h"
+
+/* The vector levels need gcc's target pragma and x86-64; elsewhere the portable level is all there
+ * is. */
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define HEX_HAVE_X86_LEVELS 1
+#endif
+
+typedef struct {
+    const char *(*forward)(const hex_problem *, void *, void *);
+    const char *(*backward)(const hex_problem *, const hex_gradient *);
+    const char *(*threshold)(const hex_problem *, double, bool, double *);
+    const char *(*row_range)(const hex_problem *, void *, void *);
+} hex_cpu_entry;
+
+typedef struct {
+    const char *name;
+    hex_cpu_entry type[2]; /* float, double */
+} hex_cpu_level;
+
+extern const hex_cpu_level hex_cpu_base, hex_cpu_avx2, hex_cpu_avx512;
+
+#define HEX_NO_MEMORY "out of memory"
+#define HEX_NO_THREADS "the thread pool could not run the loop"
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* The exponent of the hard-negative weight, as the row kernels are specialised for it. */
+typedef enum { POWER_0, POWER_1, POWER_ANY } hex_power;
+
+static inline hex_power power_of(double beta)
+{
+    return beta == 0 ? POWER_0 : beta == 1 ? POWER_1 : POWER_ANY;
+}
+
+static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+/* Cache-line aligned, never NULL for zero elements. The sizes come from tensors that exist, so the
+ * product overflows only for buffers many times as large as their inputs: that is refused as out of
+ * memory. */
+static inline void *allocate(int64_t n, int64_t m, size_t size)
+{
+    int64_t bytes;
+    if (__builtin_mul_overflow(n, m, &bytes) ||
+        __builtin_mul_overflow(bytes, (int64_t)size, &bytes) || bytes > INT64_MAX - 128)
+        return NULL;
+    return aligned_alloc(64, (size_t)round_up(bytes + 1, 64));
+}
+
+static inline double read_vector(hex_vector v, int64_t i)
+{
+    return v.dtype == HEX_F64 ? ((const double *)v.data)[i * v.stride]
+                              : (double)((const float *)v.data)[i * v.stride];
+}
+
+static inline int64_t row_offset(const hex_rows *x, int64_t r)
+{
+    return r / x->inner * x->outer + r % x->inner * x->row;
+}
+
+#endif

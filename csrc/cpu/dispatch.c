@@ -1,0 +1,72 @@
+/* SPDX-License-Identifier: MIT */
+/* Which level of the CPU core runs: chosen once, when the extension is loaded.
+ * HEX_ISA=base|avx2|avx512 forces it down, so that every level can be tested on one machine. */
+#include "cpu.h"
+
+static const hex_cpu_level *level = &hex_cpu_base;
+
+static bool supported(const hex_cpu_level *l)
+{
+#ifdef HEX_HAVE_X86_LEVELS
+    __builtin_cpu_init();
+    if (l == &hex_cpu_avx2)
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (l == &hex_cpu_avx512)
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("fma");
+#endif
+    return l == &hex_cpu_base;
+}
+
+const char *hex_cpu_select(const char *wanted, const char **problem)
+{
+    static const hex_cpu_level *const levels[] = {
+        &hex_cpu_base,
+#ifdef HEX_HAVE_X86_LEVELS
+        &hex_cpu_avx2,
+        &hex_cpu_avx512,
+#endif
+    };
+    const int count = sizeof levels / sizeof *levels;
+    bool named = !wanted || !*wanted;
+    *problem = NULL;
+    for (int i = 0; i < count; i++) {
+        const bool chosen = wanted && strcmp(wanted, levels[i]->name) == 0;
+        named |= chosen;
+        if (supported(levels[i]))
+            level = levels[i];
+        else if (chosen)
+            *problem = "this CPU does not have it";
+        if (chosen)
+            break;
+    }
+    if (!named && (strcmp(wanted, "avx2") == 0 || strcmp(wanted, "avx512") == 0)) {
+        *problem = "this build does not have it";
+        named = true;
+    }
+    if (!named)
+        *problem = "expected base, avx2 or avx512";
+    return named ? level->name : NULL;
+}
+
+const char *hex_cpu_forward(const hex_problem *p, void *loss, void *stats)
+{
+    return level->type[p->wide].forward(p, loss, stats);
+}
+
+const char *hex_cpu_backward(const hex_problem *p, const hex_gradient *g)
+{
+    return level->type[p->wide].backward(p, g);
+}
+
+const char *hex_cpu_threshold(const hex_problem *p, double quantile, bool over_negatives,
+                              double *mean)
+{
+    return level->type[p->wide].threshold(p, quantile, over_negatives, mean);
+}
+
+const char *hex_cpu_row_range(const hex_problem *p, void *low, void *high)
+{
+    return level->type[p->wide].row_range(p, low, high);
+}

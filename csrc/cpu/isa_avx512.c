@@ -1,0 +1,12 @@
+/* SPDX-License-Identifier: MIT */
+/* The AVX-512 level (Skylake-X and later): 12 x 2 accumulators, two of b, one of a, of 32
+ * registers. */
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
+#define LEVEL avx512
+#define MR 12
+#define VEC_BYTES 64
+#include "isa.inc"
+#else
+typedef int hex_no_avx512; /* ISO C wants something in every file */
+#endif

@@ -1,0 +1,109 @@
+/* SPDX-License-Identifier: MIT */
+/* The contract between the torch layer (ops.c) and the compute cores (cpu/, later cuda/): notation,
+ * the problem a core is given, and the core's entry points. No torch types here.
+ *
+ *   B images, D features, K queue negatives; c_ij the cosine of anchor i and candidate j; tau the
+ * temperature; p = p(i) the positive of anchor i; eps the threshold, a cosine. Rows with c_ij > eps
+ * are H(i), the rest G(i).
+ *
+ *     d_j = (c_j - c_p) / tau        m = max(0, max_j d_j)     e_j = exp(d_j - m)     e_0 = exp(-m)
+ *     b_j = exp(beta d_j), any common scale                    r   = sum_H b e / sum_H b
+ *     q   = N_h (r - tau_plus e_0) / (1 - tau_plus)            f   = N_h exp(-(1 + c_p) / tau - m)
+ *     S   = max(q, f) + sum_G e                                L   = log(1 + S / e_0), computed as
+ * softplus(m + log S)
+ *
+ * docs/math.md derives the gradient. Unit rows have one index space, whatever the mode:
+ *
+ *     [0, B) z0      [B, 2B) z1      [2B, 2B + K) the shared negatives      partner p(i) = i + B or
+ * i - B
+ *
+ * Anchors are always its first `hex_anchors()` rows, so a row of the loss and its anchor have the
+ * same index. */
+#ifndef HEX_H
+#define HEX_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+typedef enum { HEX_F32, HEX_F64, HEX_F16, HEX_BF16 } hex_dtype;
+typedef enum { HEX_NTXENT, HEX_QUERY, HEX_CROSS, HEX_SHARED, HEX_OWN, HEX_MODES } hex_mode;
+typedef enum { HEX_NONE, HEX_MEAN, HEX_SUM, HEX_REDUCTIONS } hex_reduction;
+typedef enum { HEX_PAPER, HEX_RELEASED, HEX_VARIANTS } hex_variant;
+
+/* What the forward keeps of each row, stats[kind][row] in the compute type. A gradient entry of row
+ * i is, with e = exp((c - shift) / tau) and b = exp(beta (c - shift) / tau):  rest e on G(i),  b
+ * (hard_e e - hard) on H(i). */
+enum {
+    HEX_STAT_EPS, /* the threshold used, rounded towards -inf to the compute type; +inf where eps >=
+                     1 */
+    HEX_STAT_SHIFT, /* largest cosine of the row (of G(i) in the released variant) */
+    HEX_STAT_REST,  /* see above; these three carry 1 / tau */
+    HEX_STAT_HARD_E,
+    HEX_STAT_HARD,
+    HEX_STAT_POSITIVE, /* dL_i / dc_p */
+    HEX_STAT_DTAU,     /* dL_i / dtau */
+    HEX_STAT_COUNT,    /* |H(i)| */
+    HEX_STAT_SHARE,    /* the local term's share of the denominator */
+    HEX_STATS
+};
+
+/* A matrix of feature rows with any strides, in elements. Row r starts at (r / inner) outer + (r %
+ * inner) row: inner = rows for a matrix, inner = K for the (B, K, D) negatives. */
+typedef struct {
+    const void *data;
+    hex_dtype dtype;
+    int64_t rows, inner, outer, row, col;
+} hex_rows;
+
+/* A vector of float32 or float64 numbers; stride 0 repeats one. */
+typedef struct {
+    const void *data;
+    hex_dtype dtype;
+    int64_t stride;
+} hex_vector;
+
+typedef struct {
+    hex_mode mode;
+    hex_reduction reduction;
+    hex_variant variant;
+    bool wide;           /* compute in double instead of float */
+    int64_t B, K, D;     /* K: shared negatives, or negatives of one anchor; 0 without */
+    hex_rows input[3];   /* z0, z1, negatives */
+    hex_vector eps, tau; /* unused by threshold and row_range; tau has one element */
+    double beta, tau_plus;
+} hex_problem;
+
+/* What the backward is given and fills. An input whose gradient is not wanted has a null pointer in
+ * dz. */
+typedef struct {
+    hex_vector grad;   /* of the loss: one number, or one a row */
+    const void *stats; /* (HEX_STATS, rows) from the forward, compute type */
+    void *dz[3];       /* contiguous, in the dtype of the input */
+    double *dtau;      /* one number, or null */
+} hex_gradient;
+
+static inline int64_t hex_anchors(const hex_problem *p)
+{
+    return p->mode == HEX_NTXENT || p->mode == HEX_CROSS ? 2 * p->B : p->B;
+}
+
+/* Every core function returns NULL, or the text of an error after freeing all it took. Arguments
+ * are already checked. */
+const char *hex_cpu_forward(const hex_problem *p, void *loss, void *stats);
+const char *hex_cpu_backward(const hex_problem *p, const hex_gradient *g);
+const char *hex_cpu_threshold(const hex_problem *p, double quantile, bool over_negatives,
+                              double *mean);
+const char *hex_cpu_row_range(const hex_problem *p, void *low, void *high);
+
+/* Chooses the instruction set once: the best this CPU has, or what HEX_ISA asks for. Returns the
+ * name in use and an explanation in *problem where HEX_ISA could not be followed (NULL name: it
+ * names no level at all). */
+const char *hex_cpu_select(const char *wanted, const char **problem);
+
+/* The one service a core needs from outside (parallel.c): body over [0, n) in chunks, any order,
+ * maybe one after another, so that no chunk may wait for another. Returns false if the chunks could
+ * not be run. */
+typedef void (*hex_body)(int64_t begin, int64_t end, void *context);
+bool hex_parallel_for(int64_t n, hex_body body, void *context);
+
+#endif

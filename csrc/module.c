@@ -1,0 +1,96 @@
+/* SPDX-License-Identifier: MIT */
+/* The extension module hex._C: the schemas of torch.ops.hex, which function serves which device,
+ * and two facts for Python. Fakes, batching rules and autograd are registered in hex/ops.py.
+ *
+ * eps and tau are tensors, never numbers: a number that changes every step would recompile a
+ * compiled graph, and one read from a tensor would wait for the device. No str and no optional in a
+ * schema: torch leaks the one and frees the other only from 2.13 on. */
+#include <Python.h>
+#include <stdlib.h>
+
+#include "hex.h"
+#include "ops.h"
+#include "torch_shim.h"
+
+static const char *const schemas[] = {
+    "forward(Tensor z0, Tensor z1, Tensor negatives, Tensor eps, Tensor tau, int mode, int "
+    "reduction, int variant, "
+    "float beta, float tau_plus) -> (Tensor loss, Tensor stats)",
+    "backward(Tensor grad, Tensor z0, Tensor z1, Tensor negatives, Tensor tau, Tensor stats, int "
+    "mode, int reduction, "
+    "float beta, int needs) -> (Tensor dz0, Tensor dz1, Tensor dnegatives, Tensor dtau)",
+    "threshold(Tensor z0, Tensor z1, Tensor negatives, int mode, float quantile, bool "
+    "over_negatives) -> Tensor",
+    "row_range(Tensor z0, Tensor z1, Tensor negatives, int mode) -> (Tensor low, Tensor high)",
+};
+
+static const struct {
+    const char *name;
+    void (*kernel)(StableIValue *, uint64_t, uint64_t);
+} cpu_kernels[] = {
+    {"forward", hex_forward_boxed},
+    {"backward", hex_backward_boxed},
+    {"threshold", hex_threshold_boxed},
+    {"row_range", hex_row_range_boxed},
+};
+
+/* The library handles live as long as the process: deleting one would take its registrations back.
+ */
+static TorchLibraryHandle definitions, cpu;
+
+static bool register_operators(void)
+{
+    if (aoti_torch_library_init_def("hex", __FILE__, __LINE__, &definitions) ||
+        aoti_torch_library_init_impl("hex", "CPU", __FILE__, __LINE__, &cpu))
+        return false;
+    for (size_t i = 0; i < sizeof schemas / sizeof *schemas; i++)
+        if (aoti_torch_library_def(definitions, schemas[i]))
+            return false;
+    for (size_t i = 0; i < sizeof cpu_kernels / sizeof *cpu_kernels; i++)
+        if (torch_library_impl(cpu, cpu_kernels[i].name, cpu_kernels[i].kernel, HEX_TORCH_ABI))
+            return false;
+    return true;
+}
+
+static const char *isa;
+
+static PyObject *get_isa(PyObject *self, PyObject *unused)
+{
+    (void)self, (void)unused;
+    return PyUnicode_FromString(isa);
+}
+
+static PyMethodDef methods[] = {
+    {"isa", get_isa, METH_NOARGS,
+     "isa() -> str\n\nThe level of the CPU kernels in use: base, avx2 or avx512."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {
+    .m_base = PyModuleDef_HEAD_INIT,
+    .m_name = "hex._C",
+    .m_doc = "Kernels of hex-ssl; importing this registers torch.ops.hex.",
+    .m_size = -1,
+    .m_methods = methods,
+};
+
+PyMODINIT_FUNC PyInit__C(void)
+{
+    const char *missing = hex_missing_symbol(), *wanted = getenv("HEX_ISA"), *problem;
+    if (missing)
+        return PyErr_Format(
+            PyExc_ImportError,
+            "hex-ssl needs torch >= 2.10: the torch that is loaded has no symbol %s", missing);
+    isa = hex_cpu_select(wanted, &problem);
+    if (!isa)
+        return PyErr_Format(PyExc_ImportError, "HEX_ISA=%s: %s", wanted, problem);
+    if (problem &&
+        PyErr_WarnFormat(PyExc_RuntimeWarning, 1, "HEX_ISA=%s: %s; using %s", wanted, problem, isa))
+        return NULL;
+    if (!hex_watch_forks())
+        return PyErr_NoMemory();
+    if (!register_operators())
+        return PyErr_Format(PyExc_ImportError,
+                            "hex-ssl could not register its operators with torch");
+    return PyModule_Create(&module);
+}

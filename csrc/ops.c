@@ -1,0 +1,357 @@
+/* SPDX-License-Identifier: MIT */
+/* Boxed kernels: take the arguments off torch's stack, check them for memory safety, allocate the
+ * outputs, call a core, put the outputs back. The schemas are in module.c; what a user may pass is
+ * checked in Python, with friendlier words; here every error becomes a RuntimeError.
+ *
+ * Ownership: the kernel owns every tensor handle on its stack and must free it. aoti_torch_check
+ * throws a C++ exception through this frame, so it is called in one place, finish(), when nothing
+ * is held any more. */
+#include "ops.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "hex.h"
+#include "torch_shim.h"
+
+#define ERROR_SIZE 256
+#define SHIM_FAILED "a libtorch call failed"
+
+typedef struct {
+    char error[ERROR_SIZE];
+    AtenTensorHandle in[6], out[4];
+    int n_in, n_out;
+} call;
+
+/* Keeps the first error; returns false, so that checks can be chained with &&. */
+static bool fail(call *c, const char *text)
+{
+    if (!c->error[0])
+        snprintf(c->error, sizeof c->error, "%s", text);
+    return false;
+}
+
+static bool ok(call *c, const char *core_error) { return core_error ? fail(c, core_error) : true; }
+
+static call begin(StableIValue *stack, int tensors)
+{
+    call c = {.n_in = tensors};
+    for (int i = 0; i < tensors; i++)
+        c.in[i] = (AtenTensorHandle)(uintptr_t)stack[i];
+    return c;
+}
+
+static void finish(call *c, StableIValue *stack, const char *op)
+{
+    for (int i = 0; i < c->n_in; i++)
+        aoti_torch_delete_tensor_object(c->in[i]);
+    if (c->error[0]) {
+        char text[ERROR_SIZE + 64];
+        for (int i = 0; i < c->n_out; i++)
+            aoti_torch_delete_tensor_object(c->out[i]);
+        snprintf(text, sizeof text, "hex::%s: %s", op, c->error);
+        aoti_torch_check(false, op, __FILE__, __LINE__, text); /* throws */
+        return;
+    }
+    for (int i = 0; i < c->n_out; i++)
+        stack[i] = (StableIValue)(uintptr_t)c->out[i];
+}
+
+static double to_double(StableIValue v)
+{
+    double x;
+    memcpy(&x, &v, sizeof x);
+    return x;
+}
+
+/* ---- tensors -> plain C
+ * ------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const void *data;
+    hex_dtype dtype;
+    int64_t dim, *size, *stride;
+} view;
+
+static bool read_dtype(int32_t code, hex_dtype *dtype)
+{
+    if (code == aoti_torch_dtype_float32())
+        *dtype = HEX_F32;
+    else if (code == aoti_torch_dtype_float64())
+        *dtype = HEX_F64;
+    else if (code == aoti_torch_dtype_float16())
+        *dtype = HEX_F16;
+    else if (code == aoti_torch_dtype_bfloat16())
+        *dtype = HEX_BF16;
+    else
+        return false;
+    return true;
+}
+
+static int32_t torch_dtype(hex_dtype dtype)
+{
+    return dtype == HEX_F32   ? aoti_torch_dtype_float32()
+           : dtype == HEX_F64 ? aoti_torch_dtype_float64()
+           : dtype == HEX_F16 ? aoti_torch_dtype_float16()
+                              : aoti_torch_dtype_bfloat16();
+}
+
+static int64_t item_size(hex_dtype dtype)
+{
+    return dtype == HEX_F64 ? 8 : dtype == HEX_F32 ? 4 : 2;
+}
+
+/* Whether every element lies inside the storage. torch's own operators trust this and crash on a
+ * tensor whose storage was freed or shrunk under it, as sharded training does. */
+static bool inside_storage(AtenTensorHandle t, const view *v, int64_t element)
+{
+    int64_t last, bytes;
+    if (aoti_torch_get_storage_offset(t, &last) || aoti_torch_get_storage_size(t, &bytes))
+        return false;
+    for (int64_t d = 0; d < v->dim; d++) {
+        int64_t step;
+        if (v->size[d] == 0)
+            return true;
+        if (v->stride[d] < 0 || __builtin_mul_overflow(v->size[d] - 1, v->stride[d], &step) ||
+            __builtin_add_overflow(last, step, &last))
+            return false;
+    }
+    return last < bytes / element;
+}
+
+static bool read_view(call *c, AtenTensorHandle t, const char *name, view *v)
+{
+    int32_t device, dtype, layout;
+    char text[ERROR_SIZE];
+    if (aoti_torch_get_device_type(t, &device) || aoti_torch_get_dtype(t, &dtype) ||
+        aoti_torch_get_layout(t, &layout))
+        return fail(c, SHIM_FAILED);
+    snprintf(text, sizeof text,
+             "%s: expected a dense CPU tensor of float64, float32, bfloat16 or float16", name);
+    if (device != aoti_torch_device_type_cpu() || layout != aoti_torch_layout_strided() ||
+        !read_dtype(dtype, &v->dtype))
+        return fail(c, text);
+    if (aoti_torch_get_dim(t, &v->dim) || aoti_torch_get_sizes(t, &v->size) ||
+        aoti_torch_get_strides(t, &v->stride) || torch_get_const_data_ptr(t, &v->data))
+        return fail(c, SHIM_FAILED);
+    snprintf(text, sizeof text,
+             "%s: its storage is smaller than its shape says (freed or resized?)", name);
+    return inside_storage(t, v, item_size(v->dtype)) ? true : fail(c, text);
+}
+
+/* A tensor of numbers, 0-d or one a row, in float32 or float64. */
+static bool read_numbers(call *c, AtenTensorHandle t, const char *name, int64_t rows,
+                         hex_vector *out)
+{
+    view v;
+    char text[ERROR_SIZE];
+    if (!read_view(c, t, name, &v))
+        return false;
+    snprintf(text, sizeof text, "%s: expected float32 or float64 of shape ()%s", name,
+             rows >= 0 ? " or (rows,)" : "");
+    if ((v.dtype != HEX_F32 && v.dtype != HEX_F64) || v.dim > (rows >= 0) ||
+        (v.dim == 1 && v.size[0] != rows))
+        return fail(c, text);
+    *out = (hex_vector){v.data, v.dtype, v.dim == 1 ? v.stride[0] : 0};
+    return true;
+}
+
+/* z0, z1, negatives = in[first..first + 3) and the mode. */
+static bool read_inputs(call *c, int first, int64_t mode, hex_problem *p)
+{
+    static const char *const name[3] = {"z0", "z1", "negatives"};
+    view v[3];
+    char text[ERROR_SIZE];
+    if (mode < 0 || mode >= HEX_MODES)
+        return fail(c, "mode: expected 0 to 4");
+    for (int k = 0; k < 3; k++) {
+        const int64_t dim = k == 2 && mode == HEX_OWN ? 3 : 2;
+        if (!read_view(c, c->in[first + k], name[k], &v[k]))
+            return false;
+        snprintf(text, sizeof text, "%s: expected %" PRId64 " dimensions, got %" PRId64, name[k],
+                 dim, v[k].dim);
+        if (v[k].dim != dim)
+            return fail(c, text);
+        snprintf(text, sizeof text, "%s: expected D = %" PRId64 " features, got %" PRId64, name[k],
+                 v[0].size[1], v[k].size[dim - 1]);
+        if (v[k].size[dim - 1] != v[0].size[1])
+            return fail(c, text);
+        p->wide |= v[k].dtype == HEX_F64 && (k < 2 || mode >= HEX_SHARED);
+        p->input[k] = dim == 2 ? (hex_rows){v[k].data,
+                                            v[k].dtype,
+                                            v[k].size[0],
+                                            v[k].size[0] + (v[k].size[0] == 0),
+                                            0,
+                                            v[k].stride[0],
+                                            v[k].stride[1]}
+                               : (hex_rows){v[k].data,
+                                            v[k].dtype,
+                                            v[k].size[0] * v[k].size[1],
+                                            v[k].size[1] + (v[k].size[1] == 0),
+                                            v[k].stride[0],
+                                            v[k].stride[1],
+                                            v[k].stride[2]};
+    }
+    p->mode = (hex_mode)mode;
+    p->B = v[0].size[0];
+    p->D = v[0].size[1];
+    p->K = mode == HEX_OWN ? v[2].size[1] : v[2].size[0];
+    snprintf(text, sizeof text, "z1: expected as many rows as z0, %" PRId64 ", got %" PRId64, p->B,
+             v[1].size[0]);
+    if (v[1].size[0] != p->B)
+        return fail(c, text);
+    if (mode == HEX_OWN && v[2].size[0] != p->B)
+        return fail(c, "negatives: expected (B, K, D) with the B of z0");
+    if (mode < HEX_SHARED && p->K != 0)
+        return fail(c, "negatives: expected none (0, D) in this mode");
+    return true;
+}
+
+static bool read_choices(call *c, int64_t reduction, int64_t variant, double beta, double tau_plus,
+                         hex_problem *p)
+{
+    if (reduction < 0 || reduction >= HEX_REDUCTIONS)
+        return fail(c, "reduction: expected 0, 1 or 2");
+    if (variant < 0 || variant >= HEX_VARIANTS)
+        return fail(c, "variant: expected 0 or 1");
+    if (!(beta >= 0) || !(tau_plus >= 0 && tau_plus < 1))
+        return fail(c, "expected beta >= 0 and tau_plus in [0, 1)");
+    p->reduction = (hex_reduction)reduction;
+    p->variant = (hex_variant)variant;
+    p->beta = beta;
+    p->tau_plus = tau_plus;
+    return true;
+}
+
+/* ---- outputs
+ * ------------------------------------------------------------------------------------------------------
+ */
+
+/* A new contiguous CPU tensor as the next output; *data points to its first element. */
+static bool add_output(call *c, int64_t dim, const int64_t *size, hex_dtype dtype, void **data)
+{
+    int64_t stride[3], step = 1;
+    AtenTensorHandle t;
+    for (int64_t d = dim - 1; d >= 0; d--) {
+        stride[d] = step;
+        step *= size[d] > 0 ? size[d] : 1;
+    }
+    if (aoti_torch_empty_strided(dim, size, stride, torch_dtype(dtype),
+                                 aoti_torch_device_type_cpu(), 0, &t))
+        return fail(c, "cannot allocate an output");
+    c->out[c->n_out++] = t;
+    return torch_get_mutable_data_ptr(t, data) ? fail(c, SHIM_FAILED) : true;
+}
+
+static hex_dtype compute_dtype(const hex_problem *p) { return p->wide ? HEX_F64 : HEX_F32; }
+
+/* ---- the operators
+ * ------------------------------------------------------------------------------------------------
+ */
+
+/* forward(z0, z1, negatives, eps, tau, mode, reduction, variant, beta, tau_plus) -> (loss, stats)
+ */
+void hex_forward_boxed(StableIValue *stack, uint64_t arguments, uint64_t outputs)
+{
+    (void)arguments, (void)outputs;
+    call c = begin(stack, 5);
+    hex_problem p = {0};
+    void *loss, *stats;
+    if (read_inputs(&c, 0, (int64_t)stack[5], &p) &&
+        read_choices(&c, (int64_t)stack[6], (int64_t)stack[7], to_double(stack[8]),
+                     to_double(stack[9]), &p) &&
+        read_numbers(&c, c.in[3], "eps", hex_anchors(&p), &p.eps) &&
+        read_numbers(&c, c.in[4], "tau", -1, &p.tau)) {
+        const int64_t shape[2] = {HEX_STATS, hex_anchors(&p)};
+        if (add_output(&c, p.reduction == HEX_NONE, shape + 1, compute_dtype(&p), &loss) &&
+            add_output(&c, 2, shape, compute_dtype(&p), &stats))
+            ok(&c, hex_cpu_forward(&p, loss, stats));
+    }
+    finish(&c, stack, "forward");
+}
+
+/* backward(grad, z0, z1, negatives, tau, stats, mode, reduction, beta, needs) -> (dz0, dz1,
+ * dnegatives, dtau) */
+void hex_backward_boxed(StableIValue *stack, uint64_t arguments, uint64_t outputs)
+{
+    (void)arguments, (void)outputs;
+    call c = begin(stack, 6);
+    hex_problem p = {0};
+    hex_gradient g = {0};
+    view stats;
+    const int64_t needs = (int64_t)stack[9];
+    if (read_inputs(&c, 1, (int64_t)stack[6], &p) &&
+        read_choices(&c, (int64_t)stack[7], HEX_PAPER, to_double(stack[8]), 0, &p) &&
+        read_numbers(&c, c.in[0], "grad", hex_anchors(&p), &g.grad) &&
+        read_numbers(&c, c.in[4], "tau", -1, &p.tau) && read_view(&c, c.in[5], "stats", &stats)) {
+        const int64_t rows = hex_anchors(&p), none = 0;
+        if (stats.dtype != compute_dtype(&p) || stats.dim != 2 || stats.size[0] != HEX_STATS ||
+            stats.size[1] != rows ||
+            (rows > 0 && (stats.stride[0] != rows || (rows > 1 && stats.stride[1] != 1))))
+            fail(&c, "stats: expected the contiguous (statistics, rows) tensor of the forward");
+        if (p.reduction == HEX_NONE && g.grad.stride == 0 && rows != 1 && c.error[0] == 0) {
+            view grad; /* a 0-d gradient belongs to a reduced loss; stride 0 over rows is an
+                          expanded one */
+            if (read_view(&c, c.in[0], "grad", &grad) && grad.dim == 0)
+                fail(&c, "grad: expected one number a row");
+        }
+        g.stats = stats.data;
+        for (int k = 0; k < 3; k++) {
+            int64_t size[3] = {k == 2 && p.mode != HEX_OWN ? p.K : p.B, p.D, 0};
+            if (k == 2 && p.mode == HEX_OWN)
+                size[1] = p.K, size[2] = p.D;
+            const bool wanted = needs >> k & 1;
+            void *data = NULL;
+            if (!c.error[0] && add_output(&c,
+                                          !wanted                       ? 1
+                                          : k == 2 && p.mode == HEX_OWN ? 3
+                                                                        : 2,
+                                          wanted ? size : &none, p.input[k].dtype, &data))
+                g.dz[k] = wanted && p.input[k].rows * p.D > 0 ? data : NULL;
+        }
+        double dtau = 0;
+        void *out = NULL;
+        if (!c.error[0] && add_output(&c, needs & 8 ? 0 : 1, &none, p.tau.dtype, &out)) {
+            g.dtau = &dtau;
+            if (ok(&c, hex_cpu_backward(&p, &g)) && needs & 8) {
+                if (p.tau.dtype == HEX_F64)
+                    *(double *)out = dtau;
+                else
+                    *(float *)out = (float)dtau;
+            }
+        }
+    }
+    finish(&c, stack, "backward");
+}
+
+/* threshold(z0, z1, negatives, mode, quantile, over_negatives) -> float64 scalar */
+void hex_threshold_boxed(StableIValue *stack, uint64_t arguments, uint64_t outputs)
+{
+    (void)arguments, (void)outputs;
+    call c = begin(stack, 3);
+    hex_problem p = {0};
+    void *mean;
+    const double quantile = to_double(stack[4]);
+    if (!(quantile >= 0 && quantile <= 1))
+        fail(&c, "quantile: expected a number in [0, 1]");
+    else if (read_inputs(&c, 0, (int64_t)stack[3], &p) && add_output(&c, 0, NULL, HEX_F64, &mean))
+        ok(&c, hex_cpu_threshold(&p, quantile, stack[5] & 1, mean));
+    finish(&c, stack, "threshold");
+}
+
+/* row_range(z0, z1, negatives, mode) -> (low, high) */
+void hex_row_range_boxed(StableIValue *stack, uint64_t arguments, uint64_t outputs)
+{
+    (void)arguments, (void)outputs;
+    call c = begin(stack, 3);
+    hex_problem p = {0};
+    void *low, *high;
+    if (read_inputs(&c, 0, (int64_t)stack[3], &p)) {
+        const int64_t rows = hex_anchors(&p);
+        if (add_output(&c, 1, &rows, compute_dtype(&p), &low) &&
+            add_output(&c, 1, &rows, compute_dtype(&p), &high))
+            ok(&c, hex_cpu_row_range(&p, low, high));
+    }
+    finish(&c, stack, "row_range");
+}
