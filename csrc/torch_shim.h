@@ -70,15 +70,9 @@ typedef struct TorchLibraryOpaque *TorchLibraryHandle;
       (bool condition, const char *function, const char *file, uint32_t line, const char *text))
 /* clang-format on */
 
-#ifdef __cplusplus
-extern "C" {
-#endif
 #define DECLARE(result, name, parameters) __attribute__((weak)) result name parameters;
 HEX_TORCH_FUNCTIONS(DECLARE)
 #undef DECLARE
-#ifdef __cplusplus
-}
-#endif
 
 /* The name of a function that the loaded torch does not have, or NULL. */
 static inline const char *hex_missing_symbol(void)
