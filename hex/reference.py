@@ -101,7 +101,7 @@ def threshold(
             number of negatives of a row.
 
     Returns:
-        0-d float64, in [-1, 1]. NaN if a row holds NaN, or if there is nothing to take.
+        0-d float64, in [-1, 1]. NaN if any cosine is NaN, or if there is nothing to take.
 
     Raises:
         ValueError: mode or over is unknown.
@@ -114,7 +114,7 @@ def threshold(
     seen = c.detach() if over == "all" else c.detach().masked_fill(~is_negative, math.inf)  # (N, M)
     ascending = seen.sort(1).values  # (N, M), NaN last
     nearest = ascending[:, round(quantile * (n - 1))].clamp(-1, 1)  # (N,)
-    holds_nan = seen.isnan().any(1)  # (N,)
+    holds_nan = c.isnan().any(1)  # (N,), the positive counts even where it is left out
     return torch.where(holds_nan, math.nan, nearest).to(torch.float64).mean()
 
 
@@ -209,7 +209,7 @@ def loss_rows(
         constant = _negatives_in_a_row(c, mode) * torch.exp(-1 / tau)  # 0-d
         log_sum = g + torch.log(torch.where(some, total, 1.0)) + constant  # (N,)
         plain = (eps == math.inf).squeeze(1)  # (N,) or (1,): the warm-up of the authors is InfoNCE
-        loss = torch.where(plain, loss, torch.where(some, log_sum, 0 * p + 0))
+        loss = torch.where(plain, loss, torch.where(some, log_sum, 0 * p / tau + 0))
         share = 0 * loss.detach() + 0
     return loss, n_h, share
 
@@ -247,12 +247,16 @@ def _row_max(x: Tensor, among: Tensor) -> Tensor:
 
 
 def _log1p_scaled(s: Tensor, m: Tensor) -> Tensor:
-    """log(1 + s exp(m)) for s >= 0, to full relative precision, with s = 0 giving 0."""
-    x = m + torch.log(torch.where(s == 0, 1.0, s))
-    small = torch.where(x <= 0, x, 0.0)  # each side sees only its own x: no inf - inf, no 0 inf
-    large = torch.where(x <= 0, 0.0, x)
-    both = torch.where(x <= 0, small.exp().log1p(), large + (-large).exp().log1p())
-    return torch.where(s == 0, 0.0, both)
+    """log(1 + s exp(m)) = m + log(exp(-m) + s) for s, m >= 0, with all digits of a small loss.
+
+    The first form is for m <= 30; above, s is not small: where the greatest exponent m is in H,
+    Q >= 1 unless N_h > exp(30), and else s has a term 1. Each form sees only its own m, since an
+    infinity in the branch not taken would turn into NaN in the gradient.
+    """
+    near = m <= 30
+    first = torch.log1p(s * torch.exp(torch.where(near, m, 0.0)))
+    second = m + torch.log(torch.where(near, 1.0, torch.exp(-m) + s))
+    return torch.where(near, first, second)
 
 
 def _negatives_in_a_row(c: Tensor, mode: str | int) -> int:
