@@ -16,7 +16,9 @@ except ModuleNotFoundError as error:
 
 _release = re.match(r"(\d+)\.(\d+)", torch.__version__)
 if _release is not None and tuple(map(int, _release.groups())) < (2, 10):
-    raise ImportError(f"hex-ssl needs torch >= 2.10; the torch that is installed is {torch.__version__}")
+    raise ImportError(
+        f"hex-ssl needs torch >= 2.10; the torch that is installed is {torch.__version__}"
+    )
 
 try:
     import hex._C as _C

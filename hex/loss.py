@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: MIT
+"""The losses as modules: options, the threshold over training, the statistics of the last batch.
+
+The mathematics is in functional.py's docstrings and docs/math.md; the threshold's state machine is
+in threshold.py.
+"""
+
+import math
+from typing import NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .functional import (
+    Batch,
+    Mode,
+    Reduction,
+    Variant,
+    check_batch,
+    check_choice,
+    check_options,
+    check_temperature,
+    temperature_tensor,
+)
+from .threshold import ThresholdTracker
+
+__all__ = ["HEXLoss", "InfoNCELoss", "Statistics"]
+
+
+class Statistics(NamedTuple):
+    """What the last batch looked like: detached 0-d tensors on its device, read without a sync."""
+
+    eps: Tensor
+    """The threshold used, a cosine; the mean over rows where each has its own; +inf: H empty."""
+    hard: Tensor
+    """Mean |H(i)| over the rows."""
+    share: Tensor
+    """Mean share of the local term in the denominator, Q_i / (exp(l_ip) + Q_i + sum_G exp(l_ij))."""
+
+
+class _Contrastive(nn.Module):
+    """What HEXLoss and InfoNCELoss share: everything but where eps comes from."""
+
+    def __init__(
+        self,
+        temperature: float | Tensor,
+        threshold: ThresholdTracker | None,
+        beta: float,
+        tau_plus: float,
+        variant: Variant,
+        mode: Mode,
+        reduction: Reduction,
+    ) -> None:
+        super().__init__()
+        check_choice("mode", mode, get_args(Mode))
+        check_options(beta, tau_plus, variant, reduction)
+        temperature = check_temperature(temperature)
+        if isinstance(temperature, Tensor) and not isinstance(temperature, nn.Parameter):
+            self.register_buffer("temperature", temperature, persistent=False)
+        else:
+            self.temperature = temperature  # a Parameter registers itself
+        self.beta = float(beta)
+        self.tau_plus = float(tau_plus)
+        self.variant: Variant = variant
+        self.mode: Mode = mode
+        self.reduction: Reduction = reduction
+        self.threshold = threshold
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def forward(
+        self,
+        z0: Tensor,
+        z1: Tensor,
+        negatives: Tensor | None = None,
+        *,
+        temperature: float | Tensor | None = None,
+    ) -> Tensor:
+        """The loss of a batch; arguments, result and errors as in `hex_loss`.
+
+        Args:
+            z0, z1: (B, D), two views.
+            negatives: None, (K, D) or (B, K, D).
+            temperature: overrides the module's for this call (CLIP: `1 / logit_scale.exp()`).
+        """
+        batch = check_batch(z0, z1, negatives, self.mode)
+        tau = self.temperature if temperature is None else check_temperature(temperature)
+        eps = self._eps(batch)
+        value, hard, share = ops.loss(
+            *batch.inputs,
+            eps,
+            temperature_tensor(tau, z0),
+            batch.mode,
+            ops.REDUCTIONS[self.reduction],
+            ops.VARIANTS[self.variant],
+            self.beta,
+            self.tau_plus,
+        )
+        if not _transformed(*batch.inputs):
+            self._last = eps, hard, share
+        return value
+
+    def _eps(self, batch: Batch) -> Tensor:
+        tracker = self.threshold
+        if tracker is None:
+            return torch.full((), math.inf, dtype=torch.float64, device=batch.inputs[0].device)
+        if tracker.adaptive_rule:
+            tracker.check_row(batch.row_length, has_self=batch.mode == ops.MODES["ntxent"])
+            candidate = ops.threshold(*batch.inputs, batch.mode, tracker.quantile, tracker.over)
+            return tracker.update(candidate, store=self._learns(batch))
+        eps = tracker.current()
+        if not tracker.normalize_rows:
+            return eps
+        low, high = ops.row_range(*batch.inputs, batch.mode)
+        return low + eps.to(low) * (high - low)
+
+    def _learns(self, batch: Batch) -> bool:
+        """Training, with a gradient: the only calls that move the threshold."""
+        return (
+            self.training
+            and torch.is_grad_enabled()
+            and any(z.requires_grad for z in batch.inputs)
+            and not _transformed(*batch.inputs)
+        )
+
+    @property
+    def last(self) -> Statistics | None:
+        """The statistics of the last batch, None before the first. No gradient, no sync."""
+        if self._last is None:
+            return None
+        eps, hard, share = self._last
+        return Statistics(eps.mean(), hard.mean(), share.mean())
+
+    def statistics(self) -> dict[str, float]:
+        """`last` as numbers for a logger: {"eps", "hard", "share"}. Waits for the device.
+
+        Raises:
+            RuntimeError: there has been no batch yet.
+        """
+        if (last := self.last) is None:
+            raise RuntimeError("statistics: there has been no batch yet; call the loss first")
+        return {name: float(value) for name, value in last._asdict().items()}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tells the threshold which epoch begins, counted from 0; see `ThresholdTracker`."""
+        if self.threshold is not None:
+            self.threshold.set_epoch(epoch)
+
+    def extra_repr(self) -> str:
+        tau = self.temperature
+        shown = tau if isinstance(tau, float) else f"<{type(tau).__name__}>"
+        return (
+            f"temperature={shown}, beta={self.beta}, tau_plus={self.tau_plus}, "
+            f"variant={self.variant!r}, mode={self.mode!r}, reduction={self.reduction!r}"
+        )
+
+
+class HEXLoss(_Contrastive):
+    """The HEX loss with a threshold that follows training: InfoNCE, its near negatives apart.
+
+    With c_ij the cosine of anchor i and candidate j, l = c / tau, p the positive of i::
+
+        H(i) = { j : c_ij > eps },   G(i) the other negatives
+        L_i  = -l_ip + log( exp(l_ip) + Q_i + sum_{j in G(i)} exp(l_ij) )
+
+    where Q_i is the weighted, debiased sum over H(i) (`hex_loss` has it in full) and eps, by
+    default, is the mean over rows of the row's 0.99 quantile, fresh in every batch. As groups
+    emerge in the embedding, eps falls.
+
+    Args:
+        temperature: tau > 0; a 0-d Parameter is learned.
+        threshold: "adaptive"; a `ThresholdTracker` (quantile, warm-up, momentum, schedules); a
+            number, a fixed cosine; or None, InfoNCE.
+        beta: >= 0, how much more the closest members of H weigh.
+        tau_plus: in [0, 1), the share of H expected to be false negatives.
+        variant: "paper", or "released" for what the authors' code computes (docs/math.md).
+        mode: "ntxent" (SimCLR), "query" (NNCLR, MoCo v3) or "cross" (CLIP); see `hex_loss`.
+        reduction: "mean", "sum" or "none".
+
+    Shape:
+        z0, z1: (B, D) float64, float32, bfloat16 or float16; negatives: (K, D) or (B, K, D).
+        Result: 0-d, or one value a row; float64 if an input is, else float32.
+
+    Attributes:
+        threshold: the `ThresholdTracker` in use, part of `state_dict`; None for InfoNCE.
+        last, statistics(): eps, mean |H| and the local share of the last batch.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value, named in the text.
+
+    Example:
+        >>> import torch
+        >>> from hex import HEXLoss
+        >>> criterion = HEXLoss(temperature=0.1)
+        >>> z0, z1 = torch.randn(2, 256, 128).requires_grad_()
+        >>> criterion(z0, z1).backward()
+        >>> criterion.statistics().keys()
+        dict_keys(['eps', 'hard', 'share'])
+
+    Source: Kokilepersaud et al., "HEX: Hierarchical Emergence Exploitation in Self-Supervised
+    Algorithms", WACV 2025 (arXiv 2410.23200); https://github.com/olivesgatech/HEX.
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        *,
+        threshold: float | str | ThresholdTracker | None = "adaptive",
+        beta: float = 1.0,
+        tau_plus: float = 0.1,
+        variant: Variant = "paper",
+        mode: Mode = "ntxent",
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__(temperature, _tracker(threshold), beta, tau_plus, variant, mode, reduction)
+
+
+class InfoNCELoss(_Contrastive):
+    """InfoNCE by the kernels of `HEXLoss`: the baseline to compare it with.
+
+        L_i = -l_ip + log( exp(l_ip) + sum_{negatives j} exp(l_ij) ),    l = c / tau
+
+    Args:
+        temperature, mode, reduction: as in `HEXLoss`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value, named in the text.
+
+    Example:
+        >>> import torch
+        >>> from hex import InfoNCELoss
+        >>> loss = InfoNCELoss(0.1)(torch.randn(256, 128), torch.randn(256, 128))
+
+    Source: van den Oord et al. 2018 (arXiv 1807.03748); Chen et al. 2020 (arXiv 2002.05709).
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        *,
+        mode: Mode = "ntxent",
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__(temperature, None, 1.0, 0.0, "paper", mode, reduction)
+
+    def extra_repr(self) -> str:
+        return ", ".join(
+            part for part in super().extra_repr().split(", ")
+            if part.split("=")[0] in ("temperature", "mode", "reduction")
+        )  # fmt: skip
+
+
+def _tracker(threshold: float | str | ThresholdTracker | None) -> ThresholdTracker | None:
+    if threshold is None or isinstance(threshold, ThresholdTracker):
+        return threshold
+    if threshold == "adaptive":
+        return ThresholdTracker.adaptive()
+    if isinstance(threshold, str):
+        raise ValueError(
+            f"threshold: got {threshold!r}, wanted 'adaptive', a number, a ThresholdTracker or None"
+        )
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+        raise TypeError(
+            f"threshold: got {type(threshold).__name__}, wanted 'adaptive', a number, "
+            "a ThresholdTracker or None"
+        )
+    return ThresholdTracker.fixed(threshold)
+
+
+def _transformed(*tensors: Tensor) -> bool:
+    """Inside vmap or func.grad, whose tensors must not outlive the call."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(z) for z in tensors)

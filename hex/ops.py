@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: MIT
+"""torch.ops.hex.* as PyTorch sees it: shapes without data, batching, first and second derivatives.
+
+The schemas and the kernels are in csrc/; the formulas in reference.py serve every device without a
+kernel, and the second derivative everywhere. Arguments arrive checked (functional.py).
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._load import _C
+
+__all__ = ["MODES", "REDUCTIONS", "VARIANTS", "isa", "loss", "row_range", "threshold"]
+
+MODES = {"ntxent": 0, "query": 1, "cross": 2, "shared": 3, "own": 4}
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+VARIANTS = {"paper": 0, "released": 1}
+
+_COUNT, _SHARE = 7, 8  # rows of `stats` that are shown to users (csrc/hex.h, HEX_STAT_*)
+_STATS = 9
+_KERNELS = {"cpu", "meta"}  # device types with kernels; the fakes below are those of "meta"
+
+
+def isa() -> str:
+    """The level of the CPU kernels in use: "base", "avx2" or "avx512"."""
+    return _C.isa()
+
+
+# ---- shapes -------------------------------------------------------------------------------------
+
+
+def _rows(z0: Tensor, mode: int) -> int:
+    return z0.shape[0] * (2 if mode in (MODES["ntxent"], MODES["cross"]) else 1)
+
+
+def _compute_dtype(z0: Tensor, z1: Tensor, negatives: Tensor, mode: int) -> torch.dtype:
+    used = (z0, z1, negatives) if mode >= MODES["shared"] else (z0, z1)
+    return torch.float64 if any(z.dtype == torch.float64 for z in used) else torch.float32
+
+
+@torch.library.register_fake("hex::forward")
+def _forward_fake(
+    z0: Tensor, z1: Tensor, negatives: Tensor, eps: Tensor, tau: Tensor,
+    mode: int, reduction: int, variant: int, beta: float, tau_plus: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows, dtype = _rows(z0, mode), _compute_dtype(z0, z1, negatives, mode)
+    loss = z0.new_empty((rows,) if reduction == REDUCTIONS["none"] else (), dtype=dtype)
+    return loss, z0.new_empty((_STATS, rows), dtype=dtype)
+
+
+@torch.library.register_fake("hex::backward")
+def _backward_fake(
+    grad: Tensor, z0: Tensor, z1: Tensor, negatives: Tensor, tau: Tensor, stats: Tensor,
+    mode: int, reduction: int, beta: float, needs: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dz0, dz1, dnegatives = (
+        z.new_empty(z.shape if needs >> k & 1 else (0,)) for k, z in enumerate((z0, z1, negatives))
+    )
+    return dz0, dz1, dnegatives, tau.new_empty(() if needs & 8 else (0,))
+
+
+@torch.library.register_fake("hex::threshold")
+def _threshold_fake(
+    z0: Tensor, z1: Tensor, negatives: Tensor, mode: int, quantile: float, over_negatives: bool
+) -> Tensor:
+    return z0.new_empty((), dtype=torch.float64)
+
+
+@torch.library.register_fake("hex::row_range")
+def _row_range_fake(z0: Tensor, z1: Tensor, negatives: Tensor, mode: int) -> tuple[Tensor, Tensor]:
+    low = z0.new_empty(_rows(z0, mode), dtype=_compute_dtype(z0, z1, negatives, mode))
+    return low, torch.empty_like(low)
+
+
+# ---- vmap: one call a batch element, as each batch has its own threshold and positives ------------
+
+
+def _register_vmap(name: str) -> None:
+    op = getattr(torch.ops.hex, name)
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        results = [
+            op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = tuple(torch.stack(column) for column in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    torch.library.register_vmap(f"hex::{name}", rule)
+
+
+for _name in ("forward", "backward", "threshold", "row_range"):
+    _register_vmap(_name)
+
+
+# ---- derivatives --------------------------------------------------------------------------------
+# autograd.Function and not register_autograd: with the latter torch.func.jvp returns zeros without
+# a word and torch.func.grad raises; here grad and vmap are right and jvp raises.
+
+
+class _Loss(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        z0: Tensor, z1: Tensor, negatives: Tensor, eps: Tensor, tau: Tensor,
+        mode: int, reduction: int, variant: int, beta: float, tau_plus: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        loss, stats = torch.ops.hex.forward(
+            z0, z1, negatives, eps, tau, mode, reduction, variant, beta, tau_plus
+        )
+        return loss, stats
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        z0, z1, negatives, _eps, tau, *options = inputs
+        _, stats = output  # holds the threshold of each row: a later write to eps changes nothing
+        ctx.mark_non_differentiable(stats)
+        ctx.save_for_backward(z0, z1, negatives, tau, stats)
+        ctx.options = options
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:  # type: ignore[override]
+        z0, z1, negatives, tau, stats = ctx.saved_tensors
+        wanted = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
+        needs = sum(1 << k for k, w in enumerate(wanted) if w)
+        grads = _Gradient.apply(grad, z0, z1, negatives, tau, stats, *ctx.options, needs)
+        dz0, dz1, dnegatives, dtau = (g if w else None for g, w in zip(grads, wanted, strict=True))
+        return dz0, dz1, dnegatives, None, dtau, None, None, None, None, None
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradient as a function of its own, so that it can be differentiated again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        grad: Tensor, z0: Tensor, z1: Tensor, negatives: Tensor, tau: Tensor, stats: Tensor,
+        mode: int, reduction: int, variant: int, beta: float, tau_plus: float, needs: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        dz0, dz1, dnegatives, dtau = torch.ops.hex.backward(
+            grad, z0, z1, negatives, tau, stats, mode, reduction, beta, needs
+        )
+        return dz0, dz1, dnegatives, dtau
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, mode, reduction, variant, beta, tau_plus, needs = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.options = (mode, reduction, variant, beta, tau_plus)
+        ctx.needs = needs
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        """Dense: of the reference's gradient at the thresholds of the forward, by torch itself."""
+        grad, z0, z1, negatives, tau, stats = ctx.saved_tensors
+        mode, reduction, variant, beta, tau_plus = ctx.options
+        eps = stats[0]
+        wanted = [k for k in range(4) if ctx.needs >> k & 1]
+
+        def gradient(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            def loss(z0: Tensor, z1: Tensor, negatives: Tensor, tau: Tensor) -> Tensor:
+                rows = reference.loss_rows(
+                    z0, z1, negatives, eps, tau, mode, beta, tau_plus, variant
+                )[0]
+                return _reduce(rows, reduction)
+
+            pull: Callable[[Tensor], tuple[Tensor, ...]] = torch.func.vjp(loss, *inputs)[1]
+            grads = pull(grad)
+            return tuple(grads[k] for k in wanted)
+
+        pull = torch.func.vjp(gradient, grad, z0, z1, negatives, tau)[1]
+        return *pull(tuple(outer[k] for k in wanted)), *(None,) * 7
+
+
+def _reduce(rows: Tensor, reduction: int) -> Tensor:
+    if reduction == REDUCTIONS["none"]:
+        return rows
+    total = rows.sum()
+    return total / rows.shape[0] if reduction == REDUCTIONS["mean"] and rows.shape[0] else total
+
+
+# ---- kernels, or the reference where there are none -------------------------------------------------
+
+_warned: set[str] = set()
+
+
+def _has_kernel(z: Tensor) -> bool:
+    device = z.device.type
+    if device in _KERNELS:
+        return True
+    if device not in _warned and not torch.compiler.is_compiling():
+        _warned.add(device)
+        warnings.warn(
+            f"hex-ssl has no kernels for device '{device}': its formulas run as plain PyTorch "
+            "operators there, correct but with N x N memory",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return False
+
+
+def loss(
+    z0: Tensor, z1: Tensor, negatives: Tensor, eps: Tensor, tau: Tensor,
+    mode: int, reduction: int, variant: int, beta: float, tau_plus: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The reduced loss, and of each row |H| and the local term's share (no gradient)."""
+    if _has_kernel(z0):
+        value, stats = _Loss.apply(
+            z0, z1, negatives, eps, tau, mode, reduction, variant, beta, tau_plus
+        )
+        return value, stats[_COUNT], stats[_SHARE]
+    rows, hard, share = reference.loss_rows(
+        z0, z1, negatives, eps, tau, mode, beta, tau_plus, variant
+    )
+    return _reduce(rows, reduction), hard, share
+
+
+def threshold(
+    z0: Tensor, z1: Tensor, negatives: Tensor, mode: int, quantile: float, over: str
+) -> Tensor:
+    """Mean over rows of the row's quantile; 0-d float64, no gradient."""
+    with torch.no_grad():
+        if _has_kernel(z0):
+            value: Tensor = torch.ops.hex.threshold(
+                z0, z1, negatives, mode, quantile, over == "negatives"
+            )
+            return value
+        return reference.threshold(z0, z1, negatives, mode, quantile, over)
+
+
+def row_range(z0: Tensor, z1: Tensor, negatives: Tensor, mode: int) -> tuple[Tensor, Tensor]:
+    """Least and largest cosine of each row; (N,) each, no gradient."""
+    with torch.no_grad():
+        if _has_kernel(z0):
+            low, high = torch.ops.hex.row_range(z0, z1, negatives, mode)
+            return low, high
+        return reference.row_range(z0, z1, negatives, mode)
