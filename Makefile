@@ -1,37 +1,82 @@
-# make help says what there is. Everything runs in .venv, which the targets make when they need it.
+# `make help` lists what there is. The targets make their own environment, .venv, when they need it.
 
 PYTHON ?= python3
+# One torch, named wherever pip installs something that depends on torch, so that pip never trades
+# it for another. From PyPI it is the CUDA build; a CPU build that pip is told of (PIP_FIND_LINKS,
+# PIP_EXTRA_INDEX_URL) is preferred and is several times smaller.
 TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
 
-BIN := .venv/bin
-SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/cpu/*)
+BIN := $(CURDIR)/.venv/bin
+C_FILES := $(wildcard csrc/*.[ch] csrc/cpu/*.[ch] csrc/cpu/*.inc) tests/abi_check.cpp
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help venv build test lint format sanitize demo bench examples wheel clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
-venv: .venv/installed ## the environment: torch, and what the tests and examples import
+venv: .venv/torch ## .venv with torch
 
-build: .venv/built ## hex, in the environment, from this folder
+build: .venv/hex ## hex in .venv, from this folder, with all that its tests and examples import
 
-.venv/installed: pyproject.toml
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
-	    echo '$(PYTHON) cannot make a virtual environment: apt install python3-venv'; exit 1; }
-	@for tool in gcc g++; do command -v $$tool >/dev/null || { \
-	    echo "$$tool is missing: apt install $$tool"; exit 1; }; done
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet '$(TORCH)'
-	# without its dependencies: they name a torch of their own
-	$(BIN)/pip install --quiet --no-deps '$(TORCHVISION)'
-	touch $@
+test: lint ## lint, then the tests
+	$(BIN)/python -m pytest
 
-.venv/built: .venv/installed $(SOURCES)
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
-	touch $@
+lint: build ## what a formatter, a linter and a type checker can find
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
+	$(BIN)/mypy
 
-clean: ## remove what was built, the environment included
+format: build ## let ruff and clang-format rewrite the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(C_FILES)
+
+# In a copy of the sources, with the extension built for it. The preloaded C++ library is for the
+# sanitizer: it looks for the function that throws exceptions once, when it starts. Leaks: Python
+# and torch keep memory until the end.
+sanitize: build ## the tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	rm -rf build/sanitize && mkdir -p build/sanitize
+	git ls-files -z | xargs -0 cp --parents --target-directory=build/sanitize
+	cd build/sanitize && HEX_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --inplace
+	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	    $(BIN)/python -m pytest --ignore=tests/test_build.py
+
+demo: build ## train on handwritten digits, with InfoNCE and with HEX: three minutes, with pictures
+	$(BIN)/python examples/demo.py
+
+bench: build ## milliseconds and megabytes: hex, plain torch, torch.compile, other libraries
+	$(BIN)/python benchmarks/loss.py
+
+examples: build ## run the examples once
+	$(BIN)/python examples/minimal.py
+	$(BIN)/python examples/simclr.py --data digits --epochs 2
+
+wheel: build ## dist/: the source archive, and from it the wheel, built as a user's pip would
+	$(BIN)/python -m build
+
+clean: ## remove what was built, .venv included
 	rm -rf .venv build dist *.egg-info hex/*.so
+
+.venv/torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo '$(PYTHON) is older than 3.10; make PYTHON=... takes another'; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	    { echo '$(PYTHON) cannot make environments: apt install python3-venv'; exit 1; }
+	@$(PYTHON) -c 'import os, sysconfig as s; open(os.path.join(s.get_paths()["include"], "Python.h"))' || \
+	    { echo '$(PYTHON) has no headers: apt install python3-dev'; exit 1; }
+	@for tool in gcc g++; do command -v $$tool >/dev/null || \
+	    { echo "$$tool is missing: apt install $$tool"; exit 1; }; done
+	$(PYTHON) -m venv .venv
+	$(PIP) --upgrade pip 'setuptools>=77'
+	$(PIP) '$(TORCH)'
+	$(PIP) --no-deps '$(TORCHVISION)'
+	@touch $@
+
+.venv/hex: .venv/torch setup.py pyproject.toml $(wildcard csrc/*.[ch] csrc/cpu/*)
+	$(PIP) --no-build-isolation --editable '.[examples,test,dev]' '$(TORCH)' '$(TORCHVISION)'
+	@touch $@

@@ -1,9 +1,11 @@
 /* SPDX-License-Identifier: MIT */
-/* The part of libtorch's stable C ABI that this extension calls, restated in C, so that building needs neither torch
- * nor C++. tests/abi_check.cpp holds every line of it against the headers of the installed torch.
+/* The part of libtorch's stable C ABI that this extension calls, restated in C, so that building
+ * needs neither torch nor C++. tests/abi_check.cpp holds every line of it against the headers of
+ * the installed torch.
  *
- * Everything here is exported by libtorch_cpu.so of torch 2.10 and of every later one; nothing newer may be added.
- * The functions are declared weak: where torch lacks one the extension still loads, and PyInit__C can name it.
+ * Everything here is exported by libtorch_cpu.so of torch 2.10 and of every later one; nothing
+ * newer may be added. The functions are declared weak: where torch lacks one the extension still
+ * loads, and PyInit__C can name it.
  *
  * An AOTITorchError of 0 is success. Only aoti_torch_check throws. */
 #ifndef HEX_TORCH_SHIM_H
@@ -13,7 +15,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Which release's conventions for the stack we follow: major in the first byte, minor in the second. */
+/* Whose conventions for the stack we follow: major in the first byte, minor in the second. */
 #define HEX_TORCH_ABI ((uint64_t)2 << 56 | (uint64_t)10 << 48)
 
 typedef int32_t AOTITorchError;
@@ -23,9 +25,10 @@ typedef struct TorchLibraryOpaque *TorchLibraryHandle;
 
 /* X(result, name, parameters), once for each function.
  *
- * Ownership: a kernel owns the tensors on its stack and what empty_strided gave it; it deletes each, or leaves it on
- * the stack as an output. "borrowed": valid as long as the tensor. A library handle is the caller's; deleting it would
- * take its registrations back. Strings are copied. */
+ * Ownership: a kernel owns the tensors on its stack and what empty_strided gave it; it deletes
+ * each, or leaves it on the stack as an output. "borrowed": valid as long as the tensor. A library
+ * handle is the caller's; deleting it would take its registrations back. Strings are copied, but
+ * for `file`, which must live as long as the library. */
 /* clang-format off */
 #define HEX_TORCH_FUNCTIONS(X)                                                                     \
     /* ---- registering operators ---- */                                                          \

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: MIT
-// Holds every line of csrc/torch_shim.h against torch's own headers. test_abi.py compiles this file; nothing runs.
+// Holds every line of csrc/torch_shim.h against torch's own headers; test_abi.py compiles it.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
 
 #include <type_traits>
 
-namespace restated {
+namespace restated
+{
 #include "torch_shim.h"
 
 static_assert(HEX_TORCH_ABI == TORCH_VERSION_2_10_0);
