@@ -1,1 +1,3 @@
+# SPDX-License-Identifier: MIT
+# The extension, csrc/module.c.
 def isa() -> str: ...

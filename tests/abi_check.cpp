@@ -9,7 +9,7 @@ namespace restated
 {
 #include "torch_shim.h"
 
-static_assert(HEX_TORCH_ABI == TORCH_VERSION_2_10_0);
+static_assert(HEX_TORCH_ABI == TORCH_VERSION_2_10_0, "HEX_TORCH_ABI");
 static_assert(TORCH_FEATURE_VERSION == TORCH_VERSION_2_10_0, "or newer functions would be let in");
 
 #define HOLD(result, name, parameters)                                                             \

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: MIT
+"""The C prototypes in csrc/torch_shim.h are those of the installed torch, as its 2.10 had them.
+
+abi_check.cpp asserts it while it is compiled; here it is compiled, and shown to notice a change.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import hex._C
+
+ROOT = Path(__file__).parent.parent
+SHIM = (ROOT / "csrc/torch_shim.h").read_text()
+
+
+def compile_check(folder):
+    """Compile abi_check.cpp with the torch_shim.h of `folder`; "" or what the compiler says."""
+    headers = Path(torch.__file__).parent / "include"
+    command = ["g++", "-fsyntax-only", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    command += ["-isystem", headers, "-I", folder, ROOT / "tests/abi_check.cpp"]
+    return subprocess.run(command, capture_output=True, text=True).stderr
+
+
+def test_every_prototype_is_the_one_in_torchs_headers():
+    assert compile_check(ROOT / "csrc") == ""
+
+
+@pytest.mark.parametrize(
+    "ours, changed, complaint",
+    [
+        ("t, int64_t *dim)", "t, int32_t *dim)", "assertion failed: aoti_torch_get_dim"),
+        ("const void **data", "void **data", "assertion failed: torch_get_const_data_ptr"),
+        ("bool condition", "int32_t condition", "assertion failed: aoti_torch_check"),
+        ("X(int32_t, aoti_torch_dtype_float64", "X(int64_t, aoti_torch_dtype_float64", "float64"),
+        (", uint64_t abi))", "))", "assertion failed: torch_library_impl"),
+        ("torch_parallel_for", "torch_exception_get_what", "torch_exception_get_what"),  # 2.13's
+        ("(uint64_t)10 << 48", "(uint64_t)13 << 48", "HEX_TORCH_ABI"),
+    ],
+)
+def test_a_changed_prototype_does_not_compile(ours, changed, complaint, tmp_path):
+    assert SHIM.count(ours) == 1
+    (tmp_path / "torch_shim.h").write_text(SHIM.replace(ours, changed))
+    assert re.search(f"error: .*{complaint}", compile_check(tmp_path))
+
+
+def test_the_extension_calls_the_listed_functions_and_no_other_of_torch():
+    listed = re.findall(r"^ +X\(\w+, (\w+),", SHIM, re.MULTILINE)
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", hex._C.__file__],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert sorted(s for s in symbols if re.match("(aoti_)?torch_", s)) == sorted(listed)
+    assert len(listed) > 20

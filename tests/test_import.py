@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: MIT
+"""What a person reads when `import hex` cannot work, word by word.
+
+Each case is a fresh Python without site-packages (-I -S), given a copy of the package and, where it
+needs one, a stand-in for torch: a torch/__init__.py that loads a libtorch_cpu.so made here.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hex
+
+PACKAGE = Path(hex.__file__).parent
+SHIM = Path(__file__).parent.parent / "csrc/torch_shim.h"
+FUNCTIONS = re.findall(r"^ +X\(\w+, (\w+),", SHIM.read_text(), re.MULTILINE)
+LOAD_LIBRARY = "import ctypes; ctypes.CDLL(__path__[0] + '/libtorch_cpu.so')"
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A folder to import from, holding the package."""
+    shutil.copytree(PACKAGE, tmp_path / "hex", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def add_torch(site, version, code=""):
+    (site / "torch").mkdir()
+    (site / "torch/__init__.py").write_text(f"__version__ = '{version}'\n{code}\n")
+
+
+def add_libtorch(site, functions, body="return 0;"):
+    """A libtorch_cpu.so with these functions, and a torch 2.10 that loads it as torch does."""
+    source = "".join(f"int {name}(void) {{ {body} }}\n" for name in functions)
+    subprocess.run(
+        ["gcc", "-shared", "-fPIC", "-Wl,-soname,libtorch_cpu.so", "-xc", "-", "-o"]
+        + [site / "libtorch_cpu.so"],
+        input=source,
+        text=True,
+        check=True,
+    )
+    add_torch(site, "2.10.0", LOAD_LIBRARY)
+    (site / "libtorch_cpu.so").rename(site / "torch/libtorch_cpu.so")
+
+
+def python(site, code, environment=None):
+    """The last line that a fresh Python prints, on either stream."""
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-I",
+            "-S",
+            "-c",
+            f"import sys; sys.path.insert(0, {str(site)!r}); {code}",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=site,
+        env=environment,
+    )
+    return (run.stdout + run.stderr).strip().rpartition("\n")[2]
+
+
+def test_torch_is_not_installed(site):
+    assert python(site, "import hex") == (
+        "ImportError: hex-ssl needs torch >= 2.10, and torch is not installed"
+    )
+
+
+def test_torch_cannot_be_imported_and_speaks_for_itself(site):
+    add_torch(site, "2.13.0", "import something_that_torch_needs")
+    assert python(site, "import hex") == (
+        "ModuleNotFoundError: No module named 'something_that_torch_needs'"
+    )
+
+
+@pytest.mark.parametrize("version", ["1.13.1", "2.9.1+cpu"])
+def test_torch_is_too_old(site, version):
+    add_torch(site, version)
+    assert python(site, "import hex") == (
+        f"ImportError: hex-ssl needs torch >= 2.10, and torch {version} is installed"
+    )
+
+
+@pytest.mark.parametrize("version", ["2.10.0", "2.10.0a0+git1234567", "3.0.0", "unknown"])
+def test_the_extension_is_not_built_and_torch_is_new_enough(site, version):
+    add_torch(site, version)
+    for extension in site.glob("hex/_C.*so"):
+        extension.unlink()
+    assert python(site, "import hex") == (
+        f"ImportError: the extension hex._C is not built in {site / 'hex'}: run `pip install -e .` "
+        "in the source tree, or, to use an installed hex-ssl, start Python in another folder"
+    )
+
+
+@pytest.mark.parametrize("missing", FUNCTIONS)
+def test_torch_lacks_a_function(site, missing):
+    add_libtorch(site, [name for name in FUNCTIONS if name != missing])
+    assert python(site, "import hex") == (
+        "ImportError: hex-ssl needs torch >= 2.10: "
+        f"the torch that is loaded has no symbol {missing}"
+    )
+
+
+def test_torch_lacks_nothing(site):
+    add_libtorch(site, FUNCTIONS)
+    (site / "hex/__init__.py").write_text("")  # what follows _load needs more of torch
+    assert python(site, "from hex._load import _C; print(_C.__name__)") == "hex._C"
+
+
+def test_torch_refuses_the_operators(site):
+    add_libtorch(site, FUNCTIONS, "return 1;")
+    assert python(site, "import hex") == (
+        "ImportError: hex-ssl could not register its operators with torch"
+    )
+
+
+def test_an_unknown_instruction_set_is_asked_for(site):
+    add_libtorch(site, FUNCTIONS)
+    assert python(site, "import hex", {"HEX_ISA": "mmx"}) == (
+        "ImportError: HEX_ISA=mmx: expected base, avx2 or avx512"
+    )
+
+
+def test_the_extension_is_damaged_and_the_loader_speaks_for_itself(site):
+    add_torch(site, "2.10.0")
+    next(site.glob("hex/_C.*so")).write_bytes(b"\x7fELF")
+    assert python(site, "import hex") == f"ImportError: {site}/hex/_C.abi3.so: file too short"
+
+
+def test_the_extension_is_loaded_by_hand_without_torch(site):
+    code = f"sys.path.insert(0, {str(site / 'hex')!r}); import _C"
+    assert python(site, code).startswith("ImportError: libtorch_cpu.so: cannot open shared object")
+
+
+def test_asking_for_the_extension_first_brings_torch_in():
+    code = "import hex._C, sys; print('torch' in sys.modules, hex._C.isa())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout in {f"True {isa}\n" for isa in ("base", "avx2", "avx512")}, run.stderr
