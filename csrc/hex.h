@@ -101,9 +101,9 @@ const char *hex_cpu_row_range(const hex_problem *p, void *low, void *high);
 const char *hex_cpu_select(const char *wanted, const char **problem);
 
 /* The one service a core needs from outside (parallel.c): body over [0, n) in chunks, any order,
- * maybe one after another, so that no chunk may wait for another. Returns false if the chunks could
- * not be run. */
+ * maybe one after another, so that no chunk may wait for another. `work`, roughly the arithmetic
+ * operations of one item, keeps small loops on one thread. Returns false if it could not run. */
 typedef void (*hex_body)(int64_t begin, int64_t end, void *context);
-bool hex_parallel_for(int64_t n, hex_body body, void *context);
+bool hex_parallel_for(int64_t n, int64_t work, hex_body body, void *context);
 
 #endif

@@ -65,8 +65,7 @@ static double to_double(StableIValue v)
     return x;
 }
 
-/* ---- tensors -> plain C
- * ------------------------------------------------------------------------------------------- */
+/* ---- tensors -> plain C ---- */
 
 typedef struct {
     const void *data;
@@ -140,18 +139,23 @@ static bool read_view(call *c, AtenTensorHandle t, const char *name, view *v)
     return inside_storage(t, v, item_size(v->dtype)) ? true : fail(c, text);
 }
 
-/* A tensor of numbers, 0-d or one a row, in float32 or float64. */
-static bool read_numbers(call *c, AtenTensorHandle t, const char *name, int64_t rows,
-                         hex_vector *out)
+/* Numbers in float32 or float64: one, one for each of `rows`, or either. */
+typedef enum { ONE = 1, EACH_ROW = 2 } numbers;
+
+static bool read_numbers(call *c, AtenTensorHandle t, const char *name, numbers allowed,
+                         int64_t rows, hex_vector *out)
 {
     view v;
     char text[ERROR_SIZE];
     if (!read_view(c, t, name, &v))
         return false;
-    snprintf(text, sizeof text, "%s: expected float32 or float64 of shape ()%s", name,
-             rows >= 0 ? " or (rows,)" : "");
-    if ((v.dtype != HEX_F32 && v.dtype != HEX_F64) || v.dim > (rows >= 0) ||
-        (v.dim == 1 && v.size[0] != rows))
+    snprintf(text, sizeof text, "%s: expected float32 or float64 of shape %s", name,
+             allowed == ONE        ? "()"
+             : allowed == EACH_ROW ? "(rows,)"
+                                   : "() or (rows,)");
+    const bool shape =
+        v.dim == 0 ? allowed & ONE : v.dim == 1 && allowed & EACH_ROW && v.size[0] == rows;
+    if ((v.dtype != HEX_F32 && v.dtype != HEX_F64) || !shape)
         return fail(c, text);
     *out = (hex_vector){v.data, v.dtype, v.dim == 1 ? v.stride[0] : 0};
     return true;
@@ -224,9 +228,7 @@ static bool read_choices(call *c, int64_t reduction, int64_t variant, double bet
     return true;
 }
 
-/* ---- outputs
- * ------------------------------------------------------------------------------------------------------
- */
+/* ---- outputs ---- */
 
 /* A new contiguous CPU tensor as the next output; *data points to its first element. */
 static bool add_output(call *c, int64_t dim, const int64_t *size, hex_dtype dtype, void **data)
@@ -246,9 +248,7 @@ static bool add_output(call *c, int64_t dim, const int64_t *size, hex_dtype dtyp
 
 static hex_dtype compute_dtype(const hex_problem *p) { return p->wide ? HEX_F64 : HEX_F32; }
 
-/* ---- the operators
- * ------------------------------------------------------------------------------------------------
- */
+/* ---- the operators ---- */
 
 /* forward(z0, z1, negatives, eps, tau, mode, reduction, variant, beta, tau_plus) -> (loss, stats)
  */
@@ -261,8 +261,8 @@ void hex_forward_boxed(StableIValue *stack, uint64_t arguments, uint64_t outputs
     if (read_inputs(&c, 0, (int64_t)stack[5], &p) &&
         read_choices(&c, (int64_t)stack[6], (int64_t)stack[7], to_double(stack[8]),
                      to_double(stack[9]), &p) &&
-        read_numbers(&c, c.in[3], "eps", hex_anchors(&p), &p.eps) &&
-        read_numbers(&c, c.in[4], "tau", -1, &p.tau)) {
+        read_numbers(&c, c.in[3], "eps", ONE | EACH_ROW, hex_anchors(&p), &p.eps) &&
+        read_numbers(&c, c.in[4], "tau", ONE, 0, &p.tau)) {
         const int64_t shape[2] = {HEX_STATS, hex_anchors(&p)};
         if (add_output(&c, p.reduction == HEX_NONE, shape + 1, compute_dtype(&p), &loss) &&
             add_output(&c, 2, shape, compute_dtype(&p), &stats))
@@ -283,19 +283,15 @@ void hex_backward_boxed(StableIValue *stack, uint64_t arguments, uint64_t output
     const int64_t needs = (int64_t)stack[9];
     if (read_inputs(&c, 1, (int64_t)stack[6], &p) &&
         read_choices(&c, (int64_t)stack[7], HEX_PAPER, to_double(stack[8]), 0, &p) &&
-        read_numbers(&c, c.in[0], "grad", hex_anchors(&p), &g.grad) &&
-        read_numbers(&c, c.in[4], "tau", -1, &p.tau) && read_view(&c, c.in[5], "stats", &stats)) {
+        read_numbers(&c, c.in[0], "grad", p.reduction == HEX_NONE ? EACH_ROW : ONE, hex_anchors(&p),
+                     &g.grad) &&
+        read_numbers(&c, c.in[4], "tau", ONE, 0, &p.tau) &&
+        read_view(&c, c.in[5], "stats", &stats)) {
         const int64_t rows = hex_anchors(&p), none = 0;
         if (stats.dtype != compute_dtype(&p) || stats.dim != 2 || stats.size[0] != HEX_STATS ||
             stats.size[1] != rows ||
             (rows > 0 && (stats.stride[0] != rows || (rows > 1 && stats.stride[1] != 1))))
             fail(&c, "stats: expected the contiguous (statistics, rows) tensor of the forward");
-        if (p.reduction == HEX_NONE && g.grad.stride == 0 && rows != 1 && c.error[0] == 0) {
-            view grad; /* a 0-d gradient belongs to a reduced loss; stride 0 over rows is an
-                          expanded one */
-            if (read_view(&c, c.in[0], "grad", &grad) && grad.dim == 0)
-                fail(&c, "grad: expected one number a row");
-        }
         g.stats = stats.data;
         for (int k = 0; k < 3; k++) {
             int64_t size[3] = {k == 2 && p.mode != HEX_OWN ? p.K : p.B, p.D, 0};

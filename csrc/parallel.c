@@ -18,12 +18,16 @@ static void after_fork_in_child(void) { forked = true; }
 
 bool hex_watch_forks(void) { return pthread_atfork(NULL, NULL, after_fork_in_child) == 0; }
 
-bool hex_parallel_for(int64_t n, hex_body body, void *context)
+/* Below this many operations a chunk is done sooner than another thread is awake. */
+#define CHUNK_WORK (1 << 18)
+
+bool hex_parallel_for(int64_t n, int64_t work, hex_body body, void *context)
 {
-    if (forked || n <= 1) {
+    const int64_t grain = work < CHUNK_WORK ? CHUNK_WORK / (work + 1) + 1 : 1;
+    if (forked || n <= grain) {
         if (n > 0)
             body(0, n, context);
         return true;
     }
-    return torch_parallel_for(0, n, 1, body, context) == 0;
+    return torch_parallel_for(0, n, grain, body, context) == 0;
 }

@@ -261,7 +261,7 @@ def check_temperature(temperature: float | Tensor) -> float | Tensor:
             raise TypeError(f"temperature: got {temperature.dtype}, wanted a floating dtype")
         if temperature.dim():
             raise ValueError(
-                f"temperature: got shape {tuple(temperature.shape)}, wanted a number or a 0-d tensor"
+                f"temperature: got shape {tuple(temperature.shape)}, wanted a number or 0-d"
             )
         return temperature
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):

@@ -36,7 +36,7 @@ class Statistics(NamedTuple):
     hard: Tensor
     """Mean |H(i)| over the rows."""
     share: Tensor
-    """Mean share of the local term in the denominator, Q_i / (exp(l_ip) + Q_i + sum_G exp(l_ij))."""
+    """Mean share of the local term in the denominator: Q_i / (exp(l_ip) + Q_i + sum_G exp)."""
 
 
 class _Contrastive(nn.Module):
@@ -105,7 +105,7 @@ class _Contrastive(nn.Module):
         if tracker is None:
             return torch.full((), math.inf, dtype=torch.float64, device=batch.inputs[0].device)
         if tracker.adaptive_rule:
-            tracker.check_row(batch.row_length, has_self=batch.mode == ops.MODES["ntxent"])
+            tracker.warn_if_too_small(batch.row_length, has_self=batch.mode == ops.MODES["ntxent"])
             candidate = ops.threshold(*batch.inputs, batch.mode, tracker.quantile, tracker.over)
             return tracker.update(candidate, store=self._learns(batch))
         eps = tracker.current()

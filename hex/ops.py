@@ -31,7 +31,7 @@ def isa() -> str:
     return _C.isa()
 
 
-# ---- shapes -------------------------------------------------------------------------------------
+# ---- shapes ------------------------------------------------------------------------------------
 
 
 def _rows(z0: Tensor, mode: int) -> int:
@@ -43,7 +43,6 @@ def _compute_dtype(z0: Tensor, z1: Tensor, negatives: Tensor, mode: int) -> torc
     return torch.float64 if any(z.dtype == torch.float64 for z in used) else torch.float32
 
 
-@torch.library.register_fake("hex::forward")
 def _forward_fake(
     z0: Tensor, z1: Tensor, negatives: Tensor, eps: Tensor, tau: Tensor,
     mode: int, reduction: int, variant: int, beta: float, tau_plus: float,
@@ -53,7 +52,6 @@ def _forward_fake(
     return loss, z0.new_empty((_STATS, rows), dtype=dtype)
 
 
-@torch.library.register_fake("hex::backward")
 def _backward_fake(
     grad: Tensor, z0: Tensor, z1: Tensor, negatives: Tensor, tau: Tensor, stats: Tensor,
     mode: int, reduction: int, beta: float, needs: int,
@@ -64,20 +62,27 @@ def _backward_fake(
     return dz0, dz1, dnegatives, tau.new_empty(() if needs & 8 else (0,))
 
 
-@torch.library.register_fake("hex::threshold")
 def _threshold_fake(
     z0: Tensor, z1: Tensor, negatives: Tensor, mode: int, quantile: float, over_negatives: bool
 ) -> Tensor:
     return z0.new_empty((), dtype=torch.float64)
 
 
-@torch.library.register_fake("hex::row_range")
 def _row_range_fake(z0: Tensor, z1: Tensor, negatives: Tensor, mode: int) -> tuple[Tensor, Tensor]:
     low = z0.new_empty(_rows(z0, mode), dtype=_compute_dtype(z0, z1, negatives, mode))
     return low, torch.empty_like(low)
 
 
-# ---- vmap: one call a batch element, as each batch has its own threshold and positives ------------
+for _name, _fake in (
+    ("forward", _forward_fake),
+    ("backward", _backward_fake),
+    ("threshold", _threshold_fake),
+    ("row_range", _row_range_fake),
+):
+    torch.library.register_fake(f"hex::{_name}", _fake)
+
+
+# ---- vmap: one call a batch element, as each batch has its own threshold and positives ---------
 
 
 def _register_vmap(name: str) -> None:
@@ -100,7 +105,7 @@ for _name in ("forward", "backward", "threshold", "row_range"):
     _register_vmap(_name)
 
 
-# ---- derivatives --------------------------------------------------------------------------------
+# ---- derivatives -------------------------------------------------------------------------------
 # autograd.Function and not register_autograd: with the latter torch.func.jvp returns zeros without
 # a word and torch.func.grad raises; here grad and vmap are right and jvp raises.
 
@@ -127,11 +132,13 @@ class _Loss(torch.autograd.Function):
         ctx.options = options
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
         z0, z1, negatives, tau, stats = ctx.saved_tensors
         wanted = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
         needs = sum(1 << k for k, w in enumerate(wanted) if w)
-        grads = _Gradient.apply(grad, z0, z1, negatives, tau, stats, *ctx.options, needs)
+        grads = _Gradient.apply(  # type: ignore[no-untyped-call]
+            grad, z0, z1, negatives, tau, stats, *ctx.options, needs
+        )
         dz0, dz1, dnegatives, dtau = (g if w else None for g, w in zip(grads, wanted, strict=True))
         return dz0, dz1, dnegatives, None, dtau, None, None, None, None, None
 
@@ -159,7 +166,7 @@ class _Gradient(torch.autograd.Function):
         ctx.needs = needs
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Any, ...]:
         """Dense: of the reference's gradient at the thresholds of the forward, by torch itself."""
         grad, z0, z1, negatives, tau, stats = ctx.saved_tensors
         mode, reduction, variant, beta, tau_plus = ctx.options
@@ -188,7 +195,7 @@ def _reduce(rows: Tensor, reduction: int) -> Tensor:
     return total / rows.shape[0] if reduction == REDUCTIONS["mean"] and rows.shape[0] else total
 
 
-# ---- kernels, or the reference where there are none -------------------------------------------------
+# ---- kernels, or the reference where there are none --------------------------------------------
 
 _warned: set[str] = set()
 
@@ -214,7 +221,7 @@ def loss(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The reduced loss, and of each row |H| and the local term's share (no gradient)."""
     if _has_kernel(z0):
-        value, stats = _Loss.apply(
+        value, stats = _Loss.apply(  # type: ignore[no-untyped-call]
             z0, z1, negatives, eps, tau, mode, reduction, variant, beta, tau_plus
         )
         return value, stats[_COUNT], stats[_SHARE]
