@@ -180,7 +180,7 @@ def loss_rows(
         loss = 0 * p / tau + 0  # (N,), in the graph, NaN for NaN input, never -0
         return loss, torch.zeros_like(loss), loss.detach()
 
-    eps = eps.detach().reshape(-1, 1)  # (N, 1) or (1, 1)
+    eps = eps.reshape(-1, 1)  # (N, 1) or (1, 1)
     wide = torch.promote_types(c.dtype, eps.dtype)  # float32 would round a float64 eps
     hard = is_negative & (c.detach().clamp(max=1).to(wide) > eps.to(wide))  # (N, M): H
     rest = is_negative & ~hard  # (N, M): G; a NaN cosine is here
@@ -215,18 +215,16 @@ def loss_rows(
 
 
 def _unit_rows(x: Tensor) -> Tensor:
-    """x / |x| over the last axis; rows of zeros give 0, rows with NaN or an infinity NaN.
+    """x / |x| over the last axis; rows of zeros give 0, rows with NaN or an infinity all NaN.
 
     The row is first scaled by a power of two that brings its largest element to [1, 2): squares of
     1e-23 or 1e20 leave the range of float32. The scale is a constant, so the gradient is that of
     x / |x|; it is applied in two halves, since 2^149 itself is out of range.
     """
     peak = x.detach().abs().amax(-1, keepdim=True)  # (..., 1)
-    usable = (peak > 0) & (peak < math.inf)
-    power = torch.where(usable, peak, 1.0).log2().floor()
+    power = torch.where(peak == 0, 1.0, peak).log2().floor()
     half = (power / 2).floor()
-    y = x * torch.exp2(-half) * torch.exp2(half - power)
-    y = y * torch.where(peak < math.inf, 1.0, math.nan)
+    y = x * torch.exp2(-half) * torch.exp2(half - power)  # peak inf: half - power is NaN
     y = torch.where(peak == 0, 1.0, y)  # 1 in place of 0: sqrt has no derivative at 0
     return torch.where(peak == 0, 0.0, y / (y * y).sum(-1, keepdim=True).sqrt())
 

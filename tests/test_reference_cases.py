@@ -130,6 +130,14 @@ def test_membership_compares_in_float64_and_clips_the_cosine_at_one():
     assert (n_hard == 0).all()
 
 
+def test_no_threshold_or_range_exceeds_one_and_the_self_cosine_is_exactly_one():
+    z = views("gauss", 65, 33)[0].float()
+    assert reference.cosines(z, z, None, "query")[0].max() > 1  # by rounding
+    assert reference.threshold(z, z, None, "query", 1.0) <= 1
+    assert reference.row_range(z, z, None, "query")[1].max() == 1
+    assert (reference.cosines(z, z, None, "ntxent")[0].diag() == 1).all()
+
+
 def test_eps_may_be_one_for_each_row():
     z0, z1 = views("cluster", 9, 5)
     eps = torch.linspace(-1.1, 1.1, 18, dtype=torch.float64)
@@ -210,6 +218,16 @@ def test_tiny_and_huge_rows_keep_their_direction_and_true_gradient(dtype, scales
         torch.testing.assert_close(gradients(ours, scaled)[0] * scale, grad, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_at_the_ends_of_the_range_of_their_type_keep_their_direction(dtype):
+    info = torch.finfo(dtype)
+    _, z1 = views("gauss", 3, 4)
+    ones = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 0, 0, 1]], dtype=dtype)
+    plain = rows(ones, z1.to(dtype), None, 0.2)
+    for length in (2 / info.smallest_normal, info.smallest_normal, info.smallest_normal * info.eps):
+        assert torch.equal(rows(ones * length, z1.to(dtype), None, 0.2), plain)
+
+
 @pytest.mark.parametrize("variant", ["paper", "released"])
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 def test_nan_reaches_every_row_that_sees_it_and_no_other(bad, variant):
@@ -248,6 +266,7 @@ def test_without_negatives_loss_and_gradient_are_exactly_zero(mode, variant):
             z0, z1, negatives, f64(eps), tau, mode, 1.0, 0.1, variant
         )
         assert (loss == 0).all() and (n_hard == 0).all() and (share == 0).all()
+        assert not loss.signbit().any()  # a loss prints as 0, not -0
         assert all((grad == 0).all() for grad in gradients(loss, z0, z1, tau))
     assert rows(z0 * NAN, z1, negatives, 0.5, mode=mode).isnan().all()
     assert reference.threshold(z0, z1, negatives, mode, 0.5, "negatives").isnan()
@@ -257,8 +276,16 @@ def test_released_rows_with_everything_in_h_have_loss_and_gradient_zero():
     z0, z1 = leaves(*views("cluster", 9, 5))
     tau = f64(0.1).requires_grad_()
     loss = rows(z0, z1, None, -1.5, tau, variant="released")
-    assert (loss == 0).all()
+    assert (loss == 0).all() and not loss.signbit().any()
     assert all((grad == 0).all() for grad in gradients(loss, z0, z1, tau))
+
+
+def test_released_rows_report_no_share_of_the_denominator():
+    z0, z1 = views("cluster", 9, 5)
+    _, n_hard, share = reference.loss_rows(
+        z0, z1, None, f64(0.5), f64(0.1), "ntxent", variant="released"
+    )
+    assert (n_hard > 0).any() and (share == 0).all()
 
 
 def test_released_form_leaves_the_positive_out_unless_eps_is_infinite():
@@ -288,8 +315,8 @@ def test_an_empty_batch_has_no_rows_and_stays_in_the_graph(mode):
 def test_every_temperature_gives_finite_losses_and_derivatives(kind, tau):
     z0, z1 = leaves(*views(kind, 9, 5))
     for variant in ("paper", "released"):
-        for eps in (-1.5, 0.5, INF):
-            loss = rows(z0, z1, None, eps, tau, variant=variant)
+        for eps, tau_plus in [(-1.5, 0.1), (0.5, 0.1), (0.5, 0.0), (INF, 0.0)]:
+            loss = rows(z0, z1, None, eps, tau, tau_plus=tau_plus, variant=variant)
             (grad,) = torch.autograd.grad(loss.sum(), z0, create_graph=True)
             (second,) = gradients(grad.sum(), z0)
             assert loss.isfinite().all() and grad.isfinite().all() and second.isfinite().all()
@@ -303,6 +330,29 @@ def test_small_losses_keep_their_digits():
         loss = rows(z0, z1, negative, INF, tau, "shared")
         assert loss.item() == pytest.approx(math.log1p(math.exp(-2 / tau)), rel=1e-12)
         assert loss.item() > 0
+
+
+@pytest.mark.parametrize("tau", [2.0, 0.07, 0.066, 0.02, 0.0024, 0.001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_losses_do_not_overflow(dtype, tau):
+    """A positive opposite to the anchor and a negative equal to it: L = 2 / tau + a little."""
+    z0, z1, negative = (torch.tensor([[s, 0.0]], dtype=dtype) for s in (1.0, -3.0, 2.0))
+    (z0,) = leaves(z0)
+    for eps in (0.5, INF):  # alone in H, the negative is as in G: q = (1 - tau_plus e0) / ...
+        loss = rows(z0, z1, negative, eps, tau, "shared", tau_plus=0.0)
+        wanted = 2 / tau + math.log1p(math.exp(-2 / tau))
+        assert loss.item() == pytest.approx(wanted, rel=4 * torch.finfo(dtype).eps)
+        assert gradients(loss, z0)[0].isfinite().all()
+
+
+def test_a_clamped_row_whose_hardest_member_passes_the_positive_keeps_its_digits():
+    """m > 0 and S far below 1 at once: L = log1p(N_h exp(-(1 + c_p) / tau)) exactly."""
+    angle = torch.tensor([0.3, *[1.5] * 9], dtype=torch.float64)  # one near, nine far
+    negatives = torch.stack([angle.cos(), angle.sin()], 1)
+    z0, z1 = f64([[1.0, 0.0]]), f64([[math.cos(0.301), math.sin(0.301)]])
+    loss = rows(z0, z1, negatives, -1.5, 0.05, "shared", beta=0.0, tau_plus=0.9)
+    wanted = math.log1p(10 * math.exp(-(1 + math.cos(0.301)) / 0.05))
+    assert wanted < 1e-15 and loss.item() == pytest.approx(wanted, rel=1e-12)
 
 
 def test_half_inputs_are_computed_in_float32_and_float64_wins_a_mixture():
