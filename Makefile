@@ -21,8 +21,9 @@ venv: .venv/torch ## .venv with torch
 
 build: .venv/hex ## hex in .venv, from this folder, with all that its tests and examples import
 
+# Two processes with a thread each; tests that are about threads set their number themselves.
 test: lint ## lint, then the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: build ## what a formatter, a linter and a type checker can find
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@
 #include "ops.h"
 
 #include <inttypes.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -25,14 +26,21 @@ typedef struct {
 } call;
 
 /* Keeps the first error; returns false, so that checks can be chained with &&. */
-static bool fail(call *c, const char *text)
+__attribute__((format(printf, 2, 3))) static bool fail(call *c, const char *format, ...)
 {
-    if (!c->error[0])
-        snprintf(c->error, sizeof c->error, "%s", text);
+    if (!c->error[0]) {
+        va_list arguments;
+        va_start(arguments, format);
+        vsnprintf(c->error, sizeof c->error, format, arguments);
+        va_end(arguments);
+    }
     return false;
 }
 
-static bool ok(call *c, const char *core_error) { return core_error ? fail(c, core_error) : true; }
+static bool ok(call *c, const char *core_error)
+{
+    return core_error ? fail(c, "%s", core_error) : true;
+}
 
 static call begin(StableIValue *stack, int tensors)
 {
@@ -122,21 +130,19 @@ static bool inside_storage(AtenTensorHandle t, const view *v, int64_t element)
 static bool read_view(call *c, AtenTensorHandle t, const char *name, view *v)
 {
     int32_t device, dtype, layout;
-    char text[ERROR_SIZE];
     if (aoti_torch_get_device_type(t, &device) || aoti_torch_get_dtype(t, &dtype) ||
         aoti_torch_get_layout(t, &layout))
         return fail(c, SHIM_FAILED);
-    snprintf(text, sizeof text,
-             "%s: expected a dense CPU tensor of float64, float32, bfloat16 or float16", name);
     if (device != aoti_torch_device_type_cpu() || layout != aoti_torch_layout_strided() ||
         !read_dtype(dtype, &v->dtype))
-        return fail(c, text);
+        return fail(c, "%s: expected a dense CPU tensor of float64, float32, bfloat16 or float16",
+                    name);
     if (aoti_torch_get_dim(t, &v->dim) || aoti_torch_get_sizes(t, &v->size) ||
         aoti_torch_get_strides(t, &v->stride) || torch_get_const_data_ptr(t, &v->data))
         return fail(c, SHIM_FAILED);
-    snprintf(text, sizeof text,
-             "%s: its storage is smaller than its shape says (freed or resized?)", name);
-    return inside_storage(t, v, item_size(v->dtype)) ? true : fail(c, text);
+    if (!inside_storage(t, v, item_size(v->dtype)))
+        return fail(c, "%s: its storage is smaller than its shape says (freed or resized?)", name);
+    return true;
 }
 
 /* Numbers in float32 or float64: one, one for each of `rows`, or either. */
@@ -145,18 +151,14 @@ typedef enum { ONE = 1, EACH_ROW = 2 } numbers;
 static bool read_numbers(call *c, AtenTensorHandle t, const char *name, numbers allowed,
                          int64_t rows, hex_vector *out)
 {
+    static const char *const shapes[] = {"", "()", "(rows,)", "() or (rows,)"};
     view v;
-    char text[ERROR_SIZE];
     if (!read_view(c, t, name, &v))
         return false;
-    snprintf(text, sizeof text, "%s: expected float32 or float64 of shape %s", name,
-             allowed == ONE        ? "()"
-             : allowed == EACH_ROW ? "(rows,)"
-                                   : "() or (rows,)");
     const bool shape =
         v.dim == 0 ? allowed & ONE : v.dim == 1 && allowed & EACH_ROW && v.size[0] == rows;
     if ((v.dtype != HEX_F32 && v.dtype != HEX_F64) || !shape)
-        return fail(c, text);
+        return fail(c, "%s: expected float32 or float64 of shape %s", name, shapes[allowed]);
     *out = (hex_vector){v.data, v.dtype, v.dim == 1 ? v.stride[0] : 0};
     return true;
 }
@@ -166,45 +168,37 @@ static bool read_inputs(call *c, int first, int64_t mode, hex_problem *p)
 {
     static const char *const name[3] = {"z0", "z1", "negatives"};
     view v[3];
-    char text[ERROR_SIZE];
     if (mode < 0 || mode >= HEX_MODES)
         return fail(c, "mode: expected 0 to 4");
     for (int k = 0; k < 3; k++) {
-        const int64_t dim = k == 2 && mode == HEX_OWN ? 3 : 2;
+        const bool cube = k == 2 && mode == HEX_OWN;
+        const int64_t dim = cube ? 3 : 2;
         if (!read_view(c, c->in[first + k], name[k], &v[k]))
             return false;
-        snprintf(text, sizeof text, "%s: expected %" PRId64 " dimensions, got %" PRId64, name[k],
-                 dim, v[k].dim);
+        const int64_t *size = v[k].size, *stride = v[k].stride;
         if (v[k].dim != dim)
-            return fail(c, text);
-        snprintf(text, sizeof text, "%s: expected D = %" PRId64 " features, got %" PRId64, name[k],
-                 v[0].size[1], v[k].size[dim - 1]);
-        if (v[k].size[dim - 1] != v[0].size[1])
-            return fail(c, text);
+            return fail(c, "%s: expected %" PRId64 " dimensions, got %" PRId64, name[k], dim,
+                        v[k].dim);
+        if (size[dim - 1] != v[0].size[1])
+            return fail(c, "%s: expected D = %" PRId64 " features, got %" PRId64, name[k],
+                        v[0].size[1], size[dim - 1]);
+        const int64_t rows = cube ? size[0] * size[1] : size[0], inner = cube ? size[1] : rows;
         p->wide |= v[k].dtype == HEX_F64 && (k < 2 || mode >= HEX_SHARED);
-        p->input[k] = dim == 2 ? (hex_rows){v[k].data,
-                                            v[k].dtype,
-                                            v[k].size[0],
-                                            v[k].size[0] + (v[k].size[0] == 0),
-                                            0,
-                                            v[k].stride[0],
-                                            v[k].stride[1]}
-                               : (hex_rows){v[k].data,
-                                            v[k].dtype,
-                                            v[k].size[0] * v[k].size[1],
-                                            v[k].size[1] + (v[k].size[1] == 0),
-                                            v[k].stride[0],
-                                            v[k].stride[1],
-                                            v[k].stride[2]};
+        p->input[k] = (hex_rows){.data = v[k].data,
+                                 .dtype = v[k].dtype,
+                                 .rows = rows,
+                                 .inner = inner > 0 ? inner : 1, /* it divides */
+                                 .outer = cube ? stride[0] : 0,
+                                 .row = stride[dim - 2],
+                                 .col = stride[dim - 1]};
     }
     p->mode = (hex_mode)mode;
     p->B = v[0].size[0];
     p->D = v[0].size[1];
     p->K = mode == HEX_OWN ? v[2].size[1] : v[2].size[0];
-    snprintf(text, sizeof text, "z1: expected as many rows as z0, %" PRId64 ", got %" PRId64, p->B,
-             v[1].size[0]);
     if (v[1].size[0] != p->B)
-        return fail(c, text);
+        return fail(c, "z1: expected as many rows as z0, %" PRId64 ", got %" PRId64, p->B,
+                    v[1].size[0]);
     if (mode == HEX_OWN && v[2].size[0] != p->B)
         return fail(c, "negatives: expected (B, K, D) with the B of z0");
     if (mode < HEX_SHARED && p->K != 0)
