@@ -34,8 +34,7 @@ typedef enum { HEX_PAPER, HEX_RELEASED, HEX_VARIANTS } hex_variant;
  * i is, with e = exp((c - shift) / tau) and b = exp(beta (c - shift) / tau):  rest e on G(i),  b
  * (hard_e e - hard) on H(i). */
 enum {
-    HEX_STAT_EPS, /* the threshold used, rounded towards -inf to the compute type; +inf where eps >=
-                     1 */
+    HEX_STAT_EPS,   /* the threshold used, rounded down to the compute type */
     HEX_STAT_SHIFT, /* largest cosine of the row (of G(i) in the released variant) */
     HEX_STAT_REST,  /* see above; these three carry 1 / tau */
     HEX_STAT_HARD_E,

@@ -46,6 +46,10 @@ static inline hex_power power_of(double beta)
     return beta == 0 ? POWER_0 : beta == 1 ? POWER_1 : POWER_ANY;
 }
 
+/* eps >= 1 means H empty, though rounding takes some cosines past 1: then none may reach it. +inf
+ * stays, for it also means InfoNCE in the released variant. */
+static inline double within_reach(double eps) { return eps >= 1 && eps < INFINITY ? 2 : eps; }
+
 static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 /* Cache-line aligned, never NULL for zero elements. The sizes come from tensors that exist, so the
