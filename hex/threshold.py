@@ -325,7 +325,7 @@ class ThresholdTracker(nn.Module):
         self._epoch_set = int(self.epoch) >= 0
 
     def _state(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Whether it is warm-up, the stored value (a copy), whether there was no update yet."""
+        """Whether it is warm-up, a copy of the stored value, whether there was no update yet."""
         stored = self.value_bits.clone().view(torch.float64)
         warm = self.epoch.clamp(min=0) < self.options["warmup_epochs"]
         return warm.to(device), stored.to(device), (self.updates == 0).to(device)

@@ -156,8 +156,10 @@ def test_reset_forgets_everything_but_the_options():
     assert state(tracker) != fresh and tracker.history
     tracker.reset()
     assert state(tracker) == fresh and tracker.history == []
-    with pytest.warns(UserWarning, match="set_epoch was never called"):
-        assert tracker.update(f64(0.5), store=True).item() == INF
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="set_epoch was never called"):
+            assert tracker.update(f64(0.5), store=True).item() == INF
+        tracker.reset()
 
 
 def test_history_has_the_value_at_the_end_of_each_epoch():
@@ -284,7 +286,7 @@ def test_stopped_and_resumed_at_any_step_the_trajectory_is_the_same_bit_for_bit(
         tracker = way(tracker)
         assert same(eps + run(tracker, stop), wanted)
         assert state(tracker) == state(whole)
-        assert tracker.history == whole.history
+        assert repr(tracker.history) == repr(whole.history)  # 1 and not 1.0
 
 
 def test_a_state_dict_holds_tensors_only_and_a_loaded_one_is_a_copy():
