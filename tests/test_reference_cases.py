@@ -175,8 +175,10 @@ def test_a_tie_with_the_floor_takes_the_unclamped_branch():
 def test_a_threshold_or_temperature_that_is_no_number_gives_nan(variant):
     z0, z1 = leaves(*views("gauss", 5, 3))
     for eps, tau in [(NAN, 0.1), (0.2, NAN), (0.2, 0.0), (0.2, -0.1)]:
-        loss = rows(z0, z1, None, eps, tau, variant=variant)
-        assert loss.isnan().all()
+        loss, n_hard, share = reference.loss_rows(
+            z0, z1, None, f64(eps), f64(tau), "ntxent", variant=variant
+        )
+        assert loss.isnan().all() and n_hard.isnan().all() and share.isnan().all()
         assert all(grad.isnan().all() for grad in gradients(loss, z0, z1))
     eps = torch.full((10,), 0.2)
     eps[3] = NAN
@@ -261,7 +263,7 @@ def test_without_negatives_loss_and_gradient_are_exactly_zero(mode, variant):
     B = 4 if mode in ("shared", "own") else 1
     z0, z1, negatives = leaves(*batch("gauss", B, 5, mode, K=0))
     tau = f64(0.1).requires_grad_()
-    for eps in (-1.5, 0.5, INF, NAN):
+    for eps in (-1.5, 0.5, INF):
         loss, n_hard, share = reference.loss_rows(
             z0, z1, negatives, f64(eps), tau, mode, 1.0, 0.1, variant
         )
@@ -270,6 +272,8 @@ def test_without_negatives_loss_and_gradient_are_exactly_zero(mode, variant):
         assert not loss.signbit().any() and not opposite.signbit().any()  # prints as 0, not -0
         assert all((grad == 0).all() for grad in gradients(loss, z0, z1, tau))
     assert rows(z0 * NAN, z1, negatives, 0.5, mode=mode).isnan().all()
+    assert rows(z0, z1, negatives, NAN, mode=mode).isnan().all()
+    assert rows(z0, z1, negatives, 0.5, 0.0, mode=mode).isnan().all()
     assert reference.threshold(z0, z1, negatives, mode, 0.5, "negatives").isnan()
 
 
