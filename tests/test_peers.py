@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: MIT
+"""With the local term off, values and gradients are those of the losses that people use today.
+
+Peers: lightly, pytorch-metric-learning and info-nce-pytorch from PyPI, each skipped where it is not
+installed, and torch's cross-entropy on logits as SimCLR, MoCo and CLIP code bases write it. Ours
+are `InfoNCELoss` and `HEXLoss` without threshold: in float32 to 1e-5 on a batch with a loss of the
+usual size, and in float64 to 1e-8 where the loss is small or the rows are nearly one. There the
+float32 of the peers is not enough, for their gradient is a softmax minus 1.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import problem
+from torch import Tensor
+
+from hex import HEXLoss, InfoNCELoss
+
+B, D, K = 37, 19, 53
+TEMPERATURES = (0.07, 0.1, 0.5)
+
+pytestmark = [
+    pytest.mark.parametrize("kind", ("gauss", "cluster", "near_collapsed")),
+    pytest.mark.parametrize("tau", TEMPERATURES),
+    pytest.mark.parametrize("ours", (InfoNCELoss, lambda *a, **k: HEXLoss(*a, threshold=None, **k)),
+                            ids=("InfoNCELoss", "HEXLoss")),
+]  # fmt: skip
+
+
+def inputs(kind: str, mode: str) -> tuple[Tensor, ...]:
+    dtype = torch.float32 if kind == "gauss" else torch.float64
+    return problem(kind, B, D, mode, K=K, dtype=dtype).inputs
+
+
+def value_and_gradients(loss, *z: Tensor) -> tuple[Tensor, ...]:
+    z = [x.clone().requires_grad_() for x in z]
+    value = loss(*z)
+    return value.detach(), *torch.autograd.grad(value, z)
+
+
+def check(ours, peer, *z: Tensor) -> None:
+    """To a part of the value, and of the largest element of each gradient."""
+    for a, b in zip(value_and_gradients(ours, *z), value_and_gradients(peer, *z), strict=True):
+        assert a.dtype == b.dtype
+        assert b.abs().max() > 0
+        torch.testing.assert_close(a, b, rtol=0, atol=part(b) * b.abs().max().item())
+
+
+def part(values: Tensor) -> float:
+    return 1e-5 if values.dtype == torch.float32 else 1e-8
+
+
+# ---- lightly ------------------------------------------------------------------------------------
+
+
+def test_lightly_ntxent(kind, tau, ours):
+    lightly = pytest.importorskip("lightly.loss", exc_type=ImportError)
+    check(ours(tau), lightly.NTXentLoss(tau), *inputs(kind, "ntxent"))
+
+
+def test_lightly_ntxent_with_a_memory_bank(kind, tau, ours):
+    lightly = pytest.importorskip("lightly.loss", exc_type=ImportError)
+    z0, z1, queue = inputs(kind, "shared")
+    peer = lightly.NTXentLoss(tau, memory_bank_size=(K, D))
+    peer.memory_bank.bank = F.normalize(queue)
+    check(lambda z0, z1: ours(tau)(z0, z1, queue), peer, z0, z1)
+
+
+# ---- pytorch-metric-learning ---------------------------------------------------------------------
+
+
+def test_pytorch_metric_learning_ntxent_with_labels(kind, tau, ours):
+    losses = pytest.importorskip("pytorch_metric_learning.losses", exc_type=ImportError)
+    peer, labels = losses.NTXentLoss(tau), torch.arange(B).repeat(2)
+    check(ours(tau), lambda z0, z1: peer(torch.cat([z0, z1]), labels), *inputs(kind, "ntxent"))
+
+
+@pytest.mark.parametrize("name", ("NTXentLoss", "SupConLoss"))  # one positive: one and the same
+def test_pytorch_metric_learning_self_supervised(name, kind, tau, ours):
+    losses = pytest.importorskip("pytorch_metric_learning.losses", exc_type=ImportError)
+    peer = losses.SelfSupervisedLoss(getattr(losses, name)(temperature=tau))
+    check(ours(tau), peer, *inputs(kind, "ntxent"))
+
+
+def test_pytorch_metric_learning_self_supervised_in_one_direction(kind, tau, ours):
+    losses = pytest.importorskip("pytorch_metric_learning.losses", exc_type=ImportError)
+    peer = losses.SelfSupervisedLoss(losses.NTXentLoss(tau), symmetric=False)
+    check(ours(tau, mode="query"), peer, *inputs(kind, "query"))
+
+
+# ---- info-nce-pytorch ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ("mean", "sum"))
+@pytest.mark.parametrize(
+    "mode, negative_mode", (("query", "unpaired"), ("shared", "unpaired"), ("own", "paired"))
+)
+def test_info_nce_pytorch(mode, negative_mode, reduction, kind, tau, ours):
+    info_nce = pytest.importorskip("info_nce")
+    peer = info_nce.InfoNCE(tau, reduction, negative_mode)
+    check(ours(tau, mode="query", reduction=reduction), peer, *inputs(kind, mode))
+
+
+# ---- cross-entropy on logits, as code bases write it ---------------------------------------------
+
+
+def test_simclr_by_a_masked_cross_entropy(kind, tau, ours):
+    def peer(z0: Tensor, z1: Tensor) -> Tensor:
+        z = F.normalize(torch.cat([z0, z1]))
+        logits = (z @ z.T / tau).masked_fill(torch.eye(2 * B, dtype=torch.bool), -torch.inf)
+        return F.cross_entropy(logits, torch.arange(2 * B).roll(B))
+
+    check(ours(tau), peer, *inputs(kind, "ntxent"))
+
+
+def test_moco_by_a_cross_entropy_over_the_positive_and_a_queue(kind, tau, ours):
+    z0, z1, queue = inputs(kind, "shared")
+    queue = F.normalize(queue).T.contiguous()  # (D, K), as MoCo keeps it
+
+    def peer(z0: Tensor, z1: Tensor) -> Tensor:
+        q, k = F.normalize(z0), F.normalize(z1)
+        logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue], 1) / tau
+        return F.cross_entropy(logits, torch.zeros(B, dtype=torch.int64))
+
+    check(lambda z0, z1: ours(tau)(z0, z1, queue.T), peer, z0, z1)
+
+
+def test_moco_v3_is_2_tau_times_the_loss_of_one_direction(kind, tau, ours):
+    def peer(z0: Tensor, z1: Tensor) -> Tensor:
+        logits = F.normalize(z0) @ F.normalize(z1).T / tau
+        return F.cross_entropy(logits, torch.arange(B)) * (2 * tau)
+
+    query = ours(tau, mode="query")
+    check(lambda z0, z1: 2 * tau * query(z0, z1), peer, *inputs(kind, "query"))
+
+
+def test_clip_with_its_learned_scale(kind, tau, ours):
+    def peer(image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor:
+        image, text, labels = F.normalize(image), F.normalize(text), torch.arange(B)
+        per_image = log_scale.exp() * image @ text.T
+        return (F.cross_entropy(per_image, labels) + F.cross_entropy(per_image.T, labels)) / 2
+
+    cross = ours(mode="cross")
+    image, text = inputs(kind, "cross")
+    check(
+        lambda image, text, log_scale: cross(image, text, temperature=1 / log_scale.exp()),
+        peer,
+        image,
+        text,
+        torch.tensor(1 / tau, dtype=image.dtype).log(),
+    )
+
+
+def test_none_reduction_is_the_cross_entropy_of_each_row(kind, tau, ours):
+    z0, z1 = inputs(kind, "query")
+    logits = F.normalize(z0) @ F.normalize(z1).T / tau
+    rows = F.cross_entropy(logits, torch.arange(B), reduction="none")
+    ours_rows = ours(tau, mode="query", reduction="none")(z0, z1)
+    torch.testing.assert_close(ours_rows, rows, rtol=0, atol=part(rows) * rows.max().item())
