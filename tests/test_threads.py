@@ -71,7 +71,7 @@ def python(code: str, timeout: float) -> str:
 
 
 FORK = """
-import os, torch
+import os, signal, torch
 from hex import HEXLoss
 
 def threads():
@@ -89,9 +89,10 @@ before = threads()
 expected = step()
 assert threads() > before, "the parent used one thread only"
 children = []
-for _ in range(3):
+for _ in range(2):
     read, write = os.pipe()
     if (child := os.fork()) == 0:
+        signal.alarm(60)  # ends a child that waits for threads it has not
         try:
             os.write(write, b"same" if step() == expected else b"other")
         finally:
@@ -105,7 +106,7 @@ print("same" if step() == expected else "other")
 
 
 def test_children_forked_after_parallel_work_compute_the_same_bits():
-    assert python(FORK, timeout=120).split() == ["same"] * 4  # three children, then the parent
+    assert python(FORK, timeout=120).split() == ["same"] * 3  # two children, then the parent
 
 
 MEMORY = """
