@@ -9,6 +9,9 @@ TORCHVISION ?= torchvision==0.28.0
 
 BIN := $(CURDIR)/.venv/bin
 C_FILES := $(wildcard csrc/*.[ch] csrc/cpu/*.[ch] csrc/cpu/*.inc) tests/abi_check.cpp
+# Two processes with a thread each, and a file to one of them: test_build.py builds once for all its
+# tests. Tests that are about threads set their number themselves.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
@@ -21,9 +24,8 @@ venv: .venv/torch ## .venv with torch
 
 build: .venv/hex ## hex in .venv, from this folder, with all that its tests and examples import
 
-# Two processes with a thread each; tests that are about threads set their number themselves.
 test: lint ## lint, then the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(PYTEST)
 
 lint: build ## what a formatter, a linter and a type checker can find
 	$(BIN)/ruff check .
@@ -36,16 +38,18 @@ format: build ## let ruff and clang-format rewrite the sources
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(C_FILES)
 
-# In a copy of the sources, with the extension built for it. The preloaded C++ library is for the
-# sanitizer: it looks for the function that throws exceptions once, when it starts. Leaks: Python
-# and torch keep memory until the end.
+# In a copy of the sources, with an extension of its own; without the tests that never enter it. The
+# C++ library is preloaded since the sanitizer looks once, at the start, for what throws exceptions.
+# Leaks are not looked for: Python and torch keep memory until the end. A report ends the process,
+# and pytest's default capture would lose it.
 sanitize: build ## the tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	git ls-files -z | xargs -0 cp --parents --target-directory=build/sanitize
 	cd build/sanitize && HEX_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --inplace
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
-	    $(BIN)/python -m pytest --ignore=tests/test_build.py
+	    $(PYTEST) --capture=sys --ignore-glob='*/test_build.py' --ignore-glob='*/test_abi.py' \
+	    --ignore-glob='*/test_reference*.py'
 
 demo: build ## train on handwritten digits, with InfoNCE and with HEX: three minutes, with pictures
 	$(BIN)/python examples/demo.py
@@ -79,5 +83,5 @@ clean: ## remove what was built, .venv included
 	@touch $@
 
 .venv/hex: .venv/torch setup.py pyproject.toml $(wildcard csrc/*.[ch] csrc/cpu/*)
-	$(PIP) --no-build-isolation --editable '.[examples,test,dev]' '$(TORCH)' '$(TORCHVISION)'
+	@PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --editable '.[examples,test,dev]' '$(TORCH)' '$(TORCHVISION)'
 	@touch $@

@@ -166,8 +166,8 @@ def loss_rows(
 
     Returns:
         loss (N,), n_hard (N,) = N_h, share (N,) = Q_i over the row's denominator (0 for
-        "released", where H is not repelled). The last two carry no gradient. A row without
-        negatives has loss 0 and gradient 0 for every eps.
+        "released", where H is not repelled). The last two carry no gradient; both are NaN where
+        eps or tau gives NaN. A row without negatives has loss 0 and gradient 0.
 
     Raises:
         ValueError: mode or variant is unknown.
@@ -176,15 +176,16 @@ def loss_rows(
     c, p, is_negative = cosines(z0, z1, negatives, mode)  # (N, M), (N,), (N, M)
     tau = tau.to(c)
     tau = tau * torch.where(tau > 0, 1.0, math.nan)  # a factor: the gradient is NaN too
-    if _negatives_in_a_row(c, mode) <= 0:
-        loss = 0 * p / tau + 0  # (N,), in the graph, NaN for NaN input, never -0
-        return loss, torch.zeros_like(loss), loss.detach()
-
     eps = eps.reshape(-1, 1)  # (N, 1) or (1, 1)
+    known = torch.where(eps.isnan() | tau.isnan(), math.nan, 1.0).to(c).squeeze(1)  # (N,) or (1,)
+    p = p * known  # (N,)
+    if _negatives_in_a_row(c, mode) <= 0:
+        none = torch.zeros_like(p) * known  # (N,)
+        return 0 * p / tau + 0, none, none  # in the graph, NaN for NaN input, never -0
+
     wide = torch.promote_types(c.dtype, eps.dtype)  # float32 would round a float64 eps
     hard = is_negative & (c.detach().clamp(max=1).to(wide) > eps.to(wide))  # (N, M): H
     rest = is_negative & ~hard  # (N, M): G; a NaN cosine is here
-    p = p * torch.where(eps.isnan(), math.nan, 1.0).to(c).squeeze(1)  # (N,)
     d = (c - p[:, None]) / tau  # (N, M)
     n_h = hard.sum(1).to(c)  # (N,)
 
@@ -210,8 +211,8 @@ def loss_rows(
         log_sum = g + torch.log(torch.where(some, total, 1.0)) + constant  # (N,)
         plain = (eps == math.inf).squeeze(1)  # (N,) or (1,): the warm-up of the authors is InfoNCE
         loss = torch.where(plain, loss, torch.where(some, log_sum, 0 * p / tau + 0))
-        share = 0 * loss.detach() + 0
-    return loss, n_h, share
+        share = torch.where(plain, share, torch.zeros_like(n_h) * known)  # (N,)
+    return loss, n_h * known, share
 
 
 def _unit_rows(x: Tensor) -> Tensor:

@@ -288,9 +288,7 @@ class ThresholdTracker(nn.Module):
         """
         if torch.compiler.is_compiling() or self.over != "all" or not self.adaptive_rule:
             return
-        above = (
-            n_row - 1 - round(self.quantile * (n_row - 1))
-        )  # elements greater than the one taken
+        above = n_row - 1 - round(self.quantile * (n_row - 1))  # elements after the one taken
         if n_row < 1 or above > int(has_self):
             return
         taken = (

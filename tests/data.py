@@ -61,8 +61,7 @@ def views(kind: str, B: int, D: int, seed: int = 0) -> tuple[Tensor, Tensor]:
             z = direction * length
         elif kind == "zero_rows":
             z = inputs("gauss", B, D, seed)
-            z[B // 2] = 0
-            z[B + B // 3] = 0
+            z[[B // 2, B + B // 3] if B else []] = 0
         elif kind == "clamped":
             a = r.standard_normal((B, D))
             z = np.concatenate([a, a + 0.02 * r.standard_normal((B, D))]) * length

@@ -22,7 +22,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 X86 = platform.machine() == "x86_64"
-pytestmark = pytest.mark.xdist_group("build")  # one build, whatever the number of workers
 FOLDERS = ("csrc", "hex", "tests")
 GENERATED = shutil.ignore_patterns("__pycache__", "*.so")
 

@@ -5,6 +5,7 @@ Each case is a fresh Python without site-packages (-I -S), given a copy of the p
 needs one, a stand-in for torch: a torch/__init__.py that loads a libtorch_cpu.so made here.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -47,7 +48,7 @@ def add_libtorch(site, functions, body="return 0;"):
     (site / "libtorch_cpu.so").rename(site / "torch/libtorch_cpu.so")
 
 
-def python(site, code, environment=None):
+def python(site, code, **environment):
     """The last line that a fresh Python prints, on either stream."""
     run = subprocess.run(
         [
@@ -60,7 +61,7 @@ def python(site, code, environment=None):
         capture_output=True,
         text=True,
         cwd=site,
-        env=environment,
+        env=os.environ | environment,
     )
     return (run.stdout + run.stderr).strip().rpartition("\n")[2]
 
@@ -121,7 +122,7 @@ def test_torch_refuses_the_operators(site):
 
 def test_an_unknown_instruction_set_is_asked_for(site):
     add_libtorch(site, FUNCTIONS)
-    assert python(site, "import hex", {"HEX_ISA": "mmx"}) == (
+    assert python(site, "import hex", HEX_ISA="mmx") == (
         "ImportError: HEX_ISA=mmx: expected base, avx2 or avx512"
     )
 

@@ -14,7 +14,6 @@ from torch import nn
 
 from hex import ThresholdTracker
 
-STATE = ("value_bits", "epoch", "updates", "skipped")
 CANDIDATES = [0.9, 0.8, NAN, 0.85, -INF, 0.3, 0.30000000000000004, 0.7, INF, 0.1, 0.65, -0.2]
 OPTIONS = [
     {},
@@ -28,7 +27,7 @@ OPTIONS = [
 
 
 def state(tracker) -> list[int]:
-    return [int(getattr(tracker, name)) for name in STATE]
+    return [int(buffer) for buffer in tracker.buffers()]  # value_bits, epoch, updates, skipped
 
 
 def run(tracker, start=0, stop=None) -> list[float]:

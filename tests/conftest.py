@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: MIT
+"""What the tests of the kernels share: a batch with its options as one object, the comparison with
+plain PyTorch from which every tolerance follows, and the settings of the run.
+
+The batches themselves are in data.py, the plain PyTorch is hex/reference.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from typing import Any, NamedTuple
+
+import hypothesis
+import pytest
+import torch
+from data import batch, eps_in_a_gap, f64
+from torch import Tensor
+
+from hex import hex_loss, ops, reference
+
+try:
+    import torchvision  # noqa: F401
+except RuntimeError as error:
+    # lightly imports torchvision, whose compiled operators must be of torch's own build. Where they
+    # are not (a CPU torch beside the CUDA torchvision) its Python cannot be imported for want of
+    # these two schemas, which nothing here calls.
+    if "torchvision::nms" not in str(error):
+        raise
+    torchvision_schemas = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        schema = f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        torchvision_schemas.define(schema)
+
+hypothesis.settings.register_profile(
+    "fixed", derandomize=True, deadline=None, database=None, max_examples=60
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+torch.set_num_threads(1)  # the tensors are small; test_threads.py takes more
+
+DEVICES = ("cpu",)  # those with kernels
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NAMES = ("z0", "z1", "negatives", "tau")
+
+
+@pytest.fixture(params=DEVICES)
+def device(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+class Result(NamedTuple):
+    loss: Tensor
+    grads: dict[str, Tensor]  # by name, of those there are
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One call of the loss; its repr names it without the tensors."""
+
+    # z0, z1 and, in modes "shared" and "own", negatives
+    inputs: tuple[Tensor, ...] = dataclasses.field(repr=False)
+    mode: str = "ntxent"  # one of data.MODES
+    batch: str = ""  # which one it is, for messages
+    eps: Tensor = dataclasses.field(default_factory=lambda: f64(math.inf))  # 0-d or (N,)
+    tau: float = 0.1
+    beta: float = 1.0
+    tau_plus: float = 0.1
+    variant: str = "paper"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*NAMES[: len(self.inputs)], "tau")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That the loss is computed in."""
+        wide = any(z.dtype == torch.float64 for z in self.inputs)
+        return torch.float64 if wide else torch.float32
+
+    @property
+    def rows(self) -> int:
+        return self.inputs[0].shape[0] * (2 if self.mode in ("ntxent", "cross") else 1)
+
+    @property
+    def condition(self) -> float:
+        """Of the debiasing, r - tau_plus e_0 over 1 - tau_plus."""
+        return 1.0 if self.variant == "released" else (1 + self.tau_plus) / (1 - self.tau_plus)
+
+    def grad_output(self) -> Tensor:
+        """Of the rows: numbers of both signs."""
+        values = torch.randn(self.rows, generator=torch.Generator().manual_seed(0))
+        return values.to(self.inputs[0].device, self.dtype)
+
+    def loss(self, *inputs: Tensor, tau: Tensor | None = None, reduction: str = "none") -> Tensor:
+        """By the kernels, of these inputs instead of its own."""
+        return hex_loss(
+            *inputs,
+            eps=self.eps,
+            temperature=self.tau if tau is None else tau,
+            beta=self.beta,
+            tau_plus=self.tau_plus,
+            variant=self.variant,
+            mode=self.mode if self.mode in ("ntxent", "query", "cross") else "ntxent",
+            reduction=reduction,
+        )
+
+    def reference(self, *inputs: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """By plain PyTorch: loss, |H| and share of each row."""
+        padded = (*inputs, None)[:3]
+        return reference.loss_rows(
+            *padded, self.eps, tau, self.mode, self.beta, self.tau_plus, self.variant
+        )
+
+    def _result(self, loss: Any, inputs: list[Tensor], grad: Tensor | None) -> Result:
+        inputs = [z.detach().clone().requires_grad_() for z in inputs]
+        tau = f64(self.tau).to(inputs[0].device).requires_grad_()
+        value = loss(*inputs, tau=tau)
+        grad = self.grad_output() if grad is None else grad
+        grads = torch.autograd.grad(value, (*inputs, tau), grad.to(value))
+        return Result(value.detach(), dict(zip(self.names, grads, strict=True)))
+
+    def ours(self, grad: Tensor | None = None) -> Result:
+        """Loss of each row and gradients, by the kernels."""
+        return self._result(self.loss, list(self.inputs), grad)
+
+    def plain(self, dtype: torch.dtype, grad: Tensor | None = None) -> Result:
+        """The same by plain PyTorch in `dtype`, on the same numbers."""
+        inputs = [z.to(dtype) for z in self.inputs]
+        return self._result(lambda *z, tau: self.reference(*z, tau=tau)[0], inputs, grad)
+
+    def raw(self) -> tuple[Any, ...]:
+        """The arguments of torch.ops.hex.forward, reduction "none"."""
+        z0 = self.inputs[0]
+        return (
+            *(*self.inputs, z0.new_empty((0, z0.shape[1])))[:3],
+            self.eps,
+            f64(self.tau),
+            ops.MODES[self.mode],
+            ops.REDUCTIONS["none"],
+            ops.VARIANTS[self.variant],
+            self.beta,
+            self.tau_plus,
+        )
+
+    def with_(self, **changes: Any) -> Problem:
+        return dataclasses.replace(self, **changes)
+
+
+def problem(
+    kind: str = "gauss",
+    B: int = 13,
+    D: int = 7,
+    mode: str = "ntxent",
+    *,
+    K: int = 11,
+    seed: int = 0,
+    dtype: torch.dtype | tuple[torch.dtype, ...] = torch.float64,
+    device: str = "cpu",
+    near: float = 0.3,
+    **options: Any,
+) -> Problem:
+    """A batch of data.py, with eps where no cosine is, close to `near`; dtype: one, or of each.
+
+    Where there is no gap, cosines that are all alike or, with one feature, all 1 or -1, eps is 0.5.
+    """
+    tensors = [z for z in batch(kind, B, D, mode, K, seed) if z is not None]
+    dtypes = dtype if isinstance(dtype, tuple) else (dtype,) * 3
+    inputs = tuple(z.to(device, t) for z, t in zip(tensors, dtypes, strict=False))
+    if "eps" not in options:
+        c, _, negative = reference.cosines(*(*(z.double() for z in inputs), None)[:3], mode)
+        spread = "collapsed" not in kind and D > 1 and negative.sum() > 1
+        options["eps"] = eps_in_a_gap(c[negative], near) if spread else f64(0.5).to(device)
+    name = f"{kind} {B} x {D}, seed {seed}, " + " ".join(str(z.dtype)[6:] for z in inputs)
+    return Problem(inputs, mode, name, **options)
+
+
+def eps_of_each_row(p: Problem) -> Problem:
+    """The same with a threshold of its own for each row, where no cosine is."""
+    inputs = (*(z.double() for z in p.inputs), None)[:3]
+    c, _, negative = reference.cosines(*inputs, p.mode)
+    near = torch.linspace(-0.4, 0.9, p.rows)
+    eps = [eps_in_a_gap(c[i][negative[i]], near[i].item()) for i in range(p.rows)]
+    return p.with_(eps=torch.stack(eps))
+
+
+def at_the_floor(p: Problem) -> Tensor:
+    """Rows (bool) with hard negatives whose debiased sum is below the floor, letter by letter."""
+    inputs = (*(z.double() for z in p.inputs), None)[:3]
+    c, positive, negative = reference.cosines(*inputs, p.mode)
+    hard = negative & (c > p.eps.reshape(-1, 1))
+    count = hard.sum(1)
+    weights = torch.where(hard, torch.exp(p.beta * c / p.tau), 0.0)
+    mean = (weights * torch.exp(c / p.tau)).sum(1) / weights.sum(1)
+    debiased = (mean - p.tau_plus * torch.exp(positive / p.tau)) / (1 - p.tau_plus)
+    return (count > 0) & (debiased < math.exp(-1 / p.tau))
+
+
+# ---- tolerances ---------------------------------------------------------------------------------
+
+
+def assert_as_good_as_torch(
+    ours: Tensor,
+    same_dtype: Tensor,
+    truth: Tensor,
+    *,
+    tau: float,
+    dtype: torch.dtype | None = None,
+    condition: float = 1.0,
+    scale: float = 0.0,
+    about: object = None,
+) -> None:
+    """Ours may err twice what plain PyTorch errs on the same numbers, and a rounding error more.
+
+    truth: plain PyTorch in float64. same_dtype: plain PyTorch in the dtype that ours computes in,
+    which is `dtype` where the two tensors do not say so.
+
+    The rounding error: 4 ulp of the largest value; or, where tau makes more of it, what cosines
+    with an error of one ulp of 1 give: that over tau, times the condition of the debiasing.
+    `scale` is the size of the terms whose sum the value is: where they cancel (a collapsed batch,
+    whose gradient is nearly 0), an ulp of them. float64 has no wider truth beside it: there the
+    contract's 1e-12 from tau = 0.05 on stands for both. A gradient in a dtype narrower than that of
+    the computation is, besides, rounded once.
+    """
+    assert ours.shape == truth.shape, about
+    if ours.numel() == 0:
+        return
+    dtype = dtype or same_dtype.dtype
+    if dtype == torch.float64:
+        ulp, relative = 1e-12, 1e-12 * max(1, 0.05 / tau)
+    else:
+        ulp = torch.finfo(dtype).eps
+        relative = ulp * max(4, 1 / tau)
+    allowed = 2 * (same_dtype.double() - truth).abs().max()
+    allowed = allowed + condition * relative * truth.abs().max()
+    allowed = allowed + ulp * scale + torch.finfo(dtype).tiny / tau
+    if ours.dtype not in (dtype, torch.float64):
+        info = torch.finfo(ours.dtype)
+        subnormal = info.tiny * info.eps  # the spacing of those
+        allowed = allowed + (truth.abs() * info.eps + subnormal) / 2
+    error = (ours.double() - truth).abs()
+    assert error.isfinite().all(), about
+    excess = (error / allowed).max().item()
+    assert excess <= 1, f"{excess:.3g} times the error allowed, {about}"
+
+
+def check_loss(p: Problem) -> None:
+    """The loss of each row, |H| and share, against plain PyTorch."""
+    loss, stats = torch.ops.hex.forward(*p.raw())
+    assert loss.dtype == stats.dtype == p.dtype
+    same, truth = (
+        p.reference(*(z.to(t) for z in p.inputs), tau=f64(p.tau)) for t in (p.dtype, torch.float64)
+    )
+    assert torch.equal(stats[ops._COUNT].double(), truth[1].double()), p
+    named = {"loss": (loss, same[0], truth[0]), "share": (stats[ops._SHARE], same[2], truth[2])}
+    for name, tensors in named.items():
+        assert_as_good_as_torch(
+            *tensors, tau=p.tau, dtype=p.dtype, condition=p.condition, about=(name, p)
+        )
+
+
+def check_gradients(p: Problem, grad: Tensor | None = None) -> None:
+    """Every gradient against plain PyTorch."""
+    ours, same, truth = p.ours(grad), p.plain(p.dtype, grad), p.plain(torch.float64, grad)
+    grad = (p.grad_output() if grad is None else grad).double()
+    # What the weights of a row, the dL/dc, add up to: the negatives' to S / (tau (e_0 + S)) =
+    # (1 - exp(-L)) / tau before debiasing.
+    mass = 1.0 if p.variant == "released" else -torch.expm1(-truth.loss)
+    mass = mass / p.tau * p.condition * grad.abs()
+    for name, z in zip(p.names, (*p.inputs, None), strict=True):
+        if z is None:
+            scale = mass.sum().item() / p.tau
+        else:
+            length = z.double().norm(dim=-1)
+            scale = (mass.max() / length[length > 0].min()).item() if length.any() else 0.0
+        assert ours.grads[name].dtype == (torch.float64 if z is None else z.dtype)
+        assert_as_good_as_torch(
+            ours.grads[name],
+            same.grads[name],
+            truth.grads[name],
+            tau=p.tau,
+            dtype=p.dtype,
+            condition=p.condition,
+            scale=scale,
+            about=(name, p),
+        )

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: MIT
+"""What the documents say is true: their code runs, their links and names lead somewhere."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import hex
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+README = (ROOT / "README.md").read_text()
+MODULES = sorted(m.name for m in pkgutil.iter_modules(hex.__path__) if m.name != "_C")
+
+
+def named(path):
+    return str(path.relative_to(ROOT))
+
+
+def blocks(text, language):
+    """The fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def section(title):
+    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL)[1]
+
+
+def anchors(path):
+    """The names GitHub gives to a document's headings."""
+    titles = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=named)
+def test_python_in_the_documents_runs(path):
+    torch.manual_seed(0)
+    names = {}
+    for source in blocks(path.read_text(), "python"):
+        exec(compile(source, str(path), "exec"), names)
+
+
+def test_the_readme_has_python_to_run():
+    assert blocks(README, "python")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings_run_and_print_what_they_show(name):
+    module = importlib.import_module(f"hex.{name}")
+    torch.manual_seed(0)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    for test in doctest.DocTestFinder(exclude_empty=True).find(module, module.__name__):
+        runner.run(test)
+    assert runner.failures == 0
+
+
+@pytest.mark.parametrize("name", sorted(set(hex.__all__) - {"Statistics"}))
+def test_what_is_public_has_an_example(name):
+    assert ">>> " in getattr(hex, name).__doc__
+
+
+def test_the_swap_changes_few_lines_and_trains():
+    (diff,) = blocks(README, "diff")
+    lines = diff.splitlines()
+    assert sum(line.startswith("+") for line in lines) <= 3
+    after = "\n".join(line[1:] for line in lines if not line.startswith("-"))
+    torch.manual_seed(0)
+    model = torch.nn.Linear(16, 8)
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loader = [(torch.randn(128, 16), torch.randn(128, 16))]
+    exec(after, {"model": model, "optimizer": optimizer, "loader": loader, "epochs": 2})
+    assert model.weight.isfinite().all() and not torch.equal(model.weight, before)
+
+
+def test_the_trackers_of_the_table_can_be_made():
+    table = section("Options, and when to use what").split("| `ThresholdTracker` |")[1]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `.")]
+    calls = [call for cell in cells for call in re.findall(r"`(\.\w+\(.*?\))`", cell)]
+    assert len(calls) >= 7
+    for call in calls:
+        made = eval(f"ThresholdTracker{call}", {"ThresholdTracker": hex.ThresholdTracker,
+                                                "epochs": 10, "t": 0.5})  # fmt: skip
+        assert isinstance(made, hex.ThresholdTracker)
+
+
+def test_the_options_of_the_table_are_those_of_the_loss():
+    table = section("Options, and when to use what").split("| `ThresholdTracker` |")[0]
+    shown = dict(re.findall(r"^\| `(\w+)` \| `?([^|`]+?)`? \|", table, re.MULTILINE))
+    defaults = hex.HEXLoss.__init__.__kwdefaults__ | {"temperature": 0.1}
+    assert {k: eval(v) for k, v in shown.items()} == defaults
+
+
+def test_the_statistics_are_those_the_readme_names():
+    assert set(re.findall(r'"(\w+)": ', section("Options, and when to use what"))) == set(
+        hex.Statistics._fields
+    )
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=named)
+def test_links_between_files_lead_somewhere(path):
+    text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    for target in targets:
+        if re.match(r"\w+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        found = path.parent / file if file else path
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), target
+
+
+def test_the_map_names_files_that_exist():
+    lines = [line.strip() for line in section("Map").splitlines() if line.startswith("    ")]
+    assert len(lines) >= 8
+    for line in lines:
+        folder = None
+        for name in re.split(r"\s{2,}", line)[0].split(", "):
+            if "/" in name:
+                folder, _, name = name.rpartition("/")
+            assert list((ROOT / folder).glob(name)), line
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=named)
+def test_make_has_the_targets_that_are_named(path):
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    commands = re.findall(r"(?:^    |`)make ([a-z]+)", path.read_text(), re.MULTILINE)
+    assert set(commands) <= targets
+
+
+def test_the_readme_can_be_read_at_once():
+    assert len(README.splitlines()) <= 150
+
+
+def test_the_change_log_begins_with_this_version():
+    log = (ROOT / "CHANGELOG.md").read_text()
+    assert re.search(r"^## (\S+)", log, re.MULTILINE)[1] == hex.__version__

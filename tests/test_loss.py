@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: MIT
+"""The value of the loss, row by row, against plain PyTorch.
+
+conftest.py has the comparison. The gradients are in test_gradient.py, what is bit for bit the same
+or exactly zero in test_cases.py, the accuracy where the cosines are exact in test_contract.py.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DTYPES, at_the_floor, check_loss, eps_of_each_row, problem
+from data import INF, KINDS, MODES, f64
+
+from hex import hex_loss, info_nce, reference
+
+OPTIONS = [
+    {"tau": 0.1, "beta": 1.0, "tau_plus": 0.1},
+    {"tau": 0.5, "beta": 0.0, "tau_plus": 0.0},
+    {"tau": 0.07, "beta": 0.5, "tau_plus": 0.9},
+    {"tau": 0.2, "beta": 2.0, "tau_plus": 0.1},
+    {"tau": 0.1, "variant": "released"},
+]
+SIZES = [(2, 1), (13, 3), (33, 65)]  # none fills a vector or a tile
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_row_is_as_good_as_torch(kind, mode, dtype, device):
+    for k, options in enumerate(OPTIONS):
+        for j, (B, D) in enumerate(SIZES):
+            near = (-0.3, 0.3, 0.7)[(k + j) % 3]
+            check_loss(problem(kind, B, D, mode, dtype=dtype, device=device, near=near, **options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_each_row_may_have_its_own_threshold(mode, dtype, device):
+    for variant in ("paper", "released"):
+        p = eps_of_each_row(
+            problem("cluster", 23, 9, mode, K=19, dtype=dtype, device=device, variant=variant)
+        )
+        check_loss(p)
+        check_loss(p.with_(eps=p.eps.flip(0).flip(0)))
+        assert 0 < p.reference(*(z.double() for z in p.inputs), tau=f64(0.1))[1].mean()
+
+
+@pytest.mark.parametrize("D", [300, 1000])
+@pytest.mark.parametrize("mode", MODES)
+def test_many_features_are_summed_in_slices(mode, D, device):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        check_loss(problem("cluster", 21, D, mode, dtype=dtype, device=device, near=0.6))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("B, K", [(131, 517), (299, 1030)])
+def test_many_rows_and_candidates_are_done_in_blocks(mode, B, K, device):
+    """Blocks of rows, slices of columns and of sums, none of them full at the end."""
+    K = K if mode == "shared" else 61
+    for variant in ("paper", "released"):
+        p = problem("cluster", B, 17, mode, K=K, dtype=torch.float32, device=device, near=0.8)
+        check_loss(p.with_(variant=variant))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("tau", [0.05, 0.02, 0.01, 0.003, 0.001])
+def test_a_cold_temperature_is_as_good_as_torch(tau, mode, device):
+    for dtype in (torch.float64, torch.float32, torch.float16):
+        for kind in ("gauss", "cluster", "near_collapsed", "zero_rows"):
+            p = problem(kind, 15, 33, mode, tau=tau, dtype=dtype, device=device)
+            for beta in (0.5, 1.0, 2.0):
+                check_loss(p.with_(beta=beta))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_at_the_floor_are_as_good_as_torch(mode, device):
+    for dtype in DTYPES:
+        for tau in (0.3, 0.1, 0.05):
+            p = problem("clamped", 33, 10, mode, tau=tau, tau_plus=0.9, dtype=dtype, device=device)
+            assert at_the_floor(p).sum() > p.rows / 4
+            check_loss(p)
+    assert not at_the_floor(p.with_(tau_plus=0.0)).any()  # then R is at least what the floor is
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_input_may_have_its_own_dtype(mode, device):
+    mixtures = [
+        (torch.float32, torch.bfloat16, torch.float16),
+        (torch.float16, torch.float64, torch.float32),
+        (torch.bfloat16, torch.float16, torch.float64),
+    ]
+    for dtypes in mixtures:
+        p = problem("cluster", 14, 9, mode, dtype=dtypes, device=device, near=0.6)
+        check_loss(p)
+        assert p.loss(*p.inputs).dtype == p.dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_mean_and_sum_are_those_of_the_rows(mode, dtype, device):
+    for variant in ("paper", "released"):
+        p = problem("cluster", 19, 6, mode, dtype=dtype, device=device, variant=variant)
+        rows = p.loss(*p.inputs).double()
+        ulp = torch.finfo(dtype).eps
+        for reduction, wanted in (("mean", rows.mean()), ("sum", rows.sum())):
+            got = p.loss(*p.inputs, reduction=reduction)
+            assert got.dtype == dtype
+            # the rows were rounded to the dtype, then the sum
+            slack = 2 * ulp * rows.abs().sum() / (p.rows if reduction == "mean" else 1)
+            assert abs(got.double() - wanted) <= slack
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_layout_of_the_inputs_gives_the_same_bits(mode, device):
+    def slice_of_more(z):
+        return torch.cat([z, z, z], -1)[..., z.shape[-1] : 2 * z.shape[-1]]
+
+    def transposed(z):
+        return z.mT.contiguous().mT
+
+    def every_other(z):
+        return torch.stack([z, z.neg()], -1).flatten(-2)[..., ::2]
+
+    def negative_bit(z):
+        return torch._neg_view(z.neg())
+
+    def with_an_offset(z):
+        return torch.cat([z[:1], z])[1:]
+
+    for dtype in DTYPES:
+        p = problem("cluster", 11, 9, mode, dtype=dtype, device=device, near=0.6)
+        wanted = p.loss(*p.inputs)
+        for layout in (slice_of_more, transposed, every_other, negative_bit, with_an_offset):
+            inputs = [layout(z) for z in p.inputs]
+            for z, original in zip(inputs, p.inputs, strict=True):
+                assert torch.equal(z, original)
+            assert torch.equal(p.loss(*inputs), wanted), layout
+
+
+def test_an_expanded_row_is_that_row_repeated(device):
+    row = torch.randn(1, 9, generator=torch.Generator().manual_seed(0)).to(device)
+    z0, z1 = problem("gauss", 12, 9, dtype=torch.float32, device=device).inputs
+    same = row.expand(12, 9)
+    assert same.stride() == (0, 1)
+    for negatives in (None, same, same.expand(12, 12, 9)):
+        for arguments in ((same, z1, negatives), (z0, same, negatives)):
+            copies = [a if a is None else a.contiguous() for a in arguments]
+            losses = [hex_loss(*a, eps=0.2, reduction="none") for a in (arguments, copies)]
+            assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_infonce_is_the_cross_entropy_of_the_cosines(dtype, device):
+    p = problem("cluster", 17, 12, dtype=dtype, device=device)
+    z0, z1 = p.inputs
+    u0, u1 = F.normalize(z0.double()), F.normalize(z1.double())
+    u = torch.cat([u0, u1])
+    itself = torch.eye(34, dtype=torch.bool, device=device)
+    target = torch.arange(34, device=device)
+    wanted = {
+        "ntxent": F.cross_entropy((u @ u.T / 0.2).masked_fill(itself, -INF), target.roll(17)),
+        "query": F.cross_entropy(u0 @ u1.T / 0.2, target[:17]),
+        "cross": (
+            F.cross_entropy(u0 @ u1.T / 0.2, target[:17])
+            + F.cross_entropy(u1 @ u0.T / 0.2, target[:17])
+        )
+        / 2,
+    }
+    # cosines to an ulp, over tau; the loss is of order 1
+    tolerance = 1e-12 if dtype == torch.float64 else torch.finfo(dtype).eps / 0.2
+    for mode, value in wanted.items():
+        got = info_nce(z0, z1, temperature=0.2, mode=mode)
+        assert got.item() == pytest.approx(value.item(), abs=tolerance), mode
+    negatives = u.flip(1)
+    logits = torch.cat([(u0 * u1).sum(1, keepdim=True), u0 @ negatives.T], 1)
+    value = F.cross_entropy(logits / 0.2, torch.zeros(17, dtype=torch.int64, device=device))
+    for given in (negatives, negatives.expand(17, 34, 12)):
+        got = info_nce(z0, z1, given.to(dtype), temperature=0.2)
+        assert got.item() == pytest.approx(value.item(), abs=tolerance)
+
+
+def test_the_threshold_is_compared_in_float64(device):
+    """A float64 eps between a float32 cosine and its neighbour is not rounded onto it."""
+    z = torch.tensor([[1.0, 0.0]], device=device)
+    negative = torch.tensor([[0.75, 0.6614378]], device=device)
+    cosine = reference.cosines(z, z, negative, "shared")[0][0, 1].double()
+    for eps, inside in ((cosine, 0), (cosine - 1e-12, 1), (cosine + 1e-12, 0)):
+        _, stats = torch.ops.hex.forward(z, z, negative, eps, f64(0.1), 3, 0, 0, 1.0, 0.1)
+        assert stats[7].item() == inside
