@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: MIT
+"""What a person reads who passes a wrong argument: the exact text of every error that the functions
+and the modules raise, and that a refused call changes nothing.
+
+The tracker's own are in test_threshold.py.
+"""
+
+import ast
+import inspect
+import math
+import traceback
+
+import pytest
+import torch
+from conftest import problem
+
+from hex import HEXLoss, InfoNCELoss, batch_threshold, functional, hex_loss, info_nce, loss
+
+Z = torch.ones(4, 3)
+ERRORS = (
+    # (call, type, text)
+    (lambda: hex_loss([1], Z, eps=0), TypeError, "z0: got list, wanted a torch.Tensor"),
+    (lambda: hex_loss(Z, None, eps=0), TypeError, "z1: got NoneType, wanted a torch.Tensor"),
+    (lambda: hex_loss(Z, Z, 3, eps=0), TypeError, "negatives: got int, wanted a torch.Tensor"),
+    (
+        lambda: info_nce(Z.long(), Z),
+        TypeError,
+        "z0: got torch.int64, wanted torch.float64, float32, bfloat16 or float16",
+    ),
+    (
+        lambda: info_nce(Z, Z.to_sparse()),
+        TypeError,
+        "z1: got layout torch.sparse_coo, wanted a dense tensor",
+    ),
+    (lambda: InfoNCELoss()(Z[0], Z[0]), ValueError, "z0: got shape (3,), wanted (B, D)"),
+    (
+        lambda: InfoNCELoss()(Z, Z[1:]),
+        ValueError,
+        "z1: got shape (3, 3), wanted that of z0, (4, 3)",
+    ),
+    (
+        lambda: HEXLoss()(Z, Z.to("meta")),
+        ValueError,
+        "z1: got device meta, wanted that of z0, cpu",
+    ),
+    (
+        lambda: HEXLoss()(Z, Z, Z.T),
+        ValueError,
+        "negatives: got shape (3, 4), wanted (K, 3) or (4, K, 3)",
+    ),
+    (
+        lambda: HEXLoss()(Z, Z, Z.expand(5, 4, 3)),
+        ValueError,
+        "negatives: got shape (5, 4, 3), wanted (K, 3) or (4, K, 3)",
+    ),
+    (
+        lambda: HEXLoss()(Z, Z, Z[0]),
+        ValueError,
+        "negatives: got shape (3,), wanted (K, 3) or (4, K, 3)",
+    ),
+    (
+        lambda: HEXLoss()(Z, Z, Z.to("meta")),
+        ValueError,
+        "negatives: got device meta, wanted that of z0, cpu",
+    ),
+    (
+        lambda: HEXLoss(mode="simclr"),
+        ValueError,
+        "mode: got 'simclr', wanted one of 'ntxent', 'query', 'cross'",
+    ),
+    (
+        lambda: HEXLoss(variant="author"),
+        ValueError,
+        "variant: got 'author', wanted one of 'paper', 'released'",
+    ),
+    (
+        lambda: InfoNCELoss(reduction=None),
+        ValueError,
+        "reduction: got None, wanted one of 'none', 'mean', 'sum'",
+    ),
+    (
+        lambda: batch_threshold(Z, Z, over="rows"),
+        ValueError,
+        "over: got 'rows', wanted one of 'all', 'negatives'",
+    ),
+    (lambda: HEXLoss(beta="1"), TypeError, "beta: got str, wanted a number"),
+    (lambda: HEXLoss(beta=-1), ValueError, "beta: got -1, wanted a number in [0, inf)"),
+    (lambda: HEXLoss(beta=math.inf), ValueError, "beta: got inf, wanted a number in [0, inf)"),
+    (lambda: HEXLoss(tau_plus=1), ValueError, "tau_plus: got 1, wanted a number in [0, 1)"),
+    (lambda: HEXLoss(tau_plus=True), TypeError, "tau_plus: got bool, wanted a number"),
+    (
+        lambda: batch_threshold(Z, Z, quantile=math.nan),
+        ValueError,
+        "quantile: got nan, wanted a number in [0, 1]",
+    ),
+    (
+        lambda: HEXLoss(torch.tensor(1)),
+        TypeError,
+        "temperature: got torch.int64, wanted a floating dtype",
+    ),
+    (
+        lambda: InfoNCELoss(torch.ones(1)),
+        ValueError,
+        "temperature: got shape (1,), wanted a number or 0-d",
+    ),
+    (
+        lambda: InfoNCELoss("0.1"),
+        TypeError,
+        "temperature: got str, wanted a number or a 0-d tensor",
+    ),
+    (lambda: HEXLoss(0), ValueError, "temperature: got 0, wanted a finite number > 0"),
+    (
+        lambda: InfoNCELoss()(Z, Z, temperature=math.inf),
+        ValueError,
+        "temperature: got inf, wanted a finite number > 0",
+    ),
+    (lambda: hex_loss(Z, Z, eps="0"), TypeError, "eps: got str, wanted a number or a tensor"),
+    (lambda: hex_loss(Z, Z, eps=math.nan), ValueError, "eps: got nan, wanted a cosine"),
+    (
+        lambda: hex_loss(Z, Z, eps=torch.ones(8, dtype=torch.bool)),
+        TypeError,
+        "eps: got torch.bool, wanted a floating dtype",
+    ),
+    (
+        lambda: hex_loss(Z, Z, eps=torch.ones(4)),
+        ValueError,
+        "eps: got shape (4,), wanted () or (8,)",
+    ),
+    (
+        lambda: HEXLoss(threshold="adaptve"),
+        ValueError,
+        "threshold: got 'adaptve', wanted 'adaptive', a number, a ThresholdTracker or None",
+    ),
+    (
+        lambda: HEXLoss(threshold=torch.tensor(0.3)),
+        TypeError,
+        "threshold: got Tensor, wanted 'adaptive', a number, a ThresholdTracker or None",
+    ),
+    (
+        lambda: HEXLoss(threshold=True),
+        TypeError,
+        "threshold: got bool, wanted 'adaptive', a number, a ThresholdTracker or None",
+    ),
+    (
+        lambda: HEXLoss().statistics(),
+        RuntimeError,
+        "statistics: there has been no batch yet; call the loss first",
+    ),
+)
+
+
+@pytest.mark.parametrize("call, error, text", ERRORS, ids=[text for *_, text in ERRORS])
+def test_an_error_says_which_argument_what_came_and_what_was_wanted(call, error, text):
+    with pytest.raises(error) as caught:
+        call()
+    assert type(caught.value) is error
+    assert str(caught.value) == text
+
+
+def test_the_table_of_errors_holds_every_raise():
+    raised = set()
+    for call, error, _ in ERRORS:
+        with pytest.raises(error) as caught:
+            call()
+        innermost = traceback.extract_tb(caught.value.__traceback__)[-1]
+        raised.add((innermost.filename, innermost.lineno))
+    for module in (functional, loss):
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            if isinstance(node, ast.Raise):
+                lines = range(node.lineno, node.end_lineno + 1)
+                assert any((module.__file__, line) in raised for line in lines), ast.unparse(node)
+
+
+def test_a_refused_call_changes_nothing():
+    module = HEXLoss()
+    z0, z1 = (z.requires_grad_() for z in problem("cluster", 83, 7).inputs)
+    module(z0, z1)
+    before, last = str(module.state_dict()), module.last
+    for bad in ((z0, z1[1:]), (z0, z1, z1[:, 1:]), (z0, z1.int())):
+        with pytest.raises((TypeError, ValueError)):
+            module(*bad)
+    with pytest.raises(ValueError):
+        module(z0, z1, temperature=-1)
+    assert (str(module.state_dict()), module.last) == (before, last)

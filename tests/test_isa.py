@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: MIT
+"""Every instruction set that the CPU kernels are compiled for, on one machine, through HEX_ISA.
+
+A level is chosen when the extension is loaded, so each has a process of its own: this file run as a
+program, which compares values and gradients of every mode, variant and dtype with
+hex/reference.py. What a HEX_ISA that cannot be followed says is in test_import.py too.
+"""
+
+import itertools
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DTYPES, check_gradients, check_loss, problem
+from data import MODES
+
+from hex import ops, reference
+
+FLAGS = {
+    "base": set(),
+    "avx2": {"avx2", "fma"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"},
+}
+# B, D, K around the 4 to 16 lanes of a vector, and beyond one block of rows and columns
+SIZES = ((2, 1, 1), (17, 33, 31), (101, 67, 41))
+
+
+def run(level: str, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HEX_ISA": level}
+    return subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def skip_unless_available(level: str) -> None:
+    if level == "base":
+        return
+    if platform.machine() != "x86_64":
+        pytest.skip(f"{level} is not built for {platform.machine()}")
+    missing = FLAGS[level] - cpu_flags()
+    if missing:
+        pytest.skip(f"this CPU has no {', '.join(sorted(missing))}")
+
+
+def cpu_flags() -> set[str]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return set(next(line for line in lines if line.startswith("flags")).split())
+
+
+@pytest.mark.parametrize("level", FLAGS)
+def test_a_level_computes_what_the_reference_computes(level):
+    skip_unless_available(level)
+    result = run(level, __file__)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout.split() == [level, str(5 * 2 * 4 * len(SIZES))]
+
+
+def test_an_empty_level_is_none_and_the_best_that_this_cpu_has_is_taken():
+    best = "base"
+    if platform.machine() == "x86_64":
+        best = [name for name, flags in FLAGS.items() if flags <= cpu_flags()][-1]
+    result = run("", "-W", "error", "-c", "from hex import ops; print(ops.isa())")
+    assert (result.stdout.strip(), result.returncode) == (best, 0), result.stderr
+
+
+ASK = """
+import os, sys
+for level in sys.argv[1:]:
+    os.environ["HEX_ISA"] = level
+    try:
+        import hex
+    except ImportError as error:
+        print(error)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "hex"]:
+        del sys.modules[name]
+"""
+
+
+def test_a_level_that_there_is_not_is_an_import_error():
+    levels = ["nonsense", "AVX2", "avx", "avx5122", " ", "base,avx2"]
+    result = run("nonsense", "-c", ASK, *levels)
+    expected = [f"HEX_ISA={level}: expected base, avx2 or avx512" for level in levels]
+    assert result.stdout.splitlines() == expected, result.stderr
+
+
+def check_all() -> int:
+    """Compares everything at the level in use; the number of batches."""
+    count = 0
+    variants = ("paper", "released")
+    for mode, variant, dtype, (B, D, K) in itertools.product(MODES, variants, DTYPES, SIZES):
+        p = problem("cluster", B, D, mode, K=K, dtype=dtype, variant=variant, seed=count)
+        check_loss(p)
+        check_gradients(p)
+        check_thresholds(p)
+        count += 1
+    return count
+
+
+def check_thresholds(p) -> None:
+    """Quantiles and ranges are cosines: they err as a dot product does."""
+    z0, z1, negatives = p.raw()[:3]
+    mode = ops.MODES[p.mode]
+    wide = [z.double() for z in (z0, z1, negatives)]
+    allowed = 4 * torch.finfo(p.dtype).eps * z0.shape[1] ** 0.5
+    for over in ("all", "negatives"):
+        ours = ops.threshold(z0, z1, negatives, mode, 0.7, over)
+        truth = reference.threshold(*wide, p.mode, 0.7, over)
+        assert abs(ours - truth) <= allowed, (over, p)
+    ours, truth = ops.row_range(z0, z1, negatives, mode), reference.row_range(*wide, p.mode)
+    for a, b in zip(ours, truth, strict=True):
+        assert (a.double() - b).abs().max() <= allowed, p
+
+
+if __name__ == "__main__":
+    print(ops.isa(), check_all())

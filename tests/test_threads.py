@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: MIT
+"""Threads, forks and memory: the same bits for any number of threads and in a forked child, and
+never an N x N buffer.
+
+The fork and the memory are tried in processes of their own: a child that hangs must not take the
+tests with it, and a peak of memory is the whole process's.
+"""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import problem
+from data import MODES
+from torch import Tensor
+
+from hex import ops
+
+THREADS = (1, 2, 3, 4)
+
+
+def everything(p) -> list[Tensor]:
+    """The outputs of every operator, forward and backward."""
+    z0, z1, negatives, eps, tau, mode, reduction, variant, beta, tau_plus = p.raw()
+    loss, stats = torch.ops.hex.forward(*p.raw())
+    mean = torch.ops.hex.forward(*p.raw()[:6], ops.REDUCTIONS["mean"], variant, beta, tau_plus)[0]
+    grads = torch.ops.hex.backward(
+        p.grad_output(), z0, z1, negatives, tau, stats, mode, reduction, beta, 15
+    )
+    low, high = ops.row_range(z0, z1, negatives, mode)
+    eps = [ops.threshold(z0, z1, negatives, mode, 0.9, over) for over in ("all", "negatives")]
+    return [loss, stats, mean, *grads, low, high, *eps]
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
+@pytest.mark.parametrize("variant", ("paper", "released"))
+@pytest.mark.parametrize("mode", MODES)
+def test_every_output_has_the_same_bits_for_any_number_of_threads_and_on_every_run(
+    mode, variant, dtype, threads
+):
+    # Of some million operations; a thread gets a quarter of a million or more (csrc/parallel.c).
+    p = problem("cluster", 151, 61, mode, K=149, dtype=dtype, variant=variant)
+    threads(1)
+    expected = everything(p)
+    assert all(x.isfinite().all() for x in expected)
+    for count in THREADS:
+        threads(count)
+        for _ in range(2):
+            for a, b in zip(everything(p), expected, strict=True):
+                assert torch.equal(a, b), count
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_bits_do_not_depend_on_what_ran_before(mode, threads):
+    """Scratch memory is reused: what another batch left in it must not matter."""
+    p = problem("cluster", 101, 13, mode, dtype=torch.float32)
+    expected = everything(p)
+    for other in (problem("gauss", 211, 67, mode), problem("collapsed", 3, 5, mode)):
+        everything(other)
+        assert all(map(torch.equal, everything(p), expected))
+
+
+def python(code: str, timeout: float) -> str:
+    """What a process of its own prints."""
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+FORK = """
+import os, signal, torch
+from hex import HEXLoss
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+def step():
+    z0, z1 = (z.clone().requires_grad_() for z in views)
+    loss = HEXLoss()(z0, z1)
+    loss.backward()
+    return b"".join(x.detach().numpy().tobytes() for x in (loss, z0.grad, z1.grad))
+
+torch.set_num_threads(4)
+views = torch.randn(2, 301, 37, generator=torch.Generator().manual_seed(0)).unbind(0)
+before = threads()
+expected = step()
+assert threads() > before, "the parent used one thread only"
+children = []
+for _ in range(2):
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        signal.alarm(60)  # ends a child that waits for threads it has not
+        try:
+            os.write(write, b"same" if step() == expected else b"other")
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as answer:
+        print(answer.read().decode())
+    os.waitpid(child, 0)
+print("same" if step() == expected else "other")
+"""
+
+
+def test_children_forked_after_parallel_work_compute_the_same_bits():
+    assert python(FORK, timeout=120).split() == ["same"] * 3  # two children, then the parent
+
+
+MEMORY = """
+import torch
+from hex import HEXLoss
+
+def kib(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(field + ":"))
+
+torch.set_num_threads({threads})
+loss = HEXLoss(mode={mode!r})
+for size in (211, {batch}):  # the first loads all that is loaded once
+    z0, z1 = (z.requires_grad_() for z in torch.randn(2, size, 64).unbind(0))
+    before = kib("VmRSS")
+    loss(z0, z1).backward()
+print(1024 * (kib("VmHWM") - before))
+assert z0.grad.isfinite().all() and z0.grad.any()
+"""
+
+
+@pytest.mark.parametrize("mode", ("ntxent", "query"))
+def test_forward_and_backward_never_hold_a_matrix_of_all_cosines(mode):
+    batch = {"ntxent": 4096, "query": 8192}[mode]
+    cosines = 4 * 8192**2  # bytes
+    raised = int(python(MEMORY.format(threads=2, mode=mode, batch=batch), timeout=300))
+    gradients = 2 * batch * 64 * 4
+    assert gradients / 2 < raised < cosines / 10 + 2 * gradients
