@@ -13,7 +13,16 @@ import torch
 from conftest import DTYPES, Problem, at_the_floor, check_gradients, check_loss, problem
 from data import INF, MODES, NAN, f64, leaves
 
-from hex import HEXLoss, InfoNCELoss, ThresholdTracker, batch_threshold, hex_loss, info_nce, ops
+from hex import (
+    HEXLoss,
+    InfoNCELoss,
+    ThresholdTracker,
+    batch_threshold,
+    hex_loss,
+    info_nce,
+    ops,
+    reference,
+)
 
 VARIANTS = ("paper", "released")
 
@@ -153,7 +162,7 @@ def test_at_the_floor_the_members_of_h_get_no_gradient_at_all(dtype):
     clamped = at_the_floor(p)
     assert 5 < clamped.sum()
     _, _, _, dnegatives, _ = results(p)
-    c, _, _ = p_cosines(p)
+    c, _, _ = cosines(p)
     hard = c[:, 1:] > 0.1
     assert hard[clamped].any()
     for i in clamped.nonzero().flatten().tolist():
@@ -162,9 +171,7 @@ def test_at_the_floor_the_members_of_h_get_no_gradient_at_all(dtype):
             assert (dnegatives[i][~hard[i]] != 0).any(1).all()
 
 
-def p_cosines(p: Problem):
-    from hex import reference
-
+def cosines(p: Problem):
     return reference.cosines(*(*(z.double() for z in p.inputs), None)[:3], p.mode)
 
 
@@ -422,7 +429,7 @@ def test_released_is_infonce_at_infinity_only(mode):
     p = problem("gauss", 9, 5, mode, variant="released", eps=f64(INF))
     infonce = p.with_(variant="paper")
     assert same_bits(results(p), results(infonce))
-    c, positive, negative = p_cosines(p)
+    c, positive, negative = cosines(p)
     outside = torch.logsumexp(torch.where(negative, c / p.tau, -INF), 1) - positive / p.tau
     constant = negative.sum(1).double() * math.exp(-1 / p.tau)
     for eps in (1.0, 1.5, 1e300):
