@@ -119,18 +119,20 @@ def report(runs: list[Run], pixels: list[float], seeds: int) -> Table:
         return text if len(values) == 1 else f"{text} \xb1 {form.format(np.std(values, ddof=1))}"
 
     table = Table(title="Accuracy on 500 test images (%)")
-    for name in ("", "k-NN", "linear, 1 label", "5 labels", "all labels", "seconds"):
+    for name in ("", "loss", "k-NN", "linear, 1 label", "5 labels", "all labels", "seconds"):
         table.add_column(name, justify="right" if name else "left")
-    table.add_row("pixels", *(f"{100 * x:.1f}" for x in pixels), "")
+    table.add_row("pixels", "", *(f"{100 * x:.1f}" for x in pixels), "")
     for name in ("InfoNCE", "HEX"):
         mine = [run for run in runs if run.name == name]
         columns = zip(*(run.scores for run in mine), strict=True)
         scores = (cell([100 * x for x in column], "{:.1f}") for column in columns)
-        table.add_row(name, *scores, cell([run.seconds for run in mine], "{:.0f}"))
-    table.caption = (
-        "one seed: on 500 images, a point more or less is chance; --seeds 5 repeats it"
+        losses = [float(np.mean([row[0] for row in run.statistics[-run.steps :]])) for run in mine]
+        seconds = cell([run.seconds for run in mine], "{:.0f}")
+        table.add_row(name, cell(losses, "{:.2f}"), *scores, seconds)
+    table.caption = "loss: of the last epoch; the two are not one scale. " + (
+        "One seed: on 500 images, a point more or less is chance; --seeds 5 repeats it"
         if seeds == 1
-        else f"mean and standard deviation of {seeds} seeds"
+        else f"Mean and standard deviation of {seeds} seeds"
     )
     return table
 
