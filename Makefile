@@ -9,9 +9,9 @@ TORCHVISION ?= torchvision==0.28.0
 
 BIN := $(CURDIR)/.venv/bin
 C_FILES := $(wildcard csrc/*.[ch] csrc/cpu/*.[ch] csrc/cpu/*.inc) tests/abi_check.cpp
-# Two processes with a thread each, and a file to one of them: test_build.py builds once for all its
-# tests. Tests that are about threads set their number themselves.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two processes with a thread each; tests that are about threads set their number themselves. A file
+# goes to one process: test_build.py builds once for all its tests. A process that dies ends the run.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
@@ -40,13 +40,15 @@ format: build ## let ruff and clang-format rewrite the sources
 
 # In a copy of the sources, with an extension of its own; without the tests that never enter it. The
 # C++ library is preloaded since the sanitizer looks once, at the start, for what throws exceptions.
-# Leaks are not looked for: Python and torch keep memory until the end. A report ends the process,
-# and pytest's default capture would lose it.
+# Leaks are not looked for: Python and torch keep memory until the end. A failing allocation is for us
+# to report, not for the sanitizer. What it reports ends the process, and pytest's default capture
+# would lose it.
 sanitize: build ## the tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	git ls-files -z | xargs -0 cp --parents --target-directory=build/sanitize
 	cd build/sanitize && HEX_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --inplace
-	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+	    UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	    $(PYTEST) --capture=sys --ignore-glob='*/test_build.py' --ignore-glob='*/test_abi.py' \
 	    --ignore-glob='*/test_reference*.py'

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""The coefficients of 2^x on [-1/2, 1/2] in csrc/cpu/rows.inc: `python docs/fit_exp2.py` prints them.
+"""The coefficients of 2^x on [-1/2, 1/2] that csrc/cpu/isa.inc holds; prints them when run.
 
     2^x = 1 + x (c_1 + c_2 x + ... + c_n x^(n-1))
 
-(2^x - 1) / x is interpolated at Chebyshev nodes in 60 digits, so 2^0 is exactly 1 and the truncation error is
-within a factor of two of the best polynomial's. Needs mpmath.
+(2^x - 1) / x is interpolated at Chebyshev nodes in 60 digits, so 2^0 is exactly 1 and the
+truncation error is within a factor of two of the best polynomial's. Needs mpmath.
 """
 
 from mpmath import chop, cos, expm1, ln, lu_solve, matrix, mp, mpf, pi

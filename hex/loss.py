@@ -264,6 +264,8 @@ def _tracker(threshold: float | str | ThresholdTracker | None) -> ThresholdTrack
             f"threshold: got {type(threshold).__name__}, wanted 'adaptive', a number, "
             "a ThresholdTracker or None"
         )
+    if math.isnan(threshold):
+        raise ValueError("threshold: got nan, wanted a cosine")
     return ThresholdTracker.fixed(threshold)
 
 

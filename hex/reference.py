@@ -222,6 +222,8 @@ def _unit_rows(x: Tensor) -> Tensor:
     1e-23 or 1e20 leave the range of float32. The scale is a constant, so the gradient is that of
     x / |x|; it is applied in two halves, since 2^149 itself is out of range.
     """
+    if x.shape[-1] == 0:
+        return x  # nothing to take a maximum of
     peak = x.detach().abs().amax(-1, keepdim=True)  # (..., 1)
     power = torch.where(peak == 0, 1.0, peak).log2().floor()
     half = (power / 2).floor()

@@ -137,6 +137,11 @@ ERRORS = (
         "threshold: got Tensor, wanted 'adaptive', a number, a ThresholdTracker or None",
     ),
     (
+        lambda: HEXLoss(threshold=math.nan),
+        ValueError,
+        "threshold: got nan, wanted a cosine",
+    ),
+    (
         lambda: HEXLoss(threshold=True),
         TypeError,
         "threshold: got bool, wanted 'adaptive', a number, a ThresholdTracker or None",

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""What the example scripts share: data, augmentation, encoders, evaluation, checkpoints."""

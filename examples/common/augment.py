@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: MIT
+"""The random views of SimCLR (Chen et al. 2020, appendix A), as torchvision transforms.
+
+A torchvision transform that gets a batch draws once and treats all its images alike; called image
+by image it costs about a millisecond for each. So for images that lie in memory there are two
+transforms here that work on whole batches and draw for every image its own: `RandomWarp` (crop,
+flip, rotation, shift: one resampling) and `RandomColour`. Images read from files differ in size and
+are augmented one by one, by the loader's worker processes, with torchvision's own transforms.
+
+Everything draws from torch's global generator, so a seed, or a restored state, repeats the views.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common.vision import v2
+
+
+class RandomWarp(v2.Transform):
+    """Every image of a float batch (B, C, S, S) looked at through its own random window.
+
+    Args:
+        area: range of the window's area, as a share of the image's.
+        ratio: greatest width over height of the window, and least height over width.
+        flip: probability to mirror left and right.
+        degrees: greatest rotation either way.
+        shift: how far the window may leave the image, as a share of its side. Outside is 0.
+    """
+
+    def __init__(
+        self,
+        area: tuple[float, float] = (0.2, 1.0),
+        ratio: float = 4 / 3,
+        flip: float = 0.5,
+        degrees: float = 0.0,
+        shift: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.area, self.ratio, self.flip, self.degrees, self.shift = (
+            area, ratio, flip, degrees, shift,
+        )  # fmt: skip
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Tensor]:
+        """Affine maps (B, 2, 3) from the view's coordinates to the image's, both in [-1, 1]."""
+        images = flat_inputs[0]
+        size = images.shape[:1]
+
+        def uniform(low: float, high: float) -> Tensor:
+            return torch.empty(size).uniform_(low, high)
+
+        area = uniform(*self.area)
+        ratio = uniform(-1, 1).mul(math.log(self.ratio)).exp()
+        width, height = (area * ratio).sqrt(), (area / ratio).sqrt()
+        if self.area[1] <= 1:  # a crop: a long one must not stick out
+            width, height = width.clamp(max=1), height.clamp(max=1)
+        # centres for which the window stays inside, and `shift` more; 2 units are one side
+        x = uniform(-1, 1) * ((1 - width).clamp(min=0) + 2 * self.shift)
+        y = uniform(-1, 1) * ((1 - height).clamp(min=0) + 2 * self.shift)
+        width = torch.where(torch.rand(size) < self.flip, -width, width)
+        angle = uniform(-1, 1) * math.radians(self.degrees)
+        cos, sin = angle.cos(), angle.sin()
+        rows = [
+            torch.stack([width * cos, -height * sin, x], dim=1),
+            torch.stack([width * sin, height * cos, y], dim=1),
+        ]
+        return {"theta": torch.stack(rows, dim=1).to(images)}
+
+    def transform(self, inpt: Tensor, params: dict[str, Tensor]) -> Tensor:
+        grid = F.affine_grid(params["theta"], list(inpt.shape), align_corners=False)
+        return F.grid_sample(inpt, grid, align_corners=False)
+
+
+class RandomColour(v2.Transform):
+    """Brightness, contrast, saturation and hue of every image of a batch (B, 3, H, W) in [0, 1].
+
+    `ColorJitter` with probability 0.8, then `RandomGrayscale` with 0.2, with two simplifications:
+    the order is fixed, and hue turns the colours about the axis of greys. Then all of it is one
+    3 x 3 matrix and one offset for each image.
+
+    Args:
+        strength: of brightness, contrast and saturation: factors in 1 +- strength.
+        hue: greatest turn either way, in full turns.
+    """
+
+    GREY = (0.299, 0.587, 0.114)
+
+    def __init__(self, strength: float = 0.4, hue: float = 0.1) -> None:
+        super().__init__()
+        self.strength, self.hue = strength, hue
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Tensor]:
+        images = flat_inputs[0]
+        n = images.shape[0]
+        jittered = (torch.rand(n, 1, 1) < 0.8).float()
+        factors = 1 + jittered * torch.empty(3, n, 1, 1).uniform_(-self.strength, self.strength)
+        brightness, contrast, saturation = factors
+        saturation = torch.where(torch.rand(n, 1, 1) < 0.2, 0.0, saturation)
+        turn = jittered * torch.empty(n, 1, 1).uniform_(-self.hue, self.hue) * 2 * math.pi
+
+        one, third = torch.eye(3), torch.full((3, 3), 1 / 3)
+        cross = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
+        rotation = turn.cos() * one + (1 - turn.cos()) * third + turn.sin() * cross  # (n, 3, 3)
+        grey = torch.tensor(self.GREY).expand(3, 3)
+        matrix = rotation @ (saturation * one + (1 - saturation) * grey) * brightness * contrast
+        offset = brightness * (1 - contrast)
+        return {"matrix": matrix.to(images), "offset": offset.to(images)}
+
+    def transform(self, inpt: Tensor, params: dict[str, Tensor]) -> Tensor:
+        grey = inpt.new_tensor(self.GREY)
+        mean = torch.einsum("c,bchw->b", grey, inpt)[:, None, None] / inpt[0, 0].numel()
+        pixels = params["matrix"] @ inpt.flatten(2) + params["offset"] * mean
+        return pixels.clamp(0, 1).view_as(inpt)
+
+
+def digits() -> nn.Module:
+    """For batches of 8 x 8 digits. No flip: a mirrored 2 is no digit; no crop: a 7 becomes a 1."""
+    return v2.Compose([
+        RandomWarp(area=(0.7, 1.4), ratio=1.3, flip=0.0, degrees=15, shift=0.1),
+        v2.GaussianNoise(sigma=0.1),
+    ])  # fmt: skip
+
+
+def small() -> nn.Module:
+    """For batches of 32 x 32 photographs (CIFAR), without blur, as the paper."""
+    return v2.Compose([RandomWarp(), RandomColour()])
+
+
+def photograph(size: int) -> nn.Module:
+    """For one photograph of any size: a uint8 view (3, size, size)."""
+    return v2.Compose([
+        v2.ToImage(),
+        v2.RandomResizedCrop(size, scale=(0.2, 1.0), antialias=True),
+        v2.RandomHorizontalFlip(),
+        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+        v2.RandomGrayscale(0.2),
+        v2.RandomApply([v2.GaussianBlur(size // 20 * 2 + 1, (0.1, 2.0))], p=0.5),
+    ])  # fmt: skip

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: MIT
+"""Images for the examples: digits (in scikit-learn), CIFAR-10, or a folder of photographs.
+
+A split gives `labels` (int64, for evaluation only), `views(batch_size)`, one epoch of pairs of
+random views in random order, and `images(batch_size)`, the images as they are, in order. Batches
+are float (B, 3, size, size) in [-1, 1] on the device. How views are made is in augment.py.
+"""
+
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from common import augment
+from common.vision import torchvision, v2
+
+ImageFolder, CIFAR10 = torchvision.datasets.ImageFolder, torchvision.datasets.CIFAR10
+NAMES = ("digits", "cifar10", "folder")
+
+
+class DataError(Exception):
+    """The data is not there, or is not what it should be; the text is for the user."""
+
+
+class MemorySplit:
+    """uint8 images (N, 1 or 3, H, W) in the device's memory, augmented a batch at a time."""
+
+    def __init__(self, images: Tensor, labels: Tensor, augmentation: nn.Module) -> None:
+        self._images = images
+        self._augment = augmentation
+        self.labels = labels
+        self.size = images.shape[-1]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def views(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pairs of views of all images but those that fill no batch."""
+        order = torch.randperm(len(self)).to(self._images.device)
+        for index in order.split(batch_size)[: len(self) // batch_size]:
+            yield self.pair(index)
+
+    def pair(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Two views of each of the images at `index`."""
+        images = self._images[index].float() / 255
+        return _centre(self._augment(images)), _centre(self._augment(images))
+
+    def images(self, batch_size: int = 512) -> Iterator[Tensor]:
+        for images in self._images.split(batch_size):
+            yield _centre(images.float() / 255)
+
+
+class FolderSplit:
+    """The images below root/<class>/, read, decoded and augmented by worker processes."""
+
+    def __init__(self, root: Path, size: int, workers: int, device: torch.device) -> None:
+        try:
+            self._folder = ImageFolder(str(root))
+        except FileNotFoundError as error:  # a class without images
+            raise DataError(f"{root}: {error}") from None
+        self.labels = torch.tensor(self._folder.targets)
+        self.classes = self._folder.classes
+        self.size, self._device = size, device
+        self._loading = {"num_workers": workers, "pin_memory": device.type == "cuda"}
+
+    def __len__(self) -> int:
+        return len(self._folder)
+
+    def views(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        pictures = _Pictures(self._folder, augment.photograph(self.size), views=2)
+        for pair in self._load(pictures, batch_size=batch_size, shuffle=True, drop_last=True):
+            view0, view1 = map(self._prepare, pair)
+            yield view0, view1
+
+    def images(self, batch_size: int = 256) -> Iterator[Tensor]:
+        whole = v2.Compose([
+            v2.ToImage(), v2.Resize(self.size * 8 // 7, antialias=True), v2.CenterCrop(self.size),
+        ])  # fmt: skip
+        pictures = _Pictures(self._folder, whole)
+        # a generator of its own: looking at the images must not change the views to come
+        aside = torch.Generator()
+        for (images,) in self._load(pictures, batch_size=batch_size, generator=aside):
+            yield self._prepare(images)
+
+    def _load(self, dataset: Dataset, **options) -> Iterator[list[Tensor]]:
+        # Workers start anew each epoch, seeded from torch's generator: persistent ones would have
+        # a state that no checkpoint holds.
+        try:
+            yield from DataLoader(
+                dataset, worker_init_fn=_leave_ctrl_c_to_the_parent, **self._loading, **options
+            )
+        except DataError as error:  # from a worker it comes with the worker's traceback before it
+            raise DataError(str(error).strip().rpartition("DataError: ")[2]) from None
+
+    def _prepare(self, images: Tensor) -> Tensor:
+        return _centre(images.to(self._device, non_blocking=True).float() / 255)
+
+
+Split = MemorySplit | FolderSplit
+
+
+def load(
+    name: str,
+    root: Path | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    size: int = 224,
+    workers: int = 0,
+) -> tuple[Split, Split]:
+    """The training and the test split.
+
+    Args:
+        name: one of NAMES.
+        root: cifar10: a folder with cifar-10-batches-py/ (torchvision's download), or with
+            train/<class>/*.jpg and test/<class>/*.jpg. folder: train/<class>/ and test/<class>/
+            or val/<class>/, images of any size and format that PIL reads.
+        device: where batches are wanted.
+        size, workers: folder only: side of the views, in pixels; processes that read.
+
+    Raises:
+        DataError: nothing is there, or it is not what was expected.
+    """
+    device = torch.device(device)
+    if name == "digits":
+        return _digits(device)
+    if root is None:
+        raise DataError(f"--data {name} needs --root, the folder that holds the images")
+    if not root.is_dir():
+        raise DataError(f"--root {root}: there is no such folder")
+    if name == "cifar10":
+        return _cifar10(root, device)
+    return _folders(root, size, workers, device)
+
+
+def _digits(device: torch.device) -> tuple[Split, Split]:
+    """1797 handwritten digits of 8 x 8 pixels; 500, always the same, are for testing."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.tensor(pixels.reshape(-1, 1, 8, 8) * 255 / 16).to(device, torch.uint8)
+    index = train_test_split(range(len(labels)), test_size=500, stratify=labels, random_state=0)
+    labels = torch.tensor(labels)
+    train, test = (
+        MemorySplit(images[part], labels[part], augment.digits()) for part in map(list, index)
+    )
+    return train, test
+
+
+def _cifar10(root: Path, device: torch.device) -> tuple[Split, Split]:
+    if (root / "cifar-10-batches-py").is_dir():
+        parts = [_downloaded(root, train) for train in (True, False)]
+    elif (root / "train").is_dir() and (root / "test").is_dir():
+        parts = [_decoded(root / name) for name in ("train", "test")]
+    else:
+        raise DataError(
+            f"--root {root}: wanted CIFAR-10 there, cifar-10-batches-py/ or train/ and test/ with "
+            "a folder of images for each class"
+        )
+    for (images, labels), part in zip(parts, ("training", "test"), strict=True):
+        if images.shape[1:] != (3, 32, 32) or labels.unique().numel() != 10:
+            raise DataError(
+                f"--root {root}: the {part} images are {tuple(images.shape[1:])} in "
+                f"{labels.unique().numel()} classes, wanted CIFAR-10's (3, 32, 32) in 10; "
+                "--data folder takes any images"
+            )
+    train, test = (MemorySplit(x.to(device), y, augment.small()) for x, y in parts)
+    return train, test
+
+
+def _downloaded(root: Path, train: bool) -> tuple[Tensor, Tensor]:
+    """CIFAR-10 as torchvision keeps it."""
+    try:
+        files = CIFAR10(str(root), train=train)
+    except RuntimeError as error:
+        raise DataError(f"--root {root}: {error}") from None
+    images = torch.from_numpy(files.data).permute(0, 3, 1, 2)
+    return images.contiguous(), torch.tensor(files.targets)
+
+
+def _decoded(folder: Path) -> tuple[Tensor, Tensor]:
+    """All images below folder/<class>/; they must be of one size."""
+    try:
+        listed = ImageFolder(str(folder))
+        with ThreadPoolExecutor() as pool:
+            images = list(pool.map(_decode, (path for path, _ in listed.samples)))
+        return torch.stack(images), torch.tensor(listed.targets)
+    except (FileNotFoundError, RuntimeError) as error:  # no images; sizes that do not stack
+        raise DataError(f"{folder}: {error}") from None
+
+
+def _decode(path: str) -> Tensor:
+    try:
+        with Image.open(path) as image:
+            return torch.from_numpy(np.array(image.convert("RGB")).transpose(2, 0, 1))
+    except OSError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def _folders(
+    root: Path, size: int, workers: int, device: torch.device
+) -> tuple[FolderSplit, FolderSplit]:
+    tests = [name for name in ("test", "val") if (root / name).is_dir()]
+    if not (root / "train").is_dir() or not tests:
+        raise DataError(
+            f"--root {root}: wanted train/ and test/ (or val/) there, with a folder of images for "
+            "each class"
+        )
+    train, test = (FolderSplit(root / part, size, workers, device) for part in ("train", tests[0]))
+    if train.classes != test.classes:
+        raise DataError(
+            f"--root {root}: train/ has {len(train.classes)} classes and {tests[0]}/ has "
+            f"{len(test.classes)}, or their names differ"
+        )
+    return train, test
+
+
+class _Pictures(Dataset):
+    """The images of an ImageFolder, each transformed `views` times; labels are left out."""
+
+    def __init__(self, folder: ImageFolder, transform: nn.Module, views: int = 1) -> None:
+        self._folder, self._transform, self._views = folder, transform, views
+
+    def __len__(self) -> int:
+        return len(self._folder)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        try:
+            image, _ = self._folder[index]
+        except OSError as error:
+            raise DataError(f"{self._folder.samples[index][0]}: {error}") from None
+        return tuple(self._transform(image) for _ in range(self._views))
+
+
+def _leave_ctrl_c_to_the_parent(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _centre(images: Tensor) -> Tensor:
+    """[0, 1] to [-1, 1], and grey to the three channels that backbones want."""
+    return (images * 2 - 1).expand(-1, 3, -1, -1)

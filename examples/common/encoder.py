@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: MIT
+"""Encoders: a backbone from torchvision, from timm or from here, and SimCLR's projection head."""
+
+import torch
+from torch import Tensor, nn
+
+from common.vision import torchvision
+
+
+class Encoder(nn.Module):
+    """z = projector(backbone(x)). The loss sees z; what is kept after training is the backbone.
+
+    Args:
+        name: "small", for 8 x 8 to 32 x 32 images on a CPU; a model of torchvision ("resnet18",
+            "resnet50"); or one of timm ("timm:resnet10t"). None comes with trained weights.
+        image_size: side of the images in pixels.
+        features: of the projection, D.
+
+    Raises:
+        ValueError: no such model.
+    """
+
+    def __init__(self, name: str = "small", image_size: int = 32, features: int = 128) -> None:
+        super().__init__()
+        self.backbone, width = _backbone(name, image_size)
+        self.projector = nn.Sequential(
+            nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, features)
+        )
+        self.to(memory_format=torch.channels_last)  # convolutions are a quarter faster so
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.projector(self.backbone(images))
+
+
+def _backbone(name: str, image_size: int) -> tuple[nn.Module, int]:
+    """A module from images to features (B, width), and width."""
+    if name == "small":
+        return _small(), 128
+    if name.startswith("timm:"):
+        return _timm(name.removeprefix("timm:"))
+    try:
+        model = torchvision.models.get_model(name, weights=None)
+    except ValueError:
+        raise ValueError(
+            f"backbone: got {name!r}, wanted 'small', a model of torchvision or 'timm:NAME'"
+        ) from None
+    if isinstance(model, torchvision.models.ResNet) and image_size <= 64:
+        # SimCLR's change for small images: the first two layers would reduce them by 4
+        model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        model.maxpool = nn.Identity()
+    # the classifier is the last linear layer, whatever the model calls it
+    path, layer = [(p, m) for p, m in model.named_modules() if isinstance(m, nn.Linear)][-1]
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, nn.Identity())
+    return model, layer.in_features
+
+
+def _timm(name: str) -> tuple[nn.Module, int]:
+    try:
+        import timm
+    except ModuleNotFoundError:
+        raise ValueError(f"backbone: 'timm:{name}' needs timm: pip install timm") from None
+    try:
+        model = timm.create_model(name, pretrained=False, num_classes=0)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"backbone: timm has no {name!r}: {error}") from None
+    return model, getattr(model, "head_hidden_size", model.num_features)
+
+
+def _small() -> nn.Module:
+    """Three convolutions, 0.1 million weights."""
+
+    def layer(channels_in: int, channels: int, stride: int) -> list[nn.Module]:
+        convolution = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
+        return [convolution, nn.BatchNorm2d(channels), nn.ReLU()]
+
+    return nn.Sequential(
+        *layer(3, 32, 1), *layer(32, 64, 2), *layer(64, 128, 2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    )  # fmt: skip

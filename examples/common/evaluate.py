@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: MIT
+"""How good frozen features are: nearest neighbours and linear probes, by scikit-learn."""
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+
+from common.data import Split
+
+Features = tuple[np.ndarray, np.ndarray]  # (N, D) float32, (N,) labels
+
+
+@torch.no_grad()
+def features(network: nn.Module, split: Split) -> Features:
+    """What the network, in evaluation mode, makes of the images of a split, and their labels."""
+    was_training = network.training
+    network.eval()
+    rows = [network(images).float().cpu() for images in split.images()]
+    network.train(was_training)
+    return torch.cat(rows).numpy(), split.labels.numpy()
+
+
+def knn_accuracy(train: Features, test: Features, neighbours: int = 20) -> float:
+    """Share of test images whose 20 nearest training images, by cosine, vote for their class."""
+    (train_x, train_y), (test_x, test_y) = train, test
+    voters = KNeighborsClassifier(min(neighbours, len(train_y)), weights="distance")
+    return float(voters.fit(_unit(train_x), train_y).score(_unit(test_x), test_y))
+
+
+def linear_probe(
+    train: Features, test: Features, per_class: int | None = None, draws: int = 10
+) -> float:
+    """Accuracy of logistic regression on the features, in [0, 1].
+
+    Args:
+        per_class: labelled training images a class; None: all.
+        draws: with per_class, the mean over so many random choices of them, always the same.
+    """
+    (train_x, train_y), (test_x, test_y) = train, test
+    scale = StandardScaler().fit(train_x)
+    train_x, test_x = scale.transform(train_x), scale.transform(test_x)
+    choices = [slice(None)]
+    if per_class is not None:
+        choices = [_choose(train_y, per_class, np.random.default_rng(i)) for i in range(draws)]
+    scores = [
+        LogisticRegression(max_iter=500, tol=1e-3)
+        .fit(train_x[chosen], train_y[chosen])
+        .score(test_x, test_y)
+        for chosen in choices
+    ]
+    return float(np.mean(scores))
+
+
+def scores(train: Features, test: Features) -> list[float]:
+    """Accuracy of nearest neighbours, and of linear probes with 1, 5 and all labels a class."""
+    probes = [linear_probe(train, test, per_class) for per_class in (1, 5, None)]
+    return [knn_accuracy(train, test), *probes]
+
+
+def _choose(labels: np.ndarray, per_class: int, random: np.random.Generator) -> np.ndarray:
+    return np.concatenate(
+        [random.permutation(np.flatnonzero(labels == c))[:per_class] for c in np.unique(labels)]
+    )
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)

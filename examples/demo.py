@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: MIT
+"""What the HEX loss does, in about a minute: handwritten digits, once with InfoNCE, once with HEX.
+
+    python examples/demo.py
+
+Trains the same encoder twice, from the same weights, on the same views in the same order; only the
+loss differs. Prints what the features are worth and draws, in runs/demo/, what the threshold did.
+
+Needs hex-ssl[examples].
+"""
+
+import argparse
+import copy
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import data, evaluate, pictures
+from common.encoder import Encoder
+from rich.table import Table
+from simclr import console, progress, schedule, train_epoch
+from sklearn.manifold import TSNE
+from torch import nn
+
+from hex import HEXLoss, InfoNCELoss
+
+BATCH = 256  # images; the loss sees twice as many views
+
+
+class Run:
+    """One training, and what is kept of it for the table and the pictures."""
+
+    def __init__(self, name: str, seed: int, epochs: int) -> None:
+        self.name = name
+        torch.manual_seed(seed)
+        self.images, self.test = data.load("digits")
+        self.model = Encoder("small", self.images.size)
+        if name == "HEX":
+            self.criterion = HEXLoss(temperature=0.1)
+        else:
+            self.criterion = InfoNCELoss(temperature=0.1)
+        self.steps = len(self.images) // BATCH
+        self.epochs = epochs
+        self.statistics: list[tuple[float, ...]] = []  # loss, eps, mean |H|, share: each step
+        self.batches: list[pictures.Batch] = []  # the same images after each epoch
+
+    def train(self) -> None:
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-3, weight_decay=1e-4)
+        scheduler = schedule(optimizer, self.steps, self.epochs)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        self.seconds = 0.0
+        with progress() as bars:
+            for epoch in bars.track(range(self.epochs), description=f"{self.name:8}"):
+                start = time.perf_counter()
+                self.criterion.set_epoch(epoch)
+                views = self.images.views(BATCH)
+                for loss in train_epoch(
+                    self.model, self.criterion, views, optimizer, scheduler, scaler
+                ):
+                    self.statistics.append((float(loss), *map(float, self.criterion.last)))
+                self.seconds += time.perf_counter() - start
+                if self.name == "HEX":
+                    self.batches.append(self.look(epoch + 1))
+                if (epoch + 1) % 10 == 0:
+                    loss, eps, hard, _ = np.mean(self.statistics[-self.steps :], axis=0)
+                    line = f"{self.name:8} epoch {epoch + 1:3}  loss {loss:.3f}"
+                    if np.isfinite(eps):
+                        line += f"  eps {eps:.3f}  mean |H| {hard:.2f}"
+                    console.print(line)
+
+    @torch.no_grad()
+    def look(self, epoch: int) -> pictures.Batch:
+        """The first images in two views, always the same, through the network and the loss."""
+        index = torch.arange(BATCH)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            views = torch.cat(self.images.pair(index))
+        model = copy.deepcopy(self.model).train()  # a copy: batch norm keeps averages
+        z = nn.functional.normalize(model(views))
+        self.criterion.eval()  # the threshold is measured, and not stored
+        self.criterion(*z.chunk(2))
+        return pictures.Batch(
+            epoch=epoch,
+            views=views[:, 0].numpy(),
+            labels=self.images.labels[index].repeat(2).numpy(),
+            cosines=(z @ z.T).numpy(),
+            eps=float(self.criterion.last.eps),
+        )
+
+    def evaluate(self) -> None:
+        network = self.model.backbone
+        train, self.features = (evaluate.features(network, x) for x in (self.images, self.test))
+        self.scores = evaluate.scores(train, self.features)
+
+
+def draw(infonce: Run, hex_run: Run, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    _, eps, hard, _ = np.array(hex_run.statistics).T
+    pictures.threshold(out / "1-threshold.png", eps, hard, hex_run.steps, hex_run.batches)
+    first, *_, late = hex_run.batches
+    highest = max(hex_run.batches[1:-1], key=lambda batch: batch.eps)
+    pictures.cosines(out / "2-cosines.png", [first, highest, late])
+    anchors = [int(np.flatnonzero(late.labels == digit)[0]) for digit in range(6)]
+    pictures.neighbours(out / "3-neighbours.png", late, anchors)
+    panels = []
+    for run in (infonce, hex_run):
+        points = TSNE(init="pca", perplexity=30, random_state=0).fit_transform(run.features[0])
+        knn, one_label, *_ = run.scores
+        title = f"{run.name}: k-NN {knn:.1%}, linear probe {one_label:.1%} with 1 label a digit"
+        panels.append((title, points, run.features[1]))
+    pictures.maps(out / "4-maps.png", panels)
+
+
+def report(runs: list[Run], pixels: list[float], seeds: int) -> Table:
+    def cell(values: list[float], form: str) -> str:
+        text = form.format(np.mean(values))
+        return text if len(values) == 1 else f"{text} \xb1 {form.format(np.std(values, ddof=1))}"
+
+    table = Table(title="Accuracy on 500 test images (%)")
+    for name in ("", "loss", "k-NN", "linear, 1 label", "5 labels", "all labels", "seconds"):
+        table.add_column(name, justify="right" if name else "left")
+    table.add_row("pixels", "", *(f"{100 * x:.1f}" for x in pixels), "")
+    for name in ("InfoNCE", "HEX"):
+        mine = [run for run in runs if run.name == name]
+        columns = zip(*(run.scores for run in mine), strict=True)
+        scores = (cell([100 * x for x in column], "{:.1f}") for column in columns)
+        losses = [float(np.mean([row[0] for row in run.statistics[-run.steps :]])) for run in mine]
+        seconds = cell([run.seconds for run in mine], "{:.0f}")
+        table.add_row(name, cell(losses, "{:.2f}"), *scores, seconds)
+    table.caption = "loss: of the last epoch; the two are not one scale. " + (
+        "One seed: on 500 images, a point more or less is chance; --seeds 5 repeats it"
+        if seeds == 1
+        else f"Mean and standard deviation of {seeds} seeds"
+    )
+    return table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--epochs", type=int, default=60, help="at least 3")
+    parser.add_argument("--seeds", type=int, default=1, help="repetitions, for the table")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    options = parser.parse_args(arguments)
+    if options.epochs < 3 or options.seeds < 1:
+        parser.error("wanted --epochs of at least 3 and --seeds of at least 1")
+    # The images are tiny: a second thread brings little, and the figures would depend on it.
+    torch.set_num_threads(1)
+
+    images, test = data.load("digits")
+    console.print(
+        f"{len(images)} handwritten digits of 8 x 8 pixels to learn from, without their labels; "
+        f"{len(test)} to test"
+    )
+    runs = []
+    for seed in range(options.seeds):
+        for name in ("InfoNCE", "HEX"):
+            run = Run(name, seed, options.epochs)
+            run.train()
+            run.evaluate()
+            runs.append(run)
+    pixels = evaluate.scores(*(evaluate.features(nn.Flatten(), split) for split in (images, test)))
+    console.print(report(runs, pixels, options.seeds))
+    with console.status("drawing"):
+        draw(*runs[:2], options.out)
+    console.print("pictures:", *sorted(map(str, options.out.glob("*.png"))), sep="\n  ")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
