@@ -51,7 +51,7 @@ def _rich(title: str, columns: Sequence[str], lines: Sequence[Line], notes: Sequ
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table()
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left", no_wrap=True)
     for line in lines:
@@ -61,6 +61,8 @@ def _rich(title: str, columns: Sequence[str], lines: Sequence[Line], notes: Sequ
         else:
             table.add_row(*(Text(cell) for cell in line))
     console = Console()
+    console.width = max(console.width, console.measure(table).maximum)  # rather wrapped than cut
+    console.print(Text(title, style="bold"))
     console.print(table)
     for note in notes:
         console.print(Text(note, style="dim"))
