@@ -77,7 +77,7 @@ class Run:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             views = torch.cat(self.images.pair(index))
-        model = copy.deepcopy(self.model).train()  # a copy: batch norm keeps averages
+        model = copy.deepcopy(self.model).train()  # a copy: batch norm would count this batch too
         z = nn.functional.normalize(model(views))
         self.criterion.eval()  # the threshold is measured, and not stored
         self.criterion(*z.chunk(2))
@@ -116,7 +116,7 @@ def draw(infonce: Run, hex_run: Run, out: Path) -> None:
 def report(runs: list[Run], pixels: list[float], seeds: int) -> Table:
     def cell(values: list[float], form: str) -> str:
         text = form.format(np.mean(values))
-        return text if len(values) == 1 else f"{text} \xb1 {form.format(np.std(values, ddof=1))}"
+        return text if len(values) == 1 else f"{text} ± {form.format(np.std(values, ddof=1))}"
 
     table = Table(title="Accuracy on 500 test images (%)")
     for name in ("", "loss", "k-NN", "linear, 1 label", "5 labels", "all labels", "seconds"):

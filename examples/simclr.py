@@ -135,14 +135,16 @@ class Run:
         with SummaryWriter(str(self.folder), purge_step=self.first * self.steps) as log:
             log.add_text("options", repr(vars(options)))
             for epoch in range(self.first, self.last):
-                self.epoch(epoch, log)
+                line = self.epoch(epoch, log)
                 self.save(epoch + 1)
+                console.print(line)  # what is printed is saved
         if self.last == options.epochs:
             with console.status("evaluating"):
                 console.print(results(*self.features()))
         console.print(f"checkpoint: {self.file}\nlog: tensorboard --logdir {self.folder}")
 
-    def epoch(self, epoch: int, log: SummaryWriter) -> None:
+    def epoch(self, epoch: int, log: SummaryWriter) -> str:
+        """Trains for an epoch, counted from 0, logs it, and tells of it in a line."""
         start = time.perf_counter()
         log.add_scalar("train/lr", self.scheduler.get_last_lr()[0], epoch * self.steps)
         self.criterion.set_epoch(epoch)
@@ -173,7 +175,7 @@ class Run:
             accuracy = evaluate.knn_accuracy(*self.features())
             log.add_scalar("test/knn", accuracy, (epoch + 1) * self.steps)
             line += f"  k-NN {accuracy:.2%}"
-        console.print(line)
+        return line
 
     def features(self) -> tuple[evaluate.Features, evaluate.Features]:
         """Training and test: the backbone's output, without the projection."""

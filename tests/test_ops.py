@@ -289,7 +289,8 @@ def test_arguments_that_are_no_tensors_are_refused(op):
 
 
 def test_an_error_keeps_no_tensor_alive():
-    """A kernel owns its handles: thrown past, they would keep 1 MiB each."""
+    """A kernel owns its handles: thrown past, they would keep 500 MiB here. AddressSanitizer holds
+    back up to 256 MiB of what is freed."""
 
     def resident():
         with open("/proc/self/statm") as file:
@@ -305,8 +306,8 @@ def test_an_error_keeps_no_tensor_alive():
 
     failing_calls(10)
     before = resident()
-    failing_calls(100)
-    assert resident() - before < 20 << 20
+    failing_calls(500)
+    assert resident() - before < 320 << 20
 
 
 # ---- devices without kernels --------------------------------------------------------------------

@@ -120,9 +120,8 @@ def cosines(path: Path, batches: list[Batch]) -> None:
     _save(figure, path)
 
 
-def neighbours(path: Path, batch: Batch, anchors: list[int], most: int = 8) -> None:
+def neighbours(path: Path, batch: Batch, anchors: list[int], most: int = 6) -> None:
     """For each anchor its positive and the images in H(i), nearest first, with their cosines."""
-    most = min(most, max(1, *(int(batch.hard[anchor].sum()) for anchor in anchors)))
     size = 1.1 * (most + 2) + 0.3, 1.45 * len(anchors) + 0.8
     figure, axes = plt.subplots(len(anchors), most + 2, figsize=size)
     n = len(batch.labels)
@@ -153,8 +152,8 @@ def neighbours(path: Path, batch: Batch, anchors: list[int], most: int = 8) -> N
     for axis, name in zip(axes[0], ("anchor", "positive", "in H(i),\nnearest first"), strict=False):
         axis.set_title(name, fontsize=10)
     figure.suptitle(
-        f"Who is in H(i) after epoch {batch.epoch}: the views above eps = {batch.eps:.2f}, "
-        f"{100 * batch.purity:.0f} % of all of them the anchor's digit\n"
+        f"Who is in H(i) after epoch {batch.epoch}: the views above eps = {batch.eps:.2f};\n"
+        f"over all anchors, {100 * batch.purity:.0f} % of them show the anchor's digit\n"
         "(under each its digit and cosine; blue: the anchor's digit, orange: another)",
         x=0.01, ha="left", fontsize=12,
     )  # fmt: skip

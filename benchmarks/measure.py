@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: MIT
+"""Clock, memory and heap of this process, and the machine it runs on. Linux with glibc.
+
+Time. On a busy machine the wall clock shows the neighbours; the CPU time of the process, user and
+kernel, repeats within a few per cent. With several threads it is their sum, waiting included, and
+says nothing about how long the user waits: then the wall clock is read. Methods take turns, so that
+a slow minute hits all of them, and the median of their samples counts.
+
+Memory. What the process holds in RAM at most during a call, above what it held before: the kernel
+keeps that peak (VmHWM) and forgets it when asked to (/proc/self/clear_refs). Unused heap is handed
+back before, or the call would be served from pages that count already. The results of the call are
+included, its inputs are not. The kernel counts in batches of pages: right to a few 0.1 MB.
+
+Heap. glibc serves a request of 32 MiB and more from fresh pages and hands them back when it is
+freed, so that every large temporary is paid for with page faults; other allocators and the CUDA one
+keep memory. `retain_heap` makes glibc keep it, as MALLOC_MMAP_MAX_=0 with a large
+MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_ in the environment would from the start.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from hex import __version__, ops
+
+Step = Callable[[], object]
+
+SAMPLE_MS = 10  # a sample repeats a fast call for at least this long
+LONG_MS = 500  # of a call that takes longer there are no more than LONG_SAMPLES samples
+LONG_SAMPLES = 3
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
+
+
+def clock(threads: int) -> Callable[[], float]:
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def times(steps: Mapping[str, Step], repeats: int, now: Callable[[], float]) -> dict[str, list]:
+    """Milliseconds a call: `repeats` samples of each step, the steps by turns."""
+
+    def sample(step: Step, calls: int) -> float:
+        start = now()
+        for _ in range(calls):
+            step()
+        return (now() - start) / calls * 1e3
+
+    first = {name: sample(step, 1) for name, step in steps.items()}  # also to warm up
+    samples: dict[str, list] = {name: [] for name in steps}
+    for i in range(repeats):
+        for name, step in steps.items():
+            if first[name] < LONG_MS or i < LONG_SAMPLES:
+                calls = max(1, round(SAMPLE_MS / max(first[name], 1e-3)))
+                samples[name].append(sample(step, calls))
+    return samples
+
+
+def peak_mb(step: Step) -> float:
+    """The most memory that a call holds above what was held before, in MB (10^6 bytes).
+
+    The step has run before: libraries, threads and compiled code are there.
+    """
+    gc.collect()
+    _glibc().malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS
+    before = _status("VmRSS")
+    step()
+    return (_status("VmHWM") - before) / 1e6
+
+
+def retain_heap() -> None:
+    """From here on freed memory stays with the process. There is no way back."""
+    for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 64 << 20)):
+        if _glibc().mallopt(option, value) != 1:
+            raise OSError(f"mallopt({option}, {value}) failed")
+
+
+def machine() -> dict[str, object]:
+    """The machine and the libraries, for the head of a table."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_simd": torch.backends.cpu.get_cpu_capability(),
+        "hex": __version__,
+        "hex_isa": ops.isa(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def load() -> float:
+    """Processes that wanted to run, on average over the last minute."""
+    return os.getloadavg()[0]
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine()  # other architectures have no such line
+
+
+def _status(field: str) -> int:
+    """Bytes, from /proc/self/status."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def _glibc() -> ctypes.CDLL:
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):
+        raise OSError("the C library is not glibc: memory and heap cannot be measured here")
+    return library

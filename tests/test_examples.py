@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: MIT
+"""The examples, run: what they print and draw, that a stopped run goes on bit for bit, that wrong
+data and options get an error that says so.
+
+They run in this process where they can: importing what they need takes seconds.
+"""
+
+import importlib.util
+import os
+import random
+import re
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+for name in ("torchvision", "sklearn", "matplotlib", "rich", "tensorboard"):
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"the examples need {name}, which is not installed", allow_module_level=True)
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import demo  # noqa: E402
+import simclr  # noqa: E402
+from common import augment, checkpoint, data, encoder  # noqa: E402
+from common.vision import v2  # noqa: E402
+from PIL import Image  # noqa: E402
+
+TINY = ["--batch-size", "512", "--knn-every", "1"]  # two steps an epoch
+
+
+def run(*arguments: object) -> int:
+    return simclr.main([str(argument) for argument in arguments])
+
+
+def bits(value):
+    """A checkpoint as something that == compares bit for bit."""
+    if isinstance(value, dict):
+        return {key: bits(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [bits(part) for part in value]
+    if isinstance(value, torch.Tensor):
+        return value.dtype, tuple(value.shape), value.contiguous().numpy().tobytes()
+    return value
+
+
+def state(folder: Path) -> dict:
+    """Everything in a run's checkpoint but its command line."""
+    contents = checkpoint.load(folder / "last.pt")
+    del contents["values"]["options"]
+    return bits(contents)
+
+
+def photographs(root: Path, parts: dict[str, int], classes: int = 2, size: int = 32) -> Path:
+    """A folder of so many images a class for each part; a class has a colour."""
+    generator = np.random.default_rng(0)
+    for part, count in parts.items():
+        for c in range(classes):
+            folder = root / part / f"class{c}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 56, (size, size, 3)) + 200 * c // classes
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    return root
+
+
+def test_the_minimal_example_prints_a_falling_loss_with_eps_and_neighbours(capsys):
+    runpy.run_path(str(EXAMPLES / "minimal.py"))
+    lines = capsys.readouterr().out.splitlines()
+    rows = [re.fullmatch(r"step +\d+  loss (\S+)  eps (\S+)  mean \|H\| (\S+)", x) for x in lines]
+    loss, eps, hard = zip(*([float(x) for x in row.groups()] for row in rows), strict=True)
+    assert loss[-1] < loss[0]
+    assert all(-1 <= x <= 1 for x in eps)
+    assert all(x > 0 for x in hard)
+
+
+@pytest.mark.parametrize("loss", ["hex", "infonce"])
+def test_a_run_in_two_parts_ends_with_the_bits_of_one_in_one(loss, tmp_path, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = ["--loss", loss, "--epochs", 2, *TINY]
+    assert run(*options, "--out", whole) == 0
+    assert run(*options, "--out", parts, "--stop-after", 1) == 0
+    assert state(parts) != state(whole)
+    assert ("threshold.value_bits" in state(parts)["parts"]["criterion"]) == (loss == "hex")
+    # what a new process would not have either
+    torch.manual_seed(9)
+    random.seed(9)
+    np.random.seed(9)
+    assert run("--resume", parts) == 0
+    assert state(parts) == state(whole)
+    printed = capsys.readouterr().out
+    assert "from epoch 2 to 2 of 2" in printed
+    assert ("mean |H|" in printed) == (loss == "hex")
+    assert list(whole.glob("events.out.tfevents.*"))
+
+
+def test_ctrl_c_leaves_the_last_whole_epoch_to_go_on_from(tmp_path):
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    options = ["--epochs", "500", *TINY]
+    command = [sys.executable, EXAMPLES / "simclr.py", *options, "--out", stopped]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("epoch   1"):
+            break
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    epochs = int(re.search(r"as it was after (\d+) whole epochs", printed)[1])
+    assert f"--resume {stopped}" in printed
+    assert epochs == checkpoint.load(stopped / "last.pt")["values"]["epoch"] >= 1
+
+    assert run("--resume", stopped, "--stop-after", 1) == 0
+    assert run(*options, "--out", whole, "--stop-after", epochs + 1) == 0
+    assert state(stopped) == state(whole)
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (["--data", "cifar10"], "needs --root"),
+        (["--data", "cifar10", "--root", "{tmp}/none"], "there is no such folder"),
+        (["--data", "cifar10", "--root", "{tmp}"], "wanted CIFAR-10 there"),
+        (["--data", "cifar10", "--root", "{tmp}/photographs"], r"\(3, 32, 32\) in 2 classes"),
+        (["--data", "folder", "--root", "{tmp}"], r"wanted train/ and test/ \(or val/\)"),
+        (["--data", "folder", "--root", "{tmp}/unlike"], "train/ has 2 classes and val/ has 1"),
+        (["--data", "folder", "--root", "{tmp}/hollow"], "no valid file for the classes"),
+        (["--data", "folder", "--root", "{tmp}/broken", "--batch-size", 4], "0.png: cannot ident"),
+        (["--batch-size", 5000], "there are 1297 images only"),
+        (["--threshold", "steep:1"], "got 'steep:1', wanted adaptive"),
+        (["--quantile", 2], "quantile: got 2.0"),
+        (["--backbone", "nothing"], "backbone: got 'nothing'"),
+        (["--device", "nowhere"], "--device nowhere: "),
+        (["--resume", "{tmp}/none"], "there is no such checkpoint"),
+        (["--resume", "{tmp}/photographs/train/class0/0.png"], "not a checkpoint"),
+    ],
+)
+def test_wrong_data_and_options_are_named_and_the_status_is_2(arguments, text, tmp_path, capsys):
+    photographs(tmp_path / "photographs", {"train": 1, "test": 1})
+    photographs(tmp_path / "unlike", {"train": 1})
+    photographs(tmp_path / "unlike", {"val": 1}, classes=1)
+    photographs(tmp_path / "hollow", {"train": 0, "test": 1})
+    photographs(tmp_path / "broken", {"train": 2, "test": 1})
+    for c in (0, 1):
+        (tmp_path / f"broken/train/class{c}/0.png").write_text("no image")
+    arguments = [str(argument).format(tmp=tmp_path) for argument in arguments]
+    assert run(*arguments, "--out", tmp_path / "out") == 2
+    errors = capsys.readouterr().err
+    assert re.search(text, errors), errors
+    assert "Traceback" not in errors
+    assert errors.count("\n") == 1
+
+
+def test_a_run_is_not_written_over(tmp_path, capsys):
+    assert run("--epochs", 1, *TINY, "--out", tmp_path) == 0
+    before = (tmp_path / "last.pt").read_bytes()
+    assert run("--epochs", 1, *TINY, "--out", tmp_path) == 2
+    assert "there is a run already" in capsys.readouterr().err
+    assert (tmp_path / "last.pt").read_bytes() == before
+    assert run("--resume", tmp_path, "--features", 64) == 2
+    assert "the checkpoint's model does not fit" in capsys.readouterr().err
+
+
+def test_help_names_every_choice_of_data_and_loss(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run("--help")
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    for word in (*data.NAMES, "infonce", "released", "step:START,DROP,EVERY", "--resume"):
+        assert word in printed
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("adaptive", "adaptive, quantile=0.99"),
+        ("0.7", "fixed, t=0.7"),
+        ("step:0.9,0.1,25", "step, start=0.9, drop=0.1, every=25"),
+        ("cosine:0.9,0.3", "cosine, start=0.9, end=0.3, epochs=7"),
+    ],
+)
+def test_the_threshold_option_makes_the_tracker_it_names(text, shown):
+    options = simclr.make_parser().parse_args(["--threshold", text, "--epochs", "7"])
+    assert shown in repr(simclr.threshold(options))
+
+
+def test_folders_of_photographs_train(tmp_path, capsys):
+    root = photographs(tmp_path / "data", {"train": 6, "test": 5}, size=40)
+    options = ["--data", "folder", "--root", root, "--image-size", 32, "--batch-size", 4]
+    options += ["--epochs", 1, "--over", "negatives", "--amp", "bf16"]
+    assert run(*options, "--out", tmp_path / "out") == 0
+    assert "hex on 12 images, 3 steps an epoch" in capsys.readouterr().out
+
+
+def test_the_demo_prints_its_table_and_draws_four_pictures(tmp_path, capsys):
+    assert demo.main(["--epochs", "3", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines()]
+    rows = {row[0]: row[1:] for row in rows if row}
+    assert list(rows) == ["pixels", "InfoNCE", "HEX"]
+    for name, (loss, *scores, seconds) in rows.items():
+        assert len(scores) == 4
+        assert all(40 < float(score) <= 100 for score in scores), name
+        assert name == "pixels" or (float(loss) > 0 and float(seconds) >= 0)
+    assert "One seed" in printed
+    pictures = sorted(tmp_path.glob("*.png"))
+    assert len(pictures) == 4
+    for picture in pictures:
+        pixels = np.asarray(Image.open(picture).convert("L"))
+        assert min(pixels.shape) > 400
+        assert 0.005 < (pixels < 200).mean() < 0.5, picture  # drawn on, and not all over
+
+
+def test_every_image_of_a_batch_gets_a_view_of_its_own():
+    torch.manual_seed(0)
+    image = torch.rand(1, 3, 16, 16)
+    for transform in (augment.small(), augment.digits()):
+        views = transform(image.expand(5, -1, -1, -1))
+        assert views.shape == (5, 3, 16, 16)
+        distances = torch.cdist(views.flatten(1), views.flatten(1)) + torch.eye(5)
+        assert distances.min() > 0.1
+
+
+def test_a_warp_of_nothing_is_the_image_and_a_flip_its_mirror():
+    images = torch.rand(3, 1, 9, 9)
+    for flip, wanted in ((0.0, images), (1.0, images.flip(-1))):
+        warp = augment.RandomWarp(area=(1, 1), ratio=1, flip=flip)
+        torch.testing.assert_close(warp(images), wanted)
+
+
+def test_colours_change_as_torchvision_changes_them(monkeypatch):
+    torch.manual_seed(0)
+    images = torch.rand(1, 3, 8, 8) * 0.2 + 0.4  # so that nothing is clamped on the way
+    uniform = iter([[0.2, -0.3, 0.4], [0.0]])  # what the factors are from 1; the turn of hue
+    drawn = lambda self, *_: self.copy_(torch.tensor(next(uniform)).view(self.shape))  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "uniform_", drawn)
+    monkeypatch.setattr(torch, "rand", lambda *size: torch.full(size, 0.5))  # jitter, not grey
+    wanted = v2.functional.adjust_brightness(images, 1.2)
+    wanted = v2.functional.adjust_contrast(wanted, 0.7)
+    wanted = v2.functional.adjust_saturation(wanted, 1.4)
+    torch.testing.assert_close(augment.RandomColour()(images), wanted, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["small", "resnet18", "mobilenet_v3_small"])
+def test_an_encoder_ends_in_features_of_the_size_asked(name):
+    model = encoder.Encoder(name, image_size=32, features=24)
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 24)
