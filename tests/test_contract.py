@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The absolute accuracy that is promised, given the cosines, at every temperature from 0.001 on.
 
-    float32: loss 1e-5 relative, gradient 5e-5 of the row's largest; float64: 1e-12 of both
+    float32: loss 1e-5 relative, gradient 5e-5 of the row's largest; from tau = 0.05 on 5e-6, 1e-5
+    float64: 1e-12 of both
 
 The cosines are given through the operator: rows of 64, 256 or 1024 features, each 1 or -1, have a
 length that is a power of two, so that unit rows and dot products are exact in any dtype. Each
@@ -128,7 +129,9 @@ def errors(batch, eps, tau, beta, tau_plus, dtype):
 @pytest.mark.parametrize("tau", TAUS)
 def test_loss_and_gradient_given_the_cosines(tau, dtype):
     assert np.finfo(LONG).eps < 1e-18
-    loss_bound, gradient_bound = (1e-5, 5e-5) if dtype == torch.float32 else (1e-12, 1e-12)
+    loss_bound, gradient_bound = 1e-12, 1e-12
+    if dtype == torch.float32:
+        loss_bound, gradient_bound = (5e-6, 1e-5) if tau >= 0.05 else (1e-5, 5e-5)
     results = []
     for k, batch in enumerate(batches()):
         for j, (beta, tau_plus) in enumerate((b, t) for b in BETAS for t in TAU_PLUS):

@@ -4,6 +4,7 @@
 conftest.py has the comparison. The second derivative and torch.func are in test_transforms.py.
 """
 
+import itertools
 import math
 
 import pytest
@@ -92,6 +93,24 @@ def test_each_input_may_have_its_own_dtype(mode, device):
     ]
     for dtypes in mixtures:
         check_gradients(problem("cluster", 14, 9, mode, dtype=dtypes, device=device, near=0.6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_half_gradient_is_the_float32_gradient_rounded_to_nearest_even(dtype, device):
+    ties = 0
+    # the gradients of large rows are subnormal in float16
+    for mode, scale in itertools.product(MODES, (1.0, 2.0**12)):
+        half = problem("cluster", 64, 1000, mode, K=7, dtype=dtype, device=device, near=0.6)
+        half = half.with_(inputs=tuple(z * scale for z in half.inputs))
+        single = half.with_(inputs=tuple(z.float() for z in half.inputs))
+        got, wide = half.ours().grads, single.ours().grads
+        assert torch.equal(got["tau"], wide["tau"])
+        for name in half.names[:-1]:
+            assert torch.equal(got[name], wide[name].to(dtype))
+            error = wide[name] - got[name].float()
+            other = wide[name] + error  # as far away, on the other side
+            ties += ((error != 0) & (other == other.to(dtype).float())).sum().item()
+    assert ties > 0
 
 
 # ---- grad_output --------------------------------------------------------------------------------
