@@ -38,16 +38,18 @@ format: build ## let ruff and clang-format rewrite the sources
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(C_FILES)
 
-# In a copy of the sources, with an extension of its own; without the tests that never enter it. The
-# C++ library is preloaded since the sanitizer looks once, at the start, for what throws exceptions.
-# Leaks are not looked for: Python and torch keep memory until the end. A failing allocation is for us
-# to report, not for the sanitizer. What it reports ends the process, and pytest's default capture
-# would lose it.
+# In a copy of the sources, with an extension of its own; without the tests that never enter it.
+#   detect_leaks                no: Python and torch keep memory until the end
+#   allocator_may_return_null   an allocation that fails is for us to report
+#   quarantine_size_mb          freed memory is kept back; less of it, for tests that watch memory
+#   LD_PRELOAD of libstdc++     the sanitizer looks once, at the start, for what throws exceptions
+#   --capture=sys               a report ends the process; what pytest had captured would be lost
 sanitize: build ## the tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	git ls-files -z | xargs -0 cp --parents --target-directory=build/sanitize
 	cd build/sanitize && HEX_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --inplace
-	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+	cd build/sanitize && \
+	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=16 \
 	    UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	    $(PYTEST) --capture=sys --ignore-glob='*/test_build.py' --ignore-glob='*/test_abi.py' \

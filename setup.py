@@ -38,7 +38,7 @@ if LINUX:
     LINK += ["-Wl,-z,relro,-z,now"]  # the table of torch's functions is read-only once it is filled
 if os.environ.get("HEX_SANITIZE") == "1":
     COMPILE += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    COMPILE += ["-O1", "-g", "-fno-omit-frame-pointer"]  # lines and callers in the reports
+    COMPILE += ["-O2", "-g", "-fno-omit-frame-pointer"]  # lines and callers in the reports
     LINK += ["-fsanitize=address,undefined"]
 if os.environ.get("HEX_WERROR") == "1":
     COMPILE += ["-Werror"]
