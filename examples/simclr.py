@@ -130,8 +130,8 @@ class Run:
     def train(self) -> None:
         options = self.options
         console.print(
-            f"{options.loss} on {len(self.images)} images, {self.steps} steps an epoch, from epoch "
-            f"{self.first + 1} to {self.last} of {options.epochs}"
+            f"{options.loss} on {len(self.images)} images, {self.steps} steps an epoch, "
+            f"{self.first} of {options.epochs} epochs done"
         )
         # TensorBoard drops what it has of steps that are taken again
         log = SummaryWriter(str(self.folder), purge_step=self.first * self.steps)
