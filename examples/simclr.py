@@ -15,9 +15,11 @@ Needs hex-ssl[examples].
 import argparse
 import math
 import random
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -128,22 +130,24 @@ class Run:
     def train(self) -> None:
         options = self.options
         console.print(
-            f"{options.loss} on {len(self.images)} images, {self.steps} steps an epoch, from epoch "
-            f"{self.first + 1} to {self.last} of {options.epochs}"
+            f"{options.loss} on {len(self.images)} images, {self.steps} steps an epoch, "
+            f"{self.first} of {options.epochs} epochs done"
         )
         # TensorBoard drops what it has of steps that are taken again
-        with SummaryWriter(str(self.folder), purge_step=self.first * self.steps) as log:
+        log = SummaryWriter(str(self.folder), purge_step=self.first * self.steps)
+        with ctrl_c_held_back() as let_ctrl_c, log:
             log.add_text("options", repr(vars(options)))
             for epoch in range(self.first, self.last):
-                line = self.epoch(epoch, log)
+                line = self.epoch(epoch, log, let_ctrl_c)
                 self.save(epoch + 1)
                 console.print(line)  # what is printed is saved
+                let_ctrl_c()
         if self.last == options.epochs:
             with console.status("evaluating"):
                 console.print(results(*self.features()))
         console.print(f"checkpoint: {self.file}\nlog: tensorboard --logdir {self.folder}")
 
-    def epoch(self, epoch: int, log: SummaryWriter) -> str:
+    def epoch(self, epoch: int, log: SummaryWriter, let_ctrl_c: Callable[[], None]) -> str:
         """Trains for an epoch, counted from 0, logs it, and tells of it in a line."""
         start = time.perf_counter()
         log.add_scalar("train/lr", self.scheduler.get_last_lr()[0], epoch * self.steps)
@@ -161,6 +165,7 @@ class Run:
         with progress() as bars:
             for loss in bars.track(losses, self.steps, description=f"epoch {epoch + 1}"):
                 rows.append(torch.stack([x.double() for x in (loss, *self.criterion.last)]))
+                let_ctrl_c()
         table = torch.stack(rows).cpu()
         for step, row in enumerate(table.tolist(), epoch * self.steps):
             for name, value in zip(("loss", "eps", "hard", "share"), row, strict=True):
@@ -263,6 +268,31 @@ def results(train: evaluate.Features, test: evaluate.Features) -> Table:
         table.add_column(name, justify="right")
     table.add_row(*(f"{100 * score:.2f}" for score in evaluate.scores(train, test)))
     return table
+
+
+@contextmanager
+def ctrl_c_held_back() -> Iterator[Callable[[], None]]:
+    """Gives a function; Ctrl-C stops the program when it is called next.
+
+    At another moment it might leave a lock of TensorBoard's taken, and closing the log would wait
+    for ever. A second Ctrl-C is not held back.
+    """
+    pressed = False
+
+    def remember(*_) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def let() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield let
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def progress() -> Progress:

@@ -95,7 +95,7 @@ def test_a_run_in_two_parts_ends_with_the_bits_of_one_in_one(loss, tmp_path, cap
     assert run("--resume", parts) == 0
     assert state(parts) == state(whole)
     printed = capsys.readouterr().out
-    assert "from epoch 2 to 2 of 2" in printed
+    assert "1 of 2 epochs done" in printed
     assert ("mean |H|" in printed) == (loss == "hex")
     assert list(whole.glob("events.out.tfevents.*"))
 
