@@ -116,7 +116,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--repeats", type=int, help="samples a method; default 5 (3 where a call takes 0.5 s)")
     add("--methods", nargs="+", metavar="WORD", help="only those whose names hold one of the words")
     add("--quick", action="store_true", help="256 and 1024 rows, 3 samples, no compile, one table")
-    add("--full", action="store_true", help="also 8192 rows, a queue, the reference at every size")
+    add(
+        "--full",
+        action="store_true",
+        help="also 8192 rows, a queue, the reference at every size (5 GB)",
+    )
     add("--heap", choices=("stock", "retained", "both"), default="both", help="default both")
     add("--json", type=Path, metavar="FILE", help="write every sample there")
     options = parser.parse_args(arguments)

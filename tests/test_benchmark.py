@@ -2,6 +2,7 @@
 """The benchmarks at tiny sizes: they run, and a method that is wrong cannot be timed."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -22,7 +23,13 @@ import table  # noqa: E402
 
 from hex import HEXLoss, hex_loss  # noqa: E402
 
+own_memory = pytest.mark.skipif(
+    "libasan" in os.environ.get("LD_PRELOAD", ""),
+    reason="under AddressSanitizer memory and time are mostly the sanitizer's",
+)
 
+
+@own_memory
 def test_the_benchmark_prints_a_table_and_writes_its_samples(tmp_path):
     file = tmp_path / "figures.json"
     words = ["hex", "plain HEX", "plain InfoNCE", "info-nce"]
@@ -131,6 +138,7 @@ def test_a_bad_argument_is_named(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@own_memory
 def test_the_peak_is_what_a_call_holds_at_most():
     size = 64 << 20  # large enough to be given back when it is freed
     peak = measure.peak_mb(lambda: torch.ones(size // 4).sum())
@@ -138,6 +146,7 @@ def test_the_peak_is_what_a_call_holds_at_most():
     assert measure.peak_mb(lambda: None) < 1
 
 
+@own_memory
 def test_times_are_those_of_a_call():
     def step():
         start = measure.clock(1)()
