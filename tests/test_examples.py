@@ -92,7 +92,7 @@ def test_a_run_in_two_parts_ends_with_the_bits_of_one_in_one(loss, tmp_path, cap
     assert run(*options, "--out", whole) == 0
     assert run(*options, "--out", parts, "--stop-after", 1) == 0
     assert state(parts) != state(whole)
-    assert ("threshold.value_bits" in state(parts)["parts"]["criterion"]) == (loss == "hex")
+    assert ("threshold.state" in state(parts)["parts"]["criterion"]) == (loss == "hex")
     # what a new process would not have either
     torch.manual_seed(9)
     random.seed(9)
