@@ -55,8 +55,8 @@ static inline hex_power power_of(double beta)
 enum { SUM_ALL, SUM_REST, SUM_REST_X, SUM_COUNT, SUM_B, SUM_BE, SUM_BX, SUM_BEX, SUM_KINDS };
 
 /* How the sums split at the row's limit: not at all; what is above goes to the row's list and the
- * sums of the rest are made; or all of the sums. */
-typedef enum { SPLIT_NONE, SPLIT_LIST, SPLIT_SUMS } hex_split;
+ * sums of the rest are made; the same, and what equals the limit is counted; or all of the sums. */
+typedef enum { SPLIT_NONE, SPLIT_LIST, SPLIT_TIES, SPLIT_SUMS } hex_split;
 
 /* eps >= 1 means H empty, though rounding takes some cosines past 1: then none may reach it. +inf
  * stays, for it also means InfoNCE in the released variant. */
