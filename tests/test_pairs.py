@@ -88,7 +88,7 @@ def test_each_row_may_have_its_own_threshold():
 def test_one_call_finds_the_threshold_and_the_loss_of_two(rule, kind):
     for dtype in (torch.float64, torch.float32):
         for B in (192, 301):
-            p = problem(kind, B, 24, dtype=dtype)
+            p = problem(kind, B, 24, dtype=dtype, eps=f64(0.5))
             module = HEXLoss(threshold=tracker(**RULES[rule]), reduction="none")
             loss, _, _, eps, count, _ = step(module, p)
             assert torch.equal(eps, in_two_calls(p, **RULES[rule]))
