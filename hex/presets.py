@@ -77,7 +77,7 @@ def authors_mix(method: Method, hex_loss: Tensor, base: Tensor, alpha: float = 0
         >>> base = (z0 - z1).square().mean()  # in place of Barlow Twins' own
         >>> loss = authors_mix("barlow", HEXLoss(variant="released")(z0, z1), base)
 
-    Source: solo/methods/barlow_twins.py and vicreg.py. The fixed form of Barlow Twins is hex + base.
+    Source: solo/methods/barlow_twins.py, where the fixed form is hex + base, and vicreg.py.
     """
     check_choice("method", method, get_args(Method))
     check_number("alpha", alpha, 0, 1)
