@@ -16,17 +16,8 @@
 #include "hex.h"
 #include "torch_shim.h"
 
-#define ERROR_SIZE 256
-#define SHIM_FAILED "a libtorch call failed"
-
-typedef struct {
-    char error[ERROR_SIZE];
-    AtenTensorHandle in[6], out[4];
-    int n_in, n_out;
-} call;
-
 /* Keeps the first error; returns false, so that checks can be chained with &&. */
-__attribute__((format(printf, 2, 3))) static bool fail(call *c, const char *format, ...)
+bool fail(call *c, const char *format, ...)
 {
     if (!c->error[0]) {
         va_list arguments;
@@ -37,12 +28,9 @@ __attribute__((format(printf, 2, 3))) static bool fail(call *c, const char *form
     return false;
 }
 
-static bool ok(call *c, const char *core_error)
-{
-    return core_error ? fail(c, "%s", core_error) : true;
-}
+bool ok(call *c, const char *core_error) { return core_error ? fail(c, "%s", core_error) : true; }
 
-static call begin(StableIValue *stack, int tensors)
+call begin(StableIValue *stack, int tensors)
 {
     call c = {.n_in = tensors};
     for (int i = 0; i < tensors; i++)
@@ -50,7 +38,7 @@ static call begin(StableIValue *stack, int tensors)
     return c;
 }
 
-static void finish(call *c, StableIValue *stack, const char *op)
+void finish(call *c, StableIValue *stack, const char *op)
 {
     for (int i = 0; i < c->n_in; i++)
         aoti_torch_delete_tensor_object(c->in[i]);
@@ -66,7 +54,7 @@ static void finish(call *c, StableIValue *stack, const char *op)
         stack[i] = (StableIValue)(uintptr_t)c->out[i];
 }
 
-static double to_double(StableIValue v)
+double to_double(StableIValue v)
 {
     double x;
     memcpy(&x, &v, sizeof x);
@@ -74,12 +62,6 @@ static double to_double(StableIValue v)
 }
 
 /* ---- tensors -> plain C ---- */
-
-typedef struct {
-    const void *data;
-    hex_dtype dtype;
-    int64_t dim, *size, *stride;
-} view;
 
 static bool read_dtype(int32_t code, hex_dtype *dtype)
 {
@@ -91,8 +73,6 @@ static bool read_dtype(int32_t code, hex_dtype *dtype)
         *dtype = HEX_F16;
     else if (code == aoti_torch_dtype_bfloat16())
         *dtype = HEX_BF16;
-    else if (code == aoti_torch_dtype_int64())
-        *dtype = HEX_I64;
     else
         return false;
     return true;
@@ -107,14 +87,14 @@ static int32_t torch_dtype(hex_dtype dtype)
                               : aoti_torch_dtype_bfloat16();
 }
 
-static int64_t item_size(hex_dtype dtype)
+int64_t item_size(hex_dtype dtype)
 {
     return dtype == HEX_F64 || dtype == HEX_I64 ? 8 : dtype == HEX_F32 ? 4 : 2;
 }
 
 /* Whether every element lies inside the storage. torch's own operators trust this and crash on a
  * tensor whose storage was freed or shrunk under it, as sharded training does. */
-static bool inside_storage(AtenTensorHandle t, const view *v, int64_t element)
+bool inside_storage(AtenTensorHandle t, const view *v, int64_t element)
 {
     int64_t last, bytes;
     if (aoti_torch_get_storage_offset(t, &last) || aoti_torch_get_storage_size(t, &bytes))
@@ -130,34 +110,35 @@ static bool inside_storage(AtenTensorHandle t, const view *v, int64_t element)
     return last < bytes / element;
 }
 
-/* Of floating-point numbers, or of integers. */
-static bool read_tensor(call *c, AtenTensorHandle t, const char *name, bool integers, view *v)
+bool read_dense(call *c, AtenTensorHandle t, const char *name, element_kind kind, view *v)
 {
+    static const char *const wanted[] = {"float64, float32, bfloat16 or float16", "int64", "bool"};
     int32_t device, dtype, layout;
     if (aoti_torch_get_device_type(t, &device) || aoti_torch_get_dtype(t, &dtype) ||
         aoti_torch_get_layout(t, &layout))
         return fail(c, SHIM_FAILED);
-    if (device != aoti_torch_device_type_cpu() || layout != aoti_torch_layout_strided() ||
-        !read_dtype(dtype, &v->dtype) || (v->dtype == HEX_I64) != integers)
-        return fail(c, "%s: expected a dense CPU tensor of %s", name,
-                    integers ? "int64" : "float64, float32, bfloat16 or float16");
+    const bool right = kind == FLOATS     ? read_dtype(dtype, &v->dtype)
+                       : kind == INTEGERS ? dtype == aoti_torch_dtype_int64()
+                                          : dtype == aoti_torch_dtype_bool();
+    if (device != aoti_torch_device_type_cpu() || layout != aoti_torch_layout_strided() || !right)
+        return fail(c, "%s: expected a dense CPU tensor of %s", name, wanted[kind]);
     if (aoti_torch_get_dim(t, &v->dim) || aoti_torch_get_sizes(t, &v->size) ||
         aoti_torch_get_strides(t, &v->stride) || torch_get_const_data_ptr(t, &v->data))
         return fail(c, SHIM_FAILED);
-    if (!inside_storage(t, v, item_size(v->dtype)))
+    if (!inside_storage(t, v, kind == FLOATS ? item_size(v->dtype) : kind == INTEGERS ? 8 : 1))
         return fail(c, "%s: its storage is smaller than its shape says (freed or resized?)", name);
     return true;
 }
 
-static bool read_view(call *c, AtenTensorHandle t, const char *name, view *v)
+bool read_view(call *c, AtenTensorHandle t, const char *name, view *v)
 {
-    return read_tensor(c, t, name, false, v);
+    return read_dense(c, t, name, FLOATS, v);
 }
 
 static bool read_state(call *c, AtenTensorHandle t, int64_t *state)
 {
     view v;
-    if (!read_tensor(c, t, "state", true, &v))
+    if (!read_dense(c, t, "state", INTEGERS, &v))
         return false;
     if (v.dim != 1 || v.size[0] != HEX_STATE)
         return fail(c, "state: expected shape (%d,)", HEX_STATE);
@@ -166,11 +147,8 @@ static bool read_state(call *c, AtenTensorHandle t, int64_t *state)
     return true;
 }
 
-/* Numbers in float32 or float64: one, one for each of `rows`, or either. */
-typedef enum { ONE = 1, EACH_ROW = 2 } numbers;
-
-static bool read_numbers(call *c, AtenTensorHandle t, const char *name, numbers allowed,
-                         int64_t rows, hex_vector *out)
+bool read_numbers(call *c, AtenTensorHandle t, const char *name, numbers allowed, int64_t rows,
+                  hex_vector *out)
 {
     static const char *const shapes[] = {"", "()", "(rows,)", "() or (rows,)"};
     view v;
@@ -246,7 +224,7 @@ static bool read_choices(call *c, int64_t reduction, int64_t variant, double bet
 /* ---- outputs ---- */
 
 /* A new contiguous CPU tensor as the next output; *data points to its first element. */
-static bool add_output(call *c, int64_t dim, const int64_t *size, hex_dtype dtype, void **data)
+bool add_output(call *c, int64_t dim, const int64_t *size, hex_dtype dtype, void **data)
 {
     int64_t stride[3], step = 1;
     AtenTensorHandle t;
