@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="of torch; default 1")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    rows, logits = (512, (64, 2049)) if options.quick else (4096, (512, 65537))
+    rows, logits = (256, (64, 1025)) if options.quick else (4096, (512, 65537))
     lines: list[table.Line] = []
     notes: list[str] = []
     for title, x, methods in (labels(rows, notes), queue(*logits)):

@@ -61,7 +61,7 @@ static bool read_matrix(call *c, AtenTensorHandle t, const char *name, int64_t r
 /* x, y, ids, candidate_ids, mask = in[first..first + 5), and the pairing. */
 static bool read_pairs(call *c, int first, int64_t pairing, hex_labelled *p)
 {
-    int64_t size[2];
+    int64_t size[2] = {0};
     const AtenTensorHandle *in = c->in + first;
     if (pairing < 0 || pairing >= HEX_PAIRINGS)
         return fail(c, "pairing: expected 0, 1 or 2");
@@ -89,7 +89,7 @@ static bool read_pairs(call *c, int first, int64_t pairing, hex_labelled *p)
 /* groups, candidate_groups, guide, candidate_guide = in[first..first + 4). */
 static bool read_membership(call *c, int first, hex_labelled *p)
 {
-    int64_t size[2];
+    int64_t size[2] = {0};
     const AtenTensorHandle *in = c->in + first;
     const bool self = p->pairing == HEX_SELF;
     if (!read_ids(c, in[0], "groups", p->N, true, &p->groups[0]) ||
@@ -132,7 +132,7 @@ static bool read_rule(call *c, int64_t reduction, int64_t variant, int64_t posit
 /* logits, target = in[first], in[first + 1]. */
 static bool read_logits(call *c, int first, hex_logits *p)
 {
-    int64_t size[2];
+    int64_t size[2] = {0};
     if (!read_matrix(c, c->in[first], "logits", -1, -1, &p->logits, size))
         return false;
     p->N = size[0];
@@ -151,7 +151,7 @@ static bool read_logits(call *c, int first, hex_logits *p)
 
 static bool read_score(call *c, AtenTensorHandle t, hex_logits *p)
 {
-    int64_t size[2];
+    int64_t size[2] = {0};
     if (!read_matrix(c, t, "score", -1, -1, &p->score, size))
         return false;
     if (size[0] == 0)

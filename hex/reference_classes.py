@@ -232,4 +232,5 @@ def range_of_rows(c: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         return top, top
     nan = (c.isnan() & kept).any(1) | ~kept.any(1)
     low, high = c.masked_fill(~kept, math.inf).amin(1), c.masked_fill(~kept, -math.inf).amax(1)
-    return tuple(torch.where(nan, math.nan, v.clamp(-1, 1)) for v in (low, high))  # type: ignore[return-value]
+    low, high = low.clamp(-1, 1), high.clamp(-1, 1)
+    return torch.where(nan, math.nan, low), torch.where(nan, math.nan, high)

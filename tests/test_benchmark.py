@@ -15,13 +15,14 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import batches  # noqa: E402
+import classes  # noqa: E402
 import hazards  # noqa: E402
 import loss  # noqa: E402
 import measure  # noqa: E402
 import peers  # noqa: E402
 import table  # noqa: E402
 
-from hex import HEXLoss, hex_loss  # noqa: E402
+from hex import HEXLoss, hex_cross_entropy, hex_loss, hex_sup_con  # noqa: E402
 
 own_memory = pytest.mark.skipif(
     "libasan" in os.environ.get("LD_PRELOAD", ""),
@@ -177,3 +178,33 @@ def test_a_table_is_aligned():
     assert [table.number(x) for x in (None, 0.123, 9.999, 99.96, 1234.5)] == [
         "", "0.12", "10.0", "100", "1234",
     ]  # fmt: skip
+
+
+@own_memory
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # a library's
+def test_labels_and_logits_are_checked_and_timed(capsys):
+    assert classes.main(["--quick", "--repeats", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    wanted = ("hex_sup_con", "SupContrast in plain", "hex_cross_entropy", "torch's cross_entropy")
+    assert all(any(line.startswith(name) for line in lines) for name in wanted)
+
+
+@own_memory
+def test_labels_and_logits_hold_no_more_than_blocks_of_rows():
+    x = torch.randn(3000, 32, requires_grad=True)
+    guide, ids = torch.randn(3000, 16), torch.arange(3000) % 50
+
+    def labelled():
+        return torch.autograd.grad(hex_sup_con(x, ids, eps=0.3, guide=guide), x)
+
+    logits = torch.randn(300, 20000, requires_grad=True)  # 24 MB, as their gradient
+    target = torch.zeros(300, dtype=torch.int64)
+
+    def rows():
+        return torch.autograd.grad(
+            hex_cross_entropy(logits, target, eps=0.3, temperature=0.1), logits
+        )
+
+    labelled(), rows()
+    assert measure.peak_mb(labelled) < 12  # 3000 x 3000 in float32 are 36
+    assert measure.peak_mb(rows) < 24 + 4

@@ -101,6 +101,61 @@ def test_other_axes_are_flattened():
     assert torch.equal(hex_sup_con(x, eps=0.3), hex_sup_con(x.flatten(2), eps=0.3))
 
 
+# ---- the formula, letter by letter --------------------------------------------------------------
+
+
+def by_letter(
+    x: Tensor, ids: list[int], eps: float, tau: float, beta: float, tau_plus: float,
+    positives: str, variant: str,
+) -> list[float]:  # fmt: skip
+    """Each row by loops over its cosines, as docs/math.md has it."""
+    u = F.normalize(x)
+    c = (u @ u.T).tolist()
+    losses = []
+    for i in range(len(ids)):
+        others = [j for j in range(len(ids)) if j != i]
+        p = [c[i][j] / tau for j in others if ids[j] == ids[i]]
+        negatives = [c[i][j] for j in others if ids[j] != ids[i]]
+        hard = [v / tau for v in negatives if v > eps]
+        rest = [v / tau for v in negatives if v <= eps]
+        if not p:
+            losses.append(0.0)
+            continue
+        total = sum(map(math.exp, p))
+        numerator = sum(p) / len(p) if positives == "outside" else math.log(total)
+        far = sum(map(math.exp, rest))
+        if variant == "released":
+            constant = len(negatives) * math.exp(-1 / tau)
+            losses.append(math.log(far) + constant - numerator if rest else 0.0)
+            continue
+        near = 0.0
+        if hard:
+            mean = sum(math.exp(beta * v) for v in hard) / len(hard)
+            weighted = sum(math.exp(beta * v) / mean * math.exp(v) for v in hard)
+            debiased = weighted - tau_plus * len(hard) * total / len(p)
+            near = max(debiased / (1 - tau_plus), len(hard) * math.exp(-1 / tau))
+        losses.append(math.log(total + near + far) - numerator)
+    return losses
+
+
+@pytest.mark.parametrize("variant", ("paper", "released"))
+@pytest.mark.parametrize("positives", ("outside", "inside"))
+def test_it_is_the_formula_letter_by_letter(positives, variant):
+    floors = 0
+    for tau_plus, beta, eps in ((0.1, 1.0, 0.3), (0.0, 0.0, 0.1), (0.7, 0.5, -0.2), (0.9, 2.0, -2)):
+        x = features(kind="cluster" if tau_plus < 0.5 else "clamped")
+        x, ids = x.transpose(0, 1).flatten(0, 1)[:-1], LABELS.repeat(2)[:-1].clone()
+        ids[7] = 99  # alone
+        options = dict(beta=beta, tau_plus=tau_plus, positives=positives, variant=variant)
+        rows = hex_sup_con(x, ids, eps=eps, temperature=0.5, reduction="none", **options)
+        wanted = f64(by_letter(x, ids.tolist(), eps, 0.5, **options))
+        torch.testing.assert_close(rows, wanted, rtol=1e-10, atol=1e-12)
+        off = hex_sup_con(x, ids, eps=eps, temperature=0.5, reduction="none",
+                          **(options | {"tau_plus": 0.0}))  # fmt: skip
+        floors += int((rows != off).sum())
+    assert (floors > 0) == (variant == "paper")  # tau_plus matters there and nowhere else
+
+
 # ---- the losses that people use ------------------------------------------------------------------
 
 
