@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: MIT
+"""Every method, with its own loss and with HEX: trains all, then one table of what came out.
+
+    python examples/compare.py                     # digits, some minutes
+    python examples/compare.py moco byol           # two methods only
+    python examples/compare.py --show DIR          # the table of runs that are there
+
+Options that it does not know go to every script: `--epochs 10`, `--data cifar10 --root DIR`. Each
+run is a process of its own with one thread. The table is made from the runs' `result.json`.
+
+Needs hex-ssl[examples].
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from common.options import positive
+from common.training import console, progress
+from rich.table import Table
+
+HERE = Path(__file__).parent
+METHODS = ["simclr", "moco", "nnclr", "clip", "byol", "dino", "barlow_twins", "vicreg"]
+LOSSES = "base", "hex"
+SHOWN = {"knn": "k-NN", "linear_1": "linear, 1 label"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument(
+        "--out", type=Path, help="folder; by default runs/ and a name with the time"
+    )
+    parser.add_argument("--show", type=Path, metavar="DIR", help="only the table of the runs there")
+    options, passed_on = parser.parse_known_args(arguments)
+    methods = options.methods or METHODS
+    if unknown := set(methods) - set(METHODS):
+        parser.error(f"got {', '.join(sorted(unknown))}, wanted methods of {', '.join(METHODS)}")
+    if options.show is None:
+        out = options.out or Path("runs") / time.strftime("compare-%Y%m%d-%H%M%S")
+        if not run_all(methods, passed_on, out, options.jobs):
+            return 1
+    elif passed_on:
+        parser.error(f"got {' '.join(passed_on)} and --show, which runs nothing")
+    else:
+        out = options.show
+    results = read(out)
+    if not results:
+        parser.error(f"{out}: wanted runs there, */result.json")
+    console.print(table(results))
+    console.print(f"runs: {out}", soft_wrap=True)
+    return 0
+
+
+def run_all(methods: list[str], options: list[str], out: Path, jobs: int) -> bool:
+    """Runs all, `jobs` at a time; whether all went well. What one prints is in its log.txt."""
+    start = time.perf_counter()
+    failed = False
+    with ThreadPoolExecutor(jobs) as pool, progress() as bars:
+        task = bars.add_task("training", total=len(methods) * len(LOSSES))
+        runs = [pool.submit(run, m, loss, options, out) for m in methods for loss in LOSSES]
+        for future in as_completed(runs):
+            folder, process = future.result()
+            bars.advance(task)
+            if process.returncode == 0:
+                result = json.loads((folder / "result.json").read_text())
+                seconds = time.perf_counter() - start
+                console.print(f"{seconds:4.0f} s  {folder.name:18} k-NN {result['knn']:.2%}")
+            elif not failed:
+                failed = True
+                pool.shutdown(wait=False, cancel_futures=True)
+                lines = process.stdout.strip().splitlines()[-10:]
+                console.print(f"{' '.join(process.args)} failed:", *lines, sep="\n", soft_wrap=True)
+                break
+    return not failed
+
+
+def run(
+    method: str, loss: str, options: list[str], out: Path
+) -> tuple[Path, subprocess.CompletedProcess]:
+    folder = out / f"{method}-{loss}"
+    folder.mkdir(parents=True)
+    command = [sys.executable, str(HERE / f"{method}.py"), "--loss", loss, "--out", str(folder)]
+    process = subprocess.run(
+        [*command, *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    (folder / "log.txt").write_text(process.stdout)
+    return folder, process
+
+
+def read(folder: Path) -> dict[str, dict[str, dict]]:
+    """The results of all runs in a folder, by script and loss, in the order of METHODS."""
+    results: dict[str, dict[str, dict]] = {}
+    for file in folder.glob("*/result.json"):
+        result = json.loads(file.read_text())
+        results.setdefault(result["script"], {})[result["loss"]] = result
+    known = {name: results[name] for name in METHODS if name in results}
+    return known | results
+
+
+def table(results: dict[str, dict[str, dict]]) -> Table:
+    """A row a method: accuracy with its own loss, with HEX, and the difference."""
+    some = next(iter(next(iter(results.values())).values()))
+    made = Table(
+        title=f"Accuracy on the test images (%): {some['data']}, {some['epochs']} epochs, batch "
+        f"size {some['batch_size']}, seed {some['seed']}"
+    )
+    made.add_column("")
+    made.add_column("with HEX, the loss is")
+    for name in SHOWN.values():
+        for column in (f"{name}\nbase", "HEX", "diff."):
+            made.add_column(column, justify="right")
+    made.add_column("seconds\nbase", justify="right")
+    made.add_column("HEX", justify="right")
+    for runs in results.values():
+        base, with_hex = (runs.get(loss, {}) for loss in LOSSES)
+        row = [(base or with_hex)["method"], with_hex.get("objective", "")]
+        for score in SHOWN:
+            pair = base.get(score), with_hex.get(score)
+            row += [percent(x) for x in pair]
+            row.append("" if None in pair else f"{100 * (pair[1] - pair[0]):+.1f}")
+        row += [f"{x['seconds']:.0f}" if x.get("seconds") else "" for x in (base, with_hex)]
+        made.add_row(*row)
+    made.caption = (
+        "k-NN: 20 neighbours. linear, 1 label: logistic regression on one labelled image a class, "
+        "mean of 10 choices. One run each: a point more or less is chance."
+    )
+    return made
+
+
+def percent(x: float | None) -> str:
+    return "" if x is None else f"{100 * x:.1f}"
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
