@@ -2,7 +2,7 @@
 """Every method, with its own loss and with HEX: trains all, then one table of what came out.
 
     python examples/compare.py                     # digits, some minutes
-    python examples/compare.py moco byol           # two methods only
+    python examples/compare.py --only moco,byol
     python examples/compare.py --show DIR          # the table of runs that are there
 
 Options that it does not know go to every script: `--epochs 10`, `--data cifar10 --root DIR`. Each
@@ -32,18 +32,21 @@ SHOWN = {"knn": "k-NN", "linear_1": "linear, 1 label"}
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(METHODS)}")
-    parser.add_argument("--jobs", type=positive, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument(
-        "--out", type=Path, help="folder; by default runs/ and a name with the time"
+    add = parser.add_argument
+    add(
+        "--only", metavar="METHODS", default=",".join(METHODS), help="with commas; all: %(default)s"
     )
-    parser.add_argument("--show", type=Path, metavar="DIR", help="only the table of the runs there")
+    add("--jobs", type=positive, default=os.cpu_count(), help="runs at a time; %(default)s")
+    add("--out", type=Path, metavar="DIR", help="by default runs/ and a name with the time")
+    add("--show", type=Path, metavar="DIR", help="only the table of the runs there")
     options, passed_on = parser.parse_known_args(arguments)
-    methods = options.methods or METHODS
+    methods = options.only.split(",")
     if unknown := set(methods) - set(METHODS):
-        parser.error(f"got {', '.join(sorted(unknown))}, wanted methods of {', '.join(METHODS)}")
+        parser.error(f"got {', '.join(sorted(unknown))}, wanted --only of {', '.join(METHODS)}")
     if options.show is None:
         out = options.out or Path("runs") / time.strftime("compare-%Y%m%d-%H%M%S")
+        if out.exists():
+            parser.error(f"--out {out}: is there already; --show {out} makes its table")
         if not run_all(methods, passed_on, out, options.jobs):
             return 1
     elif passed_on:
@@ -86,9 +89,9 @@ def run(
 ) -> tuple[Path, subprocess.CompletedProcess]:
     folder = out / f"{method}-{loss}"
     folder.mkdir(parents=True)
-    command = [sys.executable, str(HERE / f"{method}.py"), "--loss", loss, "--out", str(folder)]
+    own = "--loss", loss, "--out", str(folder)
     process = subprocess.run(
-        [*command, *options],
+        [sys.executable, str(HERE / f"{method}.py"), *options, *own],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
