@@ -14,13 +14,18 @@ AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_parser(
-    script: str, description: str, losses: dict[str, str], **defaults: object
+    script: str,
+    description: str,
+    losses: dict[str, str],
+    resumable: bool = True,
+    **defaults: object,
 ) -> argparse.ArgumentParser:
     """All options of a method script.
 
     Args:
         script: its name, in that of a run's folder.
         losses: what --loss base and --loss hex are for this method.
+        resumable: whether there are the options of `training.Run`, to stop and to resume.
         defaults: of its own, for options that exist.
     """
     parser = argparse.ArgumentParser(
@@ -64,9 +69,15 @@ def make_parser(
 
     add = parser.add_argument_group("run").add_argument
     add("--out", help="the run's folder; by default runs/ and a name with the time")
-    add("--resume", type=Path, metavar="RUN", help="go on with a run: its folder or checkpoint")
-    add("--stop-after", type=positive, metavar="EPOCHS", help="leave the rest for --resume")
-    add("--knn-every", type=int, default=10, help="epochs between k-NN tests; 0: at the end only")
+    if resumable:
+        add("--resume", type=Path, metavar="RUN", help="go on with a run: its folder or checkpoint")
+        add("--stop-after", type=positive, metavar="EPOCHS", help="leave the rest for --resume")
+        add(
+            "--knn-every",
+            type=int,
+            default=10,
+            help="epochs between k-NN tests; 0: only at the end",
+        )
     parser.set_defaults(script=script, **defaults)
     return parser
 
@@ -125,7 +136,8 @@ def make_folder(options: argparse.Namespace) -> Path:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         options.out = f"runs/{options.script}-{options.data}-{options.loss}-{stamp}"
     out = Path(options.out)
-    if options.resume is None and (out / "last.pt").exists():
+    resume = getattr(options, "resume", None)
+    if resume is None and any((out / name).exists() for name in ("last.pt", "result.json")):
         raise ValueError(f"--out {out}: there is a run already; --resume {out} continues it")
     out.mkdir(parents=True, exist_ok=True)
     return out

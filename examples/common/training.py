@@ -122,21 +122,8 @@ class Run:
         np.random.seed(options.seed)
         random.seed(options.seed)
         device = check_device(options.device)
-        with console.status("reading the images"):
-            self.images, self.test = data.load(
-                options.data,
-                options.root and Path(options.root),
-                device=device,
-                size=options.image_size,
-                workers=options.workers,
-                local_views=method.local_views,
-            )
+        self.images, self.test = load(options, method.local_views)
         self.steps = len(self.images) // options.batch_size
-        if self.steps == 0:
-            raise ValueError(
-                f"--batch-size {options.batch_size}: there are {len(self.images)} images only"
-            )
-
         self.model = method(options, self.images).to(device)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, options.lr, weight_decay=1e-4)
@@ -242,6 +229,26 @@ class Run:
             f"interrupted; {self.file} has the run as it was after {epochs} whole epochs, the "
             f"steps since then are lost.\nTo go on: python {sys.argv[0]} --resume {self.folder}"
         )
+
+
+def load(options: argparse.Namespace, local_views: int = 0) -> tuple[data.Split, data.Split]:
+    """The images to train on and those to test with.
+
+    Raises:
+        DataError, ValueError: the text is for the user.
+    """
+    with console.status("reading the images"):
+        images, test = data.load(
+            options.data,
+            options.root and Path(options.root),
+            device=check_device(options.device),
+            size=options.image_size,
+            workers=options.workers,
+            local_views=local_views,
+        )
+    if len(images) < options.batch_size:
+        raise ValueError(f"--batch-size {options.batch_size}: there are {len(images)} images only")
+    return images, test
 
 
 def train_epoch(
