@@ -26,10 +26,7 @@ from hex import HEXLoss
 class BarlowTwins(training.Method):
     """Barlow Twins: the correlation of the two views' features is to be the identity."""
 
-    losses = {
-        "hex": "alpha HEX + (1 - alpha) Barlow Twins",
-        "base": "Barlow Twins",
-    }
+    losses = {"hex": "alpha HEX + (1 - alpha) base", "base": "cross-correlation"}
 
     def __init__(self, options: argparse.Namespace, images: data.Split) -> None:
         super().__init__(options, images)

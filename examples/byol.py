@@ -29,10 +29,7 @@ from hex import HEXLoss
 class BYOL(training.Method):
     """BYOL: from one view, predict what a slow average of the network makes of the other."""
 
-    losses = {
-        "hex": "alpha HEX + (1 - alpha) negative cosine",
-        "base": "negative cosine",
-    }
+    losses = {"hex": "alpha HEX + (1 - alpha) base", "base": "negative cosine"}
 
     def __init__(self, options: argparse.Namespace, images: data.Split) -> None:
         super().__init__(options, images)

@@ -27,7 +27,7 @@ from rich.table import Table
 HERE = Path(__file__).parent
 METHODS = ["simclr", "moco", "nnclr", "clip", "byol", "dino", "barlow_twins", "vicreg"]
 LOSSES = "base", "hex"
-SHOWN = {"knn": "k-NN", "linear_1": "linear, 1 label"}
+SHOWN = {"knn": "k-NN", "linear_1": "1 label"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not results:
         parser.error(f"{out}: wanted runs there, */result.json")
     console.print(table(results))
-    console.print(f"runs: {out}", soft_wrap=True)
+    console.print(f"runs: {out}/*/log.txt, last.pt and result.json", soft_wrap=True)
     return 0
 
 
@@ -118,25 +118,22 @@ def table(results: dict[str, dict[str, dict]]) -> Table:
         title=f"Accuracy on the test images (%): {some['data']}, {some['epochs']} epochs, batch "
         f"size {some['batch_size']}, seed {some['seed']}"
     )
-    made.add_column("")
-    made.add_column("with HEX, the loss is")
+    made.add_column("", no_wrap=True)
     for name in SHOWN.values():
-        for column in (f"{name}\nbase", "HEX", "diff."):
-            made.add_column(column, justify="right")
-    made.add_column("seconds\nbase", justify="right")
-    made.add_column("HEX", justify="right")
+        for column in (f"{name}\nbase", "\nHEX", "\ndiff."):
+            made.add_column(column, justify="right", no_wrap=True)
+    made.add_column("with HEX, the loss is")
     for runs in results.values():
         base, with_hex = (runs.get(loss, {}) for loss in LOSSES)
-        row = [(base or with_hex)["method"], with_hex.get("objective", "")]
+        row = [(base or with_hex)["method"]]
         for score in SHOWN:
             pair = base.get(score), with_hex.get(score)
             row += [percent(x) for x in pair]
             row.append("" if None in pair else f"{100 * (pair[1] - pair[0]):+.1f}")
-        row += [f"{x['seconds']:.0f}" if x.get("seconds") else "" for x in (base, with_hex)]
-        made.add_row(*row)
+        made.add_row(*row, with_hex.get("objective", ""))
     made.caption = (
-        "k-NN: 20 neighbours. linear, 1 label: logistic regression on one labelled image a class, "
-        "mean of 10 choices. One run each: a point more or less is chance."
+        "k-NN: 20 neighbours, all labels. 1 label: logistic regression on one labelled image a "
+        "class, mean of 10 choices. One run each: a point more or less is chance."
     )
     return made
 

@@ -31,7 +31,7 @@ from hex import HEXLoss
 class DINO(training.Method):
     """DINO: a student with small crops learns the scores of its slow average, the teacher."""
 
-    losses = {"hex": "alpha HEX + (1 - alpha) DINO's loss", "base": "DINO's loss"}
+    losses = {"hex": "alpha HEX + (1 - alpha) base", "base": "cross-entropy with the teacher"}
     local_views = 4
 
     def __init__(self, options: argparse.Namespace, images: data.Split) -> None:

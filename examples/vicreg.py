@@ -4,7 +4,7 @@
     python examples/vicreg.py --data digits
     python examples/vicreg.py --data cifar10 --root DIR --backbone resnet18 --epochs 200
 
-As in the HEX authors' code: alpha 5 HEX + (1 - alpha) VICReg, alpha = 0.1, both on the projections;
+As in the HEX authors' code: alpha * 5 HEX + (1 - alpha) VICReg, alpha = 0.1, on the projections;
 the 5 makes up for the weights of VICReg's terms, which are 25, 25 and 1.
 
 VICReg: Bardes et al. 2022, https://arxiv.org/abs/2105.04906. Needs hex-ssl[examples].
@@ -26,7 +26,7 @@ from hex import HEXLoss
 class VICReg(training.Method):
     """VICReg: invariance of the views, variance and decorrelation of the features."""
 
-    losses = {"hex": "alpha 5 HEX + (1 - alpha) VICReg", "base": "VICReg"}
+    losses = {"hex": "alpha * 5 HEX + (1 - alpha) base", "base": "invariance, variance, covariance"}
 
     def __init__(self, options: argparse.Namespace, images: data.Split) -> None:
         super().__init__(options, images)

@@ -154,7 +154,7 @@ class Run:
         options = self.options
         console.print(
             f"{type(self.model).__name__}, --loss {options.loss} "
-            f"({self.model.losses[options.loss]}), on {len(self.images)} images, {self.steps} "
+            f"({objective(type(self.model), options)}), on {len(self.images)} images, {self.steps} "
             f"steps an epoch, {self.first} of {options.epochs} epochs done",
             soft_wrap=True,
         )
@@ -301,6 +301,14 @@ def table_of(scores: list[float], test_images: int) -> Table:
     return table
 
 
+def objective(method: type, options: argparse.Namespace) -> str:
+    """What --loss is for this method, with the number that alpha is."""
+    text = method.losses[options.loss]
+    if (alpha := getattr(options, "alpha", None)) is not None:
+        text = text.replace("(1 - alpha)", f"{1 - alpha:g}").replace("alpha", f"{alpha:g}")
+    return text
+
+
 def write_result(
     folder: Path,
     method: type,
@@ -309,7 +317,7 @@ def write_result(
     seconds: float | None,
 ) -> None:
     """result.json: what ran, and what its features are worth; compare.py makes a table of many."""
-    result: dict[str, Any] = {"method": method.__name__, "objective": method.losses[options.loss]}
+    result: dict[str, Any] = {"method": method.__name__, "objective": objective(method, options)}
     result |= zip(("knn", "linear_1", "linear_5", "linear"), scores, strict=True)
     result["seconds"] = seconds
     result |= {k: v for k, v in vars(options).items() if k not in ONE_CALL}
