@@ -29,7 +29,12 @@ from common import augment, checkpoint, data, evaluate, training  # noqa: E402
 
 SCRIPTS = compare.METHODS
 ADDED = ["byol", "dino", "barlow_twins", "vicreg"]  # HEX beside their own loss
-SLOW = {"moco": "keys", "byol": "target", "dino": "teacher"}  # their averaged encoder
+SLOW = [  # the trained network, its slow average
+    ("moco", "queries", "keys"),
+    ("byol", "online", "target"),
+    ("dino", "backbone", "teacher"),
+    ("dino", "head", "teacher_head"),
+]
 TINY = ["--batch-size", "50", "--over", "negatives", "--knn-every", "0"]  # two steps an epoch
 
 
@@ -148,28 +153,23 @@ def test_hex_sees_the_projections_of_the_two_views(script, monkeypatch):
     assert method.backbone[0].weight.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("script, slow", SLOW.items())
-def test_the_slow_encoder_follows_after_a_step_and_has_no_gradient(script, slow):
+@pytest.mark.parametrize("script, fast, slow", SLOW)
+def test_the_slow_network_follows_after_a_step_and_has_no_gradient(script, fast, slow):
     method = method_of(script, "--momentum", "0.75")
-    encoder = getattr(method, slow)
+    fast, slow = (list(getattr(method, name).parameters()) for name in (fast, slow))
     method(*batch(method)).backward()
-    assert all(p.grad is None and not p.requires_grad for p in encoder.parameters())
-    before = [p.clone() for p in encoder.parameters()]
-    fast = method.backbone if script == "dino" else encoder_of(method)
+    assert all(p.grad is None and not p.requires_grad for p in slow)
+    before = [p.clone() for p in slow]
     with torch.no_grad():
-        for p in fast.parameters():
+        for p in fast:
             p.add_(1)
-    method.after_step(1, 100)
-    for old, new, p in zip(before, encoder.parameters(), fast.parameters(), strict=True):
-        torch.testing.assert_close(new, 0.75 * old + 0.25 * p, atol=1e-3, rtol=0)
+    method.after_step(1, 100)  # the momentum is at its start, or nearly
+    for old, p, q in zip(before, slow, fast, strict=True):
+        torch.testing.assert_close(p, 0.75 * old + 0.25 * q, atol=1e-3, rtol=0)
     if script != "moco":  # whose momentum is constant
-        after = [p.clone() for p in encoder.parameters()]
+        before = [p.clone() for p in slow]
         method.after_step(100, 100)
-        assert all(torch.equal(a, p) for a, p in zip(after, encoder.parameters(), strict=True))
-
-
-def encoder_of(method: training.Method) -> torch.nn.Module:
-    return method.queries if hasattr(method, "queries") else method.online
+        assert all(map(torch.equal, before, slow))
 
 
 def test_moco_takes_the_queue_as_it_was_and_then_puts_the_new_keys_in():
