@@ -64,24 +64,24 @@ def main(arguments: list[str] | None = None) -> int:
 def run_all(methods: list[str], options: list[str], out: Path, jobs: int) -> bool:
     """Runs all, `jobs` at a time; whether all went well. What one prints is in its log.txt."""
     start = time.perf_counter()
-    failed = False
     with ThreadPoolExecutor(jobs) as pool, progress() as bars:
         task = bars.add_task("training", total=len(methods) * len(LOSSES))
         runs = [pool.submit(run, m, loss, options, out) for m in methods for loss in LOSSES]
-        for future in as_completed(runs):
-            folder, process = future.result()
-            bars.advance(task)
-            if process.returncode == 0:
+        try:
+            for future in as_completed(runs):
+                folder, process = future.result()
+                bars.advance(task)
+                if process.returncode != 0:
+                    lines = process.stdout.strip().splitlines()[-10:]
+                    command = " ".join(process.args)
+                    console.print(f"{command} failed:", *lines, sep="\n", soft_wrap=True)
+                    return False
                 result = json.loads((folder / "result.json").read_text())
                 seconds = time.perf_counter() - start
                 console.print(f"{seconds:4.0f} s  {folder.name:18} k-NN {result['knn']:.2%}")
-            elif not failed:
-                failed = True
-                pool.shutdown(wait=False, cancel_futures=True)
-                lines = process.stdout.strip().splitlines()[-10:]
-                console.print(f"{' '.join(process.args)} failed:", *lines, sep="\n", soft_wrap=True)
-                break
-    return not failed
+        finally:  # after Ctrl-C too, those that have not begun must not
+            pool.shutdown(wait=False, cancel_futures=True)
+    return True
 
 
 def run(

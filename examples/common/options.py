@@ -45,7 +45,7 @@ def make_parser(
     add = parser.add_argument_group("loss").add_argument
     text = "; ".join(f"{name}: {what}" for name, what in losses.items())
     add("--loss", choices=tuple(losses), default="hex", help=text)
-    add("--temperature", type=float, default=0.1)
+    add("--temperature", type=float, default=0.1, help="of HEX or InfoNCE")
     add("--variant", choices=("paper", "released"), default="paper", help="of HEX")
     add(
         "--threshold",
