@@ -43,6 +43,7 @@ format: build ## let ruff and clang-format rewrite the sources
 #   allocator_may_return_null   an allocation that fails is for us to report
 #   quarantine_size_mb          freed memory is kept back; less of it, for tests that watch memory
 #   LD_PRELOAD of libstdc++     the sanitizer looks once, at the start, for what throws exceptions
+#   PYTHONPATH                  processes that a test starts import this copy too
 #   --capture=sys               a report ends the process; what pytest had captured would be lost
 sanitize: build ## the tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	rm -rf build/sanitize && mkdir -p build/sanitize
@@ -50,7 +51,7 @@ sanitize: build ## the tests under AddressSanitizer and UndefinedBehaviorSanitiz
 	cd build/sanitize && HEX_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --inplace
 	cd build/sanitize && \
 	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=16 \
-	    UBSAN_OPTIONS=print_stacktrace=1 \
+	    UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$$PWD \
 	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	    $(PYTEST) --capture=sys --ignore-glob='*/test_build.py' --ignore-glob='*/test_abi.py' \
 	    --ignore-glob='*/test_reference*.py'

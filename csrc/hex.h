@@ -25,7 +25,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-typedef enum { HEX_F32, HEX_F64, HEX_F16, HEX_BF16 } hex_dtype;
+typedef enum { HEX_F32, HEX_F64, HEX_F16, HEX_BF16, HEX_I64 } hex_dtype;
 typedef enum { HEX_NTXENT, HEX_QUERY, HEX_CROSS, HEX_SHARED, HEX_OWN, HEX_MODES } hex_mode;
 typedef enum { HEX_NONE, HEX_MEAN, HEX_SUM, HEX_REDUCTIONS } hex_reduction;
 typedef enum { HEX_PAPER, HEX_RELEASED, HEX_VARIANTS } hex_variant;
@@ -68,7 +68,7 @@ typedef struct {
     bool wide;           /* compute in double instead of float */
     int64_t B, K, D;     /* K: shared negatives, or negatives of one anchor; 0 without */
     hex_rows input[3];   /* z0, z1, negatives */
-    hex_vector eps, tau; /* unused by threshold and row_range; tau has one element */
+    hex_vector eps, tau; /* tau has one element; adaptive finds its eps itself */
     double beta, tau_plus;
 } hex_problem;
 
@@ -81,6 +81,21 @@ typedef struct {
     double *dtau;      /* one number, or null */
 } hex_gradient;
 
+/* The threshold over training (tracker.c): what the adaptive loss is given, what it does with the
+ * batch's candidate, and the eps that comes of it. */
+enum { HEX_STATE_VALUE, HEX_STATE_EPOCH, HEX_STATE_UPDATES, HEX_STATE_SKIPPED, HEX_STATE };
+
+typedef struct {
+    double quantile, momentum, warmup_threshold;
+    int64_t warmup_epochs;
+    bool over_negatives, monotonic, lagged;
+    int64_t state[HEX_STATE]; /* the value's bits, the epoch, two counts */
+    double eps;
+} hex_tracker;
+
+bool hex_is_warm_up(const hex_tracker *t);
+void hex_track(hex_tracker *t, double candidate); /* moves the state, sets eps */
+
 static inline int64_t hex_anchors(const hex_problem *p)
 {
     return p->mode == HEX_NTXENT || p->mode == HEX_CROSS ? 2 * p->B : p->B;
@@ -92,6 +107,7 @@ const char *hex_cpu_forward(const hex_problem *p, void *loss, void *stats);
 const char *hex_cpu_backward(const hex_problem *p, const hex_gradient *g);
 const char *hex_cpu_threshold(const hex_problem *p, double quantile, bool over_negatives,
                               double *mean);
+const char *hex_cpu_adaptive(const hex_problem *p, hex_tracker *t, void *loss, void *stats);
 const char *hex_cpu_row_range(const hex_problem *p, void *low, void *high);
 
 /* Chooses the instruction set once: the best this CPU has, or what HEX_ISA asks for. Returns the

@@ -16,6 +16,10 @@ static const char *const schemas[] = {
     "forward(Tensor z0, Tensor z1, Tensor negatives, Tensor eps, Tensor tau, int mode, int "
     "reduction, int variant, "
     "float beta, float tau_plus) -> (Tensor loss, Tensor stats)",
+    "adaptive(Tensor z0, Tensor z1, Tensor negatives, Tensor state, Tensor tau, int mode, int "
+    "reduction, int variant, float beta, float tau_plus, float quantile, bool over_negatives, "
+    "float momentum, bool monotonic, bool lagged, int warmup_epochs, float warmup_threshold) -> "
+    "(Tensor loss, Tensor stats, Tensor eps, Tensor new_state)",
     "backward(Tensor grad, Tensor z0, Tensor z1, Tensor negatives, Tensor tau, Tensor stats, int "
     "mode, int reduction, "
     "float beta, int needs) -> (Tensor dz0, Tensor dz1, Tensor dnegatives, Tensor dtau)",
@@ -28,9 +32,8 @@ static const struct {
     const char *name;
     void (*kernel)(StableIValue *, uint64_t, uint64_t);
 } cpu_kernels[] = {
-    {"forward", hex_forward_boxed},
-    {"backward", hex_backward_boxed},
-    {"threshold", hex_threshold_boxed},
+    {"forward", hex_forward_boxed},     {"adaptive", hex_adaptive_boxed},
+    {"backward", hex_backward_boxed},   {"threshold", hex_threshold_boxed},
     {"row_range", hex_row_range_boxed},
 };
 

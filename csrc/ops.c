@@ -91,6 +91,8 @@ static bool read_dtype(int32_t code, hex_dtype *dtype)
         *dtype = HEX_F16;
     else if (code == aoti_torch_dtype_bfloat16())
         *dtype = HEX_BF16;
+    else if (code == aoti_torch_dtype_int64())
+        *dtype = HEX_I64;
     else
         return false;
     return true;
@@ -100,13 +102,14 @@ static int32_t torch_dtype(hex_dtype dtype)
 {
     return dtype == HEX_F32   ? aoti_torch_dtype_float32()
            : dtype == HEX_F64 ? aoti_torch_dtype_float64()
+           : dtype == HEX_I64 ? aoti_torch_dtype_int64()
            : dtype == HEX_F16 ? aoti_torch_dtype_float16()
                               : aoti_torch_dtype_bfloat16();
 }
 
 static int64_t item_size(hex_dtype dtype)
 {
-    return dtype == HEX_F64 ? 8 : dtype == HEX_F32 ? 4 : 2;
+    return dtype == HEX_F64 || dtype == HEX_I64 ? 8 : dtype == HEX_F32 ? 4 : 2;
 }
 
 /* Whether every element lies inside the storage. torch's own operators trust this and crash on a
@@ -127,21 +130,39 @@ static bool inside_storage(AtenTensorHandle t, const view *v, int64_t element)
     return last < bytes / element;
 }
 
-static bool read_view(call *c, AtenTensorHandle t, const char *name, view *v)
+/* Of floating-point numbers, or of integers. */
+static bool read_tensor(call *c, AtenTensorHandle t, const char *name, bool integers, view *v)
 {
     int32_t device, dtype, layout;
     if (aoti_torch_get_device_type(t, &device) || aoti_torch_get_dtype(t, &dtype) ||
         aoti_torch_get_layout(t, &layout))
         return fail(c, SHIM_FAILED);
     if (device != aoti_torch_device_type_cpu() || layout != aoti_torch_layout_strided() ||
-        !read_dtype(dtype, &v->dtype))
-        return fail(c, "%s: expected a dense CPU tensor of float64, float32, bfloat16 or float16",
-                    name);
+        !read_dtype(dtype, &v->dtype) || (v->dtype == HEX_I64) != integers)
+        return fail(c, "%s: expected a dense CPU tensor of %s", name,
+                    integers ? "int64" : "float64, float32, bfloat16 or float16");
     if (aoti_torch_get_dim(t, &v->dim) || aoti_torch_get_sizes(t, &v->size) ||
         aoti_torch_get_strides(t, &v->stride) || torch_get_const_data_ptr(t, &v->data))
         return fail(c, SHIM_FAILED);
     if (!inside_storage(t, v, item_size(v->dtype)))
         return fail(c, "%s: its storage is smaller than its shape says (freed or resized?)", name);
+    return true;
+}
+
+static bool read_view(call *c, AtenTensorHandle t, const char *name, view *v)
+{
+    return read_tensor(c, t, name, false, v);
+}
+
+static bool read_state(call *c, AtenTensorHandle t, int64_t *state)
+{
+    view v;
+    if (!read_tensor(c, t, "state", true, &v))
+        return false;
+    if (v.dim != 1 || v.size[0] != HEX_STATE)
+        return fail(c, "state: expected shape (%d,)", HEX_STATE);
+    for (int k = 0; k < HEX_STATE; k++)
+        state[k] = ((const int64_t *)v.data)[k * v.stride[0]];
     return true;
 }
 
@@ -263,6 +284,40 @@ void hex_forward_boxed(StableIValue *stack, uint64_t arguments, uint64_t outputs
             ok(&c, hex_cpu_forward(&p, loss, stats));
     }
     finish(&c, stack, "forward");
+}
+
+/* adaptive(z0, z1, negatives, state, tau, mode, reduction, variant, beta, tau_plus, quantile,
+ * over_negatives, momentum, monotonic, lagged, warmup_epochs, warmup_threshold)
+ * -> (loss, stats, eps, state) */
+void hex_adaptive_boxed(StableIValue *stack, uint64_t arguments, uint64_t outputs)
+{
+    (void)arguments, (void)outputs;
+    call c = begin(stack, 5);
+    hex_problem p = {0};
+    hex_tracker t = {.quantile = to_double(stack[10]),
+                     .over_negatives = stack[11] & 1,
+                     .momentum = to_double(stack[12]),
+                     .monotonic = stack[13] & 1,
+                     .lagged = stack[14] & 1,
+                     .warmup_epochs = (int64_t)stack[15],
+                     .warmup_threshold = to_double(stack[16])};
+    void *loss, *stats, *eps, *state;
+    if (!(t.quantile >= 0 && t.quantile <= 1))
+        fail(&c, "quantile: expected a number in [0, 1]");
+    else if (read_inputs(&c, 0, (int64_t)stack[5], &p) &&
+             read_choices(&c, (int64_t)stack[6], (int64_t)stack[7], to_double(stack[8]),
+                          to_double(stack[9]), &p) &&
+             read_state(&c, c.in[3], t.state) && read_numbers(&c, c.in[4], "tau", ONE, 0, &p.tau)) {
+        const int64_t shape[2] = {HEX_STATS, hex_anchors(&p)}, states = HEX_STATE;
+        if (add_output(&c, p.reduction == HEX_NONE, shape + 1, compute_dtype(&p), &loss) &&
+            add_output(&c, 2, shape, compute_dtype(&p), &stats) &&
+            add_output(&c, 0, NULL, HEX_F64, &eps) && add_output(&c, 1, &states, HEX_I64, &state) &&
+            ok(&c, hex_cpu_adaptive(&p, &t, loss, stats))) {
+            *(double *)eps = t.eps;
+            memcpy(state, t.state, sizeof t.state);
+        }
+    }
+    finish(&c, stack, "adaptive");
 }
 
 /* backward(grad, z0, z1, negatives, tau, stats, mode, reduction, beta, needs) -> (dz0, dz1,

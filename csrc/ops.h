@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 void hex_forward_boxed(uint64_t *stack, uint64_t arguments, uint64_t outputs);
+void hex_adaptive_boxed(uint64_t *stack, uint64_t arguments, uint64_t outputs);
 void hex_backward_boxed(uint64_t *stack, uint64_t arguments, uint64_t outputs);
 void hex_threshold_boxed(uint64_t *stack, uint64_t arguments, uint64_t outputs);
 void hex_row_range_boxed(uint64_t *stack, uint64_t arguments, uint64_t outputs);

@@ -6,7 +6,7 @@ in threshold.py.
 """
 
 import math
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -85,10 +85,7 @@ class _Contrastive(nn.Module):
         """
         batch = check_batch(z0, z1, negatives, self.mode)
         tau = self.temperature if temperature is None else check_temperature(temperature)
-        eps = self._eps(batch)
-        value, hard, share = ops.loss(
-            *batch.inputs,
-            eps,
+        options: tuple[Any, ...] = (
             temperature_tensor(tau, z0),
             batch.mode,
             ops.REDUCTIONS[self.reduction],
@@ -96,7 +93,25 @@ class _Contrastive(nn.Module):
             self.beta,
             self.tau_plus,
         )
-        if not _transformed(*batch.inputs):
+        transformed = _transformed(*batch.inputs)
+        tracker = self.threshold
+        if (
+            tracker is not None
+            and tracker.adaptive_rule
+            and tracker.state.is_cpu
+            and not transformed
+            and ops.has_adaptive(z0)
+        ):
+            self._warn_if_too_small(batch)
+            value, hard, share, eps, state = ops.adaptive_loss(
+                *batch.inputs, tracker.state, *options, *tracker.kernel_rule()
+            )
+            if self._learns(batch):
+                tracker.store(state)
+        else:
+            eps = self._eps(batch)
+            value, hard, share = ops.loss(*batch.inputs, eps, *options)
+        if not transformed:
             self._last = eps, hard, share
         return value
 
@@ -105,7 +120,7 @@ class _Contrastive(nn.Module):
         if tracker is None:
             return torch.full((), math.inf, dtype=torch.float64, device=batch.inputs[0].device)
         if tracker.adaptive_rule:
-            tracker.warn_if_too_small(batch.row_length, has_self=batch.mode == ops.MODES["ntxent"])
+            self._warn_if_too_small(batch)
             candidate = ops.threshold(*batch.inputs, batch.mode, tracker.quantile, tracker.over)
             return tracker.update(candidate, store=self._learns(batch))
         eps = tracker.current()
@@ -113,6 +128,12 @@ class _Contrastive(nn.Module):
             return eps
         low, high = ops.row_range(*batch.inputs, batch.mode)
         return low + eps.to(low) * (high - low)
+
+    def _warn_if_too_small(self, batch: Batch) -> None:
+        if self.threshold is not None:
+            self.threshold.warn_if_too_small(
+                batch.row_length, has_self=batch.mode == ops.MODES["ntxent"]
+            )
 
     def _learns(self, batch: Batch) -> bool:
         """Training, with a gradient: the only calls that move the threshold."""

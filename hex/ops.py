@@ -16,7 +16,17 @@ from torch import Tensor
 from . import reference
 from ._load import _C
 
-__all__ = ["MODES", "REDUCTIONS", "VARIANTS", "isa", "loss", "row_range", "threshold"]
+__all__ = [
+    "MODES",
+    "REDUCTIONS",
+    "VARIANTS",
+    "adaptive_loss",
+    "has_adaptive",
+    "isa",
+    "loss",
+    "row_range",
+    "threshold",
+]
 
 MODES = {"ntxent": 0, "query": 1, "cross": 2, "shared": 3, "own": 4}
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -53,6 +63,14 @@ def _forward_fake(
     return loss, z0.new_empty((_STATS, rows), dtype=dtype)
 
 
+def _adaptive_fake(
+    z0: Tensor, z1: Tensor, negatives: Tensor, state: Tensor, tau: Tensor,
+    mode: int, reduction: int, variant: int, beta: float, tau_plus: float, *rule: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    forward = _forward_fake(z0, z1, negatives, tau, tau, mode, reduction, variant, beta, tau_plus)
+    return *forward, z0.new_empty((), dtype=torch.float64), torch.empty_like(state)
+
+
 def _backward_fake(
     grad: Tensor, z0: Tensor, z1: Tensor, negatives: Tensor, tau: Tensor, stats: Tensor,
     mode: int, reduction: int, beta: float, needs: int,
@@ -76,6 +94,7 @@ def _row_range_fake(z0: Tensor, z1: Tensor, negatives: Tensor, mode: int) -> tup
 
 for _name, _fake in (
     ("forward", _forward_fake),
+    ("adaptive", _adaptive_fake),
     ("backward", _backward_fake),
     ("threshold", _threshold_fake),
     ("row_range", _row_range_fake),
@@ -102,7 +121,7 @@ def _register_vmap(name: str) -> None:
     torch.library.register_vmap(f"hex::{name}", rule)
 
 
-for _name in ("forward", "backward", "threshold", "row_range"):
+for _name in ("forward", "adaptive", "backward", "threshold", "row_range"):
     _register_vmap(_name)
 
 
@@ -133,14 +152,46 @@ class _Loss(torch.autograd.Function):
         ctx.options = options
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-        z0, z1, negatives, tau, stats = ctx.saved_tensors
-        wanted = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
-        needs = sum(1 << k for k, w in enumerate(wanted) if w)
-        function: Any = _Gradient.apply if torch.is_grad_enabled() else _Gradient.forward
-        grads = function(grad, z0, z1, negatives, tau, stats, *ctx.options, needs)
-        dz0, dz1, dnegatives, dtau = (g if w else None for g, w in zip(grads, wanted, strict=True))
-        return dz0, dz1, dnegatives, None, dtau, None, None, None, None, None
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+        dz0, dz1, dnegatives, dtau = _gradients(ctx, grad)
+        return dz0, dz1, dnegatives, None, dtau, *(None,) * 5
+
+
+class _Adaptive(torch.autograd.Function):
+    """The same where eps comes from the batch by way of a tracker's state: one call for all."""
+
+    @staticmethod
+    def forward(
+        z0: Tensor, z1: Tensor, negatives: Tensor, state: Tensor, tau: Tensor,
+        mode: int, reduction: int, variant: int, beta: float, tau_plus: float, *rule: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        loss, stats, eps, new_state = torch.ops.hex.adaptive(
+            z0, z1, negatives, state, tau, mode, reduction, variant, beta, tau_plus, *rule
+        )
+        return loss, stats, eps, new_state
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        z0, z1, negatives, _state, tau, *options = inputs
+        _, stats, eps, new_state = output
+        ctx.mark_non_differentiable(stats, eps, new_state)
+        ctx.save_for_backward(z0, z1, negatives, tau, stats)
+        ctx.options = options[:5]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+        dz0, dz1, dnegatives, dtau = _gradients(ctx, grad)
+        return dz0, dz1, dnegatives, None, dtau, *(None,) * 12
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Of z0, z1, negatives and tau, where wanted."""
+    z0, z1, negatives, tau, stats = ctx.saved_tensors
+    wanted = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
+    needs = sum(1 << k for k, w in enumerate(wanted) if w)
+    function: Any = _Gradient.apply if torch.is_grad_enabled() else _Gradient.forward
+    grads = function(grad, z0, z1, negatives, tau, stats, *ctx.options, needs)
+    return tuple(g if w else None for g, w in zip(grads, wanted, strict=True))
 
 
 class _Gradient(torch.autograd.Function):
@@ -188,7 +239,7 @@ class _Gradient(torch.autograd.Function):
         return *pull(tuple(outer[k] for k in wanted)), *(None,) * 7
 
 
-_functions: tuple[Any, ...] = (_Loss, _Gradient)
+_functions: tuple[Any, ...] = (_Loss, _Adaptive, _Gradient)
 for _function in _functions:  # or apply() would work it out anew at each call, for 0.1 ms
     _function.forward.__signature__ = inspect.signature(_function.forward)
 
@@ -234,6 +285,19 @@ def loss(
         z0, z1, negatives, eps, tau, mode, beta, tau_plus, variant
     )
     return _reduce(rows, reduction), hard, share
+
+
+def adaptive_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`loss` at the eps that a tracker gives for the batch, in one call: the loss, |H| and share of
+    each row, eps and the tracker's new state. Arguments: those of torch.ops.hex.adaptive."""
+    value, stats, eps, state = _Adaptive.apply(*arguments)  # type: ignore[no-untyped-call]
+    return value, stats[_COUNT], stats[_SHARE], eps, state
+
+
+def has_adaptive(z: Tensor) -> bool:
+    """Whether `adaptive_loss` serves such inputs, eagerly: not in a compiled graph, where the
+    tracker's steps are part of it, nor under func transforms, where nothing is stored."""
+    return z.is_cpu and "cpu" in _KERNELS and not torch.compiler.is_compiling()
 
 
 def threshold(

@@ -43,9 +43,10 @@ class ThresholdTracker(nn.Module):
     the same, but every step waits for copies between devices.
 
     Attributes:
-        value_bits: int64, 0-d, the bits of the stored float64 threshold; +inf before any update.
-        epoch: int64, 0-d, the last `set_epoch`, -1 before (taken as epoch 0).
-        updates, skipped: int64, 0-d, candidates stored, and candidates refused as not finite.
+        state: int64, (4,), of which the next four are views:
+        value_bits: the bits of the stored float64 threshold; those of +inf before any update.
+        epoch: the last `set_epoch`, -1 before (taken as epoch 0).
+        updates, skipped: candidates stored, and candidates refused as not finite.
 
     Example:
         >>> import torch
@@ -61,10 +62,7 @@ class ThresholdTracker(nn.Module):
         [(0, inf)]
     """
 
-    value_bits: Tensor
-    epoch: Tensor
-    updates: Tensor
-    skipped: Tensor
+    state: Tensor  # in the order of HEX_STATE_* in csrc/hex.h
 
     def __init__(self, rule: str, **options: Any) -> None:
         """For the class methods, which check the options of their rule and fill in the defaults."""
@@ -75,8 +73,7 @@ class ThresholdTracker(nn.Module):
         self.normalize_rows: bool = options.get("normalize_rows", False)
         self.quantile: float = options.get("quantile", 0.99)
         self.over: str = options.get("over", "all")
-        for name in ("value_bits", "epoch", "updates", "skipped"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+        self.register_buffer("state", torch.zeros(4, dtype=torch.int64))
         self._warned: set[str] = set()
         self._history: list[tuple[int, float]] = []
         self.reset()
@@ -186,6 +183,22 @@ class ThresholdTracker(nn.Module):
         )
 
     @property
+    def value_bits(self) -> Tensor:
+        return self.state[0]
+
+    @property
+    def epoch(self) -> Tensor:
+        return self.state[1]
+
+    @property
+    def updates(self) -> Tensor:
+        return self.state[2]
+
+    @property
+    def skipped(self) -> Tensor:
+        return self.state[3]
+
+    @property
     def adaptive_rule(self) -> bool:
         """Whether `update` with a batch's candidate gives eps; otherwise `current` does."""
         return self.rule == "adaptive"
@@ -223,10 +236,8 @@ class ThresholdTracker(nn.Module):
 
     def reset(self) -> None:
         """Forgets all state, history and warnings given; the options stay."""
-        self.value_bits.copy_(torch.tensor(math.inf, dtype=torch.float64).view(torch.int64))
-        self.epoch.fill_(-1)
-        self.updates.zero_()
-        self.skipped.zero_()
+        infinity = int(torch.tensor(math.inf, dtype=torch.float64).view(torch.int64))
+        self.state.copy_(torch.tensor([infinity, -1, 0, 0]))
         self._history.clear()
         self._warned.clear()
         self._epoch_set = False
@@ -256,13 +267,31 @@ class ThresholdTracker(nn.Module):
         used = stored if self.options["lagged"] else new
         eps = torch.where(warm, self.options["warmup_threshold"], used)
         if store and not torch._C._are_functorch_transforms_active():
-            if self.options["warmup_epochs"] > 0:
-                self._warn_without_epochs("the warm-up never ends")
             # Warm-up changes no bit: stored is written back and both counts get 0.
-            self.value_bits.copy_(torch.where(warm, stored, new).view(torch.int64))
-            self.updates.add_((finite & ~warm).to(self.updates))
-            self.skipped.add_((~finite & ~warm).to(self.skipped))
+            bits = torch.where(warm, stored, new).view(torch.int64)
+            counts = torch.stack((finite & ~warm, ~finite & ~warm)).to(self.state)
+            counts = counts + self.state[2:]
+            self.store(torch.cat((bits.to(self.state).reshape(1), self.state[1:2], counts)))
         return eps
+
+    def store(self, state: Tensor) -> None:
+        """Takes a new `state`: of an update made elsewhere, as by `torch.ops.hex.adaptive`."""
+        if self.options["warmup_epochs"] > 0:
+            self._warn_without_epochs("the warm-up never ends")
+        self.state.copy_(state)
+
+    def kernel_rule(self) -> tuple[float, bool, float, bool, bool, int, float]:
+        """The rule of an adaptive tracker, in the order of torch.ops.hex.adaptive's arguments."""
+        o = self.options
+        return (
+            self.quantile,
+            self.over == "negatives",
+            o["momentum"],
+            o["monotonic"],
+            o["lagged"],
+            o["warmup_epochs"],
+            o["warmup_threshold"],
+        )
 
     def current(self) -> Tensor:
         """The t of a schedule in this epoch: 0-d float64 on the tracker's device, a fresh tensor.

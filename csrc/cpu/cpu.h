@@ -5,6 +5,7 @@
 #define HEX_CPU_H
 
 #include <math.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stddef.h>
 #include <stdlib.h>
@@ -22,6 +23,7 @@
 typedef struct {
     const char *(*forward)(const hex_problem *, void *, void *);
     const char *(*backward)(const hex_problem *, const hex_gradient *);
+    const char *(*adaptive)(const hex_problem *, hex_tracker *, void *, void *);
     const char *(*threshold)(const hex_problem *, double, bool, double *);
     const char *(*row_range)(const hex_problem *, void *, void *);
 } hex_cpu_entry;
@@ -45,6 +47,16 @@ static inline hex_power power_of(double beta)
 {
     return beta == 0 ? POWER_0 : beta == 1 ? POWER_1 : POWER_ANY;
 }
+
+/* ---- the symmetric case, pairs.inc ---- */
+
+/* What is summed of a row, over its negatives, with x = c - 1, e = exp(x / tau), b = e^beta. All of
+ * them in every case, so that a row with H empty has the bits of InfoNCE. */
+enum { SUM_ALL, SUM_REST, SUM_REST_X, SUM_COUNT, SUM_B, SUM_BE, SUM_BX, SUM_BEX, SUM_KINDS };
+
+/* How the sums split at the row's limit: not at all; what is above goes to the row's list and the
+ * sums of the rest are made; the same, and what equals the limit is counted; or all of the sums. */
+typedef enum { SPLIT_NONE, SPLIT_LIST, SPLIT_TIES, SPLIT_SUMS } hex_split;
 
 /* eps >= 1 means H empty, though rounding takes some cosines past 1: then none may reach it. +inf
  * stays, for it also means InfoNCE in the released variant. */

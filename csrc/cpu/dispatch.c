@@ -60,6 +60,11 @@ const char *hex_cpu_backward(const hex_problem *p, const hex_gradient *g)
     return level->type[p->wide].backward(p, g);
 }
 
+const char *hex_cpu_adaptive(const hex_problem *p, hex_tracker *t, void *loss, void *stats)
+{
+    return level->type[p->wide].adaptive(p, t, loss, stats);
+}
+
 const char *hex_cpu_threshold(const hex_problem *p, double quantile, bool over_negatives,
                               double *mean)
 {

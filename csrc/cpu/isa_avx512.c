@@ -6,6 +6,8 @@
 #define LEVEL avx512
 #define MR 12
 #define VEC_BYTES 64
+#define MASK_BITS_F32(m) __builtin_ia32_cvtd2mask512(m)
+#define MASK_BITS_F64(m) __builtin_ia32_cvtq2mask512(m)
 #include "isa.inc"
 #else
 typedef int hex_no_avx512; /* ISO C wants something in every file */

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: MIT
+"""The symmetric case: from 384 rows on, ntxent is computed by pairs of blocks, and the adaptive
+loss finds its threshold and its sums in one pass (csrc/cpu/pairs.inc, shortlist.inc).
+
+What every batch must give is in the other files, mostly with fewer rows; here are sizes around the
+blocks, batches that the shortlists do not fit, and the one call against the two that it replaces.
+"""
+
+import math
+
+import pytest
+import torch
+from conftest import (
+    DTYPES,
+    Problem,
+    assert_as_good_as_torch,
+    check_gradients,
+    check_loss,
+    eps_of_each_row,
+    problem,
+)
+from data import KINDS, f64
+from torch import Tensor
+
+from hex import HEXLoss, InfoNCELoss, ThresholdTracker, ops, reference
+
+# 2B: the fewest; not of any tile; one block more than two, and an odd number of blocks
+SIZES = (192, 207, 289, 531)
+RULES = {
+    "all": {},
+    "negatives": {"over": "negatives"},
+    "median": {"quantile": 0.5},  # no shortlist: half of a row would be on it
+    "lowest": {"quantile": 0.0},
+    "highest": {"quantile": 1.0, "over": "negatives"},
+    "95": {"quantile": 0.95},
+}
+
+
+def tracker(**options) -> ThresholdTracker:
+    return ThresholdTracker.adaptive(**options)
+
+
+def step(module: HEXLoss, p: Problem) -> tuple[Tensor, ...]:
+    """Loss, gradients, eps, and |H| and share of the rows."""
+    z0, z1 = (z.detach().clone().requires_grad_() for z in p.inputs)
+    value = module(z0, z1)
+    grads = torch.autograd.grad(value.sum(), (z0, z1))
+    return value.detach(), *grads, *module._last
+
+
+def in_two_calls(p: Problem, **options) -> Tensor:
+    """The threshold by the operator that computes nothing else."""
+    z0, z1, negatives, _, _, mode = p.raw()[:6]
+    t = tracker(**options)
+    return ops.threshold(z0, z1, negatives, mode, t.quantile, t.over)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_gradients_are_as_good_as_torch(kind, dtype):
+    for k, B in enumerate(SIZES):
+        options = ({}, {"tau": 0.06}, {"beta": 0.5, "tau": 1.0}, {"variant": "released"})[k]
+        p = problem(kind, B, (3, 17, 33, 40)[k], dtype=dtype, near=(0.8, 0.3)[k % 2], **options)
+        check_loss(p)
+        check_gradients(p)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, 1.5])
+@pytest.mark.parametrize("eps", [-math.inf, -1.5, 0.0, 0.99, 1.0, math.inf])
+def test_every_threshold_and_power_is_as_good_as_torch(eps, beta):
+    for dtype in (torch.float64, torch.float32):
+        p = problem("cluster", 200, 16, dtype=dtype, beta=beta, eps=f64(eps))
+        check_loss(p)
+        check_gradients(p)
+        check_loss(p.with_(variant="released"))
+
+
+def test_each_row_may_have_its_own_threshold():
+    for dtype in (torch.float64, torch.float32):
+        for variant in ("paper", "released"):
+            p = eps_of_each_row(problem("cluster", 203, 9, dtype=dtype, variant=variant))
+            check_loss(p)
+            check_gradients(p)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rule", RULES)
+def test_one_call_finds_the_threshold_and_the_loss_of_two(rule, kind):
+    for dtype in (torch.float64, torch.float32):
+        for B in (192, 301):
+            p = problem(kind, B, 24, dtype=dtype)
+            module = HEXLoss(threshold=tracker(**RULES[rule]), reduction="none")
+            loss, _, _, eps, count, _ = step(module, p)
+            assert torch.equal(eps, in_two_calls(p, **RULES[rule]))
+            given = p.with_(eps=eps)
+            same, truth = (
+                given.reference(*(z.to(t) for z in p.inputs), tau=f64(0.1))
+                for t in (dtype, torch.float64)
+            )
+            members = torch.ops.hex.forward(*given.raw())[1][ops._COUNT]
+            assert torch.equal(count, members)
+            if torch.equal(members.double(), truth[1]):  # else a cosine is within rounding of eps
+                assert_as_good_as_torch(
+                    loss, same[0], truth[0], tau=0.1, dtype=dtype, condition=p.condition
+                )
+
+
+def test_a_row_with_nothing_hard_has_the_bits_of_info_nce():
+    for dtype in (torch.float64, torch.float32):
+        p = problem("cluster", 301, 24, dtype=dtype)
+        plain = InfoNCELoss(reduction="none")(*p.inputs)
+        for threshold in (tracker(quantile=0.995), 0.85, 0.9):
+            module = HEXLoss(threshold=threshold, reduction="none")
+            loss, *_, count, _ = step(module, p)
+            assert 0 < (count == 0).sum() < len(count)
+            assert torch.equal(loss[count == 0], plain[count == 0])
+
+
+def classes(B: int, share: float, spread: float) -> Problem:
+    """A class of a share of the images, the others anywhere."""
+    generator = torch.Generator().manual_seed(B)
+    image = torch.randn(B, 32, generator=generator)
+    of = int(share * B)
+    image[:of] = image[0] + spread * torch.randn(of, 32, generator=generator)
+    views = [image + 0.1 * torch.randn(B, 32, generator=generator) for _ in range(2)]
+    return Problem(tuple(views), batch=f"a class of {share}")
+
+
+@pytest.mark.parametrize("share, spread", [(0.02, 0.3), (0.1, 0.3), (0.5, 0.05), (1.0, 0.01)])
+def test_shortlists_that_do_not_fit_change_nothing(share, spread):
+    """Classes larger than a list, whose rows have thresholds of their own far from the mean."""
+    for B in (300, 700):
+        p = classes(B, share, spread)
+        module = HEXLoss(reduction="none")
+        loss, _, _, eps, count, _ = step(module, p)
+        assert torch.equal(eps, in_two_calls(p))
+        given = p.with_(eps=eps)
+        assert torch.equal(count, torch.ops.hex.forward(*given.raw())[1][ops._COUNT])
+        two = given.loss(*p.inputs)
+        # the same numbers summed in another order: a few ulp of the largest term, over tau
+        torch.testing.assert_close(loss, two, rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_that_is_not_finite_spoils_every_row_and_leaves_the_threshold():
+    p = problem("cluster", 250, 16, dtype=torch.float32)
+    module = HEXLoss(reduction="none")
+    step(module, p)
+    before = module.threshold.state.tolist()
+    for bad in (math.nan, math.inf):
+        z0 = p.inputs[0].clone()
+        z0[77, 3] = bad
+        loss, *_, eps, _, _ = step(module, p.with_(inputs=(z0, p.inputs[1])))
+        assert loss.isnan().all()
+        assert eps.isfinite()
+        before[3] += 1
+        assert module.threshold.state.tolist() == before
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
+def test_the_bits_are_the_same_for_any_number_of_threads(dtype, threads):
+    for p in (problem("cluster", 531, 40, dtype=dtype), problem("collapsed", 400, 8, dtype=dtype)):
+        threads(1)
+        expected = step(HEXLoss(), p)
+        for count in (2, 3, 5, 2):
+            threads(count)
+            assert all(map(torch.equal, step(HEXLoss(), p), expected)), count
+
+
+TRACKERS = [
+    {},
+    {"momentum": 0.7},
+    {"monotonic": True},
+    {"lagged": True},
+    {"momentum": 0.7, "monotonic": True, "lagged": True, "warmup_epochs": 1},
+    {"warmup_epochs": 2, "warmup_threshold": 0.7, "over": "negatives"},
+]
+
+
+@pytest.mark.parametrize("options", TRACKERS, ids=str)
+@pytest.mark.parametrize("mode", ("ntxent", "query"))
+def test_the_kernels_tracker_takes_the_steps_of_the_composed_one(options, mode):
+    module, other = (HEXLoss(threshold=tracker(**options), mode=mode) for _ in range(2))
+    for number in range(7):
+        kind = "gauss" if number % 3 == 2 else "cluster"
+        z0, z1 = problem(kind, 199, 11, mode, seed=number, dtype=torch.float32).inputs
+        if number == 4:
+            z0 = z0 / 0  # not finite
+        for m in (module, other):
+            m.set_epoch(number // 2)
+        module(z0.requires_grad_(), z1)
+        p = Problem((z0.detach(), z1), mode)
+        eps = other.threshold.update(in_two_calls(p, **options), store=True)
+        assert torch.equal(module._last[0], eps), number
+        assert torch.equal(module.threshold.state, other.threshold.state), number
+
+
+def test_evaluation_uses_the_batch_and_keeps_the_state():
+    p = problem("cluster", 200, 16, dtype=torch.float32)
+    module = HEXLoss()
+    before = module.threshold.state.clone()
+    with torch.no_grad():
+        module(*p.inputs)
+    assert module._last[0] == in_two_calls(p)
+    assert torch.equal(module.threshold.state, before)
+
+
+def test_opcheck_of_the_adaptive_operator():
+    rule = tracker(momentum=0.5).kernel_rule()
+    for mode, B in (("ntxent", 200), ("query", 5), ("shared", 5), ("own", 5), ("ntxent", 0)):
+        p = problem("gauss", B, 7, mode, dtype=torch.float32, eps=f64(0.5))
+        z0, z1, negatives, _, tau, *options = p.raw()
+        state = ThresholdTracker.adaptive().state
+        torch.library.opcheck(
+            torch.ops.hex.adaptive, (z0, z1, negatives, state, tau, *options, *rule)
+        )
+
+
+def test_the_adaptive_operator_refuses_what_is_no_state():
+    z0, z1, negatives, _, tau, *options = problem("gauss", 5, 7).raw()
+    rule = tracker().kernel_rule()
+    for state, wanted in (
+        (torch.zeros(4), "a dense CPU tensor of int64"),
+        (torch.zeros(3, dtype=torch.int64), r"shape \(4,\)"),
+    ):
+        with pytest.raises(RuntimeError, match=f"state: expected {wanted}"):
+            torch.ops.hex.adaptive(z0, z1, negatives, state, tau, *options, *rule)
+    with pytest.raises(RuntimeError, match="quantile: expected a number in"):
+        torch.ops.hex.adaptive(z0, z1, negatives, tracker().state, tau, *options, 2.0, *rule[1:])
+
+
+def test_the_reference_agrees_on_a_large_batch():
+    p = problem("cluster", 1100, 24, dtype=torch.float32)
+    *_, eps, count, _ = step(HEXLoss(), p)
+    z0, z1 = (z.double() for z in p.inputs)
+    truth = reference.threshold(z0, z1, None, "ntxent", 0.99)
+    assert abs(eps - truth) < 4 * torch.finfo(torch.float32).eps * 24**0.5
+    assert 10 < count.mean() < 100  # a hundredth of the row is 22; the mean eps is not each row's
