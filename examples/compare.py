@@ -25,7 +25,10 @@ from common.training import console, progress
 from rich.table import Table
 
 HERE = Path(__file__).parent
-METHODS = ["simclr", "moco", "nnclr", "clip", "byol", "dino", "barlow_twins", "vicreg"]
+METHODS = [
+    "simclr", "moco", "nnclr", "clip", "supcon", "byol", "dino", "barlow_twins", "vicreg",
+    "lightning_simclr",
+]  # fmt: skip
 LOSSES = "base", "hex"
 SHOWN = {"knn": "k-NN", "linear_1": "1 label"}
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import sklearn.datasets
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
 
 for name in ("torchvision", "sklearn", "matplotlib", "rich", "tensorboard", "lightly"):
@@ -27,7 +28,7 @@ import clip  # noqa: E402
 import compare  # noqa: E402
 from common import augment, checkpoint, data, evaluate, training  # noqa: E402
 
-SCRIPTS = compare.METHODS
+SCRIPTS = [name for name in compare.METHODS if name != "lightning_simclr"]
 ADDED = ["byol", "dino", "barlow_twins", "vicreg"]  # HEX beside their own loss
 SLOW = [  # the trained network, its slow average
     ("moco", "queries", "keys"),
@@ -241,6 +242,21 @@ def test_captions_say_how_bright_an_image_is_and_on_which_side_and_its_class():
     assert spoken[1][0] == "dark" and {spoken[0][0], spoken[2][0]} == {"grey", "bright"}
 
 
+def test_supcon_takes_all_views_of_a_class_as_positives():
+    method = method_of("supcon", "--loss", "base")
+    view0, view1, labels = batch(method)
+    with torch.no_grad():
+        loss = method(view0, view1, labels)
+        z = F.normalize(method.projector(method.backbone(torch.cat([view0, view1]))))
+    labels = labels.repeat(2)
+    other = ~torch.eye(80, dtype=torch.bool)
+    positive = other & (labels[:, None] == labels)
+    logits = z @ z.T / 0.1
+    log_share = logits - torch.where(other, logits, -torch.inf).logsumexp(1, keepdim=True)
+    wanted = -((log_share * positive).sum(1) / positive.sum(1)).mean()
+    torch.testing.assert_close(loss, wanted)
+
+
 def test_clip_learns_its_temperature_and_bounds_it():
     method = method_of("clip")
     inputs = batch(method)
@@ -251,6 +267,43 @@ def test_clip_learns_its_temperature_and_bounds_it():
         method.logit_scale.data.fill_(scale)
         losses.append(method(*inputs).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["hex", "base"])
+def test_lightning_trains_as_the_script_without_it_and_logs_the_threshold(
+    loss, few_digits, tmp_path, capsys
+):
+    seen = {}
+    module = importlib.import_module("lightning_simclr")
+    arguments = [*TINY[:-2], "--epochs", "2", "--loss", loss]
+    assert module.main([*arguments, "--out", str(tmp_path / "lightning")]) == 0
+    assert run("simclr", *arguments, "--out", tmp_path / "simclr") == 0
+    one, two = (
+        json.loads((tmp_path / name / "result.json").read_text())
+        for name in ("lightning", "simclr")
+    )
+    for name in ("knn", "linear_1", "linear_5", "linear"):
+        assert one[name] == two[name] > 0.2
+    (saved,) = (tmp_path / "lightning").glob("checkpoints/*.ckpt")
+    theirs = torch.load(saved, weights_only=True)["state_dict"]
+    ours = state(tmp_path / "simclr")
+    assert theirs.keys() == ours.keys()
+    for name in ours:
+        assert torch.equal(theirs[name], ours[name]), name
+    log = EventAccumulator(str(tmp_path / "lightning")).Reload()
+    for tag in log.Tags()["scalars"]:
+        seen[tag.rpartition("/")[2]] = [event.value for event in log.Scalars(tag)]
+    assert ("eps" in seen) == ("hard" in seen) == ("share" in seen) == (loss == "hex")
+    if loss == "hex":
+        assert all(-1 <= value <= 1 for value in seen["eps"])
+
+
+def test_lightning_refuses_wrong_data_in_a_line(tmp_path, capsys):
+    module = importlib.import_module("lightning_simclr")
+    assert module.main(["--data", "cifar10", "--out", str(tmp_path)]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("lightning_simclr.py: error: --data cifar10 needs --root")
+    assert errors.count("\n") == 1
 
 
 # ---- the table ----------------------------------------------------------------------------------
