@@ -62,9 +62,9 @@ demo: build ## train on handwritten digits, with InfoNCE and with HEX: three min
 bench: build ## milliseconds and megabytes: hex, plain torch, torch.compile, other libraries
 	$(BIN)/python benchmarks/loss.py
 
-examples: build ## run the examples once
+examples: build ## every method with its own loss and with HEX, and a table: some minutes
 	$(BIN)/python examples/minimal.py
-	$(BIN)/python examples/simclr.py --data digits --epochs 2
+	$(BIN)/python examples/compare.py
 
 wheel: build ## dist/: the source archive, and from it the wheel, built as a user's pip would
 	$(BIN)/python -m build

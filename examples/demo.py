@@ -18,15 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import data, evaluate, pictures
-from common.encoder import Encoder
+from common.training import console, parser_of, progress, schedule, train_epoch
 from rich.table import Table
-from simclr import console, progress, schedule, train_epoch
+from simclr import SimCLR
 from sklearn.manifold import TSNE
 from torch import nn
 
-from hex import HEXLoss, InfoNCELoss
-
 BATCH = 256  # images; the loss sees twice as many views
+LOSSES = {"InfoNCE": "base", "HEX": "hex"}  # of simclr.py
 
 
 class Run:
@@ -36,11 +35,9 @@ class Run:
         self.name = name
         torch.manual_seed(seed)
         self.images, self.test = data.load("digits")
-        self.model = Encoder("small", self.images.size)
-        if name == "HEX":
-            self.criterion = HEXLoss(temperature=0.1)
-        else:
-            self.criterion = InfoNCELoss(temperature=0.1)
+        options = parser_of(SimCLR, "demo").parse_args(["--loss", LOSSES[name]])
+        self.model = SimCLR(options, self.images)
+        self.criterion = self.model.criterion
         self.steps = len(self.images) // BATCH
         self.epochs = epochs
         self.statistics: list[tuple[float, ...]] = []  # loss, eps, mean |H|, share: each step
@@ -48,17 +45,16 @@ class Run:
 
     def train(self) -> None:
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-3, weight_decay=1e-4)
+        steps = self.steps * self.epochs
         scheduler = schedule(optimizer, self.steps, self.epochs)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         self.seconds = 0.0
         with progress() as bars:
             for epoch in bars.track(range(self.epochs), description=f"{self.name:8}"):
                 start = time.perf_counter()
-                self.criterion.set_epoch(epoch)
-                views = self.images.views(BATCH)
-                for loss in train_epoch(
-                    self.model, self.criterion, views, optimizer, scheduler, scaler
-                ):
+                self.model.set_epoch(epoch)
+                batches = self.images.batches(BATCH)
+                for loss in train_epoch(self.model, batches, optimizer, scheduler, scaler, steps):
                     self.statistics.append((float(loss), *map(float, self.criterion.last)))
                 self.seconds += time.perf_counter() - start
                 if self.name == "HEX":
@@ -76,9 +72,9 @@ class Run:
         index = torch.arange(BATCH)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            views = torch.cat(self.images.pair(index))
+            views = torch.cat(self.images.views(index))
         model = copy.deepcopy(self.model).train()  # a copy: batch norm would count this batch too
-        z = nn.functional.normalize(model(views))
+        z = nn.functional.normalize(model.embed(views))
         self.criterion.eval()  # the threshold is measured, and not stored
         self.criterion(*z.chunk(2))
         return pictures.Batch(

@@ -13,7 +13,7 @@ import torch
 import hex
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+DOCUMENTS = sorted(p for folder in (".", "docs", "examples") for p in ROOT.glob(f"{folder}/*.md"))
 README = (ROOT / "README.md").read_text()
 MODULES = sorted(m.name for m in pkgutil.iter_modules(hex.__path__) if m.name != "_C")
 

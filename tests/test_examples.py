@@ -29,7 +29,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 import demo  # noqa: E402
 import simclr  # noqa: E402
-from common import augment, checkpoint, data, encoder  # noqa: E402
+from common import augment, checkpoint, data, encoder, options, training  # noqa: E402
 from common.vision import v2  # noqa: E402
 from PIL import Image  # noqa: E402
 
@@ -85,14 +85,15 @@ def test_the_minimal_example_prints_a_falling_loss_with_eps_and_neighbours(capsy
     assert all(x > 0 for x in hard)
 
 
-@pytest.mark.parametrize("loss", ["hex", "infonce"])
+@pytest.mark.parametrize("loss", ["hex", "base"])
 def test_a_run_in_two_parts_ends_with_the_bits_of_one_in_one(loss, tmp_path, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = ["--loss", loss, "--epochs", 2, *TINY]
     assert run(*options, "--out", whole) == 0
     assert run(*options, "--out", parts, "--stop-after", 1) == 0
     assert state(parts) != state(whole)
-    assert ("threshold.state" in state(parts)["parts"]["criterion"]) == (loss == "hex")
+    buffer = "criterion.threshold.state"
+    assert (buffer in state(parts)["parts"]["model"]) == (loss == "hex")
     # what a new process would not have either
     torch.manual_seed(9)
     random.seed(9)
@@ -180,7 +181,7 @@ def test_help_names_every_choice_of_data_and_loss(capsys):
         run("--help")
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
-    for word in (*data.NAMES, "infonce", "released", "step:START,DROP,EVERY", "--resume"):
+    for word in (*data.NAMES, "InfoNCE", "released", "step:START,DROP,EVERY", "--resume"):
         assert word in printed
 
 
@@ -194,8 +195,9 @@ def test_help_names_every_choice_of_data_and_loss(capsys):
     ],
 )
 def test_the_threshold_option_makes_the_tracker_it_names(text, shown):
-    options = simclr.make_parser().parse_args(["--threshold", text, "--epochs", "7"])
-    assert shown in repr(simclr.threshold(options))
+    parser = training.parser_of(simclr.SimCLR, "simclr")
+    parsed = parser.parse_args(["--threshold", text, "--epochs", "7"])
+    assert shown in repr(options.threshold(parsed))
 
 
 def test_folders_of_photographs_train(tmp_path, capsys):
@@ -203,7 +205,7 @@ def test_folders_of_photographs_train(tmp_path, capsys):
     options = ["--data", "folder", "--root", root, "--image-size", 32, "--batch-size", 4]
     options += ["--epochs", 1, "--over", "negatives", "--amp", "bf16"]
     assert run(*options, "--out", tmp_path / "out") == 0
-    assert "hex on 12 images, 3 steps an epoch" in capsys.readouterr().out
+    assert "on 12 images, 3 steps an epoch" in capsys.readouterr().out
 
 
 def test_the_demo_prints_its_table_and_draws_four_pictures(tmp_path, capsys):
@@ -257,5 +259,6 @@ def test_colours_change_as_torchvision_changes_them(monkeypatch):
 
 @pytest.mark.parametrize("name", ["small", "resnet18", "mobilenet_v3_small"])
 def test_an_encoder_ends_in_features_of_the_size_asked(name):
-    model = encoder.Encoder(name, image_size=32, features=24)
+    backbone, width = encoder.backbone(name, image_size=32)
+    model = torch.nn.Sequential(backbone, encoder.projector(width, features=24))
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 24)

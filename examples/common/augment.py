@@ -29,6 +29,7 @@ class RandomWarp(v2.Transform):
         flip: probability to mirror left and right.
         degrees: greatest rotation either way.
         shift: how far the window may leave the image, as a share of its side. Outside is 0.
+        size: side of the view in pixels; None: that of the image.
     """
 
     def __init__(
@@ -38,10 +39,11 @@ class RandomWarp(v2.Transform):
         flip: float = 0.5,
         degrees: float = 0.0,
         shift: float = 0.0,
+        size: int | None = None,
     ) -> None:
         super().__init__()
-        self.area, self.ratio, self.flip, self.degrees, self.shift = (
-            area, ratio, flip, degrees, shift,
+        self.area, self.ratio, self.flip, self.degrees, self.shift, self.size = (
+            area, ratio, flip, degrees, shift, size,
         )  # fmt: skip
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Tensor]:
@@ -70,7 +72,8 @@ class RandomWarp(v2.Transform):
         return {"theta": torch.stack(rows, dim=1).to(images)}
 
     def transform(self, inpt: Tensor, params: dict[str, Tensor]) -> Tensor:
-        grid = F.affine_grid(params["theta"], list(inpt.shape), align_corners=False)
+        size = (self.size, self.size) if self.size else inpt.shape[2:]
+        grid = F.affine_grid(params["theta"], [*inpt.shape[:2], *size], align_corners=False)
         return F.grid_sample(inpt, grid, align_corners=False)
 
 
@@ -116,24 +119,30 @@ class RandomColour(v2.Transform):
         return pixels.clamp(0, 1).view_as(inpt)
 
 
-def digits() -> nn.Module:
+# With `local` each gives DINO's small crops of a part of the image, otherwise views of most of it.
+
+
+def digits(local: bool = False) -> nn.Module:
     """For batches of 8 x 8 digits. No flip: a mirrored 2 is no digit; no crop: a 7 becomes a 1."""
-    return v2.Compose([
-        RandomWarp(area=(0.7, 1.4), ratio=1.3, flip=0.0, degrees=15, shift=0.1),
-        v2.GaussianNoise(sigma=0.1),
-    ])  # fmt: skip
+    whole = RandomWarp(area=(0.7, 1.4), ratio=1.3, flip=0.0, degrees=15, shift=0.1)
+    part = RandomWarp(area=(0.3, 0.6), ratio=1.3, flip=0.0, degrees=15, size=6)
+    return v2.Compose([part if local else whole, v2.GaussianNoise(sigma=0.1)])
 
 
-def small() -> nn.Module:
+def small(local: bool = False) -> nn.Module:
     """For batches of 32 x 32 photographs (CIFAR), without blur, as the paper."""
-    return v2.Compose([RandomWarp(), RandomColour()])
+    warp = RandomWarp(area=(0.05, 0.4), size=16) if local else RandomWarp()
+    return v2.Compose([warp, RandomColour()])
 
 
-def photograph(size: int) -> nn.Module:
-    """For one photograph of any size: a uint8 view (3, size, size)."""
+def photograph(size: int, local: bool = False) -> nn.Module:
+    """For one photograph of any size: a uint8 view (3, size, size); local: of 3/7 the side."""
+    scale = (0.2, 1.0)
+    if local:
+        size, scale = max(1, size * 3 // 7), (0.05, 0.4)
     return v2.Compose([
         v2.ToImage(),
-        v2.RandomResizedCrop(size, scale=(0.2, 1.0), antialias=True),
+        v2.RandomResizedCrop(size, scale=scale, antialias=True),
         v2.RandomHorizontalFlip(),
         v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
         v2.RandomGrayscale(0.2),

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Images for the examples: digits (in scikit-learn), CIFAR-10, or a folder of photographs.
 
-A split gives `labels` (int64, for evaluation only), `views(batch_size)`, one epoch of pairs of
-random views in random order, and `images(batch_size)`, the images as they are, in order. Batches
+A split gives `labels` (int64), `classes` (their names), `batches(batch_size)`, one epoch of random
+views and labels in random order, and `images(batch_size)`, the images as they are, in order. Images
 are float (B, 3, size, size) in [-1, 1] on the device. How views are made is in augment.py.
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,9 @@ from common.vision import torchvision, v2
 
 ImageFolder, CIFAR10 = torchvision.datasets.ImageFolder, torchvision.datasets.CIFAR10
 NAMES = ("digits", "cifar10", "folder")
+DIGITS = "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"
+
+Batch = tuple[list[Tensor], Tensor]  # two views and the local ones, (B,) labels
 
 
 class DataError(Exception):
@@ -31,25 +35,28 @@ class DataError(Exception):
 class MemorySplit:
     """uint8 images (N, 1 or 3, H, W) in the device's memory, augmented a batch at a time."""
 
-    def __init__(self, images: Tensor, labels: Tensor, augmentation: nn.Module) -> None:
+    def __init__(
+        self, images: Tensor, labels: Tensor, classes: Sequence[str], augmentations: list[nn.Module]
+    ) -> None:
         self._images = images
-        self._augment = augmentation
+        self._augmentations = augmentations  # one for each view
         self.labels = labels
+        self.classes = list(classes)
         self.size = images.shape[-1]
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def views(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs of views of all images but those that fill no batch."""
-        order = torch.randperm(len(self)).to(self._images.device)
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """Views and labels of all images but those that fill no batch."""
+        order = torch.randperm(len(self))
         for index in order.split(batch_size)[: len(self) // batch_size]:
-            yield self.pair(index)
+            yield self.views(index), self.labels[index].to(self._images.device)
 
-    def pair(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Two views of each of the images at `index`."""
-        images = self._images[index].float() / 255
-        return _centre(self._augment(images)), _centre(self._augment(images))
+    def views(self, index: Tensor) -> list[Tensor]:
+        """Random views of each of the images at `index`."""
+        images = self._images[index.to(self._images.device)].float() / 255
+        return [_centre(augment(images)) for augment in self._augmentations]
 
     def images(self, batch_size: int = 512) -> Iterator[Tensor]:
         for images in self._images.split(batch_size):
@@ -59,7 +66,9 @@ class MemorySplit:
 class FolderSplit:
     """The images below root/<class>/, read, decoded and augmented by worker processes."""
 
-    def __init__(self, root: Path, size: int, workers: int, device: torch.device) -> None:
+    def __init__(
+        self, root: Path, size: int, workers: int, device: torch.device, local_views: int
+    ) -> None:
         try:
             self._folder = ImageFolder(str(root))
         except FileNotFoundError as error:  # a class without images
@@ -67,25 +76,26 @@ class FolderSplit:
         self.labels = torch.tensor(self._folder.targets)
         self.classes = self._folder.classes
         self.size, self._device = size, device
+        self._augmentations = _one_a_view(partial(augment.photograph, size), local_views)
         self._loading = {"num_workers": workers, "pin_memory": device.type == "cuda"}
 
     def __len__(self) -> int:
         return len(self._folder)
 
-    def views(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        pictures = _Pictures(self._folder, augment.photograph(self.size), views=2)
-        for pair in self._load(pictures, batch_size=batch_size, shuffle=True, drop_last=True):
-            view0, view1 = map(self._prepare, pair)
-            yield view0, view1
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        pictures = _Pictures(self._folder, self._augmentations)
+        for batch in self._load(pictures, batch_size=batch_size, shuffle=True, drop_last=True):
+            *views, labels = batch
+            yield [self._prepare(view) for view in views], labels.to(self._device)
 
     def images(self, batch_size: int = 256) -> Iterator[Tensor]:
         whole = v2.Compose([
             v2.ToImage(), v2.Resize(self.size * 8 // 7, antialias=True), v2.CenterCrop(self.size),
         ])  # fmt: skip
-        pictures = _Pictures(self._folder, whole)
+        pictures = _Pictures(self._folder, [whole])
         # a generator of its own: looking at the images must not change the views to come
         aside = torch.Generator()
-        for (images,) in self._load(pictures, batch_size=batch_size, generator=aside):
+        for images, _ in self._load(pictures, batch_size=batch_size, generator=aside):
             yield self._prepare(images)
 
     def _load(self, dataset: Dataset, **options) -> Iterator[list[Tensor]]:
@@ -112,6 +122,7 @@ def load(
     device: torch.device | str = "cpu",
     size: int = 224,
     workers: int = 0,
+    local_views: int = 0,
 ) -> tuple[Split, Split]:
     """The training and the test split.
 
@@ -122,23 +133,24 @@ def load(
             or val/<class>/, images of any size and format that PIL reads.
         device: where batches are wanted.
         size, workers: folder only: side of the views, in pixels; processes that read.
+        local_views: small crops of each image, after the two views.
 
     Raises:
         DataError: nothing is there, or it is not what was expected.
     """
     device = torch.device(device)
     if name == "digits":
-        return _digits(device)
+        return _digits(device, local_views)
     if root is None:
         raise DataError(f"--data {name} needs --root, the folder that holds the images")
     if not root.is_dir():
         raise DataError(f"--root {root}: there is no such folder")
     if name == "cifar10":
-        return _cifar10(root, device)
-    return _folders(root, size, workers, device)
+        return _cifar10(root, device, local_views)
+    return _folders(root, size, workers, device, local_views)
 
 
-def _digits(device: torch.device) -> tuple[Split, Split]:
+def _digits(device: torch.device, local_views: int) -> tuple[Split, Split]:
     """1797 handwritten digits of 8 x 8 pixels; 500, always the same, are for testing."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -147,13 +159,14 @@ def _digits(device: torch.device) -> tuple[Split, Split]:
     images = torch.tensor(pixels.reshape(-1, 1, 8, 8) * 255 / 16).to(device, torch.uint8)
     index = train_test_split(range(len(labels)), test_size=500, stratify=labels, random_state=0)
     labels = torch.tensor(labels)
+    views = _one_a_view(augment.digits, local_views)
     train, test = (
-        MemorySplit(images[part], labels[part], augment.digits()) for part in map(list, index)
+        MemorySplit(images[part], labels[part], DIGITS, views) for part in map(list, index)
     )
     return train, test
 
 
-def _cifar10(root: Path, device: torch.device) -> tuple[Split, Split]:
+def _cifar10(root: Path, device: torch.device, local_views: int) -> tuple[Split, Split]:
     if (root / "cifar-10-batches-py").is_dir():
         parts = [_downloaded(root, train) for train in (True, False)]
     elif (root / "train").is_dir() and (root / "test").is_dir():
@@ -163,34 +176,35 @@ def _cifar10(root: Path, device: torch.device) -> tuple[Split, Split]:
             f"--root {root}: wanted CIFAR-10 there, cifar-10-batches-py/ or train/ and test/ with "
             "a folder of images for each class"
         )
-    for (images, labels), part in zip(parts, ("training", "test"), strict=True):
+    for (images, labels, _), part in zip(parts, ("training", "test"), strict=True):
         if images.shape[1:] != (3, 32, 32) or labels.unique().numel() != 10:
             raise DataError(
                 f"--root {root}: the {part} images are {tuple(images.shape[1:])} in "
                 f"{labels.unique().numel()} classes, wanted CIFAR-10's (3, 32, 32) in 10; "
                 "--data folder takes any images"
             )
-    train, test = (MemorySplit(x.to(device), y, augment.small()) for x, y in parts)
+    views = _one_a_view(augment.small, local_views)
+    train, test = (MemorySplit(x.to(device), y, classes, views) for x, y, classes in parts)
     return train, test
 
 
-def _downloaded(root: Path, train: bool) -> tuple[Tensor, Tensor]:
+def _downloaded(root: Path, train: bool) -> tuple[Tensor, Tensor, list[str]]:
     """CIFAR-10 as torchvision keeps it."""
     try:
         files = CIFAR10(str(root), train=train)
     except RuntimeError as error:
         raise DataError(f"--root {root}: {error}") from None
     images = torch.from_numpy(files.data).permute(0, 3, 1, 2)
-    return images.contiguous(), torch.tensor(files.targets)
+    return images.contiguous(), torch.tensor(files.targets), files.classes
 
 
-def _decoded(folder: Path) -> tuple[Tensor, Tensor]:
+def _decoded(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
     """All images below folder/<class>/; they must be of one size."""
     try:
         listed = ImageFolder(str(folder))
         with ThreadPoolExecutor() as pool:
             images = list(pool.map(_decode, (path for path, _ in listed.samples)))
-        return torch.stack(images), torch.tensor(listed.targets)
+        return torch.stack(images), torch.tensor(listed.targets), listed.classes
     except (FileNotFoundError, RuntimeError) as error:  # no images; sizes that do not stack
         raise DataError(f"{folder}: {error}") from None
 
@@ -204,7 +218,7 @@ def _decode(path: str) -> Tensor:
 
 
 def _folders(
-    root: Path, size: int, workers: int, device: torch.device
+    root: Path, size: int, workers: int, device: torch.device, local_views: int
 ) -> tuple[FolderSplit, FolderSplit]:
     tests = [name for name in ("test", "val") if (root / name).is_dir()]
     if not (root / "train").is_dir() or not tests:
@@ -212,7 +226,9 @@ def _folders(
             f"--root {root}: wanted train/ and test/ (or val/) there, with a folder of images for "
             "each class"
         )
-    train, test = (FolderSplit(root / part, size, workers, device) for part in ("train", tests[0]))
+    train, test = (
+        FolderSplit(root / part, size, workers, device, local_views) for part in ("train", tests[0])
+    )
     if train.classes != test.classes:
         raise DataError(
             f"--root {root}: train/ has {len(train.classes)} classes and {tests[0]}/ has "
@@ -222,20 +238,24 @@ def _folders(
 
 
 class _Pictures(Dataset):
-    """The images of an ImageFolder, each transformed `views` times; labels are left out."""
+    """For each image of an ImageFolder its result by each transform, and its label."""
 
-    def __init__(self, folder: ImageFolder, transform: nn.Module, views: int = 1) -> None:
-        self._folder, self._transform, self._views = folder, transform, views
+    def __init__(self, folder: ImageFolder, transforms: list[nn.Module]) -> None:
+        self._folder, self._transforms = folder, transforms
 
     def __len__(self) -> int:
         return len(self._folder)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+    def __getitem__(self, index: int) -> tuple[Tensor | int, ...]:
         try:
-            image, _ = self._folder[index]
+            image, label = self._folder[index]
         except OSError as error:
             raise DataError(f"{self._folder.samples[index][0]}: {error}") from None
-        return tuple(self._transform(image) for _ in range(self._views))
+        return *(transform(image) for transform in self._transforms), label
+
+
+def _one_a_view(make: Callable[..., nn.Module], local_views: int) -> list[nn.Module]:
+    return [make() for _ in range(2)] + [make(local=True) for _ in range(local_views)]
 
 
 def _leave_ctrl_c_to_the_parent(worker: int) -> None:

@@ -2,38 +2,34 @@
 """Encoders: a backbone from torchvision, from timm or from here, and SimCLR's projection head."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from common.vision import torchvision
 
 
-class Encoder(nn.Module):
-    """z = projector(backbone(x)). The loss sees z; what is kept after training is the backbone.
+def backbone(name: str = "small", image_size: int = 32) -> tuple[nn.Module, int]:
+    """A network from images to features (B, width), untrained, and width.
 
     Args:
         name: "small", for 8 x 8 to 32 x 32 images on a CPU; a model of torchvision ("resnet18",
-            "resnet50"); or one of timm ("timm:resnet10t"). None comes with trained weights.
+            "resnet50"); or one of timm ("timm:resnet10t").
         image_size: side of the images in pixels.
-        features: of the projection, D.
 
     Raises:
         ValueError: no such model.
     """
-
-    def __init__(self, name: str = "small", image_size: int = 32, features: int = 128) -> None:
-        super().__init__()
-        self.backbone, width = _backbone(name, image_size)
-        self.projector = nn.Sequential(
-            nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, features)
-        )
-        self.to(memory_format=torch.channels_last)  # convolutions are a quarter faster so
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.projector(self.backbone(images))
+    network, width = _network(name, image_size)
+    return network.to(memory_format=torch.channels_last), width  # convolutions are faster so
 
 
-def _backbone(name: str, image_size: int) -> tuple[nn.Module, int]:
-    """A module from images to features (B, width), and width."""
+def projector(width: int, features: int) -> nn.Module:
+    """SimCLR's projection head: the loss sees its output, what is kept is the backbone."""
+    return nn.Sequential(
+        nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, features)
+    )
+
+
+def _network(name: str, image_size: int) -> tuple[nn.Module, int]:
     if name == "small":
         return _small(), 128
     if name.startswith("timm:"):

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: MIT
+"""The command line that the method scripts share, and what it makes: device, threshold, folder."""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from common import data
+from hex import ThresholdTracker
+
+AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def make_parser(
+    script: str,
+    description: str,
+    losses: dict[str, str],
+    resumable: bool = True,
+    **defaults: object,
+) -> argparse.ArgumentParser:
+    """All options of a method script.
+
+    Args:
+        script: its name, in that of a run's folder.
+        losses: what --loss base and --loss hex are for this method.
+        resumable: whether there are the options of `training.Run`, to stop and to resume.
+        defaults: of its own, for options that exist.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument_group("data").add_argument
+    add("--data", choices=data.NAMES, default="digits", help="digits come with scikit-learn")
+    add("--root", help="folder of the images: CIFAR-10, or train/<class>/ and test/<class>/")
+    add(
+        "--image-size",
+        type=positive,
+        default=224,
+        help="side of a view in pixels, for --data folder",
+    )
+    add("--workers", type=int, default=0, help="processes that read images, for --data folder")
+
+    add = parser.add_argument_group("loss").add_argument
+    text = "; ".join(f"{name}: {what}" for name, what in losses.items())
+    add("--loss", choices=tuple(losses), default="hex", help=text)
+    add("--temperature", type=float, default=0.1, help="of HEX or InfoNCE")
+    add("--variant", choices=("paper", "released"), default="paper", help="of HEX")
+    add(
+        "--threshold",
+        default="adaptive",
+        help="adaptive, a cosine such as 0.7, step:START,DROP,EVERY or cosine:START,END",
+    )
+    add("--quantile", type=float, default=0.99, help="of a row's cosines, for adaptive")
+    add("--over", choices=("all", "negatives"), default="all", help="the row for adaptive")
+    add("--warmup", type=int, default=0, help="epochs with H empty before adaptive")
+    add("--normalize-rows", action="store_true", help="scale each row to [0, 1], for the others")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--backbone", default="small", help="small, a model of torchvision, or timm:NAME")
+    add("--features", type=positive, default=128, help="of the projection")
+    add("--epochs", type=positive, default=40)
+    add("--batch-size", type=positive, default=256, help="images; the loss sees two views of each")
+    add("--lr", type=float, default=3e-3, help="greatest learning rate, of AdamW")
+    add("--amp", choices=AMP, default="off", help="mixed precision")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--seed", type=int, default=0)
+
+    add = parser.add_argument_group("run").add_argument
+    add("--out", help="the run's folder; by default runs/ and a name with the time")
+    if resumable:
+        add("--resume", type=Path, metavar="RUN", help="go on with a run: its folder or checkpoint")
+        add("--stop-after", type=positive, metavar="EPOCHS", help="leave the rest for --resume")
+        add(
+            "--knn-every",
+            type=int,
+            default=10,
+            help="epochs between k-NN tests; 0: only at the end",
+        )
+    parser.set_defaults(script=script, **defaults)
+    return parser
+
+
+def threshold(options: argparse.Namespace) -> ThresholdTracker:
+    """The tracker that --threshold describes.
+
+    Raises:
+        ValueError: it describes none.
+    """
+    rule, _, rest = options.threshold.partition(":")
+    rows = options.normalize_rows
+    numbers = []
+    try:
+        numbers = [float(x) for x in rest.split(",") if x]
+        if rule != "adaptive" and not numbers:
+            rule, numbers = "fixed", [float(rule)]
+    except ValueError:
+        rule = "unknown"
+    match rule, numbers:
+        case "adaptive", []:
+            return ThresholdTracker.adaptive(
+                options.quantile, over=options.over, warmup_epochs=options.warmup
+            )
+        case "fixed", [t]:
+            return ThresholdTracker.fixed(t, normalize_rows=rows)
+        case "step", [start, drop, every]:
+            return ThresholdTracker.step(start, drop, int(every), normalize_rows=rows)
+        case "cosine", [start, end]:
+            return ThresholdTracker.cosine(start, end, options.epochs, normalize_rows=rows)
+    raise ValueError(
+        f"--threshold: got {options.threshold!r}, wanted adaptive, a cosine, "
+        "step:START,DROP,EVERY or cosine:START,END"
+    )
+
+
+def check_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ValueError: there is none, or it does not work.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).partition(chr(10))[0]}") from None
+
+
+def make_folder(options: argparse.Namespace) -> Path:
+    """The run's folder, made.
+
+    Raises:
+        ValueError: it has a run already, which is not written over.
+    """
+    if options.out is None:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        options.out = f"runs/{options.script}-{options.data}-{options.loss}-{stamp}"
+    out = Path(options.out)
+    resume = getattr(options, "resume", None)
+    if resume is None and any((out / name).exists() for name in ("last.pt", "result.json")):
+        raise ValueError(f"--out {out}: there is a run already; --resume {out} continues it")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def positive(text: str) -> int:
+    """For argparse: an integer of at least 1."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"got {number}, wanted at least 1")
+    return number
+
+
+def fraction(text: str) -> float:
+    """For argparse: a number in [0, 1]."""
+    if not 0 <= (number := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"got {number}, wanted a number from 0 to 1")
+    return number

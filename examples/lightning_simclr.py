@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: MIT
+"""SimCLR with the HEX loss, or with InfoNCE, as a LightningModule.
+
+    python examples/lightning_simclr.py --data digits
+    python examples/lightning_simclr.py --data cifar10 --root DIR --backbone resnet18 --epochs 200
+
+The loop, the log and the checkpoints are Lightning's. HEXCallback tells the loss the epoch and logs
+its threshold, the mean size of H and H's share. TensorBoard's log and `result.json` are in the
+run's folder.
+
+SimCLR: Chen et al. 2020, https://arxiv.org/abs/2002.05709. Needs hex-ssl[examples].
+"""
+
+import argparse
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+
+import torch
+from common import data, encoder, evaluate, training
+from common.options import make_folder, make_parser, threshold
+from hex.lightning import HEXCallback
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from hex import HEXLoss, InfoNCELoss
+
+PRECISION = {"off": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+class LightningSimCLR(LightningModule):
+    """SimCLR in Lightning: two views of an image attract each other, all other views repel."""
+
+    losses = {"hex": "HEX in place of InfoNCE", "base": "InfoNCE"}
+
+    def __init__(self, options: argparse.Namespace, images: data.Split) -> None:
+        super().__init__()
+        self.backbone, width = encoder.backbone(options.backbone, images.size)
+        self.projector = encoder.projector(width, options.features)
+        if options.loss == "hex":
+            self.criterion = HEXLoss(
+                options.temperature, threshold=threshold(options), variant=options.variant
+            )
+        else:
+            self.criterion = InfoNCELoss(options.temperature)
+        self.options = options
+        self.steps = len(images) // options.batch_size
+
+    def training_step(self, batch: data.Batch, index: int) -> Tensor:
+        views, _ = batch
+        z0, z1 = self.projector(self.backbone(torch.cat(views))).chunk(2)
+        loss = self.criterion(z0, z1)
+        self.log("train/loss", loss, prog_bar=True, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self) -> dict:
+        optimizer = torch.optim.AdamW(self.parameters(), self.options.lr, weight_decay=1e-4)
+        rule = training.schedule(optimizer, self.steps, self.options.epochs)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rule, "interval": "step"}}
+
+
+class Batches:
+    """The epochs of a split, for Lightning: each iteration is one."""
+
+    def __init__(self, images: data.Split, size: int) -> None:
+        self.images, self.size = images, size
+
+    def __iter__(self) -> Iterator[data.Batch]:
+        return self.images.batches(self.size)
+
+    def __len__(self) -> int:
+        return len(self.images) // self.size
+
+
+def main(arguments: list[str] | None = None) -> int:
+    method = LightningSimCLR
+    description = method.__doc__.partition("\n")[0]
+    parser = make_parser("lightning_simclr", description, method.losses, resumable=False)
+    options = parser.parse_args(arguments)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no advertisements
+    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated")  # Lightning's own, torch 2.13
+    seed_everything(options.seed, verbose=False)
+    try:
+        images, test = training.load(options)
+        model = method(options, images)
+        folder = make_folder(options)
+    except (data.DataError, ValueError) as error:
+        print(f"lightning_simclr.py: error: {error}", file=sys.stderr)
+        return 2
+    start = time.perf_counter()
+    trainer = Trainer(
+        accelerator={"cuda": "gpu"}.get(torch.device(options.device).type, options.device),
+        devices=1,
+        precision=PRECISION[options.amp],
+        max_epochs=options.epochs,
+        logger=TensorBoardLogger(folder, name="", version=""),
+        log_every_n_steps=1,
+        callbacks=[HEXCallback()],
+        enable_model_summary=False,
+    )
+    trainer.fit(model, Batches(images, options.batch_size))
+    seconds = time.perf_counter() - start
+    logged = {name: float(x) for name, x in trainer.logged_metrics.items()}
+    training.console.print(
+        "last step:", *(f"{name} {x:.4f}" for name, x in logged.items()), soft_wrap=True
+    )
+    model.to(options.device)  # Lightning leaves it on the CPU
+    scores = evaluate.scores(*(evaluate.features(model.backbone, part) for part in (images, test)))
+    training.console.print(training.table_of(scores, len(test)))
+    training.write_result(folder, method, options, scores, seconds)
+    training.console.print(
+        f"result: {folder / 'result.json'}\ncheckpoint: {folder / 'checkpoints'}\n"
+        f"log: tensorboard --logdir {folder}",
+        soft_wrap=True,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
