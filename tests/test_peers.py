@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MIT
 """With the local term off, values and gradients are those of the losses that people use today.
 
-Peers: lightly, pytorch-metric-learning, info-nce-pytorch and open_clip from PyPI, each skipped where
-it is not installed, and torch's cross-entropy on logits as SimCLR, MoCo and CLIP code bases write
-it. Ours
-are `InfoNCELoss` and `HEXLoss` without threshold: in float32 to 1e-5 on a batch with a loss of the
-usual size, and in float64 to 1e-8 where the loss is small or the rows are nearly one. There the
-float32 of the peers is not enough, for their gradient is a softmax minus 1.
+Peers: lightly, pytorch-metric-learning, info-nce-pytorch and open_clip from PyPI, each skipped
+where it is not installed, and torch's cross-entropy on logits as SimCLR, MoCo and CLIP code bases
+write it. Ours are `InfoNCELoss` and `HEXLoss` without threshold: in float32 to 1e-5 on a batch with
+a loss of the usual size, and in float64 to 1e-8 where the loss is small or the rows are nearly one.
+There the float32 of the peers is not enough, for their gradient is a softmax minus 1.
 """
 
 import pytest

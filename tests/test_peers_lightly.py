@@ -59,7 +59,7 @@ def test_the_views_can_change_places_as_in_lightly(tau):
 def test_a_row_of_zeros_has_the_value_of_lightly_and_no_gradient_where_its_own_explodes():
     z0, z1 = torch.eye(6, 5), torch.eye(6, 5)  # the last row is 0
     ours, theirs = (
-        value_and_gradients(l, z0, z1) for l in (InfoNCELoss(), lightly.NTXentLoss(0.1))
+        value_and_gradients(loss, z0, z1) for loss in (InfoNCELoss(), lightly.NTXentLoss(0.1))
     )
     torch.testing.assert_close(ours[0], theirs[0])
     assert theirs[1][-1].abs().max() > 1e9

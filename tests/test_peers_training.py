@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """In the training loops of other libraries the loss falls with the local term on.
 
-lightly with pytorch-lightning: SimCLR, NNCLR and MoCo, with lightly's heads and memory bank. Equal values with the local term off are in test_peers.py.
+lightly with pytorch-lightning: SimCLR, NNCLR and MoCo, with lightly's heads and memory bank.
+Equal values with the local term off are in test_peers.py.
 """
 
 import copy
