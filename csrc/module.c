@@ -22,6 +22,26 @@ static const char *const schemas[] = {
     "threshold(Tensor z0, Tensor z1, Tensor negatives, int mode, float quantile, bool "
     "over_negatives) -> Tensor",
     "row_range(Tensor z0, Tensor z1, Tensor negatives, int mode) -> (Tensor low, Tensor high)",
+    "labelled_forward(Tensor x, Tensor y, Tensor ids, Tensor candidate_ids, Tensor mask, Tensor "
+    "groups, Tensor candidate_groups, Tensor guide, Tensor candidate_guide, Tensor eps, Tensor "
+    "tau, int pairing, int reduction, int variant, int positives, float beta, float tau_plus) -> "
+    "(Tensor loss, Tensor stats)",
+    "labelled_backward(Tensor grad, Tensor x, Tensor y, Tensor ids, Tensor candidate_ids, Tensor "
+    "mask, Tensor groups, Tensor candidate_groups, Tensor guide, Tensor candidate_guide, Tensor "
+    "tau, Tensor stats, int pairing, int reduction, float beta, int needs) -> (Tensor dx, Tensor "
+    "dy, Tensor dtau)",
+    "labelled_threshold(Tensor x, Tensor y, Tensor ids, Tensor candidate_ids, Tensor mask, int "
+    "pairing, float quantile, bool over_negatives) -> Tensor",
+    "labelled_row_range(Tensor x, Tensor y, Tensor ids, Tensor candidate_ids, Tensor mask, int "
+    "pairing) -> (Tensor low, Tensor high)",
+    "logits_forward(Tensor logits, Tensor target, Tensor score, Tensor eps, Tensor tau, bool "
+    "given, int reduction, int variant, float beta, float tau_plus) -> (Tensor loss, Tensor stats)",
+    "logits_backward(Tensor grad, Tensor logits, Tensor target, Tensor score, Tensor tau, Tensor "
+    "stats, int reduction, float beta, int needs) -> (Tensor dlogits, Tensor dtau)",
+    "logits_threshold(Tensor logits, Tensor target, Tensor tau, float quantile, bool "
+    "over_negatives, bool self_column) -> Tensor",
+    "logits_row_range(Tensor logits, Tensor target, Tensor tau, bool self_column) -> (Tensor low, "
+    "Tensor high)",
 };
 
 static const struct {
@@ -32,6 +52,14 @@ static const struct {
     {"backward", hex_backward_boxed},
     {"threshold", hex_threshold_boxed},
     {"row_range", hex_row_range_boxed},
+    {"labelled_forward", hex_labelled_forward_boxed},
+    {"labelled_backward", hex_labelled_backward_boxed},
+    {"labelled_threshold", hex_labelled_threshold_boxed},
+    {"labelled_row_range", hex_labelled_row_range_boxed},
+    {"logits_forward", hex_logits_forward_boxed},
+    {"logits_backward", hex_logits_backward_boxed},
+    {"logits_threshold", hex_logits_threshold_boxed},
+    {"logits_row_range", hex_logits_row_range_boxed},
 };
 
 /* The library handles live as long as the process: deleting one would take its registrations back.

@@ -16,17 +16,8 @@
 #include "hex.h"
 #include "torch_shim.h"
 
-#define ERROR_SIZE 256
-#define SHIM_FAILED "a libtorch call failed"
-
-typedef struct {
-    char error[ERROR_SIZE];
-    AtenTensorHandle in[6], out[4];
-    int n_in, n_out;
-} call;
-
 /* Keeps the first error; returns false, so that checks can be chained with &&. */
-__attribute__((format(printf, 2, 3))) static bool fail(call *c, const char *format, ...)
+bool fail(call *c, const char *format, ...)
 {
     if (!c->error[0]) {
         va_list arguments;
@@ -37,12 +28,9 @@ __attribute__((format(printf, 2, 3))) static bool fail(call *c, const char *form
     return false;
 }
 
-static bool ok(call *c, const char *core_error)
-{
-    return core_error ? fail(c, "%s", core_error) : true;
-}
+bool ok(call *c, const char *core_error) { return core_error ? fail(c, "%s", core_error) : true; }
 
-static call begin(StableIValue *stack, int tensors)
+call begin(StableIValue *stack, int tensors)
 {
     call c = {.n_in = tensors};
     for (int i = 0; i < tensors; i++)
@@ -50,7 +38,7 @@ static call begin(StableIValue *stack, int tensors)
     return c;
 }
 
-static void finish(call *c, StableIValue *stack, const char *op)
+void finish(call *c, StableIValue *stack, const char *op)
 {
     for (int i = 0; i < c->n_in; i++)
         aoti_torch_delete_tensor_object(c->in[i]);
@@ -66,7 +54,7 @@ static void finish(call *c, StableIValue *stack, const char *op)
         stack[i] = (StableIValue)(uintptr_t)c->out[i];
 }
 
-static double to_double(StableIValue v)
+double to_double(StableIValue v)
 {
     double x;
     memcpy(&x, &v, sizeof x);
@@ -74,12 +62,6 @@ static double to_double(StableIValue v)
 }
 
 /* ---- tensors -> plain C ---- */
-
-typedef struct {
-    const void *data;
-    hex_dtype dtype;
-    int64_t dim, *size, *stride;
-} view;
 
 static bool read_dtype(int32_t code, hex_dtype *dtype)
 {
@@ -104,14 +86,11 @@ static int32_t torch_dtype(hex_dtype dtype)
                               : aoti_torch_dtype_bfloat16();
 }
 
-static int64_t item_size(hex_dtype dtype)
-{
-    return dtype == HEX_F64 ? 8 : dtype == HEX_F32 ? 4 : 2;
-}
+int64_t item_size(hex_dtype dtype) { return dtype == HEX_F64 ? 8 : dtype == HEX_F32 ? 4 : 2; }
 
 /* Whether every element lies inside the storage. torch's own operators trust this and crash on a
  * tensor whose storage was freed or shrunk under it, as sharded training does. */
-static bool inside_storage(AtenTensorHandle t, const view *v, int64_t element)
+bool inside_storage(AtenTensorHandle t, const view *v, int64_t element)
 {
     int64_t last, bytes;
     if (aoti_torch_get_storage_offset(t, &last) || aoti_torch_get_storage_size(t, &bytes))
@@ -127,7 +106,7 @@ static bool inside_storage(AtenTensorHandle t, const view *v, int64_t element)
     return last < bytes / element;
 }
 
-static bool read_view(call *c, AtenTensorHandle t, const char *name, view *v)
+bool read_view(call *c, AtenTensorHandle t, const char *name, view *v)
 {
     int32_t device, dtype, layout;
     if (aoti_torch_get_device_type(t, &device) || aoti_torch_get_dtype(t, &dtype) ||
@@ -145,11 +124,8 @@ static bool read_view(call *c, AtenTensorHandle t, const char *name, view *v)
     return true;
 }
 
-/* Numbers in float32 or float64: one, one for each of `rows`, or either. */
-typedef enum { ONE = 1, EACH_ROW = 2 } numbers;
-
-static bool read_numbers(call *c, AtenTensorHandle t, const char *name, numbers allowed,
-                         int64_t rows, hex_vector *out)
+bool read_numbers(call *c, AtenTensorHandle t, const char *name, numbers allowed, int64_t rows,
+                  hex_vector *out)
 {
     static const char *const shapes[] = {"", "()", "(rows,)", "() or (rows,)"};
     view v;
@@ -225,7 +201,7 @@ static bool read_choices(call *c, int64_t reduction, int64_t variant, double bet
 /* ---- outputs ---- */
 
 /* A new contiguous CPU tensor as the next output; *data points to its first element. */
-static bool add_output(call *c, int64_t dim, const int64_t *size, hex_dtype dtype, void **data)
+bool add_output(call *c, int64_t dim, const int64_t *size, hex_dtype dtype, void **data)
 {
     int64_t stride[3], step = 1;
     AtenTensorHandle t;

@@ -1,17 +1,63 @@
 /* SPDX-License-Identifier: MIT */
-/* What module.c registers: the boxed kernels of ops.c, and the hook of parallel.c that is set once
- * at import. */
+/* What module.c registers: the boxed kernels of ops.c and labelled_ops.c, and the hook of
+ * parallel.c that is set once at import; and what ops.c has for every boxed kernel: a call, its
+ * tensors read and made, its one throwing point. */
 #ifndef HEX_OPS_H
 #define HEX_OPS_H
 
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "hex.h"
+#include "torch_shim.h"
+
 void hex_forward_boxed(uint64_t *stack, uint64_t arguments, uint64_t outputs);
 void hex_backward_boxed(uint64_t *stack, uint64_t arguments, uint64_t outputs);
 void hex_threshold_boxed(uint64_t *stack, uint64_t arguments, uint64_t outputs);
 void hex_row_range_boxed(uint64_t *stack, uint64_t arguments, uint64_t outputs);
 
+void hex_labelled_forward_boxed(uint64_t *stack, uint64_t arguments, uint64_t outputs);
+void hex_labelled_backward_boxed(uint64_t *stack, uint64_t arguments, uint64_t outputs);
+void hex_labelled_threshold_boxed(uint64_t *stack, uint64_t arguments, uint64_t outputs);
+void hex_labelled_row_range_boxed(uint64_t *stack, uint64_t arguments, uint64_t outputs);
+void hex_logits_forward_boxed(uint64_t *stack, uint64_t arguments, uint64_t outputs);
+void hex_logits_backward_boxed(uint64_t *stack, uint64_t arguments, uint64_t outputs);
+void hex_logits_threshold_boxed(uint64_t *stack, uint64_t arguments, uint64_t outputs);
+void hex_logits_row_range_boxed(uint64_t *stack, uint64_t arguments, uint64_t outputs);
+
 bool hex_watch_forks(void);
+
+/* ---- a boxed kernel's call ---- */
+
+#define ERROR_SIZE 256
+#define SHIM_FAILED "a libtorch call failed"
+
+typedef struct {
+    char error[ERROR_SIZE];
+    AtenTensorHandle in[12], out[4];
+    int n_in, n_out;
+} call;
+
+__attribute__((format(printf, 2, 3))) bool fail(call *c, const char *format, ...);
+bool ok(call *c, const char *core_error);
+call begin(StableIValue *stack, int tensors);
+void finish(call *c, StableIValue *stack, const char *op);
+double to_double(StableIValue v);
+
+typedef struct {
+    const void *data;
+    hex_dtype dtype;
+    int64_t dim, *size, *stride;
+} view;
+
+/* Numbers in float32 or float64: one, one for each of `rows`, or either. */
+typedef enum { ONE = 1, EACH_ROW = 2 } numbers;
+
+int64_t item_size(hex_dtype dtype);
+bool inside_storage(AtenTensorHandle t, const view *v, int64_t element);
+bool read_view(call *c, AtenTensorHandle t, const char *name, view *v);
+bool read_numbers(call *c, AtenTensorHandle t, const char *name, numbers allowed, int64_t rows,
+                  hex_vector *out);
+bool add_output(call *c, int64_t dim, const int64_t *size, hex_dtype dtype, void **data);
 
 #endif

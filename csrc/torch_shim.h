@@ -63,6 +63,8 @@ typedef struct TorchLibraryOpaque *TorchLibraryHandle;
     X(int32_t, aoti_torch_dtype_float32, (void))                                                   \
     X(int32_t, aoti_torch_dtype_float16, (void))                                                   \
     X(int32_t, aoti_torch_dtype_bfloat16, (void))                                                  \
+    X(int32_t, aoti_torch_dtype_int64, (void))                                                     \
+    X(int32_t, aoti_torch_dtype_bool, (void))                                                      \
     X(int32_t, aoti_torch_layout_strided, (void))                                                  \
     X(int32_t, aoti_torch_device_type_cpu, (void))                                                 \
     /* ---- threads and errors ---- */                                                             \

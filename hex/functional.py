@@ -87,7 +87,7 @@ def hex_loss(
     check_options(beta, tau_plus, variant, reduction)
     return ops.loss(
         *batch.inputs,
-        _eps_tensor(eps, batch),
+        eps_tensor(eps, batch.rows, z0.device),
         temperature_tensor(check_temperature(temperature), z0),
         batch.mode,
         ops.REDUCTIONS[reduction],
@@ -281,8 +281,8 @@ def temperature_tensor(temperature: float | Tensor, like: Tensor) -> Tensor:
     return temperature.to(like.device, temperature.dtype if wide else torch.float32)
 
 
-def _eps_tensor(eps: float | Tensor, batch: Batch) -> Tensor:
-    device = batch.inputs[0].device
+def eps_tensor(eps: float | Tensor, rows: int, device: torch.device) -> Tensor:
+    """eps as the operators take it: float64, 0-d or (rows,), without gradient."""
     if not isinstance(eps, Tensor):
         if isinstance(eps, bool) or not isinstance(eps, (int, float)):
             raise TypeError(f"eps: got {type(eps).__name__}, wanted a number or a tensor")
@@ -291,6 +291,6 @@ def _eps_tensor(eps: float | Tensor, batch: Batch) -> Tensor:
         return torch.full((), eps, dtype=torch.float64, device=device)
     if not eps.is_floating_point():
         raise TypeError(f"eps: got {eps.dtype}, wanted a floating dtype")
-    if eps.dim() and tuple(eps.shape) != (batch.rows,):
-        raise ValueError(f"eps: got shape {tuple(eps.shape)}, wanted () or ({batch.rows},)")
+    if eps.dim() and tuple(eps.shape) != (rows,):
+        raise ValueError(f"eps: got shape {tuple(eps.shape)}, wanted () or ({rows},)")
     return eps.detach().to(device, torch.float64)

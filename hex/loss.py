@@ -6,12 +6,13 @@ in threshold.py.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import membership, ops
 from .functional import (
     Batch,
     Mode,
@@ -85,7 +86,7 @@ class _Contrastive(nn.Module):
         """
         batch = check_batch(z0, z1, negatives, self.mode)
         tau = self.temperature if temperature is None else check_temperature(temperature)
-        eps = self._eps(batch)
+        eps = self._eps(batch, batch.inputs)
         value, hard, share = ops.loss(
             *batch.inputs,
             eps,
@@ -96,32 +97,55 @@ class _Contrastive(nn.Module):
             self.beta,
             self.tau_plus,
         )
-        if not _transformed(*batch.inputs):
-            self._last = eps, hard, share
+        self._keep(batch.inputs, eps, hard, share)
         return value
 
-    def _eps(self, batch: Batch) -> Tensor:
+    def _eps(self, batch: Batch, learner: tuple[Tensor, ...]) -> Tensor:
+        """eps as measured on a batch, in a step that trains `learner`."""
+        return self._threshold(
+            batch.inputs[0].device,
+            learner,
+            batch.row_length,
+            batch.mode == ops.MODES["ntxent"],
+            lambda quantile, over: ops.threshold(*batch.inputs, batch.mode, quantile, over),
+            lambda: ops.row_range(*batch.inputs, batch.mode),
+        )
+
+    def _threshold(
+        self,
+        device: torch.device,
+        learner: tuple[Tensor, ...],
+        row_length: int,
+        has_self: bool,
+        measure: Callable[[float, str], Tensor],
+        row_range: Callable[[], tuple[Tensor, Tensor]],
+    ) -> Tensor:
         tracker = self.threshold
         if tracker is None:
-            return torch.full((), math.inf, dtype=torch.float64, device=batch.inputs[0].device)
+            return torch.full((), math.inf, dtype=torch.float64, device=device)
         if tracker.adaptive_rule:
-            tracker.warn_if_too_small(batch.row_length, has_self=batch.mode == ops.MODES["ntxent"])
-            candidate = ops.threshold(*batch.inputs, batch.mode, tracker.quantile, tracker.over)
-            return tracker.update(candidate, store=self._learns(batch))
+            tracker.warn_if_too_small(row_length, has_self=has_self)
+            candidate = measure(tracker.quantile, tracker.over)
+            return tracker.update(candidate, store=self._learns(learner))
         eps = tracker.current()
         if not tracker.normalize_rows:
             return eps
-        low, high = ops.row_range(*batch.inputs, batch.mode)
+        low, high = row_range()
         return low + eps.to(low) * (high - low)
 
-    def _learns(self, batch: Batch) -> bool:
+    def _learns(self, inputs: tuple[Tensor, ...]) -> bool:
         """Training, with a gradient: the only calls that move the threshold."""
         return (
             self.training
             and torch.is_grad_enabled()
-            and any(z.requires_grad for z in batch.inputs)
-            and not _transformed(*batch.inputs)
+            and any(z.requires_grad for z in inputs)
+            and not _transformed(*inputs)
         )
+
+    def _keep(self, inputs: tuple[Tensor, ...], *statistics: Tensor) -> None:
+        eps, hard, share = statistics
+        if not _transformed(*inputs):
+            self._last = eps, hard, share
 
     @property
     def last(self) -> Statistics | None:
@@ -213,6 +237,62 @@ class HEXLoss(_Contrastive):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__(temperature, _tracker(threshold), beta, tau_plus, variant, mode, reduction)
+
+    def forward(
+        self,
+        z0: Tensor,
+        z1: Tensor,
+        negatives: Tensor | None = None,
+        *,
+        groups: Tensor | tuple[Tensor, Tensor] | None = None,
+        guide: tuple[Tensor, ...] | None = None,
+        temperature: float | Tensor | None = None,
+    ) -> Tensor:
+        """The loss of a batch; arguments, result and errors as in `hex_loss`.
+
+        Args:
+            z0, z1: (B, D), two views.
+            negatives: None, (K, D) or (B, K, D).
+            groups: H(i) is given: the negatives of i's group. (B,) integers, one for each image;
+                with negatives the pair (groups, negative_groups), the latter (K,) or (B, K). The
+                threshold plays no part then: its statistic is NaN, the tracker is not touched.
+            guide: (g0, g1), or (g0, g1, g_negatives) with negatives, of the embeddings' shapes but
+                for the features: H(i) and eps come from its cosines, the loss from the embeddings'.
+                No gradient flows to it. A backbone's features, say, which keep more of the image.
+            temperature: overrides the module's for this call (CLIP: `1 / logit_scale.exp()`).
+
+        Example:
+            >>> import torch
+            >>> from hex import HEXLoss
+            >>> z0, z1 = torch.randn(2, 256, 128)
+            >>> loss = HEXLoss()(z0, z1, groups=torch.arange(256) // 16)
+            >>> loss = HEXLoss()(z0, z1, guide=tuple(torch.randn(2, 256, 512)))
+        """
+        if groups is None and guide is None:
+            return super().forward(z0, z1, negatives, temperature=temperature)
+        if groups is not None and guide is not None:
+            raise ValueError("groups, guide: got both, wanted one of them")
+        batch = check_batch(z0, z1, negatives, self.mode)
+        tau = self.temperature if temperature is None else check_temperature(temperature)
+        given = None if groups is None else membership.check_groups(groups, batch)
+        guiding = None if guide is None else membership.check_guide(guide, batch, self.mode)
+        if guiding is None:
+            eps = membership.unknown_eps(z0)
+        else:
+            eps = self._eps(guiding, batch.inputs)
+        value, hard, share = membership.loss(
+            batch,
+            given,
+            guiding,
+            eps,
+            temperature_tensor(tau, z0),
+            ops.REDUCTIONS[self.reduction],
+            ops.VARIANTS[self.variant],
+            self.beta,
+            self.tau_plus,
+        )
+        self._keep(batch.inputs, eps, hard, share)
+        return value
 
 
 class InfoNCELoss(_Contrastive):

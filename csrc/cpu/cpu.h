@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "../hex.h"
+#include "../labelled.h"
 #include "convert.h"
 
 /* The vector levels need gcc's target pragma and x86-64; elsewhere the portable level is all there
@@ -24,6 +25,13 @@ typedef struct {
     const char *(*backward)(const hex_problem *, const hex_gradient *);
     const char *(*threshold)(const hex_problem *, double, bool, double *);
     const char *(*row_range)(const hex_problem *, void *, void *);
+    const char *(*labelled_forward)(const hex_labelled *, void *, void *);
+    const char *(*labelled_backward)(const hex_labelled *, const hex_row_gradient *);
+    const char *(*labelled_quantile)(const hex_labelled *, double, bool, double *, void *, void *);
+    const char *(*logits_forward)(const hex_logits *, void *, void *);
+    const char *(*logits_backward)(const hex_logits *, const hex_row_gradient *);
+    const char *(*logits_quantile)(const hex_logits *, double, bool, bool, double *, void *,
+                                   void *);
 } hex_cpu_entry;
 
 typedef struct {

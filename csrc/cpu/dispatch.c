@@ -70,3 +70,36 @@ const char *hex_cpu_row_range(const hex_problem *p, void *low, void *high)
 {
     return level->type[p->wide].row_range(p, low, high);
 }
+
+const char *hex_cpu_labelled_forward(const hex_labelled *p, void *loss, void *stats)
+{
+    return level->type[p->wide].labelled_forward(p, loss, stats);
+}
+
+const char *hex_cpu_labelled_backward(const hex_labelled *p, const hex_row_gradient *g)
+{
+    return level->type[p->wide].labelled_backward(p, g);
+}
+
+const char *hex_cpu_labelled_quantile(const hex_labelled *p, double quantile, bool over_negatives,
+                                      double *mean, void *low, void *high)
+{
+    return level->type[p->wide].labelled_quantile(p, quantile, over_negatives, mean, low, high);
+}
+
+const char *hex_cpu_logits_forward(const hex_logits *p, void *loss, void *stats)
+{
+    return level->type[p->wide].logits_forward(p, loss, stats);
+}
+
+const char *hex_cpu_logits_backward(const hex_logits *p, const hex_row_gradient *g)
+{
+    return level->type[p->wide].logits_backward(p, g);
+}
+
+const char *hex_cpu_logits_quantile(const hex_logits *p, double quantile, bool over_negatives,
+                                    bool self_column, double *mean, void *low, void *high)
+{
+    return level->type[p->wide].logits_quantile(p, quantile, over_negatives, self_column, mean, low,
+                                                high);
+}

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: MIT
+"""HEX with several positives: labels, a mask, or more than two views.
+
+The function with eps given, the module, and the checks of their arguments. The mathematics is in
+docs/math.md; the kernels behind class_ops.py.
+"""
+
+import math
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from . import class_ops, ops
+from .functional import (
+    Reduction,
+    Variant,
+    check_choice,
+    check_embeddings,
+    check_number,
+    check_options,
+    check_temperature,
+    eps_tensor,
+    temperature_tensor,
+)
+from .loss import _Contrastive, _tracker
+from .membership import check_labels, unknown_eps
+from .threshold import ThresholdTracker
+
+__all__ = ["HEXSupConLoss", "hex_sup_con"]
+
+Positives = Literal["outside", "inside"]
+
+
+def hex_sup_con(
+    features: Tensor,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    eps: float | Tensor | None = None,
+    groups: Tensor | None = None,
+    guide: Tensor | None = None,
+    temperature: float | Tensor = 0.1,
+    beta: float = 1.0,
+    tau_plus: float = 0.1,
+    variant: Variant = "paper",
+    positives: Positives = "outside",
+    base_temperature: float | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """The HEX loss of rows with several positives at a given threshold, in nats.
+
+    With l = cosine / tau, P(i) the positives of row i, n_P of them, and all other rows but i
+    itself split into H(i), above eps, and G(i)::
+
+        E_i = sum_{p in P} exp(l_ip)
+        Q_i = max( (R_i - tau_plus N_h E_i / n_P) / (1 - tau_plus),  N_h exp(-1/tau) )
+        D_i = E_i + Q_i + sum_{j in G} exp(l_ij)
+        L_i = mean_{p in P} -l_ip + log D_i        positives="outside" (SupCon's L_out)
+        L_i = -log(E_i / D_i)                      positives="inside" (solo-learn)
+
+    R_i is that of `hex_loss`. A row without positives gives 0 and counts in the mean.
+
+    Args:
+        features: (B, V, D), V views of B images; or (N, D) with labels or mask. Any further axes
+            are flattened. dtypes, strides and scale as in `hex_loss`.
+        labels: (B,), or (N,), integers: rows of one label are positives of each other. None: the
+            views of an image are.
+        mask: (B, B), or (N, N): positives of row i are the columns that are not 0, in all views;
+            it may be asymmetric. With labels given: ValueError.
+        eps: threshold, a cosine: a number, 0-d, or (N,); not wanted with groups.
+        groups: (B,), or (N,), integers: H(i) is given, the negatives of i's group.
+        guide: of the shape of features but for D: H(i) is decided on its cosines.
+        variant: "released" is the authors' form with P(i) for the positive: H(i) left out, the
+            positives missing in the denominator (their code has no several positives):
+            log sum_G exp(l) + |H and G| exp(-1/tau) - (mean_P l, or log E).
+        positives: see above.
+        base_temperature: None, or the loss is multiplied by temperature / base_temperature, as
+            SupContrast does (by default 0.07 there).
+        temperature, beta, tau_plus, reduction: as in `hex_loss`.
+
+    Returns:
+        0-d, or (N,) for "none": view-major, all rows of the first view first, N = V B.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value, named in the text.
+
+    Example:
+        >>> import torch
+        >>> from hex import hex_sup_con
+        >>> features, labels = torch.randn(64, 2, 128), torch.arange(64) % 10
+        >>> loss = hex_sup_con(features, labels, eps=0.6)
+
+    Source: Khosla et al., "Supervised Contrastive Learning", NeurIPS 2020 (arXiv 2004.11362), for
+    the positives; Kokilepersaud et al., WACV 2025 (arXiv 2410.23200), for the negatives.
+    """
+    rows = check_rows(features, labels, mask, groups, guide)
+    check_options(beta, tau_plus, variant, reduction)
+    check_choice("positives", positives, get_args(Positives))
+    check_base(base_temperature)
+    if (eps is None) != (groups is not None):
+        raise ValueError("eps: wanted a threshold, or groups in its place, and not both")
+    given = unknown_eps(rows.x) if eps is None else eps_tensor(eps, len(rows.x), rows.x.device)
+    return _loss(
+        rows, given, temperature_tensor(check_temperature(temperature), rows.x), reduction, variant,
+        positives, float(beta), float(tau_plus), base_temperature,
+    )[0]  # fmt: skip
+
+
+class HEXSupConLoss(_Contrastive):
+    """The HEX loss for several positives: SupCon, more than two views, labels or ids.
+
+    `hex_sup_con` has the equations; the threshold follows training as in `HEXLoss`. In place of
+    SupContrast's `SupConLoss`, pytorch-metric-learning's `SupConLoss`, and solo-learn's
+    `simclr_loss_func(z, indexes)` (`positives="inside"`). What differs: pytorch-metric-learning
+    averages only the rows that have a positive, and its NTXentLoss leaves the other positives out
+    of each denominator.
+
+    Args:
+        temperature, threshold, beta, tau_plus, variant, reduction: as in `HEXLoss`.
+        positives: "outside" the logarithm, SupCon's L_out, or "inside" it.
+        base_temperature: multiplies the loss by temperature / base_temperature (SupContrast: 0.07).
+
+    Shape:
+        features: (B, V, D), or (N, D) with labels or mask. Result: 0-d, or (N,), view-major.
+
+    Attributes:
+        threshold, last, statistics(), set_epoch(): as in `HEXLoss`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value, named in the text.
+
+    Example:
+        >>> import torch
+        >>> from hex import HEXSupConLoss
+        >>> criterion = HEXSupConLoss(temperature=0.1)
+        >>> features = torch.randn(128, 2, 64, requires_grad=True)
+        >>> criterion(features, labels=torch.arange(128) % 10).backward()
+
+    Source: Khosla et al. 2020 (arXiv 2004.11362); Kokilepersaud et al. 2025 (arXiv 2410.23200).
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        *,
+        threshold: float | str | ThresholdTracker | None = "adaptive",
+        beta: float = 1.0,
+        tau_plus: float = 0.1,
+        variant: Variant = "paper",
+        positives: Positives = "outside",
+        base_temperature: float | None = None,
+        reduction: Reduction = "mean",
+    ) -> None:
+        check_choice("positives", positives, get_args(Positives))
+        check_base(base_temperature)
+        tracker = _tracker(threshold)
+        super().__init__(temperature, tracker, beta, tau_plus, variant, "ntxent", reduction)
+        self.positives: Positives = positives
+        self.base_temperature = base_temperature
+
+    def forward(
+        self,
+        features: Tensor,
+        labels: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        groups: Tensor | None = None,
+        guide: Tensor | None = None,
+        temperature: float | Tensor | None = None,
+    ) -> Tensor:
+        """The loss of a batch; arguments, result and errors as in `hex_sup_con`."""
+        rows = check_rows(features, labels, mask, groups, guide)
+        tau = self.temperature if temperature is None else check_temperature(temperature)
+        eps = unknown_eps(rows.x) if groups is not None else self._measured(rows)
+        value, hard, share = _loss(
+            rows, eps, temperature_tensor(tau, rows.x), self.reduction, self.variant,
+            self.positives, self.beta, self.tau_plus, self.base_temperature,
+        )  # fmt: skip
+        self._keep((features,), eps, hard, share)
+        return value
+
+    def _measured(self, rows: "Rows") -> Tensor:
+        seen = rows.x if rows.guide is None else rows.guide
+        pairs = seen, seen.new_empty((0, seen.shape[1])), rows.ids, rows.ids[:0], rows.mask, 0
+        return self._threshold(
+            seen.device,
+            (rows.x,),
+            len(seen),
+            True,
+            lambda quantile, over: class_ops.labelled_threshold(*pairs, quantile, over),
+            lambda: class_ops.labelled_row_range(*pairs),
+        )
+
+    def extra_repr(self) -> str:
+        shown = [part for part in super().extra_repr().split(", ") if not part.startswith("mode=")]
+        shown.insert(-1, f"positives={self.positives!r}")
+        if self.base_temperature is not None:
+            shown.insert(-1, f"base_temperature={self.base_temperature}")
+        return ", ".join(shown)
+
+
+class Rows(NamedTuple):
+    """Checked features: N rows, view-major, what makes them positives and what groups them."""
+
+    x: Tensor
+    ids: Tensor
+    mask: Tensor
+    groups: Tensor
+    guide: Tensor | None
+
+
+def check_rows(
+    features: Tensor,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    groups: Tensor | None,
+    guide: Tensor | None,
+) -> Rows:
+    check_embeddings("features", features)
+    if features.dim() < 2:
+        raise ValueError(f"features: got shape {tuple(features.shape)}, wanted (B, V, D) or (N, D)")
+    if labels is not None and mask is not None:
+        raise ValueError("labels, mask: got both, wanted one of them")
+    if groups is not None and guide is not None:
+        raise ValueError("groups, guide: got both, wanted one of them")
+    images, views = features.shape[0], features.shape[1] if features.dim() > 2 else 1
+    device = features.device
+    if features.dim() == 2 and labels is None and mask is None:
+        raise ValueError(
+            "labels: got None, wanted labels or a mask for features (N, D); (B, V, D) go without"
+        )
+    if labels is None:
+        ids = torch.arange(images, device=device)
+    else:
+        ids = check_labels("labels", labels, (images,), device)
+    positive = torch.empty((0, 0), dtype=torch.bool, device=device)
+    if mask is not None:
+        positive = _check_mask(mask, images, device)
+    if groups is None:
+        grouped = ids[:0]
+    else:
+        grouped = check_labels("groups", groups, (images,), device).repeat(views)
+    guiding = None
+    if guide is not None:
+        check_embeddings("guide", guide)
+        if guide.dim() != features.dim() or guide.shape[:2] != (
+            features.shape[:2] if features.dim() > 2 else (images, guide.shape[-1])
+        ):
+            raise ValueError(
+                f"guide: got shape {tuple(guide.shape)}, wanted that of features but for the last "
+                f"axis, {tuple(features.shape)}"
+            )
+        if guide.device != device:
+            raise ValueError(f"guide: got device {guide.device}, wanted that of features, {device}")
+        guiding = _view_major(guide.detach())
+    return Rows(_view_major(features), ids.repeat(views), positive, grouped, guiding)
+
+
+def check_base(base_temperature: Any) -> None:
+    if base_temperature is not None:
+        check_number("base_temperature", base_temperature, 0, math.inf, open_end=True)
+        if base_temperature == 0:
+            raise ValueError("base_temperature: got 0, wanted a number > 0")
+
+
+def _check_mask(mask: Any, images: int, device: torch.device) -> Tensor:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask: got {type(mask).__name__}, wanted a torch.Tensor")
+    if mask.is_complex() or mask.layout != torch.strided:
+        raise TypeError(f"mask: got {mask.dtype}, {mask.layout}, wanted bool or real, dense")
+    if tuple(mask.shape) != (images, images):
+        raise ValueError(f"mask: got shape {tuple(mask.shape)}, wanted ({images}, {images})")
+    return mask.to(device) != 0
+
+
+def _view_major(z: Tensor) -> Tensor:
+    if z.dim() == 2:
+        return z
+    return z.flatten(2).transpose(0, 1).reshape(-1, z.shape[2:].numel())
+
+
+def _loss(
+    rows: Rows, eps: Tensor, tau: Tensor, reduction: str, variant: str, positives: str,
+    beta: float, tau_plus: float, base_temperature: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    none = rows.x.new_empty((0, 0))
+    guide = none if rows.guide is None else rows.guide
+    value, hard, share = class_ops.labelled_loss(
+        rows.x, rows.x.new_empty((0, rows.x.shape[1])), rows.ids, rows.ids[:0], rows.mask,
+        rows.groups, rows.ids[:0], guide, guide.new_empty((0, guide.shape[1])), eps, tau,
+        class_ops.PAIRINGS["self"], ops.REDUCTIONS[reduction], ops.VARIANTS[variant],
+        class_ops.POSITIVES[positives], beta, tau_plus,
+    )  # fmt: skip
+    if base_temperature is not None:
+        value = value * (tau / base_temperature).to(value)
+    return value, hard, share
