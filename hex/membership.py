@@ -90,17 +90,17 @@ def loss(
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         x, y = embeddings
         assert x is not None
-        none, no_ids = x.new_empty((0, x.shape[1])), rows[:0]
         no_mask = torch.empty((0, 0), dtype=torch.bool, device=x.device)
         guide, candidate_guide = guides
         if guide is None:
-            guide = candidate_guide = x.new_empty((0, 0))
-        elif candidate_guide is None:
+            guide = x.new_empty((0, 0))
+        if candidate_guide is None:
             candidate_guide = guide.new_empty((0, guide.shape[1]))
-        assert candidate_guide is not None
-        labels: Any = [no_ids if t is None else t for t in (*ids, *groups)]
+        # Each a tensor of its own: torch.compile refuses one that is passed twice.
+        labels: Any = [rows[:0] if t is None else t.view(-1) for t in (*ids, *groups)]
         arguments: Any = (
-            x, none if y is None else y, *labels[:2], no_mask, *labels[2:], guide, candidate_guide,
+            x, x.new_empty((0, x.shape[1])) if y is None else y, *labels[:2], no_mask, *labels[2:],
+            guide, candidate_guide,
             eps, tau, class_ops.PAIRINGS[pairing], reduction, variant, 0, beta, tau_plus,
         )  # fmt: skip
         return class_ops.labelled_loss(*arguments)

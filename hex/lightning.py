@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: MIT
+"""For Lightning, optional: a callback that tells the losses the epoch and logs their statistics.
+
+Works with `lightning` and with `pytorch_lightning`, with whichever of them has been imported.
+"""
+
+import importlib
+import sys
+from typing import Any
+
+from torch import nn
+
+from .loss import _Contrastive
+
+__all__ = ["HEXCallback"]
+
+_PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+
+
+def _base() -> type:
+    """Their Callback: of the packages in use already, or else of the first that is installed."""
+    bases = [getattr(sys.modules[name], "Callback", None) for name in _PACKAGES
+             if name in sys.modules]  # fmt: skip
+    for name in _PACKAGES:
+        if any(bases):
+            break
+        try:
+            bases.append(importlib.import_module(name).Callback)
+        except ModuleNotFoundError as error:
+            if error.name not in (name, name.partition(".")[0]):
+                raise  # installed, and something it needs is not
+    found = tuple(base for base in bases if base is not None)
+    if not found:
+        raise ImportError(
+            "hex.lightning needs Lightning, and neither lightning nor pytorch_lightning is "
+            "installed: pip install lightning"
+        )
+    return type("Callback", found, {})
+
+
+_Callback: Any = _base()
+
+
+class HEXCallback(_Callback):  # type: ignore[misc]
+    """Calls `set_epoch` on every HEX loss of the LightningModule and logs what `loss.last` tells.
+
+    At the start of each training epoch the losses get `trainer.current_epoch`. After each training
+    batch three figures are logged by step, at the pace of the Trainer's `log_every_n_steps`: the
+    threshold as `hex/eps`, the mean |H| as `hex/hard`, the mean share of the local term as
+    `hex/share`. With several losses their names stand between: `hex/criterion/eps`.
+    The losses must be submodules of the LightningModule; then the threshold's state is in its
+    checkpoints too.
+
+    Args:
+        prefix: of the names in the log.
+
+    Raises:
+        ImportError: on import of this module, where there is no Lightning.
+
+    Example:
+        >>> from hex.lightning import HEXCallback
+        >>> callback = HEXCallback()  # Trainer(callbacks=[callback])
+    """
+
+    def __init__(self, prefix: str = "hex/") -> None:
+        super().__init__()
+        if not isinstance(prefix, str):
+            raise TypeError(f"prefix: got {type(prefix).__name__}, wanted a str")
+        self.prefix = prefix
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        for loss in self.losses(pl_module).values():
+            loss.set_epoch(trainer.current_epoch)
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        losses = self.losses(pl_module)
+        figures: dict[str, Any] = {}
+        for name, loss in losses.items():
+            if (last := loss.last) is not None:
+                of = f"{name}/" if len(losses) > 1 else ""
+                figures |= {f"{self.prefix}{of}{k}": v for k, v in last._asdict().items()}
+        if figures:
+            pl_module.log_dict(figures, on_step=True, on_epoch=False, batch_size=1)
+
+    @staticmethod
+    def losses(module: nn.Module) -> dict[str, Any]:
+        """The HEX losses of a module that have a threshold, by their names in it."""
+        return {
+            name: loss
+            for name, loss in module.named_modules()
+            if isinstance(loss, _Contrastive) and loss.threshold is not None
+        }
