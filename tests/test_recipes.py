@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The recipes in docs/recipes: each diff is small, is the one its page shows and uses what we export.
+"""The recipes in docs/recipes: each diff is small, as its page shows it, and uses what we export.
 
 That a diff applies to the repository it is for, and what happened then, is told by its page: those
 repositories are not here.
