@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """With the local term off, values and gradients are those of the losses that people use today.
 
-Peers: lightly, pytorch-metric-learning and info-nce-pytorch from PyPI, each skipped where it is not
-installed, and torch's cross-entropy on logits as SimCLR, MoCo and CLIP code bases write it. Ours
-are `InfoNCELoss` and `HEXLoss` without threshold: in float32 to 1e-5 on a batch with a loss of the
-usual size, and in float64 to 1e-8 where the loss is small or the rows are nearly one. There the
-float32 of the peers is not enough, for their gradient is a softmax minus 1.
+Peers: lightly, pytorch-metric-learning, info-nce-pytorch and open_clip from PyPI, each skipped
+where it is not installed, and torch's cross-entropy on logits as SimCLR, MoCo and CLIP code bases
+write it. Ours are `InfoNCELoss` and `HEXLoss` without threshold: in float32 to 1e-5 on a batch with
+a loss of the usual size, and in float64 to 1e-8 where the loss is small or the rows are nearly one.
+There the float32 of the peers is not enough, for their gradient is a softmax minus 1.
 """
 
 import pytest
@@ -66,6 +66,44 @@ def test_lightly_ntxent_with_a_memory_bank(kind, tau, ours):
     check(lambda z0, z1: ours(tau)(z0, z1, queue), peer, z0, z1)
 
 
+def test_lightly_ntxent_as_moco_whose_memory_bank_takes_in_the_keys_of_each_step(kind, tau, ours):
+    lightly = pytest.importorskip("lightly.loss", exc_type=ImportError)
+    z0, z1, queue = inputs(kind, "shared")
+    peer, ours = lightly.NTXentLoss(tau, memory_bank_size=(K, D)), ours(tau)
+    peer.memory_bank.bank = F.normalize(queue)
+    for shift in range(3):  # K is no multiple of B: the bank's end and its beginning are passed
+        bank, keys = peer.memory_bank.bank.clone(), z1.roll(shift, 1)
+        check(lambda q, k, bank=bank: ours(q, k, bank), peer, z0, keys)
+        assert not torch.equal(peer.memory_bank.bank, bank)
+
+
+def test_lightly_ntxent_as_nnclr_is_the_ntxent_mode_of_neighbours_and_predictions(kind, tau, ours):
+    lightly = pytest.importorskip("lightly.loss", exc_type=ImportError)
+    modules = pytest.importorskip("lightly.models.modules", exc_type=ImportError)
+    z0, z1, support = inputs(kind, "shared")
+    neighbours = modules.NNMemoryBankModule(size=(K, D))
+    neighbours.bank = F.normalize(support)
+    nn0, nn1 = (neighbours(F.normalize(z), update=False) for z in (z0, z1))
+    assert not torch.equal(nn0, F.normalize(z0))
+
+    def both_ways(criterion):
+        return lambda p0, p1: (criterion(nn0, p1) + criterion(nn1, p0)) / 2
+
+    check(both_ways(ours(tau)), both_ways(lightly.NTXentLoss(tau)), z1, z0)
+
+
+def test_lightly_dcl_is_the_log_of_expm1_of_our_rows_and_can_itself_be_negative(kind, tau, ours):
+    # It leaves the positive out of the denominator: log sum_neg - l_p, where ours is, a row,
+    # log(exp(l_p) + sum_neg) - l_p. No option of ours is that.
+    lightly = pytest.importorskip("lightly.loss", exc_type=ImportError)
+    rows = ours(tau, reduction="none")
+    z0, z1 = inputs(kind, "ntxent")
+    check(lambda z0, z1: rows(z0, z1).expm1().log().mean(), lightly.DCLLoss(tau), z0, z1)
+    assert lightly.DCLLoss(tau)(z0, z1) < ours(tau)(z0, z1)
+    z = torch.eye(4)  # far apart
+    assert lightly.DCLLoss(tau)(z, z) < 0 < ours(tau)(z, z)
+
+
 # ---- pytorch-metric-learning ---------------------------------------------------------------------
 
 
@@ -99,6 +137,21 @@ def test_info_nce_pytorch(mode, negative_mode, reduction, kind, tau, ours):
     info_nce = pytest.importorskip("info_nce")
     peer = info_nce.InfoNCE(tau, reduction, negative_mode)
     check(ours(tau, mode="query", reduction=reduction), peer, *inputs(kind, mode))
+
+
+# ---- open_clip -----------------------------------------------------------------------------------
+
+
+def test_open_clip_with_its_learned_scale(kind, tau, ours):
+    open_clip = pytest.importorskip("open_clip", exc_type=ImportError)
+    image, text = inputs(kind, "cross")
+    peer, cross = open_clip.ClipLoss(), ours(mode="cross")
+    log_scale = torch.tensor(1 / tau, dtype=image.dtype).log()  # as its models keep it
+
+    def of_features(image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor:
+        return peer(F.normalize(image), F.normalize(text), log_scale.exp())
+
+    check(lambda i, t, s: cross(i, t, temperature=1 / s.exp()), of_features, image, text, log_scale)
 
 
 # ---- cross-entropy on logits, as code bases write it ---------------------------------------------
