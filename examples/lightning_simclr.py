@@ -21,12 +21,12 @@ from collections.abc import Iterator
 import torch
 from common import data, encoder, evaluate, training
 from common.options import make_folder, make_parser, threshold
-from hex.lightning import HEXCallback
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from hex import HEXLoss, InfoNCELoss
+from hex.lightning import HEXCallback
 
 PRECISION = {"off": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
