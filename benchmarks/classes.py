@@ -103,7 +103,7 @@ def labels(rows: int, notes: list[str]) -> tuple[str, Tensor, dict[str, tuple[Lo
         logits = z @ z.T / TAU
         log_p = logits - logits.masked_fill(~other, -math.inf).logsumexp(1, keepdim=True)
         positive = (ids[:, None] == ids) & other
-        return -((log_p * positive).sum(1) / positive.sum(1)).mean()
+        return -((log_p * positive).sum(1) / positive.sum(1).clamp(min=1)).mean()
 
     def hex_truth(x: Tensor) -> Tensor:
         return plain(x, eps)
