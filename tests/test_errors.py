@@ -2,7 +2,8 @@
 """What a person reads who passes a wrong argument: the exact text of every error that the functions
 and the modules raise, and that a refused call changes nothing.
 
-The tracker's own are in test_threshold.py.
+The tracker's own are in test_threshold.py; those of labels, groups, guides and logits beside their
+tests.
 """
 
 import ast
@@ -145,6 +146,11 @@ ERRORS = (
         lambda: HEXLoss(threshold=True),
         TypeError,
         "threshold: got bool, wanted 'adaptive', a number, a ThresholdTracker or None",
+    ),
+    (
+        lambda: HEXLoss()(Z, Z, groups=torch.ones(4, dtype=torch.int64), guide=(Z, Z)),
+        ValueError,
+        "groups, guide: got both, wanted one of them",
     ),
     (
         lambda: HEXLoss().statistics(),
