@@ -67,13 +67,13 @@ setup(
         Extension(
             "hex._C",
             sources=sorted(glob("csrc/*.c") + glob("csrc/cpu/*.c")),
-            depends=sorted(glob("csrc/*.h") + glob("csrc/cpu/*.h") + glob("csrc/cpu/*.inc")),
+            depends=sorted(glob("csrc/*.h") + glob("csrc/*/*.h") + glob("csrc/cpu/*.inc")),
             # Python's stable ABI as of 3.10: with the tag below, one wheel for all from there on.
             define_macros=[("Py_LIMITED_API", "0x030A0000")],
             py_limited_api=True,
             extra_compile_args=COMPILE,
             extra_link_args=LINK,
-            libraries=["m"],
+            libraries=["m", "dl"],
         )
     ],
     cmdclass={"build_ext": BuildExt},

@@ -8,9 +8,8 @@
 #include <Python.h>
 #include <stdlib.h>
 
-#include "hex.h"
+#include "device.h"
 #include "ops.h"
-#include "torch_shim.h"
 
 static const char *const schemas[] = {
     "forward(Tensor z0, Tensor z1, Tensor negatives, Tensor eps, Tensor tau, int mode, int "
@@ -28,11 +27,14 @@ static const struct {
     const char *name;
     void (*kernel)(StableIValue *, uint64_t, uint64_t);
 } cpu_kernels[] = {
+    /* those with a CUDA kernel first */
     {"forward", hex_forward_boxed},
     {"backward", hex_backward_boxed},
     {"threshold", hex_threshold_boxed},
     {"row_range", hex_row_range_boxed},
 };
+
+#define CUDA_KERNELS 4
 
 /* The library handles live as long as the process: deleting one would take its registrations back.
  */
@@ -52,6 +54,29 @@ static bool register_operators(void)
     return true;
 }
 
+/* The CUDA core, if it can be had, and its operators with it. */
+static PyObject *load_cuda(PyObject *self, PyObject *path)
+{
+    static TorchLibraryHandle library;
+    PyObject *bytes = NULL;
+    (void)self;
+    if (path != Py_None && !PyUnicode_FSConverter(path, &bytes))
+        return NULL;
+    const char *problem = hex_load_cuda(bytes ? PyBytes_AsString(bytes) : NULL);
+    Py_XDECREF(bytes);
+    if (problem)
+        return PyUnicode_FromString(problem);
+    if (bytes && !hex_cuda_is_emulated() && !library) {
+        bool done = !aoti_torch_library_init_impl("hex", "CUDA", __FILE__, __LINE__, &library);
+        for (size_t i = 0; done && i < CUDA_KERNELS; i++)
+            done = !torch_library_impl(library, cpu_kernels[i].name, cpu_kernels[i].kernel,
+                                       HEX_TORCH_ABI);
+        if (!done)
+            return PyUnicode_FromString("its operators could not be registered with torch");
+    }
+    Py_RETURN_NONE;
+}
+
 static const char *isa;
 
 static PyObject *get_isa(PyObject *self, PyObject *unused)
@@ -63,6 +88,8 @@ static PyObject *get_isa(PyObject *self, PyObject *unused)
 static PyMethodDef methods[] = {
     {"isa", get_isa, METH_NOARGS,
      "isa() -> str\n\nThe level of the CPU kernels in use: base, avx2 or avx512."},
+    {"load_cuda", load_cuda, METH_O,
+     "load_cuda(path) -> str | None\n\nTakes hex/_cuda.so into use; or says what is in the way."},
     {NULL, NULL, 0, NULL},
 };
 
