@@ -8,7 +8,11 @@ TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
 
 BIN := $(CURDIR)/.venv/bin
-C_FILES := $(wildcard csrc/*.[ch] csrc/cpu/*.[ch] csrc/cpu/*.inc) tests/abi_check.cpp
+C_FILES := $(wildcard csrc/*.[ch] csrc/*/*.[ch] csrc/cpu/*.inc csrc/cuda/*.cu*) tests/abi_check.cpp \
+    tests/emulation/cuda_emu.h
+# The CUDA kernels take minutes to compile and no test here has a GPU; tests/test_cuda_build.py does it
+# once. `make wheel` has them where nvcc is.
+build: export HEX_CUDA := 0
 # Two processes with a thread each; tests that are about threads set their number themselves. A file
 # goes to one process: test_build.py builds once for all its tests. A process that dies ends the run.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
