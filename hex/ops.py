@@ -208,7 +208,7 @@ def _reduce(rows: Tensor, reduction: int) -> Tensor:
 _warned: set[str] = set()
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _cuda(index: int) -> tuple[str | None, bool]:
     """What keeps the CUDA kernels from a device; whether torch lets float32 products be rounded.
 

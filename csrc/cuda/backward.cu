@@ -21,6 +21,7 @@
 #define WARPS 8
 #define ROWS (16 * WARPS)
 #define THREADS (32 * WARPS)
+#define VALUES 2 // panels of the gradient that a block has in its registers
 
 // Of rows past the end: in no H, repelled by nothing.
 DEVICE float nothing(int coefficient) { return coefficient == K_EPS ? INFINITY : 0.f; }
@@ -114,7 +115,7 @@ DEVICE void multiply_weights(float (*out)[4], const uint32_t (&high)[4][4],
 
 // The gradient's columns are cut in chunks of VALUES panels, each with CUDA blocks of its own,
 // which compute the cosines again.
-template <int VALUES, bool SPLIT>
+template <bool SPLIT>
 static __global__ void __launch_bounds__(THREADS)
     gather_tiles(hex_problem p, hex_run r, bool resident)
 {
@@ -167,7 +168,7 @@ static __global__ void __launch_bounds__(THREADS)
         bool larger = false;
         float factor[2];
         for (int h = 0; h < 2; h++) {
-            for (int k = 1; k < 4; k <<= 1)
+            for (int k = 1; k < 4 /* lanes of a row */; k <<= 1)
                 top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], k));
             const float wanted = weight_scale(top[h]);
             factor[h] = 1;
@@ -223,13 +224,13 @@ static __global__ void __launch_bounds__(THREADS)
             }
 }
 
-template <int VALUES, bool SPLIT> static const char *launch(const hex_problem &p, const hex_run &r)
+template <bool SPLIT> static const char *launch(const hex_problem &p, const hex_run &r)
 {
     const int64_t panels = r.unit.width / PANEL, more = K_ROWS * BN * (int64_t)sizeof(float);
     const bool resident = tile_bytes(WARPS, SPLIT, panels, true) + more <= r.shared_limit;
     const int bytes = (int)(tile_bytes(WARPS, SPLIT, panels, resident) + more);
     const int64_t blocks = (panels + VALUES - 1) / VALUES * r.parts.blocks;
-    const auto kernel = gather_tiles<VALUES, SPLIT>;
+    const auto kernel = gather_tiles<SPLIT>;
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) ==
         cudaSuccess)
         HEX_LAUNCH(kernel, dim3((unsigned)blocks), dim3(THREADS), bytes, r.stream, p, r, resident);
@@ -240,7 +241,5 @@ const char *hex_tile_gather(const hex_problem &p, const hex_run &r)
 {
     if (r.parts.blocks == 0)
         return NULL;
-    if (r.unit.width == PANEL)
-        return r.unit.low ? launch<1, true>(p, r) : launch<1, false>(p, r);
-    return r.unit.low ? launch<2, true>(p, r) : launch<2, false>(p, r);
+    return r.unit.low ? launch<true>(p, r) : launch<false>(p, r);
 }

@@ -86,11 +86,12 @@ SHARED_DEVICE double read_vector(const hex_vector &v, int64_t i)
                               : (double)((const float *)v.data)[i * v.stride];
 }
 
-// The threshold of row i as the compute type compares with it: H is empty from 1 on.
+// The threshold of row i as the compute type compares with it: H is empty from 1 on and holds all
+// below -1, though rounding takes some cosines past either.
 template <class real> SHARED_DEVICE real row_threshold(const hex_problem &p, int64_t i)
 {
     const double eps = read_vector(p.eps, i);
-    const double reach = eps >= 1 && eps < (double)INFINITY ? 2 : eps;
+    const double reach = eps >= 1 && eps < (double)INFINITY ? 2 : eps < -1 ? -2 : eps;
     const real rounded = (real)reach;
     return (double)rounded > reach ? (real)nextafterf((float)rounded, -INFINITY) : rounded;
 }

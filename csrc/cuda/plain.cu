@@ -262,7 +262,7 @@ static __global__ void __launch_bounds__(THREADS) gather_rows(hex_problem p, hex
                 sum += w[j] * c.number(from + j, d);
             du[d] = sum;
         }
-        __syncthreads();
+        __syncthreads(); // w is free again
     }
 }
 

@@ -107,6 +107,7 @@ struct State {
     uint64_t launches = 0, conflicts = 0;
     int processors = 3, shared_limit = 227 * 1024;
     cudaError_t error = 0;
+    int mutant = 0; // of tests/test_cuda_mutants.py, the error that is to be made
 };
 inline State S;
 constexpr size_t STACK = 256 * 1024;
@@ -483,6 +484,10 @@ inline __attribute__((used, visibility("default"))) void hex_emu_device(int proc
 {
     emu::S.processors = processors;
     emu::S.shared_limit = shared;
+}
+inline __attribute__((used, visibility("default"))) void hex_emu_mutant(int mutant)
+{
+    emu::S.mutant = mutant;
 }
 inline __attribute__((used, visibility("default"))) uint64_t hex_emu_count(int which)
 {
