@@ -10,9 +10,9 @@ TORCHVISION ?= torchvision==0.28.0
 BIN := $(CURDIR)/.venv/bin
 C_FILES := $(wildcard csrc/*.[ch] csrc/*/*.[ch] csrc/cpu/*.inc csrc/cuda/*.cu*) tests/abi_check.cpp \
     tests/emulation/cuda_emu.h
-# The CUDA kernels take minutes to compile and no test here has a GPU; tests/test_cuda_build.py does it
-# once. `make wheel` has them where nvcc is.
-build: export HEX_CUDA := 0
+# The CUDA kernels take minutes to compile; tests/test_cuda_build.py does it once. `make build
+# HEX_CUDA=1` has them in .venv, `make wheel HEX_CUDA=1` in the wheel.
+export HEX_CUDA ?= 0
 # Two processes with a thread each; tests that are about threads set their number themselves. A file
 # goes to one process: test_build.py builds once for all its tests. A process that dies ends the run.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
@@ -90,6 +90,6 @@ clean: ## remove what was built, .venv included
 	$(PIP) --no-deps '$(TORCHVISION)'
 	@touch $@
 
-.venv/hex: .venv/torch setup.py pyproject.toml $(wildcard csrc/*.[ch] csrc/cpu/*)
+.venv/hex: .venv/torch setup.py pyproject.toml $(wildcard csrc/*.[ch] csrc/cpu/* csrc/cuda/*.h)
 	@PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --editable '.[examples,test,dev]' '$(TORCH)' '$(TORCHVISION)'
 	@touch $@

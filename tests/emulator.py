@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import conftest
 import torch
-from conftest import Problem, check_gradients, check_loss, eps_of_each_row, problem
+from conftest import Problem, check_gradients, check_loss, eps_of_each_row
 from torch import Tensor
 
 from hex import ops, reference
@@ -23,7 +25,8 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "csrc/cuda"
 # Some kinds of error show only where the warps' order is one way or the other: see cuda_emu.h.
 SEEDS = (1, 2)
-HOPPER, SMALL = (132, 227 * 1024), (3, 99 * 1024)  # processors, shared memory of a block
+# Processors, shared memory of a block. With one processor a block goes through many tiles.
+HOPPER, SMALL = (132, 227 * 1024), (1, 99 * 1024)
 
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-DHEX_EMULATION"]
 FLAGS += ["-Wall", "-Wextra", "-Wshadow", "-Werror", "-Wno-unknown-pragmas"]
@@ -32,8 +35,8 @@ if SANITIZED:
     FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
-def compile(output: Path, *flags: str, source: Path = SOURCE) -> Path:
-    """Compile the kernels into the shared library `output`."""
+def compile(output: Path, *flags: str, sources: list[Path] | None = None) -> Path:
+    """Compile the kernels, or other sources, into the shared library `output`."""
     command = ["g++", *FLAGS, *flags, "-I", ROOT / "tests/emulation"]
 
     def compile_one(path: Path) -> Path:
@@ -42,7 +45,7 @@ def compile(output: Path, *flags: str, source: Path = SOURCE) -> Path:
         return target
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, sorted(source.glob("*.cu"))))
+        objects = list(pool.map(compile_one, sources or sorted(SOURCE.glob("*.cu"))))
     subprocess.run([*command, "-shared", *objects, "-o", output], check=True)
     return output
 
@@ -130,12 +133,43 @@ def assert_threshold_is_right(
         assert (got.double() - want).abs().max() <= cosine, p
 
 
-def battery() -> None:
+def assert_conforms(path: Path, device: str = "cpu") -> None:
+    """The primitives of emulation/conformance.cu, against plain arithmetic."""
+    run = ctypes.CDLL(str(path)).hex_conformance
+    run.argtypes = [ctypes.c_int] + [ctypes.c_void_p] * 3
+    run.restype = ctypes.c_char_p
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(64, 64, generator=generator).half().to(device) for _ in range(2))
+
+    def call(which: int, a: Tensor, b: Tensor, *shape: int) -> Tensor:
+        a, b = a.contiguous(), b.contiguous()
+        c = torch.full(shape, torch.nan, device=device)
+        problem = run(which, a.data_ptr(), b.data_ptr(), c.data_ptr())
+        assert problem is None, problem
+        return c.double().cpu()
+
+    x, y = a.double().cpu(), b.double().cpu()
+    # products of halves are exact in float32; their sum rounds, or truncates, at each step
+    close = {"rtol": 0, "atol": 64 * 2**-22 * 16}
+    torch.testing.assert_close(
+        call(0, a[:16, :16], b[:8, :16], 16, 8), x[:16, :16] @ y[:8, :16].T, **close
+    )
+    torch.testing.assert_close(call(1, a, b, 64, 64), x @ y.T, **close)
+    assert torch.equal(call(2, a, b, 16, 64), x[:16])
+    lanes, v = call(3, a, b, 4, 32), x[0, :32]
+    torch.testing.assert_close(lanes[0], torch.exp2(v), rtol=2**-22, atol=0)
+    torch.testing.assert_close(lanes[1], v.sum().expand(32), rtol=0, atol=1e-5)
+    torch.testing.assert_close(lanes[2], v.cumsum(0), rtol=0, atol=1e-5)
+    assert torch.equal(lanes[3], v.bfloat16().double())
+
+
+def battery(device: str = "cpu") -> None:
     """A few problems that between them go through every line of the kernels."""
     single = torch.float32
+    problem = functools.partial(conftest.problem, device=device)
     for p in (
         problem("cluster", 70, 130, dtype=single),  # tiles with and without an edge, two chunks
-        eps_of_each_row(problem("gauss", 40, 64, dtype=single)),
+        eps_of_each_row(problem("gauss", 40, 64, dtype=single, tau=0.004)),
         problem("cluster", 70, 66, "shared", K=150, dtype=single, beta=0.5),
         problem("cluster", 33, 7, "cross", dtype=single, tau=0.02, variant="released"),
         problem("clamped", 24, 40, dtype=single, tau_plus=0.9, tau=0.005),

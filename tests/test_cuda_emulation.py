@@ -5,7 +5,6 @@ dtype and kind of hard batch, with mma.sync and with wgmma, on a large and on a 
 float32 and float64 meet the tolerances of the CPU's kernels; 16-bit inputs those of fp16 products.
 """
 
-import itertools
 import math
 
 import emulator
@@ -48,12 +47,19 @@ def mma(libraries):
         yield library
 
 
+@pytest.mark.parametrize("flags", LIBRARIES.values(), ids=LIBRARIES)
+def test_the_primitives_do_what_plain_arithmetic_does(flags, tmp_path):
+    source = emulator.ROOT / "tests/emulation/conformance.cu"
+    emulator.assert_conforms(emulator.compile(tmp_path / "conform.so", *flags, sources=[source]))
+
+
 def check(p: Problem) -> None:
     check_loss(p)
     check_gradients(p)
 
 
-@pytest.mark.parametrize("seed, device", itertools.product(emulator.SEEDS, (HOPPER, SMALL)))
+@pytest.mark.parametrize("device", (HOPPER, SMALL))
+@pytest.mark.parametrize("seed", emulator.SEEDS)
 def test_a_battery_of_problems_is_right_in_any_order_of_the_warps(kernels, seed, device):
     kernels.seed(seed)
     kernels.device(*device)
@@ -65,7 +71,7 @@ def test_a_battery_of_problems_is_right_in_any_order_of_the_warps(kernels, seed,
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("variant", ("paper", "released"))
 def test_every_mode_and_variant_is_as_good_as_torch(mma, mode, variant):
-    for seed, (B, D, K) in enumerate(((2, 3, 1), (13, 7, 11), (37, 65, 65), (65, 64, 130))):
+    for seed, (B, D, K) in enumerate(((3, 3, 2), (13, 7, 11), (37, 65, 65), (65, 64, 130))):
         p = problem("cluster", B, D, mode, K=K, seed=seed, dtype=torch.float32, variant=variant)
         check(p)
         check(eps_of_each_row(p))
@@ -141,7 +147,7 @@ def test_the_bits_are_the_same_in_any_order_of_warps_and_blocks(mma):
 
 
 def test_many_rows_take_blocks_of_128(mma):
-    mma.device(1, 227 * 1024)  # one processor: no block is worth splitting
+    mma.device(1, 227 * 1024)
     check(problem("cluster", 100, 66, dtype=torch.float32))
     assert_half_is_right(problem("cluster", 100, 66, dtype=torch.bfloat16))
 
@@ -211,7 +217,7 @@ def test_a_launch_that_fails_is_an_exception_that_names_the_kernel(mma):
     check(p)  # and nothing stays behind
 
 
-def test_an_emulated_core_is_refused_nothing_and_given_back(libraries):
+def test_the_cpus_kernels_are_back_when_the_emulation_is_over(libraries):
     p = problem("cluster", 20, 12, dtype=torch.float32)
     before = libraries["mma"].launches
     check(p)

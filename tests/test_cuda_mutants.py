@@ -104,7 +104,7 @@ def plant(folder):
                     planted = choice(f"emu::S.mutant == {k}", mutant[2], planted)
             text = text.replace(old, planted)
         (source / name).write_text(text)
-    return source
+    return sorted(source.glob("*.cu"))
 
 
 def choice(condition, new, old):
@@ -116,24 +116,23 @@ def choice(condition, new, old):
 @pytest.fixture(scope="module")
 def mutants(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mutants")
-    return emulator.Emulator(emulator.compile(folder / "mutants.so", "-w", source=plant(folder)))
+    return emulator.Emulator(emulator.compile(folder / "mutants.so", "-w", sources=plant(folder)))
 
 
 def outcome(mutants, number):
     """Of the battery with a mutant: "right", or how the error showed."""
     mutants.library.hex_emu_mutant(number)
     with mutants.in_use():
-        for seed in emulator.SEEDS:
-            for device in (emulator.HOPPER, emulator.SMALL):
-                mutants.seed(seed)
-                mutants.device(*device)
-                before = mutants.conflicts
-                try:
-                    emulator.battery()
-                except (AssertionError, RuntimeError):
-                    return "wrong"
-                if mutants.conflicts > before:
-                    return "bank conflicts"
+        for seed, device in zip(emulator.SEEDS, (emulator.SMALL, emulator.HOPPER), strict=True):
+            mutants.seed(seed)
+            mutants.device(*device)
+            before = mutants.conflicts
+            try:
+                emulator.battery()
+            except (AssertionError, RuntimeError):
+                return "wrong"
+            if mutants.conflicts > before:
+                return "bank conflicts"
     return "right"
 
 
