@@ -30,7 +30,7 @@ except ModuleNotFoundError as error:
         "in the source tree, or, to use an installed hex-ssl, start Python in another folder"
     ) from None
 
-__all__ = ["_C", "cuda_problem"]
+__all__ = ["_C", "cuda_is_built", "cuda_problem"]
 
 _CUDA_LIBRARY = os.path.join(os.path.dirname(__file__), "_cuda.so")
 _HOW = (
@@ -39,10 +39,15 @@ _HOW = (
 )
 
 
+def cuda_is_built() -> bool:
+    """Whether this build has the CUDA kernels."""
+    return os.path.exists(_CUDA_LIBRARY)
+
+
 @functools.cache
 def _cuda_core_problem() -> str | None:
     """Loads hex/_cuda.so, once; None, or what is in the way."""
-    if not os.path.exists(_CUDA_LIBRARY):
+    if not cuda_is_built():
         return f"this build of hex-ssl has none; {_HOW}"
     problem = _C.load_cuda(_CUDA_LIBRARY)
     return problem and f"hex/_cuda.so cannot be used: {problem}"
