@@ -14,7 +14,7 @@ from conftest import Problem, check_gradients, check_loss, eps_of_each_row, prob
 from data import KINDS, f64
 from emulator import HOPPER, SMALL, assert_half_is_right, assert_threshold_is_right
 
-from hex import HEXLoss, ops
+from hex import HEXLoss, ThresholdTracker, ops
 
 MODES = ("ntxent", "query", "cross", "shared", "own")
 LIBRARIES = {"mma": (), "wgmma": ("-DHEX_WGMMA",)}
@@ -110,12 +110,17 @@ def test_the_threshold_of_a_small_batch_is_exactly_the_self_cosine(mma):
 def test_what_has_nothing_to_sum_is_defined(mma):
     for mode in MODES:
         check(problem("gauss", 1, 5, mode, K=0, dtype=torch.float32, eps=f64(0.5)))
-        check(problem("gauss", 0, 5, mode, K=3, dtype=torch.float32, eps=f64(0.5)))
         check(problem("gauss", 4, 5, mode, K=3, dtype=torch.float32, eps=f64(-math.inf)))
         check(problem("gauss", 4, 5, mode, K=3, dtype=torch.float32, eps=f64(math.inf)))
         p = problem("gauss", 0, 5, mode, K=3, dtype=torch.float32, eps=f64(0.5))
         padded = (*p.inputs, p.inputs[0].new_empty((0, 5)))[:3]
         assert ops.threshold(*padded, ops.MODES[mode], 0.9, "all").isnan()
+        for reduction, shape in (("none", (0,)), ("sum", ()), ("mean", ())):
+            inputs = [z.clone().requires_grad_() for z in p.inputs]
+            value = p.loss(*inputs, reduction=reduction)
+            assert value.shape == shape and not value.any()
+            value.sum().backward()
+            assert all(z.grad.shape == z.shape and not z.grad.any() for z in inputs)
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.float16))
@@ -199,7 +204,7 @@ def test_gradients_that_are_not_wanted_are_not_computed(mma):
 
 def test_a_training_step_takes_eight_launches(mma):
     z0, z1 = (z.requires_grad_() for z in problem("cluster", 64, 32, dtype=torch.float32).inputs)
-    loss = HEXLoss(0.1)
+    loss = HEXLoss(0.1, threshold=ThresholdTracker.adaptive(over="negatives"))
     counts = [mma.launches]
     value = loss(z0, z1)
     counts.append(mma.launches)
