@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import math
 import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from pathlib import Path
 import conftest
 import torch
 from conftest import Problem, check_gradients, check_loss, eps_of_each_row
+from data import f64
 from torch import Tensor
 
 from hex import ops, reference
@@ -169,7 +171,8 @@ def battery(device: str = "cpu") -> None:
     problem = functools.partial(conftest.problem, device=device)
     for p in (
         problem("cluster", 70, 130, dtype=single),  # tiles with and without an edge, two chunks
-        eps_of_each_row(problem("gauss", 40, 64, dtype=single, tau=0.004)),
+        problem("cluster", 20, 9, dtype=single, tau=0.004, eps=f64(math.inf).to(device)),
+        eps_of_each_row(problem("gauss", 40, 64, dtype=single)),
         problem("cluster", 70, 66, "shared", K=150, dtype=single, beta=0.5),
         problem("cluster", 33, 7, "cross", dtype=single, tau=0.02, variant="released"),
         problem("clamped", 24, 40, dtype=single, tau_plus=0.9, tau=0.005),

@@ -4,6 +4,7 @@ made of the kernels, by the disassembler from PyPI. And what Python says where i
 """
 
 import ctypes
+import functools
 import os
 import re
 import runpy
@@ -22,9 +23,9 @@ from hex import _load, ops
 
 ROOT = Path(__file__).parent.parent
 TARGETS = ("80", "86", "89", "90a", "100", "120")
-# The most registers of a thread: 65536 of a processor over the threads of a block, and what the
-# kernels were found to take, with some room for another compiler.
-REGISTERS = {"forward_tiles": 136, "count_tiles": 136, "bound_tiles": 136, "gather_tiles": 255}
+# The most registers of a thread: a processor has 65536, for 512 threads of these kernels; the gather
+# keeps 16 rows x 128 features of the gradient in them, and has the processor for its 256 threads.
+REGISTERS = {"forward_tiles": 128, "count_tiles": 128, "bound_tiles": 128, "gather_tiles": 255}
 PER_ELEMENT = 12  # instructions of the forward's inner loop
 
 
@@ -207,7 +208,7 @@ def test_an_old_gpu_warns_with_its_capability(fresh, tmp_path):
 
 def test_an_operator_without_a_kernel_is_composed_though_others_have_one(fresh, monkeypatch):
     fresh((9, 0), "")
-    monkeypatch.setattr(_load, "_cuda_core_problem", lambda: None)
+    monkeypatch.setattr(_load, "_cuda_core_problem", functools.cache(lambda: None))
     assert ops._has_kernel(on_cuda(), "forward")
     with pytest.warns(RuntimeWarning, match="'another' has none"):
         assert not ops._has_kernel(on_cuda(), "another")
@@ -215,7 +216,7 @@ def test_an_operator_without_a_kernel_is_composed_though_others_have_one(fresh, 
 
 def test_torchs_switch_for_float32_products_is_passed_on(fresh, monkeypatch):
     fresh((9, 0), "")
-    monkeypatch.setattr(_load, "_cuda_core_problem", lambda: None)
+    monkeypatch.setattr(_load, "_cuda_core_problem", functools.cache(lambda: None))
     assert ops._mode(on_cuda(), 2) == 2
     before = torch.get_float32_matmul_precision()
     try:

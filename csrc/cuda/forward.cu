@@ -57,7 +57,7 @@ template <int WARPS> struct statistics {
 };
 
 template <int WARPS, bool SPLIT>
-static __global__ void __launch_bounds__(32 * WARPS)
+static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) // 128 registers a thread
     forward_tiles(hex_problem p, hex_run r, bool resident, double *rows, void *loss, float *stats)
 {
     constexpr int ROWS = 16 * WARPS, THREADS = 32 * WARPS;

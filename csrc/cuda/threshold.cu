@@ -72,7 +72,7 @@ struct selection {
 };
 
 template <int KIND, bool SPLIT>
-static __global__ void __launch_bounds__(THREADS)
+static __global__ void __launch_bounds__(THREADS, 4)
     count_tiles(hex_problem p, hex_run r, bool resident, selection s)
 {
     HEX_SHARED_MEMORY(shared);
@@ -146,7 +146,7 @@ static __global__ void __launch_bounds__(THREADS)
 }
 
 template <bool SPLIT>
-static __global__ void __launch_bounds__(THREADS)
+static __global__ void __launch_bounds__(THREADS, 4)
     bound_tiles(hex_problem p, hex_run r, bool resident, float *low, float *high)
 {
     HEX_SHARED_MEMORY(shared);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // One kernel for each primitive of csrc/cuda/, by whose answers a GPU and the emulation are held to
-// the same plain arithmetic (test_cuda_emulation.py, test_gpu.py): that both are wrong in the same way
-// about a lane's place is what no test of the emulation alone could show.
+// the same plain arithmetic (test_cuda_emulation.py, test_gpu.py): a belief about a lane's place
+// that kernels and emulation share, and that is wrong, would show nowhere else.
 #include "../../csrc/cuda/tile.cuh"
 
 // c (16 x 8) = a (16 x 16) b' (8 x 16): mma.sync, from fragments put together by hand.
