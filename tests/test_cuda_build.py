@@ -23,9 +23,9 @@ from hex import _load, ops
 
 ROOT = Path(__file__).parent.parent
 TARGETS = ("80", "86", "89", "90a", "100", "120")
-# The most registers of a thread: a processor has 65536, for 512 threads of these kernels; the gather
-# keeps 16 rows x 128 features of the gradient in them, and has the processor for its 256 threads.
-REGISTERS = {"forward_tiles": 128, "count_tiles": 128, "bound_tiles": 128, "gather_tiles": 255}
+# The most registers of a thread: a processor has 65536, for 512 threads of these kernels or
+# 384 (bounds); in the gather they hold 128 rows x 128 features of the gradient, for 256 threads.
+REGISTERS = {"forward_tiles": 128, "count_tiles": 128, "bound_tiles": 168, "gather_tiles": 255}
 PER_ELEMENT = 12  # instructions of the forward's inner loop
 
 

@@ -159,6 +159,7 @@ static __global__ void __launch_bounds__(THREADS)
         bring_coefficients(col);
     for (; col < block.col1; col += BN) {
         float acc[8][4] = {}, top[2];
+#pragma unroll 1
         for (int panel = 0; panel < panels; panel++) {
             stream.advance();
             stream.add_cosines(acc, panel);

@@ -146,7 +146,7 @@ static __global__ void __launch_bounds__(THREADS, 4)
 }
 
 template <bool SPLIT>
-static __global__ void __launch_bounds__(THREADS, 4)
+static __global__ void __launch_bounds__(THREADS, 3)
     bound_tiles(hex_problem p, hex_run r, bool resident, float *low, float *high)
 {
     HEX_SHARED_MEMORY(shared);

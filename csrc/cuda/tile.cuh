@@ -145,11 +145,9 @@ template <int WARPS, bool SPLIT> struct hex_stream {
     __device__ __forceinline__ void add_cosines(float (&acc)[8][4], int panel) const
     {
         const uint16_t *x = a_panel(panel, slot), *y = b_panel(slot);
-        multiply_panel(acc, x, y);
-        if (SPLIT) {
-            multiply_panel(acc, x, y + B_HALVES);
-            multiply_panel(acc, x + ROWS * PANEL, y);
-        }
+#pragma unroll 1
+        for (int term = 0; term < (SPLIT ? 3 : 1); term++)
+            multiply_panel(acc, x + (term == 2 ? ROWS * PANEL : 0), y + (term == 1 ? B_HALVES : 0));
     }
 };
 
@@ -223,6 +221,7 @@ DEVICE void for_each_tile(const hex_block &block, const hex_unit &unit, int64_t 
     stream.request(0);
     for (int64_t col = block.col0; col < block.col1; col += BN) {
         float acc[8][4] = {};
+#pragma unroll 1
         for (int panel = 0; panel < stream.panels; panel++) {
             stream.advance();
             stream.add_cosines(acc, panel);
