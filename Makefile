@@ -8,7 +8,11 @@ TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
 
 BIN := $(CURDIR)/.venv/bin
-C_FILES := $(wildcard csrc/*.[ch] csrc/cpu/*.[ch] csrc/cpu/*.inc) tests/abi_check.cpp
+C_FILES := $(wildcard csrc/*.[ch] csrc/*/*.[ch] csrc/cpu/*.inc csrc/cuda/*.cu* \
+    tests/emulation/*) tests/abi_check.cpp
+# The CUDA kernels take minutes to compile; tests/test_cuda_build.py does it once. `make build
+# HEX_CUDA=1` has them in .venv, `make wheel HEX_CUDA=1` in the wheel.
+export HEX_CUDA ?= 0
 # Two processes with a thread each; tests that are about threads set their number themselves. A file
 # goes to one process: test_build.py builds once for all its tests. A process that dies ends the run.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
@@ -54,7 +58,7 @@ sanitize: build ## the tests under AddressSanitizer and UndefinedBehaviorSanitiz
 	    UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$$PWD \
 	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	    $(PYTEST) --capture=sys --ignore-glob='*/test_build.py' --ignore-glob='*/test_abi.py' \
-	    --ignore-glob='*/test_reference*.py'
+	    --ignore-glob='*/test_reference*.py' --ignore-glob='*/test_cuda_build.py'
 
 demo: build ## train on handwritten digits, with InfoNCE and with HEX: three minutes, with pictures
 	$(BIN)/python examples/demo.py
@@ -87,6 +91,6 @@ clean: ## remove what was built, .venv included
 	$(PIP) --no-deps '$(TORCHVISION)'
 	@touch $@
 
-.venv/hex: .venv/torch setup.py pyproject.toml $(wildcard csrc/*.[ch] csrc/cpu/*)
+.venv/hex: .venv/torch setup.py pyproject.toml $(wildcard csrc/*.[ch] csrc/cpu/* csrc/cuda/*.h)
 	@PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --editable '.[examples,test,dev]' '$(TORCH)' '$(TORCHVISION)'
 	@touch $@

@@ -5,13 +5,22 @@ torch is not needed to build. The extension names libtorch_cpu.so as a library i
 import the loader takes the one that `import torch` has brought in; to get that name into it, it is
 linked against an empty library called so.
 
-From the environment: HEX_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer
-(`make sanitize`), HEX_WERROR=1 makes warnings errors, CC and CFLAGS are as everywhere. No -march is
-wanted: the vector code is chosen at import.
+The CUDA kernels are a library of their own, hex/_cuda.so, made where nvcc is found. It needs
+nothing but libc, and no GPU to be built. A wheel made with HEX_CUDA=1 has it, one made without
+serves CUDA tensors by plain torch operators.
+
+From the environment: HEX_CUDA=auto (the default), 0 (leave it out) or 1 (an error without nvcc);
+HEX_CUDA_ARCH, which GPUs ("80,90a", as nvcc names them, a PTX for newer ones in "120+PTX"; all of
+CUDA_ARCH by default); NVCC, which nvcc. HEX_SANITIZE=1 builds with AddressSanitizer and
+UndefinedBehaviorSanitizer (`make sanitize`), HEX_WERROR=1 makes warnings errors, CC and CFLAGS are
+as everywhere. No -march is wanted: the vector code is chosen at import.
 """
 
 import os
+import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
@@ -44,8 +53,68 @@ if os.environ.get("HEX_WERROR") == "1":
     COMPILE += ["-Werror"]
 
 
+# A GPU runs the code of its own major version with the same or a smaller minor one; sm_90a is
+# Hopper alone, with warpgroup instructions. Older GPUs than 8.0 lack what the kernels need.
+CUDA_ARCH = "80,86,89,90a,100,120+PTX"
+NVCC_FLAGS = [
+    *["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"],
+    "-Xcompiler=-fno-exceptions,-fno-rtti,-fno-threadsafe-statics",  # then libstdc++ is not needed
+]
+
+
+def find_nvcc():
+    """The path of nvcc, or None."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which(os.environ.get("NVCC", "nvcc")) or shutil.which(f"{home}/bin/nvcc")
+
+
+def gencode(targets):
+    """nvcc's options for "80,90a,120+PTX"."""
+    options = []
+    for target in targets.split(","):
+        arch, _, ptx = target.strip().partition("+")
+        code = f"[sm_{arch},compute_{arch}]" if ptx == "PTX" else f"sm_{arch}"
+        options += ["-gencode", f"arch=compute_{arch},code={code}"]
+    return options
+
+
+def build_cuda(nvcc, build, output):
+    """Compile csrc/cuda/ into the folder `build` and link the library `output`."""
+    options = NVCC_FLAGS + gencode(os.environ.get("HEX_CUDA_ARCH", CUDA_ARCH))
+    build.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(source):
+        target = build / (Path(source).stem + ".cu.o")
+        subprocess.run([nvcc, *options, "-c", source, "-o", str(target)], check=True)
+        return str(target)
+
+    # The longest first, as many at a time as there are cores.
+    sources = sorted(glob("csrc/cuda/*.cu"), key=os.path.getsize, reverse=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, sources))
+    dry = subprocess.run([nvcc, "-dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+    top = next(line for line in dry.splitlines() if "TOP=" in line).partition("TOP=")[2]
+    libraries = [f"-L{d}" for d in glob(f"{top}/lib64") + glob(f"{top}/targets/*/lib")]
+    libraries += ["-lcudart_static", "-lculibos", "-lrt", "-lpthread", "-ldl", "-lm"]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    cc = os.environ.get("CC", "cc").split()
+    hide = ["-s", "-Wl,--exclude-libs,ALL,--gc-sections,-z,defs,-z,relro,-z,now"]
+    subprocess.run([*cc, "-shared", "-o", str(output), *objects, *libraries, *hide], check=True)
+
+
 class BuildExt(build_ext):
-    """build_ext, with an empty libtorch_cpu.so to link against."""
+    """build_ext, with an empty libtorch_cpu.so to link against, and the CUDA library."""
+
+    def run(self):
+        super().run()
+        wanted, nvcc = os.environ.get("HEX_CUDA", "auto"), find_nvcc()
+        if wanted not in ("auto", "0", "1"):
+            raise SystemExit(f"HEX_CUDA: got {wanted!r}, wanted auto, 0 or 1")
+        if wanted == "1" and not nvcc:
+            raise SystemExit("HEX_CUDA=1, but nvcc is not found: set NVCC or CUDA_HOME")
+        if LINUX and nvcc and wanted != "0":
+            folder = Path("hex") if self.inplace else Path(self.build_lib) / "hex"
+            build_cuda(nvcc, Path(self.build_temp) / "cuda", folder / "_cuda.so")
 
     def build_extension(self, ext):
         if LINUX:  # elsewhere Python has the linker leave unknown symbols to the loader
@@ -67,13 +136,13 @@ setup(
         Extension(
             "hex._C",
             sources=sorted(glob("csrc/*.c") + glob("csrc/cpu/*.c")),
-            depends=sorted(glob("csrc/*.h") + glob("csrc/cpu/*.h") + glob("csrc/cpu/*.inc")),
+            depends=sorted(glob("csrc/*.h") + glob("csrc/*/*.h") + glob("csrc/cpu/*.inc")),
             # Python's stable ABI as of 3.10: with the tag below, one wheel for all from there on.
             define_macros=[("Py_LIMITED_API", "0x030A0000")],
             py_limited_api=True,
             extra_compile_args=COMPILE,
             extra_link_args=LINK,
-            libraries=["m"],
+            libraries=["m", "dl"],  # dl: for older glibc
         )
     ],
     cmdclass={"build_ext": BuildExt},

@@ -8,9 +8,8 @@
 #include <Python.h>
 #include <stdlib.h>
 
-#include "hex.h"
+#include "device.h"
 #include "ops.h"
-#include "torch_shim.h"
 
 static const char *const schemas[] = {
     "forward(Tensor z0, Tensor z1, Tensor negatives, Tensor eps, Tensor tau, int mode, int "
@@ -51,25 +50,35 @@ static const char *const schemas[] = {
 static const struct {
     const char *name;
     void (*kernel)(StableIValue *, uint64_t, uint64_t);
-} cpu_kernels[] = {
-    {"forward", hex_forward_boxed},
-    {"adaptive", hex_adaptive_boxed},
-    {"backward", hex_backward_boxed},
-    {"threshold", hex_threshold_boxed},
-    {"row_range", hex_row_range_boxed},
-    {"labelled_forward", hex_labelled_forward_boxed},
-    {"labelled_backward", hex_labelled_backward_boxed},
-    {"labelled_threshold", hex_labelled_threshold_boxed},
-    {"labelled_row_range", hex_labelled_row_range_boxed},
-    {"logits_forward", hex_logits_forward_boxed},
-    {"logits_backward", hex_logits_backward_boxed},
-    {"logits_threshold", hex_logits_threshold_boxed},
-    {"logits_row_range", hex_logits_row_range_boxed},
+    bool cuda; /* on CUDA too, with hex/_cuda.so; hex/ops.py has the same names */
+} kernels[] = {
+    {"forward", hex_forward_boxed, true},
+    {"backward", hex_backward_boxed, true},
+    {"threshold", hex_threshold_boxed, true},
+    {"row_range", hex_row_range_boxed, true},
+    {"adaptive", hex_adaptive_boxed, false},
+    {"labelled_forward", hex_labelled_forward_boxed, false},
+    {"labelled_backward", hex_labelled_backward_boxed, false},
+    {"labelled_threshold", hex_labelled_threshold_boxed, false},
+    {"labelled_row_range", hex_labelled_row_range_boxed, false},
+    {"logits_forward", hex_logits_forward_boxed, false},
+    {"logits_backward", hex_logits_backward_boxed, false},
+    {"logits_threshold", hex_logits_threshold_boxed, false},
+    {"logits_row_range", hex_logits_row_range_boxed, false},
 };
 
 /* The library handles live as long as the process: deleting one would take its registrations back.
  */
 static TorchLibraryHandle definitions, cpu;
+
+static bool register_kernels(TorchLibraryHandle library, bool cuda_only)
+{
+    for (size_t i = 0; i < sizeof kernels / sizeof *kernels; i++)
+        if ((kernels[i].cuda || !cuda_only) &&
+            torch_library_impl(library, kernels[i].name, kernels[i].kernel, HEX_TORCH_ABI))
+            return false;
+    return true;
+}
 
 static bool register_operators(void)
 {
@@ -79,10 +88,27 @@ static bool register_operators(void)
     for (size_t i = 0; i < sizeof schemas / sizeof *schemas; i++)
         if (aoti_torch_library_def(definitions, schemas[i]))
             return false;
-    for (size_t i = 0; i < sizeof cpu_kernels / sizeof *cpu_kernels; i++)
-        if (torch_library_impl(cpu, cpu_kernels[i].name, cpu_kernels[i].kernel, HEX_TORCH_ABI))
-            return false;
-    return true;
+    return register_kernels(cpu, false);
+}
+
+/* The CUDA core, if it can be had, and its operators with it. */
+static PyObject *load_cuda(PyObject *self, PyObject *path)
+{
+    static TorchLibraryHandle library;
+    PyObject *bytes = NULL;
+    (void)self;
+    if (path != Py_None && !PyUnicode_FSConverter(path, &bytes))
+        return NULL;
+    const char *problem = hex_load_cuda(bytes ? PyBytes_AsString(bytes) : NULL);
+    Py_XDECREF(bytes);
+    if (problem)
+        return PyUnicode_FromString(problem);
+    if (bytes && !hex_cuda_is_emulated() && !library) {
+        bool done = !aoti_torch_library_init_impl("hex", "CUDA", __FILE__, __LINE__, &library);
+        if (!done || !register_kernels(library, true))
+            return PyUnicode_FromString("its operators could not be registered with torch");
+    }
+    Py_RETURN_NONE;
 }
 
 static const char *isa;
@@ -96,6 +122,8 @@ static PyObject *get_isa(PyObject *self, PyObject *unused)
 static PyMethodDef methods[] = {
     {"isa", get_isa, METH_NOARGS,
      "isa() -> str\n\nThe level of the CPU kernels in use: base, avx2 or avx512."},
+    {"load_cuda", load_cuda, METH_O,
+     "load_cuda(path) -> str | None\n\nTakes hex/_cuda.so into use; or says what is in the way."},
     {NULL, NULL, 0, NULL},
 };
 

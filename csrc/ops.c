@@ -13,8 +13,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "hex.h"
-#include "torch_shim.h"
+#include "device.h"
 
 /* Keeps the first error; returns false, so that checks can be chained with &&. */
 bool fail(call *c, const char *format, ...)
@@ -35,6 +34,8 @@ call begin(StableIValue *stack, int tensors)
     call c = {.n_in = tensors};
     for (int i = 0; i < tensors; i++)
         c.in[i] = (AtenTensorHandle)(uintptr_t)stack[i];
+    if (!hex_place_of(c.in[0], &c.place))
+        fail(&c, SHIM_FAILED);
     return c;
 }
 
@@ -113,15 +114,20 @@ bool inside_storage(AtenTensorHandle t, const view *v, int64_t element)
 bool read_dense(call *c, AtenTensorHandle t, const char *name, element_kind kind, view *v)
 {
     static const char *const wanted[] = {"float64, float32, bfloat16 or float16", "int64", "bool"};
-    int32_t device, dtype, layout;
-    if (aoti_torch_get_device_type(t, &device) || aoti_torch_get_dtype(t, &dtype) ||
+    hex_place place;
+    int32_t dtype, layout;
+    if (!hex_place_of(t, &place) || aoti_torch_get_dtype(t, &dtype) ||
         aoti_torch_get_layout(t, &layout))
         return fail(c, SHIM_FAILED);
     const bool right = kind == FLOATS     ? read_dtype(dtype, &v->dtype)
                        : kind == INTEGERS ? dtype == aoti_torch_dtype_int64()
                                           : dtype == aoti_torch_dtype_bool();
-    if (device != aoti_torch_device_type_cpu() || layout != aoti_torch_layout_strided() || !right)
-        return fail(c, "%s: expected a dense CPU tensor of %s", name, wanted[kind]);
+    if (place.type != c->place.type || layout != aoti_torch_layout_strided() || !right)
+        return fail(c, "%s: expected a dense %s tensor of %s", name, hex_place_name(&c->place),
+                    wanted[kind]);
+    if (place.index != c->place.index)
+        return fail(c, "%s: expected a tensor on device %d, got one on %d", name, c->place.index,
+                    place.index);
     if (aoti_torch_get_dim(t, &v->dim) || aoti_torch_get_sizes(t, &v->size) ||
         aoti_torch_get_strides(t, &v->stride) || torch_get_const_data_ptr(t, &v->data))
         return fail(c, SHIM_FAILED);
@@ -167,6 +173,8 @@ static bool read_inputs(call *c, int first, int64_t mode, hex_problem *p)
 {
     static const char *const name[3] = {"z0", "z1", "negatives"};
     view v[3];
+    c->place.one_product = mode >= 0 && mode & 8; /* hex_device's; the CPU has no use for it */
+    mode = mode >= 0 ? mode & ~(int64_t)8 : mode;
     if (mode < 0 || mode >= HEX_MODES)
         return fail(c, "mode: expected 0 to 4");
     for (int k = 0; k < 3; k++) {
@@ -223,7 +231,7 @@ static bool read_choices(call *c, int64_t reduction, int64_t variant, double bet
 
 /* ---- outputs ---- */
 
-/* A new contiguous CPU tensor as the next output; *data points to its first element. */
+/* A new contiguous tensor as the next output; *data points to its first element. */
 bool add_output(call *c, int64_t dim, const int64_t *size, hex_dtype dtype, void **data)
 {
     int64_t stride[3], step = 1;
@@ -232,8 +240,8 @@ bool add_output(call *c, int64_t dim, const int64_t *size, hex_dtype dtype, void
         stride[d] = step;
         step *= size[d] > 0 ? size[d] : 1;
     }
-    if (aoti_torch_empty_strided(dim, size, stride, torch_dtype(dtype),
-                                 aoti_torch_device_type_cpu(), 0, &t))
+    if (aoti_torch_empty_strided(dim, size, stride, torch_dtype(dtype), c->place.type,
+                                 c->place.index, &t))
         return fail(c, "cannot allocate an output");
     c->out[c->n_out++] = t;
     return torch_get_mutable_data_ptr(t, data) ? fail(c, SHIM_FAILED) : true;
@@ -259,7 +267,7 @@ void hex_forward_boxed(StableIValue *stack, uint64_t arguments, uint64_t outputs
         const int64_t shape[2] = {HEX_STATS, hex_anchors(&p)};
         if (add_output(&c, p.reduction == HEX_NONE, shape + 1, compute_dtype(&p), &loss) &&
             add_output(&c, 2, shape, compute_dtype(&p), &stats))
-            ok(&c, hex_cpu_forward(&p, loss, stats));
+            ok(&c, hex_run_forward(&c.place, &p, loss, stats));
     }
     finish(&c, stack, "forward");
 }
@@ -336,8 +344,9 @@ void hex_backward_boxed(StableIValue *stack, uint64_t arguments, uint64_t output
         double dtau = 0;
         void *out = NULL;
         if (!c.error[0] && add_output(&c, needs & 8 ? 0 : 1, &none, p.tau.dtype, &out)) {
-            g.dtau = &dtau;
-            if (ok(&c, hex_cpu_backward(&p, &g)) && needs & 8) {
+            const bool cuda = hex_place_is_cuda(&c.place);
+            g.dtau = !cuda ? &dtau : needs & 8 ? out : NULL;
+            if (ok(&c, hex_run_backward(&c.place, &p, &g)) && !cuda && needs & 8) {
                 if (p.tau.dtype == HEX_F64)
                     *(double *)out = dtau;
                 else
@@ -359,7 +368,7 @@ void hex_threshold_boxed(StableIValue *stack, uint64_t arguments, uint64_t outpu
     if (!(quantile >= 0 && quantile <= 1))
         fail(&c, "quantile: expected a number in [0, 1]");
     else if (read_inputs(&c, 0, (int64_t)stack[3], &p) && add_output(&c, 0, NULL, HEX_F64, &mean))
-        ok(&c, hex_cpu_threshold(&p, quantile, stack[5] & 1, mean));
+        ok(&c, hex_run_threshold(&c.place, &p, quantile, stack[5] & 1, mean));
     finish(&c, stack, "threshold");
 }
 
@@ -374,7 +383,7 @@ void hex_row_range_boxed(StableIValue *stack, uint64_t arguments, uint64_t outpu
         const int64_t rows = hex_anchors(&p);
         if (add_output(&c, 1, &rows, compute_dtype(&p), &low) &&
             add_output(&c, 1, &rows, compute_dtype(&p), &high))
-            ok(&c, hex_cpu_row_range(&p, low, high));
+            ok(&c, hex_run_row_range(&c.place, &p, low, high));
     }
     finish(&c, stack, "row_range");
 }

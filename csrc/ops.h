@@ -8,8 +8,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "hex.h"
-#include "torch_shim.h"
+#include "device.h"
 
 void hex_forward_boxed(uint64_t *stack, uint64_t arguments, uint64_t outputs);
 void hex_adaptive_boxed(uint64_t *stack, uint64_t arguments, uint64_t outputs);
@@ -37,6 +36,7 @@ typedef struct {
     char error[ERROR_SIZE];
     AtenTensorHandle in[12], out[4];
     int n_in, n_out;
+    hex_place place; /* of every tensor */
 } call;
 
 __attribute__((format(printf, 2, 3))) bool fail(call *c, const char *format, ...);

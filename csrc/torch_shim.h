@@ -22,6 +22,7 @@ typedef int32_t AOTITorchError;
 typedef uint64_t StableIValue; /* a tensor's handle, or the bits of an int64, a double, a bool */
 typedef struct AtenTensorOpaque *AtenTensorHandle;
 typedef struct TorchLibraryOpaque *TorchLibraryHandle;
+typedef struct DeviceGuardOpaque *DeviceGuardHandle;
 
 /* X(result, name, parameters), once for each function.
  *
@@ -48,6 +49,7 @@ typedef struct TorchLibraryOpaque *TorchLibraryHandle;
     X(AOTITorchError, aoti_torch_get_dtype, (AtenTensorHandle t, int32_t *dtype))                  \
     X(AOTITorchError, aoti_torch_get_layout, (AtenTensorHandle t, int32_t *layout))                \
     X(AOTITorchError, aoti_torch_get_device_type, (AtenTensorHandle t, int32_t *device_type))      \
+    X(AOTITorchError, aoti_torch_get_device_index, (AtenTensorHandle t, int32_t *device_index))    \
     X(AOTITorchError, aoti_torch_get_storage_offset, (AtenTensorHandle t, int64_t *elements))      \
     X(AOTITorchError, aoti_torch_get_storage_size, (AtenTensorHandle t, int64_t *bytes))           \
     X(AOTITorchError, torch_get_const_data_ptr,                                                    \
@@ -58,6 +60,10 @@ typedef struct TorchLibraryOpaque *TorchLibraryHandle;
       (int64_t dim, const int64_t *sizes, const int64_t *strides, int32_t dtype,                   \
        int32_t device_type, int32_t device_index, AtenTensorHandle *t)) /* new */                  \
     X(AOTITorchError, aoti_torch_delete_tensor_object, (AtenTensorHandle t))                       \
+    /* ---- the current device ---- */                                                             \
+    X(AOTITorchError, aoti_torch_create_device_guard,                                              \
+      (int32_t device_index, DeviceGuardHandle *guard)) /* new */                                  \
+    X(AOTITorchError, aoti_torch_delete_device_guard, (DeviceGuardHandle guard))                   \
     /* ---- codes; their values may differ between releases ---- */                                \
     X(int32_t, aoti_torch_dtype_float64, (void))                                                   \
     X(int32_t, aoti_torch_dtype_float32, (void))                                                   \
@@ -65,7 +71,9 @@ typedef struct TorchLibraryOpaque *TorchLibraryHandle;
     X(int32_t, aoti_torch_dtype_bfloat16, (void))                                                  \
     X(int32_t, aoti_torch_dtype_int64, (void))                                                     \
     X(int32_t, aoti_torch_dtype_bool, (void))                                                      \
+    X(int32_t, aoti_torch_dtype_uint8, (void))                                                     \
     X(int32_t, aoti_torch_layout_strided, (void))                                                  \
+    X(int32_t, aoti_torch_device_type_cuda, (void))                                                \
     X(int32_t, aoti_torch_device_type_cpu, (void))                                                 \
     /* ---- threads and errors ---- */                                                             \
     X(AOTITorchError, torch_parallel_for,                                                          \

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import __version__, ops, reference
+from ._load import cuda_is_built, cuda_problem
 from .functional import Mode, Variant, batch_threshold, hex_loss
 
 IMAGES, FEATURES, NEGATIVES = 33, 29, 41  # no tile of a kernel divides them
@@ -72,7 +73,6 @@ def main(arguments: list[str] | None = None) -> int:
 def installation() -> list[tuple[str, str]]:
     """What is installed and what it runs on: (name, value) by line."""
     wanted = os.environ.get("HEX_ISA")
-    on_cuda = torch._C._dispatch_has_kernel_for_dispatch_key("hex::forward", "CUDA")
     return [
         ("hex-ssl", f"{__version__}, {Path(__file__).parent}"),
         ("torch", torch.__version__),
@@ -81,9 +81,9 @@ def installation() -> list[tuple[str, str]]:
         ("threads", str(torch.get_num_threads())),
         (
             "CUDA kernels",
-            "in this build"
-            if on_cuda
-            else "not in this build; CUDA tensors use the composed torch formulas",
+            cuda_problem(torch.cuda.current_device()) or "in use"
+            if torch.cuda.is_available()
+            else f"{'' if cuda_is_built() else 'not '}in this build; torch sees no CUDA device",
         ),
         ("devices", ", ".join(devices())),
     ]

@@ -5,6 +5,7 @@ In that order: the extension calls the libtorch_cpu.so that `import torch` has l
 itself says when it cannot be imported is left as it is.
 """
 
+import functools
 import os
 import re
 
@@ -29,4 +30,36 @@ except ModuleNotFoundError as error:
         "in the source tree, or, to use an installed hex-ssl, start Python in another folder"
     ) from None
 
-__all__ = ["_C"]
+__all__ = ["_C", "cuda_is_built", "cuda_problem"]
+
+_CUDA_LIBRARY = os.path.join(os.path.dirname(__file__), "_cuda.so")
+_HOW = (
+    "build hex-ssl where nvcc of CUDA 13 is installed: HEX_CUDA=1 pip install --no-binary hex-ssl "
+    "hex-ssl (docs/cuda.md)"
+)
+
+
+def cuda_is_built() -> bool:
+    """Whether this build has the CUDA kernels."""
+    return os.path.exists(_CUDA_LIBRARY)
+
+
+@functools.cache
+def _cuda_core_problem() -> str | None:
+    """Loads hex/_cuda.so, once; None, or what is in the way."""
+    if not cuda_is_built():
+        return f"this build of hex-ssl has none; {_HOW}"
+    problem = _C.load_cuda(_CUDA_LIBRARY)
+    return problem and f"hex/_cuda.so cannot be used: {problem}"
+
+
+@functools.cache
+def cuda_problem(index: int) -> str | None:
+    """None if the CUDA kernels serve this device, else the reason and the way out.
+
+    The first call loads them: who never has a CUDA tensor pays nothing.
+    """
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return f"they need compute capability 8.0, and this GPU has {major}.{minor}"
+    return _cuda_core_problem()

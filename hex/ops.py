@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._load import _C
+from ._load import _C, cuda_problem
 
 __all__ = [
     "MODES",
@@ -35,6 +35,8 @@ VARIANTS = {"paper": 0, "released": 1}
 _COUNT, _SHARE = 7, 8  # rows of `stats` that are shown to users (csrc/hex.h, HEX_STAT_*)
 _STATS = 9
 _KERNELS = {"cpu", "meta"}  # device types with kernels; the fakes below are those of "meta"
+_CUDA_KERNELS = {"forward", "backward", "threshold", "row_range"}  # operators that have one
+_ONE_PRODUCT = 8  # added to the mode: float32 may be rounded to 11 bits before it is multiplied
 
 
 def isa() -> str:
@@ -46,11 +48,12 @@ def isa() -> str:
 
 
 def _rows(z0: Tensor, mode: int) -> int:
-    return z0.shape[0] * (2 if mode in (MODES["ntxent"], MODES["cross"]) else 1)
+    both = (MODES["ntxent"], MODES["cross"])
+    return z0.shape[0] * (2 if mode & ~_ONE_PRODUCT in both else 1)
 
 
 def _compute_dtype(z0: Tensor, z1: Tensor, negatives: Tensor, mode: int) -> torch.dtype:
-    used = (z0, z1, negatives) if mode >= MODES["shared"] else (z0, z1)
+    used = (z0, z1, negatives) if mode & ~_ONE_PRODUCT >= MODES["shared"] else (z0, z1)
     return torch.float64 if any(z.dtype == torch.float64 for z in used) else torch.float32
 
 
@@ -227,7 +230,7 @@ class _Gradient(torch.autograd.Function):
         def gradient(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
             def loss(z0: Tensor, z1: Tensor, negatives: Tensor, tau: Tensor) -> Tensor:
                 rows = reference.loss_rows(
-                    z0, z1, negatives, eps, tau, mode, beta, tau_plus, variant
+                    z0, z1, negatives, eps, tau, mode & ~_ONE_PRODUCT, beta, tau_plus, variant
                 )[0]
                 return _reduce(rows, reduction)
 
@@ -256,14 +259,29 @@ def _reduce(rows: Tensor, reduction: int) -> Tensor:
 _warned: set[str] = set()
 
 
-def _has_kernel(z: Tensor) -> bool:
-    device = z.device.type
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _cuda(index: int) -> tuple[str | None, bool]:
+    """What keeps the CUDA kernels from a device; whether torch lets float32 products be rounded.
+
+    A compiled graph keeps the answers of the time it was compiled.
+    """
+    rounded: bool = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return cuda_problem(index), rounded
+
+
+def _has_kernel(z: Tensor, op: str = "") -> bool:
+    device, why = z.device.type, ""
     if device in _KERNELS:
         return True
+    if device == "cuda":
+        problem = _cuda(z.device.index)[0] if op in _CUDA_KERNELS else f"'{op}' has none"
+        if problem is None:
+            return True
+        device, why = f"cuda:{z.device.index}", f" ({problem})"
     if device not in _warned and not torch.compiler.is_compiling():
         _warned.add(device)
         warnings.warn(
-            f"hex-ssl has no kernels for device '{device}': its formulas run as plain PyTorch "
+            f"hex-ssl has no kernels for device '{device}'{why}: its formulas run as plain PyTorch "
             "operators there, correct but with N x N memory",
             RuntimeWarning,
             stacklevel=4,
@@ -271,14 +289,19 @@ def _has_kernel(z: Tensor) -> bool:
     return False
 
 
+def _mode(z: Tensor, mode: int) -> int:
+    """The mode as the operators take it: with torch's setting for float32 products on CUDA."""
+    return mode | _ONE_PRODUCT if z.device.type == "cuda" and _cuda(z.device.index)[1] else mode
+
+
 def loss(
     z0: Tensor, z1: Tensor, negatives: Tensor, eps: Tensor, tau: Tensor,
     mode: int, reduction: int, variant: int, beta: float, tau_plus: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The reduced loss, and of each row |H| and the local term's share (no gradient)."""
-    if _has_kernel(z0):
+    if _has_kernel(z0, "forward"):
         value, stats = _Loss.apply(  # type: ignore[no-untyped-call]
-            z0, z1, negatives, eps, tau, mode, reduction, variant, beta, tau_plus
+            z0, z1, negatives, eps, tau, _mode(z0, mode), reduction, variant, beta, tau_plus
         )
         return value, stats[_COUNT], stats[_SHARE]
     rows, hard, share = reference.loss_rows(
@@ -305,9 +328,9 @@ def threshold(
 ) -> Tensor:
     """Mean over rows of the row's quantile; 0-d float64, no gradient."""
     with torch.no_grad():
-        if _has_kernel(z0):
+        if _has_kernel(z0, "threshold"):
             value: Tensor = torch.ops.hex.threshold(
-                z0, z1, negatives, mode, quantile, over == "negatives"
+                z0, z1, negatives, _mode(z0, mode), quantile, over == "negatives"
             )
             return value
         return reference.threshold(z0, z1, negatives, mode, quantile, over)
@@ -316,7 +339,7 @@ def threshold(
 def row_range(z0: Tensor, z1: Tensor, negatives: Tensor, mode: int) -> tuple[Tensor, Tensor]:
     """Least and largest cosine of each row; (N,) each, no gradient."""
     with torch.no_grad():
-        if _has_kernel(z0):
-            low, high = torch.ops.hex.row_range(z0, z1, negatives, mode)
+        if _has_kernel(z0, "row_range"):
+            low, high = torch.ops.hex.row_range(z0, z1, negatives, _mode(z0, mode))
             return low, high
         return reference.row_range(z0, z1, negatives, mode)

@@ -146,7 +146,7 @@ class Problem:
         return (
             *(*self.inputs, z0.new_empty((0, z0.shape[1])))[:3],
             self.eps,
-            f64(self.tau),
+            f64(self.tau).to(z0.device),
             ops.MODES[self.mode],
             ops.REDUCTIONS["none"],
             ops.VARIANTS[self.variant],
@@ -192,7 +192,7 @@ def eps_of_each_row(p: Problem) -> Problem:
     c, _, negative = reference.cosines(*inputs, p.mode)
     near = torch.linspace(-0.4, 0.9, p.rows)
     eps = [eps_in_a_gap(c[i][negative[i]], near[i].item()) for i in range(p.rows)]
-    return p.with_(eps=torch.stack(eps))
+    return p.with_(eps=torch.stack(eps).to(p.inputs[0].device))
 
 
 def at_the_floor(p: Problem) -> Tensor:

@@ -15,7 +15,9 @@ import hex
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(p for folder in (".", "docs", "examples") for p in ROOT.glob(f"{folder}/*.md"))
 README = (ROOT / "README.md").read_text()
-MODULES = sorted(m.name for m in pkgutil.iter_modules(hex.__path__) if m.name != "_C")
+MODULES = sorted(
+    m.name for m in pkgutil.iter_modules(hex.__path__) if m.name not in ("_C", "_cuda")
+)
 
 
 def named(path):

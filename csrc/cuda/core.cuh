@@ -1,0 +1,383 @@
+// SPDX-License-Identifier: MIT
+// What the kernels share beside the tiles: how the work is cut, unit rows, the sums of a row and
+// what becomes of them. Notation: ../hex.h; the formulas are those of ../cpu/rows.inc.
+//
+// The sums over G and over H each have a shift of their own, the largest cosine of the set, and are
+// rescaled when a larger one comes. So one pass is right at every temperature; in particular a row
+// whose local term is at its floor need not sum G again.
+#pragma once
+#include <float.h>
+#include <math.h>
+
+#include "hex_cuda.h"
+#include "ptx.cuh"
+
+#define HEX_LOG2E 1.4426950408889634
+#define HEX_LOWEST (-2.f) // below every cosine
+
+struct hex_unit { // rows of length one; see ../hex.h for their order
+    int64_t count, width;
+    uint16_t *high, *low; // width = D rounded up to 64; low is NULL for one product
+    void *plain;          // instead of both, for plain.cu: float or double, width = D
+    double *inverse;      // 1 / |z|; 0 for a row of zeros, NaN for one that is not finite
+    double *positive;     // cosine of image b's two views
+};
+
+// A rectangle of cosines, rows [row0, row1) against columns [col0, col1), cut in blocks of rows and
+// slices of `tiles` tiles of columns. Its CUDA blocks are numbered from first_block on, the slices
+// of one block of rows row_blocks apart.
+struct hex_part {
+    int64_t row0, row1, col0, col1;
+    int64_t first_block, row_blocks, slices, tiles;
+    int64_t first_row; // of its rows among those of all parts
+};
+struct hex_parts {
+    hex_part part[3];
+    int count;
+    int64_t blocks, row_blocks, rows; // of all parts
+};
+
+// The coefficients of every unit row, times its grad_output; 0 where it is no anchor.
+enum { K_EPS, K_SHIFT, K_REST, K_HARD_E, K_HARD, K_REST0, K_ROWS, K_POSITIVE = K_ROWS, K_ALL };
+
+// ---- kernels, each launched by a function that returns NULL or the text of an error ----
+
+struct hex_run {
+    cudaStream_t stream;
+    int processors, shared_limit;
+    int block_rows; // 64 or 128
+    hex_unit unit;
+    hex_parts parts;
+    unsigned *tickets;  // one a block of rows and one more, 0
+    void *coefficients; // K_ALL x unit.count, compute type
+    uint32_t *counts;   // threshold: anchors x 256, 0
+    void *partial;
+};
+
+const char *hex_launched(const char *kernel);
+const char *hex_unit_rows(const hex_problem &p, const hex_run &r, int64_t zeros,
+                          const hex_gradient *g);
+const char *hex_tile_forward(const hex_problem &p, const hex_run &r, double *rows, void *loss,
+                             void *stats);
+const char *hex_tile_threshold(const hex_problem &p, const hex_run &r, int64_t rank, bool negatives,
+                               double *rows, double *mean);
+const char *hex_tile_range(const hex_problem &p, const hex_run &r, void *low, void *high);
+const char *hex_tile_gather(const hex_problem &p, const hex_run &r);
+const char *hex_project(const hex_problem &p, const hex_run &r, const hex_gradient &g);
+const char *hex_plain_forward(const hex_problem &p, const hex_run &r, double *rows, void *loss,
+                              void *stats);
+const char *hex_plain_threshold(const hex_problem &p, const hex_run &r, int64_t rank,
+                                bool negatives, double *rows, double *mean);
+const char *hex_plain_range(const hex_problem &p, const hex_run &r, void *low, void *high);
+const char *hex_plain_gather(const hex_problem &p, const hex_run &r, const hex_gradient &g);
+
+// ---- numbers ----
+
+#define SHARED_DEVICE static inline __device__ __attribute__((unused))
+
+SHARED_DEVICE float pow2(float x) { return ex2(x); }
+SHARED_DEVICE double pow2(double x) { return exp2(x); }
+SHARED_DEVICE float larger(float a, float b) { return fmaxf(a, b); } // a NaN is passed over
+SHARED_DEVICE double larger(double a, double b) { return fmax(a, b); }
+
+SHARED_DEVICE double read_vector(const hex_vector &v, int64_t i)
+{
+    return v.dtype == HEX_F64 ? ((const double *)v.data)[i * v.stride]
+                              : (double)((const float *)v.data)[i * v.stride];
+}
+
+// The threshold of row i as the compute type compares with it: H is empty from 1 on and holds all
+// below -1, though rounding takes some cosines past either.
+template <class real> SHARED_DEVICE real row_threshold(const hex_problem &p, int64_t i)
+{
+    const double eps = read_vector(p.eps, i);
+    const double reach = eps >= 1 && eps < (double)INFINITY ? 2 : eps < -1 ? -2 : eps;
+    const real rounded = (real)reach;
+    return (double)rounded > reach ? (real)nextafterf((float)rounded, -INFINITY) : rounded;
+}
+
+SHARED_DEVICE double read_number(const void *data, hex_dtype dtype, int64_t i)
+{
+    switch (dtype) {
+    case HEX_F32:
+        return (double)((const float *)data)[i];
+    case HEX_F64:
+        return ((const double *)data)[i];
+    case HEX_F16:
+        return (double)f16_to_float(((const uint16_t *)data)[i]);
+    default:
+        return (double)bf16_to_float(((const uint16_t *)data)[i]);
+    }
+}
+
+SHARED_DEVICE void write_number(void *data, hex_dtype dtype, int64_t i, double x)
+{
+    if (dtype == HEX_F32)
+        ((float *)data)[i] = (float)x;
+    else if (dtype == HEX_F64)
+        ((double *)data)[i] = x;
+    else
+        ((uint16_t *)data)[i] = dtype == HEX_F16 ? float_to_f16((float)x) : float_to_bf16((float)x);
+}
+
+SHARED_DEVICE int64_t row_start(const hex_rows &x, int64_t r)
+{
+    return r / x.inner * x.outer + r % x.inner * x.row;
+}
+
+SHARED_DEVICE __host__ int64_t partner_of(int64_t i, int64_t B) { return i < B ? i + B : i - B; }
+
+// The sum of x over the warp, on every lane, in one order.
+template <class real> SHARED_DEVICE real warp_sum(real x)
+{
+    for (int k = 16; k > 0; k >>= 1)
+        x += __shfl_xor_sync(~0u, x, k);
+    return x;
+}
+
+// The sum of x[0..n) by the whole block, in an order that depends on nothing but n; for the first
+// thread. `scratch` holds a number for each thread.
+SHARED_DEVICE double block_sum(const double *x, int64_t n, double *scratch)
+{
+    double sum = 0;
+    for (int64_t i = threadIdx.x; i < n; i += blockDim.x)
+        sum += __ldcg(x + i);
+    __syncthreads();
+    scratch[threadIdx.x] = sum;
+    __syncthreads();
+    sum = 0;
+    for (unsigned k = 0; threadIdx.x == 0 && k < blockDim.x; k++)
+        sum += scratch[k];
+    return sum;
+}
+
+// Whether this block is the last of `total` to come here; if so, it sees what the others wrote.
+SHARED_DEVICE bool last_to_arrive(unsigned *ticket, int64_t total, unsigned *shared)
+{
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0)
+        *shared = (int64_t)atomicAdd(ticket, 1u) == total - 1;
+    __syncthreads();
+    const bool last = *shared != 0;
+    if (last)
+        __threadfence();
+    return last;
+}
+
+SHARED_DEVICE int part_of_block(const hex_parts &parts, int64_t block)
+{
+    int k = 0;
+    while (k + 1 < parts.count && block >= parts.part[k + 1].first_block)
+        k++;
+    return k;
+}
+
+// ---- the sums of a row ----
+
+// With t = (c - largest) log2(e) / tau, e = 2^t, b = 2^(beta t): over G of e and t e, over H the
+// count, b, b e, t b and t b e.
+enum {
+    SUM_TOP,
+    SUM_REST,
+    SUM_REST_T,
+    SUM_HARD_TOP,
+    SUM_COUNT,
+    SUM_B,
+    SUM_BE,
+    SUM_BT,
+    SUM_BET,
+    SUMS
+};
+
+template <class real> struct hex_sums {
+    real v[SUMS];
+
+    __device__ __forceinline__ void clear()
+    {
+        for (int k = 0; k < SUMS; k++)
+            v[k] = 0;
+        v[SUM_TOP] = v[SUM_HARD_TOP] = HEX_LOWEST;
+    }
+
+    __device__ __forceinline__ void raise_rest(real top, real scale)
+    {
+        const real d = (v[SUM_TOP] - top) * scale, f = pow2(d);
+        v[SUM_REST_T] = f * (v[SUM_REST_T] + d * v[SUM_REST]);
+        v[SUM_REST] *= f;
+        v[SUM_TOP] = top;
+    }
+
+    __device__ __forceinline__ void raise_hard(real top, real scale, real beta)
+    {
+        const real d = (v[SUM_HARD_TOP] - top) * scale, fb = pow2(beta * d), fbe = fb * pow2(d);
+        v[SUM_BT] = fb * (v[SUM_BT] + d * v[SUM_B]);
+        v[SUM_BET] = fbe * (v[SUM_BET] + d * v[SUM_BE]);
+        v[SUM_B] *= fb;
+        v[SUM_BE] *= fbe;
+        v[SUM_HARD_TOP] = top;
+    }
+
+    __device__ __forceinline__ void add_rest(real c, real scale)
+    {
+        if (c > v[SUM_TOP])
+            raise_rest(c, scale);
+        const real t = (c - v[SUM_TOP]) * scale, e = pow2(t);
+        v[SUM_REST] += e;
+        v[SUM_REST_T] += t * e;
+    }
+
+    __device__ __forceinline__ void add_hard(real c, real scale, real beta)
+    {
+        if (c > v[SUM_HARD_TOP])
+            raise_hard(c, scale, beta);
+        const real t = (c - v[SUM_HARD_TOP]) * scale, b = pow2(beta * t), be = b * pow2(t);
+        v[SUM_COUNT] += 1;
+        v[SUM_B] += b;
+        v[SUM_BE] += be;
+        v[SUM_BT] += t * b;
+        v[SUM_BET] += t * be;
+    }
+
+    __device__ __forceinline__ void merge(hex_sums o, real scale, real beta)
+    {
+        const real top = larger(v[SUM_TOP], o.v[SUM_TOP]);
+        const real hard = larger(v[SUM_HARD_TOP], o.v[SUM_HARD_TOP]);
+        raise_rest(top, scale), o.raise_rest(top, scale);
+        raise_hard(hard, scale, beta), o.raise_hard(hard, scale, beta);
+        for (int k = 0; k < SUMS; k++)
+            if (k != SUM_TOP && k != SUM_HARD_TOP)
+                v[k] += o.v[k];
+    }
+};
+
+// From the sums of row i to its loss, returned, and its statistics. n negatives, cp the positive,
+// scale the log2(e) / tau that the sums were taken with.
+template <class real>
+SHARED_DEVICE double finish_row(const hex_problem &p, int64_t i, int64_t n, double cp, real eps,
+                                const hex_sums<double> &s, double scale, real *stats, int64_t rows)
+{
+    const double tau = read_vector(p.tau, 0), count = s.v[SUM_COUNT];
+    const bool released = p.variant == HEX_RELEASED && eps != (real)INFINITY;
+    double out[HEX_STATS] = {(double)eps}, loss;
+    if (!(tau > 0) || eps != eps) {
+        for (int k = 1; k < HEX_STATS; k++)
+            out[k] = (double)NAN;
+        loss = (double)NAN;
+    } else if (count == (double)n && (released || n == 0)) { // nothing to repel
+        out[HEX_STAT_COUNT] = count;
+        loss = cp - cp;
+    } else {
+        const bool some = count < (double)n; // G holds some
+        const double rest_top = s.v[SUM_TOP], hard_top = s.v[SUM_HARD_TOP];
+        const double rest_x = s.v[SUM_REST_T] / scale;
+        double shift = count > 0 && !released ? hard_top : rest_top;
+        out[HEX_STAT_COUNT] = count;
+        if (released) {
+            const double constant = (double)n * exp(-1 / tau), rest = s.v[SUM_REST];
+            out[HEX_STAT_SHIFT] = shift;
+            out[HEX_STAT_REST] = 1 / (tau * rest);
+            out[HEX_STAT_POSITIVE] = -1 / tau;
+            out[HEX_STAT_DTAU] = (cp - shift - rest_x / rest + constant) / (tau * tau);
+            loss = (shift - cp) / tau + log(rest) + constant;
+        } else {
+            const double m = fmax((shift - cp) / tau, 0.0), e0 = exp(-m);
+            const double rest_unit = some ? exp((rest_top - cp) / tau - m) : 0;
+            const double hard_unit = exp((hard_top - cp) / tau - m);
+            double local = 0, r = 0, floor_ = 0;
+            bool clamped = false;
+            if (count > 0) {
+                r = hard_unit * s.v[SUM_BE] / s.v[SUM_B];
+                local = count * (r - p.tau_plus * e0) / (1 - p.tau_plus);
+                floor_ = count * exp(-(1 + cp) / tau - m);
+                clamped = local < floor_;
+                local = clamped ? floor_ : local;
+                if (clamped && some)
+                    shift = rest_top;
+            }
+            const double rest = rest_unit * s.v[SUM_REST], S = local + rest;
+            const double k = 1 / (tau * (e0 + S)), x = m + log(S);
+            out[HEX_STAT_SHIFT] = shift;
+            out[HEX_STAT_REST] = k * exp((shift - cp) / tau - m);
+            out[HEX_STAT_POSITIVE] = -k * S;
+            out[HEX_STAT_SHARE] = local / (e0 + S);
+            double moment = k * rest_unit * (rest_x + (rest_top - cp) * s.v[SUM_REST]);
+            if (count > 0 && !clamped) {
+                const double above = hard_top - cp, h = k * count / ((1 - p.tau_plus) * s.v[SUM_B]);
+                const double hard_e = h * (1 + p.beta) * hard_unit, hard = h * p.beta * r;
+                out[HEX_STAT_HARD_E] = hard_e;
+                out[HEX_STAT_HARD] = hard;
+                out[HEX_STAT_POSITIVE] -= k * count * p.tau_plus * e0 / (1 - p.tau_plus);
+                moment += hard_e * (s.v[SUM_BET] / scale + above * s.v[SUM_BE]) -
+                          hard * (s.v[SUM_BT] / scale + above * s.v[SUM_B]);
+            }
+            out[HEX_STAT_DTAU] = ((clamped ? k * floor_ * (1 + cp) : 0) - moment) / tau;
+            loss = x <= 0 ? log1p(exp(x)) : x + log1p(exp(-x));
+        }
+    }
+    for (int k = 0; k < HEX_STATS; k++)
+        stats[k * rows + i] = (real)out[k];
+    return loss;
+}
+
+// One row's part of a gradient entry, dL_i / dc_ij: see HEX_STAT_*.
+template <class real>
+SHARED_DEVICE real row_entry(real c, real eps, real shift, real rest, real hard_e, real hard,
+                             real scale, real beta)
+{
+    const real x = (c - shift) * scale, t = x > 0 ? 0 : x, e = pow2(t); // a NaN stays
+    return c > eps ? pow2(beta * t) * (hard_e * e - hard) : rest * e;
+}
+
+// The negatives of each anchor.
+SHARED_DEVICE __host__ int64_t negatives_of_a_row(const hex_problem &p)
+{
+    return p.mode == HEX_NTXENT ? 2 * p.B - 2 : p.mode < HEX_SHARED ? p.B - 1 : p.K;
+}
+SHARED_DEVICE __host__ int64_t anchors_of(const hex_problem &p)
+{
+    return p.mode == HEX_NTXENT || p.mode == HEX_CROSS ? 2 * p.B : p.B;
+}
+
+// ---- the quantile ----
+
+// Cosines in 65536 bins around k / 32767.5 - 1: -1 and 1 are the middle of the first and the last,
+// no cosine is further than 1.5e-5 from its bin's middle. The high byte is the coarse bin.
+#define HEX_BINS 256
+SHARED_DEVICE int bin_of(float c) // NaN: 0
+{
+    // Adding 2^23 rounds to an integer, which then stands in the low bits.
+    return (int)(__float_as_uint(__saturatef(c * 0.5f + 0.5f) * 65535.f + 8388608.f) & 0xffff);
+}
+SHARED_DEVICE double bin_middle(int bin) { return bin / 32767.5 - 1; }
+
+// By one warp: the bin, of 256, that holds the element of rank *rank, and its rank among those of
+// the bin; counts are read past the first-level cache, for other blocks wrote them.
+SHARED_DEVICE int pick_bin(const uint32_t *counts, int extra0, int extra1, int64_t *rank)
+{
+    const int lane = (int)threadIdx.x & 31;
+    int64_t count[8], sum = 0;
+    for (int k = 0; k < 8; k++) {
+        const int bin = 8 * lane + k;
+        count[k] = (int64_t)__ldcg(counts + bin) + (bin == extra0) + (bin == extra1);
+        sum += count[k];
+    }
+    int64_t upto = sum;
+    for (int k = 1; k < 32; k <<= 1) {
+        const int64_t other = __shfl_up_sync(~0u, upto, k);
+        upto += lane >= k ? other : 0;
+    }
+    const unsigned reached = __ballot_sync(~0u, upto > *rank);
+    const int owner = reached ? __ffs((int)reached) - 1 : 31;
+    int bin = 7;
+    int64_t left = *rank - (upto - sum);
+    for (int k = 0; k < 7; k++) {
+        if (left < count[k]) {
+            bin = k;
+            break;
+        }
+        left -= count[k];
+    }
+    *rank = __shfl_sync(~0u, left, owner);
+    return __shfl_sync(~0u, 8 * lane + bin, owner);
+}

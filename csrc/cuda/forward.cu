@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: MIT
+// The loss in one pass over the tiles. A thread holds 2 x 16 cosines of a tile. On the way through
+// them it sets the members of H aside in shared memory, where they are few, and sums the rest
+// without a branch; then it adds those set aside. Only the tiles that hold a row itself, its
+// positive or the end of the matrix look at indices.
+//
+// A row's sums over a slice of columns go to memory. The last block of its rows to arrive merges
+// the slices in their order, in double, and ends the rows; the last of all adds up the loss.
+#include "tile.cuh"
+
+template <int WARPS> struct statistics {
+    hex_sums<float> sums[2];
+    float *aside; // 16 x threads, this thread's column
+    float eps[2], scale, beta;
+
+    template <bool EDGE>
+    __device__ __forceinline__ void tile(float (&acc)[8][4], const hex_places &places)
+    {
+        const int t = (int)threadIdx.x & 3;
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const float limit = eps[h];
+            float *end = aside, top = sums[h].v[SUM_TOP];
+#pragma unroll
+            for (int n = 0; n < 8; n++)
+#pragma unroll
+                for (int q = 0; q < 2; q++) {
+                    float c = acc[n][2 * h + q];
+                    if (EDGE && places.leaves_out(h, 8 * n + 2 * t + q))
+                        c = -1e30f;
+                    if (c > limit) {
+                        *end = c;
+                        end += 32 * WARPS;
+                        c = -1e30f; // its exponential is 0
+                    }
+                    top = fmaxf(top, c);
+                    acc[n][2 * h + q] = c;
+                }
+            if (top > sums[h].v[SUM_TOP])
+                sums[h].raise_rest(top, scale);
+            float rest = 0, rest_t = 0;
+#pragma unroll
+            for (int n = 0; n < 8; n++)
+#pragma unroll
+                for (int q = 0; q < 2; q++) {
+                    const float x = (acc[n][2 * h + q] - top) * scale, e = ex2(x);
+                    rest += e;
+                    rest_t = fmaf(x, e, rest_t);
+                }
+            sums[h].v[SUM_REST] += rest;
+            sums[h].v[SUM_REST_T] += rest_t;
+#pragma unroll 1
+            for (const float *c = aside; c < end; c += 32 * WARPS)
+                sums[h].add_hard(*c, scale, beta);
+        }
+    }
+};
+
+template <int WARPS, bool SPLIT>
+static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) // 128 registers a thread
+    forward_tiles(hex_problem p, hex_run r, bool resident, double *rows, void *loss, float *stats)
+{
+    constexpr int ROWS = 16 * WARPS, THREADS = 32 * WARPS;
+    HEX_SHARED_MEMORY(shared);
+    const int64_t anchors = anchors_of(p);
+    float *partial = (float *)r.partial;
+    hex_block block;
+    block.start(r.parts, ROWS, blockIdx.x);
+
+    statistics<WARPS> s;
+    s.scale = (float)(HEX_LOG2E / read_vector(p.tau, 0));
+    s.beta = (float)p.beta;
+    s.aside =
+        (float *)(shared + tile_bytes(WARPS, SPLIT, r.unit.width / PANEL, resident)) + threadIdx.x;
+    const int lane = (int)threadIdx.x & 31;
+    const int64_t mine = block.row0 + (threadIdx.x >> 5) * 16 + (lane >> 2);
+    for (int h = 0; h < 2; h++) {
+        s.sums[h].clear();
+        const int64_t i = mine + 8 * h;
+        s.eps[h] = i < block.part.row1 ? row_threshold<float>(p, i) : INFINITY;
+    }
+    for_each_tile<WARPS, SPLIT>(block, r.unit, p.B, resident, shared, s);
+
+    for (int h = 0; h < 2; h++) { // the four threads of a row
+        for (int k = 1; k < 4; k <<= 1) {
+            hex_sums<float> other;
+            for (int n = 0; n < SUMS; n++)
+                other.v[n] = __shfl_xor_sync(~0u, s.sums[h].v[n], k);
+            s.sums[h].merge(other, s.scale, s.beta);
+        }
+        const int64_t i = mine + 8 * h;
+        if ((lane & 3) == 0 && i < block.part.row1)
+            for (int n = 0; n < SUMS; n++)
+                partial[(block.slice * SUMS + n) * anchors + i] = s.sums[h].v[n];
+    }
+
+    unsigned *flag = (unsigned *)shared;
+    if (!last_to_arrive(r.tickets + block.ticket, block.part.slices, flag))
+        return;
+    const int64_t i = block.row0 + threadIdx.x;
+    if (threadIdx.x < ROWS && i < block.part.row1) {
+        hex_sums<double> all;
+        all.clear();
+        for (int64_t slice = 0; slice < block.part.slices; slice++) {
+            hex_sums<double> other;
+            for (int n = 0; n < SUMS; n++)
+                other.v[n] = (double)__ldcg(partial + (slice * SUMS + n) * anchors + i);
+            all.merge(other, (double)s.scale, p.beta);
+        }
+        const double value =
+            finish_row(p, i, negatives_of_a_row(p), r.unit.positive[i % p.B],
+                       row_threshold<float>(p, i), all, (double)s.scale, stats, anchors);
+        rows[i] = value;
+        if (p.reduction == HEX_NONE)
+            ((float *)loss)[i] = (float)value;
+    }
+    if (p.reduction == HEX_NONE ||
+        !last_to_arrive(r.tickets + r.parts.row_blocks, r.parts.row_blocks, flag))
+        return;
+    const double sum = block_sum(rows, anchors, (double *)shared + 1);
+    static_assert(THREADS * sizeof(double) + 8 <= 2 * 2 * B_HALVES, "the panels' memory is enough");
+    if (threadIdx.x == 0)
+        *(float *)loss = (float)(p.reduction == HEX_MEAN ? sum / (double)anchors : sum);
+}
+
+template <int WARPS, bool SPLIT>
+static const char *launch(const hex_problem &p, const hex_run &r, double *rows, void *loss,
+                          void *stats)
+{
+    const int64_t aside = 16 * 32 * WARPS * (int64_t)sizeof(float), panels = r.unit.width / PANEL;
+    const bool resident = tile_bytes(WARPS, SPLIT, panels, true) + aside <= r.shared_limit;
+    const int bytes = (int)(tile_bytes(WARPS, SPLIT, panels, resident) + aside);
+    const auto kernel = forward_tiles<WARPS, SPLIT>;
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) ==
+        cudaSuccess)
+        HEX_LAUNCH(kernel, dim3((unsigned)r.parts.blocks), dim3(32 * WARPS), bytes, r.stream, p, r,
+                   resident, rows, loss, (float *)stats);
+    return hex_launched("forward statistics");
+}
+
+const char *hex_tile_forward(const hex_problem &p, const hex_run &r, double *rows, void *loss,
+                             void *stats)
+{
+    if (r.block_rows == 128)
+        return r.unit.low ? launch<8, true>(p, r, rows, loss, stats)
+                          : launch<8, false>(p, r, rows, loss, stats);
+    return r.unit.low ? launch<4, true>(p, r, rows, loss, stats)
+                      : launch<4, false>(p, r, rows, loss, stats);
+}

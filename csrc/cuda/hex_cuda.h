@@ -1,0 +1,35 @@
+/* SPDX-License-Identifier: MIT */
+/* The contract between the torch layer (ops.c) and the CUDA core, hex/_cuda.so: one exported table,
+ * hex_cuda_core. Plain C, no torch and no CUDA types, so that either side is built without the
+ * other's headers. The problem and the statistics are those of ../hex.h, with device pointers. */
+#ifndef HEX_CUDA_H
+#define HEX_CUDA_H
+
+#include "../hex.h"
+
+#define HEX_CUDA_VERSION 1
+
+/* What a call runs on. Device memory comes from `allocate` (NULL: there is none), 256-byte aligned;
+ * the caller frees it when the call is back, which is right for an allocator that is ordered by the
+ * stream. */
+typedef struct {
+    void *stream;
+    void *(*allocate)(void *context, int64_t bytes);
+    void *context;
+    bool one_product; /* float32 may be rounded to 11 bits before it is multiplied */
+} hex_device;
+
+/* As hex_cpu_*: NULL, or the text of an error. Nothing waits for the device. `mean` is on the
+ * device; so is g->dtau, in the dtype of tau, or NULL where it is not wanted. */
+typedef struct {
+    int32_t version;
+    bool emulated; /* runs on the CPU, on CPU memory: for tests */
+    const char *(*forward)(const hex_problem *p, const hex_device *d, void *loss, void *stats);
+    const char *(*backward)(const hex_problem *p, const hex_device *d, const hex_gradient *g);
+    const char *(*threshold)(const hex_problem *p, const hex_device *d, double quantile,
+                             bool over_negatives, double *mean);
+    const char *(*row_range)(const hex_problem *p, const hex_device *d, void *low, void *high);
+    int (*driver)(void); /* 0, or the CUDA error that there is without a launch (35: no driver) */
+} hex_cuda_table;
+
+#endif

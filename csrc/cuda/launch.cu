@@ -1,0 +1,312 @@
+// SPDX-License-Identifier: MIT
+// The entry points of hex/_cuda.so: cut a problem into parts, take the workspace, launch. No call
+// waits for the device, none depends on what is in device memory, so all can be captured in a
+// graph.
+//
+//     threshold   unit rows, coarse histogram, fine histogram        3 kernels
+//     row_range   unit rows, row bounds                              2
+//     forward     unit rows, forward statistics                      2
+//     backward    unit rows, backward gather, backward projection    3
+//
+// (for per-anchor negatives one more: their norms, or two: their gradient).
+#include <stdio.h>
+
+#include "core.cuh"
+
+#define TILE 64
+
+// The text of the last launch's error; of one thread, until its next call.
+const char *hex_launched(const char *kernel)
+{
+    static thread_local char text[160];
+    const cudaError_t error = cudaGetLastError();
+    if (error == cudaSuccess)
+        return NULL;
+    snprintf(text, sizeof text, "kernel '%s': CUDA error %d, %s", kernel, (int)error,
+             cudaGetErrorString(error));
+    return text;
+}
+
+static int64_t cut(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// ---- parts ----
+
+static void add_part(hex_parts &parts, int64_t row0, int64_t row1, int64_t col0, int64_t col1)
+{
+    if (row0 < row1)
+        parts.part[parts.count++] = {row0, row1, col0, col1, 0, 0, 0, 0, 0};
+}
+
+// Blocks of rows and slices: enough blocks for the device, no slice of more than `most` tiles.
+static void slice_parts(hex_parts &parts, int64_t rows, int64_t most, int64_t processors)
+{
+    int64_t blocks = 0;
+    for (int k = 0; k < parts.count; k++)
+        blocks += cut(parts.part[k].row1 - parts.part[k].row0, rows);
+    const int64_t wanted = blocks ? cut(2 * processors, blocks) : 1;
+    parts.blocks = parts.row_blocks = parts.rows = 0;
+    for (int k = 0; k < parts.count; k++) {
+        hex_part &part = parts.part[k];
+        const int64_t tiles = cut(part.col1 - part.col0, TILE);
+        const int64_t fewest = cut(tiles, most);
+        const int64_t slices = wanted > fewest ? wanted : fewest;
+        part.tiles = slices < tiles ? cut(tiles, slices) : 1;
+        part.slices = tiles > 0 ? cut(tiles, part.tiles) : 1;
+        part.row_blocks = cut(part.row1 - part.row0, rows);
+        part.first_block = parts.blocks;
+        part.first_row = parts.rows;
+        parts.blocks += part.row_blocks * part.slices;
+        parts.row_blocks += part.row_blocks;
+        parts.rows += part.row1 - part.row0;
+    }
+}
+
+static int64_t most_slices(const hex_parts &parts)
+{
+    int64_t most = 0;
+    for (int k = 0; k < parts.count; k++)
+        most = parts.part[k].slices > most ? parts.part[k].slices : most;
+    return most;
+}
+
+// The anchors and their candidates.
+static void anchor_parts(const hex_problem &p, hex_parts &parts)
+{
+    const int64_t B = p.B, end = 2 * B + (p.mode == HEX_SHARED ? p.K : 0);
+    if (p.mode == HEX_NTXENT)
+        add_part(parts, 0, 2 * B, 0, 2 * B);
+    else if (p.mode == HEX_OWN)
+        add_part(parts, 0, B, 0, 0);
+    else
+        add_part(parts, 0, B, p.mode == HEX_SHARED ? 2 * B : B, p.mode == HEX_SHARED ? end : 2 * B);
+    if (p.mode == HEX_CROSS)
+        add_part(parts, B, 2 * B, 0, B);
+}
+
+// The rows whose gradient is wanted, and those they meet as an anchor or as a candidate.
+static void owner_parts(const hex_problem &p, const hex_gradient &g, hex_parts &parts)
+{
+    const int64_t B = p.B;
+    switch (p.mode) {
+    case HEX_NTXENT:
+        if (g.dz[0] || g.dz[1])
+            add_part(parts, g.dz[0] ? 0 : B, g.dz[1] ? 2 * B : B, 0, 2 * B);
+        break;
+    case HEX_QUERY:
+    case HEX_CROSS:
+        if (g.dz[0])
+            add_part(parts, 0, B, B, 2 * B);
+        if (g.dz[1])
+            add_part(parts, B, 2 * B, 0, B);
+        break;
+    case HEX_SHARED:
+        if (g.dz[0])
+            add_part(parts, 0, B, 2 * B, 2 * B + p.K);
+        if (g.dz[2])
+            add_part(parts, 2 * B, 2 * B + p.K, 0, B);
+        break;
+    default:
+        if (g.dz[0])
+            add_part(parts, 0, B, 0, 0);
+    }
+}
+
+// ---- workspace: one allocation a call ----
+
+struct workspace {
+    char *at; // NULL while the size is added up
+    int64_t bytes;
+
+    template <class T> T *take(int64_t n)
+    {
+        T *p = at ? (T *)(at + bytes) : NULL;
+        bytes += cut(n * (int64_t)sizeof(T), 256) * 256;
+        return p;
+    }
+};
+
+struct plan {
+    hex_run run;
+    bool plain;
+    int64_t zeros;
+    double *rows; // a number for each anchor
+    const char *error;
+};
+
+struct wants {
+    int64_t counts, partial; // words and bytes
+    bool coefficients;
+};
+
+static void lay_out(const hex_problem &p, plan &plan, const wants &w, bool split, workspace &space)
+{
+    hex_run &r = plan.run;
+    hex_unit &u = r.unit;
+    const int64_t real = p.wide ? 8 : 4, own = p.mode == HEX_OWN ? p.B * p.K : 0;
+    // tickets and counts stand together: they are set to 0 in one go
+    const int64_t tickets = cut(2 * r.parts.row_blocks + 2, 64) * 64;
+    plan.zeros = tickets + w.counts;
+    r.tickets = space.take<unsigned>(plan.zeros);
+    r.counts = r.tickets ? r.tickets + tickets : NULL;
+    u.inverse = space.take<double>(u.count + own);
+    u.positive = space.take<double>(p.B);
+    plan.rows = space.take<double>(anchors_of(p));
+    if (plan.plain)
+        u.plain = space.take<char>(u.count * u.width * real);
+    else {
+        u.high = space.take<uint16_t>(u.count * u.width);
+        if (split)
+            u.low = space.take<uint16_t>(u.count * u.width);
+    }
+    if (w.coefficients)
+        r.coefficients = space.take<char>(K_ALL * u.count * real);
+    r.partial = space.take<char>(w.partial);
+}
+
+// The parts are there; takes the memory for the rest.
+static void prepare(const hex_problem &p, const hex_device &d, const wants &w, plan &plan)
+{
+    bool narrow = true; // all inputs in 16 bits
+    for (int k = 0; k < (p.mode >= HEX_SHARED ? 3 : 2); k++)
+        narrow &= p.input[k].dtype == HEX_F16 || p.input[k].dtype == HEX_BF16;
+    const bool split = !narrow && !d.one_product;
+    workspace size = {}, space = {};
+    lay_out(p, plan, w, split, size);
+    space.at = (char *)d.allocate(d.context, size.bytes);
+    if (!space.at)
+        plan.error = "cannot allocate the workspace";
+    lay_out(p, plan, w, split, space);
+}
+
+// The device, and the size of the unit rows.
+static void start(const hex_problem &p, const hex_device &d, plan &plan)
+{
+    hex_run &r = plan.run;
+    int device = 0;
+    r.stream = (cudaStream_t)d.stream;
+    plan.plain = p.wide || p.mode == HEX_OWN;
+    r.unit.count = 2 * p.B + (p.mode == HEX_SHARED ? p.K : 0);
+    r.unit.width = plan.plain ? p.D : p.D > 0 ? cut(p.D, TILE) * TILE : TILE;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&r.processors, cudaDevAttrMultiProcessorCount, device) !=
+            cudaSuccess ||
+        cudaDeviceGetAttribute(&r.shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
+            cudaSuccess)
+        plan.error = hex_launched("(looking at the device)");
+}
+
+// ---- the entry points ----
+
+static const char *forward(const hex_problem *p, const hex_device *d, void *loss, void *stats)
+{
+    plan plan = {};
+    hex_run &r = plan.run;
+    start(*p, *d, plan);
+    if (plan.error)
+        return plan.error;
+    if (anchors_of(*p) == 0) { // the sum of nothing: 0
+        if (p->reduction != HEX_NONE)
+            cudaMemsetAsync(loss, 0, p->wide ? 8 : 4, r.stream);
+        return hex_launched("(memset)");
+    }
+    anchor_parts(*p, r.parts);
+    // Eight warps a block read the columns half as often; four give a small batch more blocks, and
+    // need less shared memory.
+    const int64_t anchors = anchors_of(*p);
+    r.block_rows =
+        anchors >= 128 * (int64_t)r.processors && r.shared_limit >= 120 * 1024 ? 128 : 64;
+    slice_parts(r.parts, r.block_rows, 64, r.processors);
+    prepare(*p, *d, {0, most_slices(r.parts) * 9 * anchors * (int64_t)sizeof(float), false}, plan);
+    if (!plan.error)
+        plan.error = hex_unit_rows(*p, r, plan.zeros, NULL);
+    if (!plan.error)
+        plan.error =
+            (plan.plain ? hex_plain_forward : hex_tile_forward)(*p, r, plan.rows, loss, stats);
+    return plan.error;
+}
+
+static const char *backward(const hex_problem *p, const hex_device *d, const hex_gradient *g)
+{
+    plan plan = {};
+    hex_run &r = plan.run;
+    start(*p, *d, plan);
+    if (plan.error)
+        return plan.error;
+    owner_parts(*p, *g, r.parts);
+    r.block_rows = 128;
+    if (plan.plain)
+        slice_parts(r.parts, r.block_rows, (int64_t)1 << 40, 0); // one slice
+    else
+        slice_parts(r.parts, r.block_rows, (int64_t)1 << 40, r.processors);
+    const int64_t gradients = most_slices(r.parts) * r.parts.rows * r.unit.width;
+    prepare(*p, *d, {0, gradients * (p->wide ? 8 : 4), true}, plan);
+    if (!plan.error)
+        plan.error = hex_unit_rows(*p, r, plan.zeros, g);
+    if (!plan.error)
+        plan.error = plan.plain ? hex_plain_gather(*p, r, *g) : hex_tile_gather(*p, r);
+    return plan.error ? plan.error : hex_project(*p, r, *g);
+}
+
+static const char *threshold(const hex_problem *p, const hex_device *d, double quantile,
+                             bool over_negatives, double *mean)
+{
+    plan plan = {};
+    hex_run &r = plan.run;
+    const int64_t anchors = anchors_of(*p), negatives = negatives_of_a_row(*p);
+    const int64_t n = over_negatives          ? negatives
+                      : p->mode == HEX_NTXENT ? negatives + 2
+                                              : negatives + 1;
+    start(*p, *d, plan);
+    if (plan.error)
+        return plan.error;
+    if (anchors == 0) { // of nothing: NaN
+        cudaMemsetAsync(mean, 0xff, sizeof *mean, r.stream);
+        return hex_launched("(memset)");
+    }
+    anchor_parts(*p, r.parts);
+    // 16-bit counts: at most 32768 columns a block
+    slice_parts(r.parts, 64, 512, r.processors);
+    const int64_t rank = n > 0 ? (int64_t)nearbyint(quantile * (double)(n - 1)) : -1;
+    prepare(*p, *d,
+            {plan.plain ? 0 : anchors * HEX_BINS,
+             anchors * (int64_t)(sizeof(int64_t) + sizeof(int)), false},
+            plan);
+    if (!plan.error)
+        plan.error = hex_unit_rows(*p, r, plan.zeros, NULL);
+    if (!plan.error)
+        plan.error = (plan.plain ? hex_plain_threshold : hex_tile_threshold)(
+            *p, r, rank, over_negatives, plan.rows, mean);
+    return plan.error;
+}
+
+static const char *row_range(const hex_problem *p, const hex_device *d, void *low, void *high)
+{
+    plan plan = {};
+    hex_run &r = plan.run;
+    start(*p, *d, plan);
+    if (plan.error || anchors_of(*p) == 0)
+        return plan.error;
+    anchor_parts(*p, r.parts);
+    slice_parts(r.parts, 64, (int64_t)1 << 40, r.processors);
+    prepare(*p, *d, {0, most_slices(r.parts) * 3 * anchors_of(*p) * (int64_t)sizeof(float), false},
+            plan);
+    if (!plan.error)
+        plan.error = hex_unit_rows(*p, r, plan.zeros, NULL);
+    if (!plan.error)
+        plan.error = (plan.plain ? hex_plain_range : hex_tile_range)(*p, r, low, high);
+    return plan.error;
+}
+
+static int driver(void)
+{
+    int devices;
+    return (int)cudaGetDeviceCount(&devices);
+}
+
+#ifdef HEX_EMULATION
+#define EMULATED true
+#else
+#define EMULATED false
+#endif
+extern "C" __attribute__((visibility("default"))) const hex_cuda_table hex_cuda_core = {
+    HEX_CUDA_VERSION, EMULATED, forward, backward, threshold, row_range, driver};

@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: MIT
+// The instructions that the kernels use, under names of our own. tests/emulation/cuda_emu.h has the
+// same names in C++, so that the kernels' source also runs on a CPU (HEX_EMULATION).
+#pragma once
+#ifdef HEX_EMULATION
+#include "cuda_emu.h"
+#else
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+#define DEVICE static __device__ __forceinline__
+#define HEX_SHARED_MEMORY(name) extern __shared__ __align__(1024) unsigned char name[]
+#define HEX_LAUNCH(kernel, grid, block, shared, stream, ...)                                       \
+    kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
+
+// Warpgroup instructions exist for sm_90a alone, and there for good.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define HEX_WGMMA 1
+#endif
+
+DEVICE uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+// 2^x, error 2 ulp; 0 below 2^-126.
+DEVICE float ex2(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Conversions between float and the bits of the narrow types, to nearest even.
+DEVICE uint16_t float_to_f16(float x)
+{
+    uint16_t y;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
+
+DEVICE float f16_to_float(uint16_t x)
+{
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+    return y;
+}
+
+DEVICE uint16_t float_to_bf16(float x)
+{
+    uint16_t y;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
+
+DEVICE float bf16_to_float(uint16_t x) { return __uint_as_float((uint32_t)x << 16); }
+
+// Two halves in a register, `low` in the low bits.
+DEVICE uint32_t pack_f16(float low, float high)
+{
+    uint32_t y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+
+// c += a b: a 16 x 16 by rows, b 16 x 8 by columns. Lane 4 g + t holds of c the rows g and g + 8,
+// columns 2 t and 2 t + 1; of a the same rows, columns 2 t, 2 t + 1 and those + 8; of b the column
+// g, rows like a's columns.
+DEVICE void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
+{
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four 8 x 8 matrices of halves; lane 8 q + r gives the address of row r of matrix q.
+DEVICE void ldmatrix(uint32_t (&r)[4], const void *p)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(p))
+                 : "memory");
+}
+
+DEVICE void ldmatrix_transposed(uint32_t (&r)[4], const void *p)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(p))
+                 : "memory");
+}
+
+// 16 bytes from global to shared memory, in the background.
+DEVICE void copy_async(void *to, const void *from)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
+                 : "memory");
+}
+
+// Waits for all copies of this thread.
+DEVICE void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+#ifdef HEX_WGMMA
+// Makes what this thread wrote to shared memory visible to the tensor core, which reads it by
+// another path.
+DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// A panel of rows of 128 bytes, chunks swizzled by the row, 8 rows to 1024 bytes.
+DEVICE uint64_t wgmma_panel(const void *p)
+{
+    return (uint64_t)((shared_address(p) & 0x3ffff) >> 4) | (uint64_t)1 << 16 | (uint64_t)64 << 32 |
+           (uint64_t)1 << 62;
+}
+
+DEVICE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+DEVICE void wgmma_end()
+{
+    asm volatile("wgmma.commit_group.sync.aligned;\n\twgmma.wait_group.sync.aligned 0;" ::
+                     : "memory");
+}
+
+// c (64 x 64 over four warps, each like mma_f16's) += a b, both from shared memory.
+DEVICE void wgmma_f16(float (&c)[8][4], uint64_t a, uint64_t b)
+{
+#define ROW(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
+                 "%32, %33, 1, 1, 1, 0, 0;"
+                 : ROW(0), ROW(1), ROW(2), ROW(3), ROW(4), ROW(5), ROW(6), ROW(7)
+                 : "l"(a), "l"(b));
+#undef ROW
+}
+#else
+DEVICE void fence_async() {}
+#endif
+#endif

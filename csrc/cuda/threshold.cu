@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: MIT
+// The quantile of every row, and every row's bounds, over tiles that are computed again.
+//
+// Quantile: a first pass counts each row's cosines in 256 coarse bins, the second those of the
+// coarse bin that holds the rank in 256 fine ones: 65536 bins in all, 1.5e-5 from an element to the
+// middle of its own. Only integers are added atomically, so no order matters. A block counts in
+// shared memory, two 16-bit counts to a word, for at most HEX_COUNTED columns. The last block of a
+// row picks the bin; the last of all takes the mean, in the order of the rows.
+//
+// The row's own place and its positive are left out of the tiles and added at the end where the row
+// is taken whole: self as exactly 1 (0 for a row of zeros), the positive as the inputs give it.
+#include "tile.cuh"
+
+#define WARPS 4
+#define ROWS (16 * WARPS)
+#define THREADS (32 * WARPS)
+#define PITCH (HEX_BINS / 2 + 1) // words a row; odd, so that rows start in different banks
+
+enum { COARSE, FINE };
+
+template <int KIND> struct histogram {
+    uint32_t *words[2]; // of the thread's two rows
+    int coarse[2];
+
+    template <bool EDGE>
+    __device__ __forceinline__ void tile(float (&acc)[8][4], const hex_places &places)
+    {
+        const int t = (int)threadIdx.x & 3;
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+#pragma unroll
+            for (int q = 0; q < 4; q++) {
+                const int h = q >> 1;
+                if (EDGE && places.leaves_out(h, 8 * n + 2 * t + (q & 1)))
+                    continue;
+                const int bin = bin_of(acc[n][q]);
+                const int at = KIND == COARSE ? bin >> 8 : bin & 255;
+                if (KIND == COARSE || bin >> 8 == coarse[h])
+                    atomicAdd(words[h] + (at >> 1), at & 1 ? 65536u : 1u);
+            }
+    }
+};
+
+struct bounds {
+    float low[2], high[2], finite[2];
+
+    template <bool EDGE>
+    __device__ __forceinline__ void tile(float (&acc)[8][4], const hex_places &places)
+    {
+        const int t = (int)threadIdx.x & 3;
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+#pragma unroll
+            for (int q = 0; q < 4; q++) {
+                const int h = q >> 1;
+                const float c = acc[n][q];
+                if (EDGE && places.leaves_out(h, 8 * n + 2 * t + (q & 1)))
+                    continue;
+                low[h] = fminf(low[h], c);
+                high[h] = fmaxf(high[h], c);
+                finite[h] += c * 0;
+            }
+    }
+};
+
+struct selection {
+    int64_t rank; // -1: the row is empty
+    bool negatives;
+    int *coarse;    // of each row
+    int64_t *ranks; // left within the coarse bin
+    double *rows, *mean;
+};
+
+template <int KIND, bool SPLIT>
+static __global__ void __launch_bounds__(THREADS, 4)
+    count_tiles(hex_problem p, hex_run r, bool resident, selection s)
+{
+    HEX_SHARED_MEMORY(shared);
+    uint32_t *words =
+        (uint32_t *)(shared + tile_bytes(WARPS, SPLIT, r.unit.width / PANEL, resident));
+    const int warp = (int)threadIdx.x >> 5, lane = (int)threadIdx.x & 31;
+    hex_block block;
+    block.start(r.parts, ROWS, blockIdx.x);
+    for (int k = (int)threadIdx.x; k < ROWS * PITCH; k += THREADS)
+        words[k] = 0;
+    histogram<KIND> fold;
+    for (int h = 0; h < 2; h++) {
+        const int row = warp * 16 + (lane >> 2) + 8 * h;
+        fold.words[h] = words + row * PITCH;
+        fold.coarse[h] =
+            KIND == FINE && block.row0 + row < block.part.row1 ? s.coarse[block.row0 + row] : 0;
+    }
+    for_each_tile<WARPS, SPLIT>(block, r.unit, p.B, resident, shared, fold); // has barriers
+    for (int k = (int)threadIdx.x; k < ROWS * HEX_BINS; k += THREADS) {
+        const int row = k / HEX_BINS, bin = k % HEX_BINS;
+        const uint32_t count = words[row * PITCH + (bin >> 1)] >> 16 * (bin & 1) & 0xffff;
+        if (count && block.row0 + row < block.part.row1)
+            atomicAdd(r.counts + (block.row0 + row) * HEX_BINS + bin, count);
+    }
+    unsigned *flag = (unsigned *)shared;
+    const int64_t other_tickets = KIND == FINE ? r.parts.row_blocks + 1 : 0;
+    if (!last_to_arrive(r.tickets + other_tickets + block.ticket, block.part.slices, flag))
+        return;
+    for (int row = warp; row < ROWS && block.row0 + row < block.part.row1; row += WARPS) {
+        const int64_t i = block.row0 + row;
+        int extra[2] = {-1, -1}; // bins of what is added at the end
+        if (!s.negatives) {
+            extra[0] = bin_of((float)r.unit.positive[i % p.B]);
+            if (p.mode == HEX_NTXENT)
+                extra[1] = bin_of(r.unit.inverse[i] == 0 ? 0.f : 1.f);
+        }
+        const int coarse = KIND == FINE ? s.coarse[i] : 0;
+        for (int k = 0; k < 2; k++)
+            extra[k] = extra[k] < 0              ? -1
+                       : KIND == COARSE          ? extra[k] >> 8
+                       : extra[k] >> 8 == coarse ? extra[k] & 255
+                                                 : -1;
+        int64_t rank = KIND == COARSE ? s.rank : s.ranks[i];
+        uint32_t *counts = r.counts + i * HEX_BINS;
+        const int bin = pick_bin(counts, extra[0], extra[1], &rank);
+        if (KIND == FINE) {
+            if (lane == 0)
+                s.rows[i] = s.rank < 0 ? (double)NAN : bin_middle(256 * coarse + bin);
+        } else {
+            if (lane == 0)
+                s.coarse[i] = bin, s.ranks[i] = rank;
+            for (int k = lane; k < HEX_BINS; k += 32)
+                counts[k] = 0;
+        }
+    }
+    if (KIND == COARSE ||
+        !last_to_arrive(r.tickets + 2 * r.parts.row_blocks + 1, r.parts.row_blocks, flag))
+        return;
+    const int64_t anchors = anchors_of(p);
+    double *scratch = (double *)shared + 1;
+    double sum = block_sum(s.rows, anchors, scratch), finite = 0;
+    for (int64_t i = threadIdx.x; i < r.unit.count; i += THREADS)
+        finite += r.unit.inverse[i] * 0; // a batch that is not finite has no threshold
+    __syncthreads();
+    scratch[threadIdx.x] = finite;
+    __syncthreads();
+    for (int k = 0; threadIdx.x == 0 && k < THREADS; k++)
+        sum += scratch[k];
+    if (threadIdx.x == 0)
+        *s.mean = sum / (double)anchors;
+}
+
+template <bool SPLIT>
+static __global__ void __launch_bounds__(THREADS, 3)
+    bound_tiles(hex_problem p, hex_run r, bool resident, float *low, float *high)
+{
+    HEX_SHARED_MEMORY(shared);
+    const int64_t anchors = anchors_of(p);
+    float *partial = (float *)r.partial;
+    const int lane = (int)threadIdx.x & 31;
+    hex_block block;
+    block.start(r.parts, ROWS, blockIdx.x);
+    bounds fold = {{INFINITY, INFINITY}, {-INFINITY, -INFINITY}, {0, 0}};
+    for_each_tile<WARPS, SPLIT>(block, r.unit, p.B, resident, shared, fold);
+    for (int h = 0; h < 2; h++) {
+        for (int k = 1; k < 4; k <<= 1) {
+            fold.low[h] = fminf(fold.low[h], __shfl_xor_sync(~0u, fold.low[h], k));
+            fold.high[h] = fmaxf(fold.high[h], __shfl_xor_sync(~0u, fold.high[h], k));
+            fold.finite[h] += __shfl_xor_sync(~0u, fold.finite[h], k);
+        }
+        const int64_t i = block.row0 + (threadIdx.x >> 5) * 16 + (lane >> 2) + 8 * h;
+        if ((lane & 3) == 0 && i < block.part.row1) {
+            float *to = partial + block.slice * 3 * anchors + i;
+            to[0] = fold.low[h], to[anchors] = fold.high[h], to[2 * anchors] = fold.finite[h];
+        }
+    }
+    if (!last_to_arrive(r.tickets + block.ticket, block.part.slices, (unsigned *)shared))
+        return;
+    const int64_t i = block.row0 + threadIdx.x;
+    if (threadIdx.x >= ROWS || i >= block.part.row1)
+        return;
+    const float positive = (float)r.unit.positive[i % p.B];
+    float least = positive, most = positive, finite = positive * 0;
+    if (p.mode == HEX_NTXENT) {
+        const float self = r.unit.inverse[i] == 0 ? 0.f : 1.f;
+        least = fminf(least, self), most = fmaxf(most, self);
+    }
+    for (int64_t slice = 0; slice < block.part.slices; slice++) {
+        const float *from = partial + slice * 3 * anchors + i;
+        least = fminf(least, __ldcg(from)), most = fmaxf(most, __ldcg(from + anchors));
+        finite += __ldcg(from + 2 * anchors);
+    }
+    low[i] = finite == 0 ? fmaxf(fminf(least, 1.f), -1.f) : NAN;
+    high[i] = finite == 0 ? fmaxf(fminf(most, 1.f), -1.f) : NAN;
+}
+
+// Both kinds of kernel: `more` bytes of shared memory beside the panels.
+template <bool SPLIT, class Kernel, class... Rest>
+static const char *launch(const char *name, Kernel kernel, int64_t more, const hex_problem &p,
+                          const hex_run &r, Rest... rest)
+{
+    const int64_t panels = r.unit.width / PANEL;
+    const bool resident = tile_bytes(WARPS, SPLIT, panels, true) + more <= r.shared_limit;
+    const int bytes = (int)(tile_bytes(WARPS, SPLIT, panels, resident) + more);
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) ==
+        cudaSuccess)
+        HEX_LAUNCH(kernel, dim3((unsigned)r.parts.blocks), dim3(THREADS), bytes, r.stream, p, r,
+                   resident, rest...);
+    return hex_launched(name);
+}
+
+const char *hex_tile_threshold(const hex_problem &p, const hex_run &r, int64_t rank, bool negatives,
+                               double *rows, double *mean)
+{
+    const int64_t anchors = anchors_of(p), words = ROWS * PITCH * (int64_t)sizeof(uint32_t);
+    const selection s = {
+        rank, negatives, (int *)((int64_t *)r.partial + anchors), (int64_t *)r.partial, rows, mean};
+    const bool split = r.unit.low;
+    const char *error =
+        split ? launch<true>("coarse histogram", count_tiles<COARSE, true>, words, p, r, s)
+              : launch<false>("coarse histogram", count_tiles<COARSE, false>, words, p, r, s);
+    if (error)
+        return error;
+    return split ? launch<true>("fine histogram", count_tiles<FINE, true>, words, p, r, s)
+                 : launch<false>("fine histogram", count_tiles<FINE, false>, words, p, r, s);
+}
+
+const char *hex_tile_range(const hex_problem &p, const hex_run &r, void *low, void *high)
+{
+    float *l = (float *)low, *h = (float *)high;
+    return r.unit.low ? launch<true>("row bounds", bound_tiles<true>, 0, p, r, l, h)
+                      : launch<false>("row bounds", bound_tiles<false>, 0, p, r, l, h);
+}

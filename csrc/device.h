@@ -1,0 +1,35 @@
+/* SPDX-License-Identifier: MIT */
+/* Where a call runs: on the CPU's core or on the CUDA core, which is loaded when the first CUDA
+ * tensor comes (hex/ops.py). An operator that has kernels on one of them only does not need this
+ * file. */
+#ifndef HEX_DEVICE_H
+#define HEX_DEVICE_H
+
+#include "cuda/hex_cuda.h"
+#include "torch_shim.h"
+
+/* The device of a call's tensors. */
+typedef struct {
+    int32_t type, index;
+    bool one_product; /* see hex_device */
+} hex_place;
+
+bool hex_place_of(AtenTensorHandle t, hex_place *place);
+/* Whether calls there are for the CUDA core; the functions below choose by it. */
+bool hex_place_is_cuda(const hex_place *place);
+/* "CPU" or "CUDA" */
+const char *hex_place_name(const hex_place *place);
+
+/* As the functions of a core. On the CUDA core, dtau and mean are on the device; see hex_cuda.h. */
+const char *hex_run_forward(const hex_place *place, const hex_problem *p, void *loss, void *stats);
+const char *hex_run_backward(const hex_place *place, const hex_problem *p, const hex_gradient *g);
+const char *hex_run_threshold(const hex_place *place, const hex_problem *p, double quantile,
+                              bool over_negatives, double *mean);
+const char *hex_run_row_range(const hex_place *place, const hex_problem *p, void *low, void *high);
+
+/* Loads hex/_cuda.so and returns NULL, or what is in the way. A core that is emulated on the CPU
+ * (tests/emulation) takes the place of the CPU's until NULL is loaded. */
+const char *hex_load_cuda(const char *path);
+bool hex_cuda_is_emulated(void);
+
+#endif

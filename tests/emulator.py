@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: MIT
+"""The CUDA kernels on the CPU: csrc/cuda/ compiled by g++ against emulation/cuda_emu.h and put in
+the place of the CPU's kernels, so that `hex` and its tests call them with CPU tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import math
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import conftest
+import torch
+from conftest import Problem, check_gradients, check_loss, eps_of_each_row
+from data import f64
+from torch import Tensor
+
+from hex import ops, reference
+from hex._load import _C
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "csrc/cuda"
+# Some kinds of error show only where the warps' order is one way or the other: see cuda_emu.h.
+SEEDS = (1, 2)
+# Processors, shared memory of a block. With two processors a block goes through several tiles.
+HOPPER, SMALL = (132, 227 * 1024), (2, 99 * 1024)
+
+FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-DHEX_EMULATION"]
+FLAGS += ["-Wall", "-Wextra", "-Wshadow", "-Werror", "-Wno-unknown-pragmas"]
+SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")  # `make sanitize`
+if SANITIZED:
+    FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+def compile(output: Path, *flags: str, sources: list[Path] | None = None) -> Path:
+    """Compile the kernels, or other sources, into the shared library `output`."""
+    command = ["g++", *FLAGS, *flags, "-I", ROOT / "tests/emulation"]
+
+    def compile_one(path: Path) -> Path:
+        target = output.with_name(f"{output.stem}-{path.stem}.o")
+        subprocess.run([*command, "-x", "c++", "-c", path, "-o", target], check=True)
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, sources or sorted(SOURCE.glob("*.cu"))))
+    subprocess.run([*command, "-shared", *objects, "-o", output], check=True)
+    return output
+
+
+class Emulator:
+    """The library in use; `seed` and `device` as in cuda_emu.h."""
+
+    def __init__(self, path: Path) -> None:
+        self.library = ctypes.CDLL(str(path))
+        self.library.hex_emu_count.restype = ctypes.c_uint64
+        self.path = path
+
+    @contextlib.contextmanager
+    def in_use(self):
+        problem = _C.load_cuda(str(self.path))
+        assert problem is None, problem
+        try:
+            yield self
+        finally:
+            _C.load_cuda(None)
+
+    def seed(self, seed: int) -> None:
+        self.library.hex_emu_seed(seed)
+
+    def device(self, processors: int, shared: int) -> None:
+        self.library.hex_emu_device(processors, shared)
+
+    @property
+    def launches(self) -> int:
+        return self.library.hex_emu_count(0)
+
+    @property
+    def conflicts(self) -> int:
+        return self.library.hex_emu_count(1)
+
+
+# ---- what is right ------------------------------------------------------------------------------
+
+BIN = 1 / 65535 + 1e-6  # of the threshold: half a bin, and the rounding of float32
+
+
+def half_errors(p: Problem) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """(ours, truth, allowed) of the loss and each gradient, for 16-bit inputs.
+
+    An element of a unit row is rounded by 2^-12 of itself and the row's length by no more, so a
+    cosine is off by delta = 2 * 2^-12 at most, plus 2^-24 sqrt(D) where elements are subnormal.
+    dL/dc <= 1 / tau in all (times the debiasing's condition, and 1 + beta for the weights), which
+    bounds the loss. A gradient entry is a sum of such dL/dc, each off by the relative error of an
+    exponential, (1 + beta) delta / tau, and by 2^-11 for w and u in fp16; it is compared with the
+    largest of its rows.
+    """
+    ours, truth = p.ours(), p.plain(torch.float64)
+    delta = 2 * 2**-12 + 2**-24 * p.inputs[0].shape[-1] ** 0.5
+    steep = p.condition * (1 + p.beta) * delta / p.tau
+    out = {"loss": (ours.loss, truth.loss, 2 * steep)}
+    for name in p.names:
+        a, b = ours.grads[name], truth.grads[name]
+        rounding = 2**-8 if a.dtype == torch.bfloat16 else 2**-11
+        out[name] = (a, b, (4 * steep + 2**-10 + rounding) * b.abs().max().item())
+    return out
+
+
+def assert_half_is_right(p: Problem) -> None:
+    for name, (ours, truth, allowed) in half_errors(p).items():
+        error = (ours.double() - truth.double()).abs().max().item()
+        assert error <= allowed, f"{name}: {error:.3g}, allowed {allowed:.3g}, {p}"
+
+
+def assert_threshold_is_right(
+    p: Problem, quantiles: tuple[tuple[str, float], ...] = (("all", 0.99), ("negatives", 0.6))
+) -> None:
+    """The adaptive threshold over both kinds of row, and the rows' bounds."""
+    code = ops.MODES[p.mode]
+    padded = (*p.inputs, p.inputs[0].new_empty((0, p.inputs[0].shape[1])))[:3]
+    wide = tuple(z.double() for z in padded)
+    narrow = all(z.element_size() == 2 for z in p.inputs) and p.mode != "own"
+    cosine = 2 * 2**-11 if narrow else 1e-6
+    for over, quantile in quantiles:
+        got = ops.threshold(*padded, code, quantile, over)
+        want = reference.threshold(*wide, code, quantile, over)
+        assert abs(got - want) <= BIN + cosine, (over, quantile, got, want, p)
+    for got, want in zip(
+        ops.row_range(*padded, code), reference.row_range(*wide, code), strict=True
+    ):
+        assert (got.double() - want).abs().max() <= cosine, p
+
+
+def assert_conforms(path: Path, device: str = "cpu") -> None:
+    """The primitives of emulation/conformance.cu, against plain arithmetic."""
+    run = ctypes.CDLL(str(path)).hex_conformance
+    run.argtypes = [ctypes.c_int] + [ctypes.c_void_p] * 3
+    run.restype = ctypes.c_char_p
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(64, 64, generator=generator).half().to(device) for _ in range(2))
+
+    def call(which: int, a: Tensor, b: Tensor, *shape: int) -> Tensor:
+        a, b = a.contiguous(), b.contiguous()
+        c = torch.full(shape, torch.nan, device=device)
+        problem = run(which, a.data_ptr(), b.data_ptr(), c.data_ptr())
+        assert problem is None, problem
+        return c.double().cpu()
+
+    x, y = a.double().cpu(), b.double().cpu()
+    # products of halves are exact in float32; their sum rounds, or truncates, at each step
+    close = {"rtol": 0, "atol": 64 * 2**-22 * 16}
+    torch.testing.assert_close(
+        call(0, a[:16, :16], b[:8, :16], 16, 8), x[:16, :16] @ y[:8, :16].T, **close
+    )
+    torch.testing.assert_close(call(1, a, b, 64, 64), x @ y.T, **close)
+    assert torch.equal(call(2, a, b, 16, 64), x[:16])
+    lanes, v = call(3, a, b, 4, 32), x[0, :32]
+    torch.testing.assert_close(lanes[0], torch.exp2(v), rtol=2**-22, atol=0)
+    torch.testing.assert_close(lanes[1], v.sum().expand(32), rtol=0, atol=1e-5)
+    torch.testing.assert_close(lanes[2], v.cumsum(0), rtol=0, atol=1e-5)
+    assert torch.equal(lanes[3], v.bfloat16().double())
+
+
+def battery(device: str = "cpu") -> None:
+    """A few problems that between them go through every line of the kernels."""
+    single = torch.float32
+    problem = functools.partial(conftest.problem, device=device)
+    for p in (
+        problem("cluster", 70, 130, dtype=single),  # tiles with and without an edge, two chunks
+        problem("cluster", 20, 9, dtype=single, tau=0.004, eps=f64(math.inf).to(device)),
+        eps_of_each_row(problem("gauss", 40, 64, dtype=single)),
+        problem("cluster", 70, 66, "shared", K=150, dtype=single, beta=0.5),
+        problem("cluster", 33, 7, "cross", dtype=single, tau=0.02, variant="released"),
+        problem("clamped", 24, 40, dtype=single, tau_plus=0.9, tau=0.005),
+    ):
+        check_loss(p)
+        check_gradients(p)
+        assert_threshold_is_right(p)
+    assert_half_is_right(problem("cluster", 40, 70, "query", dtype=torch.float16))
+    for p in (
+        problem("cluster", 4, 37, "own", K=150, dtype=single),
+        problem("cluster", 9, 37, dtype=torch.float64),
+    ):
+        check_loss(p)
+        check_gradients(p)
+        assert_threshold_is_right(p)

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: MIT
+"""hex/_cuda.so as it is built: what it needs and exports, and for each target what the compiler
+made of the kernels, by the disassembler from PyPI. And what Python says where it cannot be used.
+"""
+
+import ctypes
+import functools
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import pytest
+import setuptools
+import torch
+
+from hex import _load, ops
+
+ROOT = Path(__file__).parent.parent
+TARGETS = ("80", "86", "89", "90a", "100", "120")
+# The most registers of a thread: a processor has 65536, for 512 threads of these kernels or
+# 384 (bounds); in the gather they hold 128 rows x 128 features of the gradient, for 256 threads.
+REGISTERS = {"forward_tiles": 128, "count_tiles": 128, "bound_tiles": 168, "gather_tiles": 255}
+PER_ELEMENT = 12  # instructions of the forward's inner loop
+
+
+def setup_py():
+    """The names of setup.py, without running its setup()."""
+    original, setuptools.setup = setuptools.setup, lambda **_: None
+    try:
+        return runpy.run_path(str(ROOT / "setup.py"))
+    finally:
+        setuptools.setup = original
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    names = setup_py()
+    nvcc = names["find_nvcc"]()
+    if not nvcc:
+        pytest.skip("nvcc is not found: the kernels are not compiled here")
+    folder, before = tmp_path_factory.mktemp("cuda"), os.getcwd()
+    os.chdir(ROOT)
+    try:
+        names["build_cuda"](nvcc, folder / "build", folder / "_cuda.so")
+    finally:
+        os.chdir(before)
+    return folder / "_cuda.so"
+
+
+def cuobjdump(library, *options):
+    tools = next(Path(p) for p in __import__("nvidia").__path__) / "cu13/bin"
+    tool = tools / "cuobjdump" if tools.is_dir() else shutil.which("cuobjdump")
+    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
+    command = [tool, *options, library]
+    return subprocess.run(
+        command, env=environment, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+
+
+@pytest.fixture(scope="module")
+def resources(library):
+    """{target: {kernel: {"REG": ..., "STACK": ...}}}"""
+    found, target = {}, None
+    for line in cuobjdump(library, "-res-usage").splitlines():
+        if match := re.search(r"sm_(\d+a?)", line):
+            target = found.setdefault(match[1], {})
+        elif match := re.search(r"Function (\w+):", line):
+            kernel = match[1]
+        elif "REG:" in line:
+            target[kernel] = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", line)}
+    return found
+
+
+@pytest.fixture(scope="module")
+def blocks(library):
+    """{target: {kernel: its basic blocks, each a list of instructions}}"""
+    found = {}
+    for target in TARGETS:
+        kernels = found.setdefault(target, {})
+        for line in cuobjdump(library, "-sass", "-arch", f"sm_{target}").splitlines():
+            if match := re.search(r"Function : (\w+)", line):
+                current = kernels.setdefault(match[1], [[]])
+            elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+                current[-1].append(match[1])
+                if re.search(r"\b(BRA|EXIT|CALL|RET|BSYNC|BSSY|WARPSYNC)\b", match[1]):
+                    current.append([])
+    return found
+
+
+def of_tiles(kernels):
+    """The kernels on the tensor cores, by name."""
+    return {k: v for k, v in kernels.items() if any(name in k for name in REGISTERS)}
+
+
+def test_it_needs_libc_only_and_exports_one_table(library):
+    dynamic = subprocess.run(
+        ["readelf", "-d", library], capture_output=True, text=True, check=True
+    ).stdout
+    needed = set(re.findall(r"NEEDED.*\[(.*)\]", dynamic))
+    assert needed <= {"libc.so.6", "libm.so.6", "ld-linux-x86-64.so.2"} | {
+        f"lib{name}"
+        for name in ("rt.so.1", "pthread.so.0", "dl.so.2")  # part of older glibc
+    }
+    symbols = subprocess.run(
+        ["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True
+    ).stdout
+    assert [line.split()[-1] for line in symbols.splitlines()] == ["hex_cuda_core"]
+
+
+def test_it_loads_without_a_driver_and_says_so(library):
+    if torch.cuda.is_available():
+        pytest.skip("there is a driver")
+    ctypes.CDLL(str(library))
+    problem = _load._C.load_cuda(str(library))
+    assert re.match("the CUDA driver answers with error (35|100)", problem)
+
+
+def test_what_is_no_cuda_library_is_refused(tmp_path):
+    (tmp_path / "_cuda.so").write_bytes(b"not a library")
+    assert "_cuda.so" in _load._C.load_cuda(str(tmp_path / "_cuda.so"))
+
+
+def test_there_is_code_for_every_target_and_ptx_for_later_ones(library, resources):
+    assert set(resources) == set(TARGETS)
+    assert "sm_120.ptx" in cuobjdump(library, "-lptx")
+
+
+def test_kernels_keep_within_their_registers(resources):
+    for target, kernels in resources.items():
+        for kernel, used in of_tiles(kernels).items():
+            (limit,) = (n for name, n in REGISTERS.items() if name in kernel)
+            assert used["REG"] <= limit, (target, kernel, used)
+
+
+def test_nothing_is_spilled_in_the_loop_over_the_tiles(blocks):
+    for target, kernels in blocks.items():
+        for kernel, code in of_tiles(kernels).items():
+            products = [i for i, block in enumerate(code) if any("MMA" in x for x in block)]
+            loop = [x for block in code[products[0] : products[-1] + 1] for x in block]
+            spilled = [x for x in loop if re.search(r"\b(LDL|STL)\b", x)]
+            assert not spilled, (target, kernel, spilled)
+
+
+def test_the_tensor_cores_are_used(blocks):
+    for target, kernels in blocks.items():
+        tiles = of_tiles(kernels)
+        assert len(tiles) == 4 + 4 + 2 + 2, target
+        for kernel, code in tiles.items():
+            text = "\n".join(x for block in code for x in block)
+            assert ("HGMMA" in text) == (target == "90a"), (target, kernel)
+            assert ("HMMA" in text) == (target != "90a" or "gather" in kernel), (target, kernel)
+
+
+def test_the_inner_loop_of_the_forward_is_short(blocks):
+    """The block without index comparisons that holds the exponentials of 16 elements."""
+    for target, kernels in blocks.items():
+        for kernel, code in kernels.items():
+            if "forward_tiles" in kernel:
+                loops = [b for b in code if sum("MUFU.EX2" in x for x in b) >= 16]
+                assert loops, (target, kernel)
+                shortest = min(len(b) / sum("MUFU.EX2" in x for x in b) for b in loops)
+                assert shortest <= PER_ELEMENT, (target, kernel, shortest)
+
+
+# ---- Python's side ----
+
+
+def on_cuda(index=0):
+    return types.SimpleNamespace(device=types.SimpleNamespace(type="cuda", index=index))
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """Nothing asked yet, nothing warned of yet; set what the GPU and the build are."""
+
+    def set_up(capability, library):
+        _load.cuda_problem.cache_clear()
+        _load._cuda_core_problem.cache_clear()
+        monkeypatch.setattr(ops, "_warned", set())
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        monkeypatch.setattr(_load, "_CUDA_LIBRARY", str(library))
+
+    yield set_up
+    _load.cuda_problem.cache_clear()
+    _load._cuda_core_problem.cache_clear()
+
+
+def test_a_build_without_kernels_warns_once_and_says_how_to_get_them(fresh, tmp_path):
+    fresh((9, 0), tmp_path / "none.so")
+    with pytest.warns(RuntimeWarning, match=r"'cuda:0' \(this build of hex-ssl has none; build .*"):
+        assert not ops._has_kernel(on_cuda(), "forward")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not ops._has_kernel(on_cuda(), "forward")
+
+
+def test_an_old_gpu_warns_with_its_capability(fresh, tmp_path):
+    fresh((7, 5), tmp_path / "none.so")
+    with pytest.warns(RuntimeWarning, match="need compute capability 8.0, and this GPU has 7.5"):
+        assert not ops._has_kernel(on_cuda(), "forward")
+
+
+def test_an_operator_without_a_kernel_is_composed_though_others_have_one(fresh, monkeypatch):
+    fresh((9, 0), "")
+    monkeypatch.setattr(_load, "_cuda_core_problem", functools.cache(lambda: None))
+    assert ops._has_kernel(on_cuda(), "forward")
+    with pytest.warns(RuntimeWarning, match="'another' has none"):
+        assert not ops._has_kernel(on_cuda(), "another")
+
+
+def test_torchs_switch_for_float32_products_is_passed_on(fresh, monkeypatch):
+    fresh((9, 0), "")
+    monkeypatch.setattr(_load, "_cuda_core_problem", functools.cache(lambda: None))
+    assert ops._mode(on_cuda(), 2) == 2
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert ops._mode(on_cuda(), 2) == 2 | ops._ONE_PRODUCT
+    finally:
+        torch.set_float32_matmul_precision(before)
+    cpu = torch.zeros(2, 3)
+    assert ops._mode(cpu, 2) == 2
+
+
+@pytest.mark.parametrize("value, complaint", [("2", "wanted auto, 0 or 1"), ("1", "nvcc is not")])
+def test_a_wrong_setting_ends_the_build(value, complaint):
+    environment = {**os.environ, "HEX_CUDA": value, "NVCC": "/none", "CUDA_HOME": "/none"}
+    done = subprocess.run(
+        [sys.executable, "-c", """
+import setuptools, runpy
+made = {}
+setuptools.setup = lambda **options: made.update(options)
+runpy.run_path("setup.py")
+command = made["cmdclass"]["build_ext"](setuptools.Distribution())
+command.extensions = []
+command.run()
+"""],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode != 0 and complaint in done.stderr

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: MIT
+"""The source of the CUDA kernels, run on the CPU (emulator.py), against plain PyTorch: every mode,
+dtype and kind of hard batch, with mma.sync and with wgmma, on a large and on a small device.
+
+float32 and float64 meet the tolerances of the CPU's kernels; 16-bit inputs those of fp16 products.
+"""
+
+import math
+
+import emulator
+import pytest
+import torch
+from conftest import Problem, check_gradients, check_loss, eps_of_each_row, problem
+from data import KINDS, f64
+from emulator import HOPPER, SMALL, assert_half_is_right, assert_threshold_is_right
+
+from hex import HEXLoss, ThresholdTracker, ops
+
+MODES = ("ntxent", "query", "cross", "shared", "own")
+LIBRARIES = {"mma": (), "wgmma": ("-DHEX_WGMMA",)}
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("emulation")
+    compile = emulator.compile
+    return {
+        name: emulator.Emulator(compile(folder / f"{name}.so", *flags))
+        for name, flags in LIBRARIES.items()
+    }
+
+
+@pytest.fixture(params=LIBRARIES)
+def kernels(libraries, request):
+    """One of the libraries in use, as one large device; its barriers one way."""
+    with libraries[request.param].in_use() as library:
+        library.device(*HOPPER)
+        library.seed(1)
+        yield library
+
+
+@pytest.fixture
+def mma(libraries):
+    if emulator.SANITIZED:
+        pytest.skip("AddressSanitizer has seen the battery, which goes through every line")
+    with libraries["mma"].in_use() as library:
+        library.device(*HOPPER)
+        library.seed(1)
+        yield library
+
+
+@pytest.mark.parametrize("flags", LIBRARIES.values(), ids=LIBRARIES)
+def test_the_primitives_do_what_plain_arithmetic_does(flags, tmp_path):
+    source = emulator.ROOT / "tests/emulation/conformance.cu"
+    emulator.assert_conforms(emulator.compile(tmp_path / "conform.so", *flags, sources=[source]))
+
+
+def check(p: Problem) -> None:
+    check_loss(p)
+    check_gradients(p)
+
+
+@pytest.mark.parametrize("seed, device", tuple(zip(emulator.SEEDS, (SMALL, HOPPER), strict=True)))
+def test_a_battery_of_problems_is_right_in_any_order_of_the_warps(kernels, seed, device):
+    kernels.seed(seed)
+    kernels.device(*device)
+    before = kernels.conflicts
+    emulator.battery()
+    assert kernels.conflicts == before
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("variant", ("paper", "released"))
+def test_every_mode_and_variant_is_as_good_as_torch(mma, mode, variant):
+    for seed, (B, D, K) in enumerate(((3, 3, 2), (13, 7, 11), (37, 65, 65), (65, 64, 130))):
+        p = problem("cluster", B, D, mode, K=K, seed=seed, dtype=torch.float32, variant=variant)
+        check(p)
+        check(eps_of_each_row(p))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tau", (1.0, 0.05, 0.03125, 0.01, 0.001))
+def test_hard_batches_are_right_at_every_temperature(mma, kind, tau):
+    for beta in (0.0, 1.0, 2.5):
+        check(problem(kind, 20, 9, dtype=torch.float32, tau=tau, beta=beta, tau_plus=0.3))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_16_bit_inputs_err_no_more_than_fp16_products_do(kernels, mode, dtype):
+    for B, D, K in ((13, 7, 11), (37, 130, 70)):
+        p = problem("cluster", B, D, mode, K=K, dtype=dtype)
+        assert_half_is_right(p)
+        assert_half_is_right(p.with_(variant="released"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
+def test_the_threshold_is_within_half_a_bin(mma, mode, dtype):
+    quantiles = [(o, q) for o in ("all", "negatives") for q in (0.0, 0.9, 1.0)]
+    for kind, B, D in (("cluster", 40, 64), ("zero_rows", 20, 9)):
+        assert_threshold_is_right(problem(kind, B, D, mode, K=40, dtype=dtype), quantiles)
+
+
+def test_the_threshold_of_a_small_batch_is_exactly_the_self_cosine(mma):
+    z = problem("cluster", 20, 16, dtype=torch.float32).inputs  # N = 40 < 52
+    none = z[0].new_empty((0, 16))
+    assert ops.threshold(*z, none, ops.MODES["ntxent"], 0.99, "all") == 1
+
+
+def test_what_has_nothing_to_sum_is_defined(mma):
+    for mode in MODES:
+        check(problem("gauss", 1, 5, mode, K=0, dtype=torch.float32, eps=f64(0.5)))
+        check(problem("gauss", 4, 5, mode, K=3, dtype=torch.float32, eps=f64(-math.inf)))
+        check(problem("gauss", 4, 5, mode, K=3, dtype=torch.float32, eps=f64(math.inf)))
+        p = problem("gauss", 0, 5, mode, K=3, dtype=torch.float32, eps=f64(0.5))
+        padded = (*p.inputs, p.inputs[0].new_empty((0, 5)))[:3]
+        assert ops.threshold(*padded, ops.MODES[mode], 0.9, "all").isnan()
+        for reduction, shape in (("none", (0,)), ("sum", ()), ("mean", ())):
+            inputs = [z.clone().requires_grad_() for z in p.inputs]
+            value = p.loss(*inputs, reduction=reduction)
+            assert value.shape == shape and not value.any()
+            value.sum().backward()
+            assert all(z.grad.shape == z.shape and not z.grad.any() for z in inputs)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.float16))
+def test_a_row_that_is_not_finite_reaches_exactly_the_rows_that_see_it(mma, dtype):
+    for mode in MODES:
+        p = problem("gauss", 5, 6, mode, K=4, dtype=dtype)
+        p.inputs[0][2, 3] = math.nan
+        ours, truth = p.ours(), p.plain(torch.float64)
+        assert torch.equal(ours.loss.isnan(), truth.loss.isnan()), mode
+        for name in p.names[:-1]:
+            assert torch.equal(ours.grads[name].isnan(), truth.grads[name].isnan()), (mode, name)
+        padded = (*p.inputs, p.inputs[0].new_empty((0, 6)))[:3]
+        assert ops.threshold(*padded, ops.MODES[mode], 0.9, "all").isnan()
+        low, high = ops.row_range(*padded, ops.MODES[mode])
+        assert torch.equal(low.isnan(), truth.loss.isnan()) and low.isnan().equal(high.isnan())
+
+
+def test_the_bits_are_the_same_in_any_order_of_warps_and_blocks(mma):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        p = problem("cluster", 70, 70, dtype=dtype)
+        runs = []
+        for seed in (1, 2, 3, 4):
+            mma.seed(seed)
+            result = p.ours()
+            eps = ops.threshold(*p.raw()[:3], 0, 0.99, "all")
+            runs.append((result.loss, *result.grads.values(), eps))
+        for other in runs[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+def test_many_rows_take_blocks_of_128(mma):
+    mma.device(1, 227 * 1024)
+    check(problem("cluster", 100, 66, dtype=torch.float32))
+    assert_half_is_right(problem("cluster", 100, 66, dtype=torch.bfloat16))
+
+
+def test_wide_features_do_not_stay_in_shared_memory(mma):
+    p = problem("cluster", 20, 1100, dtype=torch.float32)
+    check(p)
+    mma.device(*SMALL)
+    check(p)
+    assert_half_is_right(problem("cluster", 20, 500, dtype=torch.bfloat16))
+
+
+def test_one_product_for_float32_is_as_exact_as_16_bit_inputs(mma):
+    p = problem("cluster", 40, 30, dtype=torch.float32)
+    arguments = p.raw()
+    exact, _ = torch.ops.hex.forward(*arguments)
+    rounded, _ = torch.ops.hex.forward(
+        *arguments[:5], arguments[5] | ops._ONE_PRODUCT, *arguments[6:]
+    )
+    steep = p.condition * (1 + p.beta) * 2**-11 / p.tau
+    assert 1e-6 < (exact - rounded).abs().max() < 2 * steep
+
+
+def test_strides_and_mixed_dtypes_are_read_as_they_are(mma):
+    p = problem(
+        "cluster", 20, 12, "shared", K=30, dtype=(torch.float32, torch.bfloat16, torch.float16)
+    )
+    check(p)
+    z0, z1, queue = (z.float() for z in p.inputs)
+    check(
+        p.with_(
+            inputs=(
+                z0.repeat(1, 2)[:, :12],
+                z1[:, None].expand(20, 3, 12)[:, 1],
+                queue.T.contiguous().T,
+            )
+        )
+    )
+
+
+def test_gradients_that_are_not_wanted_are_not_computed(mma):
+    p = problem("cluster", 20, 12, "shared", K=30, dtype=torch.float32)
+    want = p.plain(torch.float64)
+    for k, name in enumerate(p.names[:3]):
+        inputs = [z.clone().requires_grad_(k == i) for i, z in enumerate(p.inputs)]
+        p.loss(*inputs).backward(p.grad_output())
+        torch.testing.assert_close(inputs[k].grad.double(), want.grads[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_training_step_takes_eight_launches(mma):
+    z0, z1 = (z.requires_grad_() for z in problem("cluster", 64, 32, dtype=torch.float32).inputs)
+    loss = HEXLoss(0.1, threshold=ThresholdTracker.adaptive(over="negatives"))
+    counts = [mma.launches]
+    value = loss(z0, z1)
+    counts.append(mma.launches)
+    value.backward()
+    counts.append(mma.launches)
+    assert (counts[1] - counts[0], counts[2] - counts[1]) == (3 + 2, 3)
+
+
+def test_a_launch_that_fails_is_an_exception_that_names_the_kernel(mma):
+    p = problem("cluster", 20, 12, dtype=torch.float32)
+    mma.device(1, 20 * 1024)
+    with pytest.raises(RuntimeError, match="kernel 'forward statistics': CUDA error 1, invalid"):
+        p.loss(*p.inputs)
+    mma.device(*HOPPER)
+    check(p)  # and nothing stays behind
+
+
+def test_the_cpus_kernels_are_back_when_the_emulation_is_over(libraries):
+    p = problem("cluster", 20, 12, dtype=torch.float32)
+    before = libraries["mma"].launches
+    check(p)
+    assert libraries["mma"].launches == before  # the CPU's kernels again
