@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Time and memory of labels and of logits, forward and backward: hex, plain PyTorch, a library.
 
-    python benchmarks/classes.py           4096 rows with labels, 512 x 65537 logits: 2 minutes
+    python benchmarks/classes.py           4096 rows with labels, 512 x 65537 logits
     python benchmarks/classes.py --quick   small sizes
 
 Every method first computes the loss and gradient of the batch it is timed on, and they have to be
