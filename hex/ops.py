@@ -300,6 +300,8 @@ def loss(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The reduced loss, and of each row |H| and the local term's share (no gradient)."""
     if _has_kernel(z0, "forward"):
+        if eps.device != z0.device:  # of a tracker that was not moved: right, though it waits
+            eps = eps.to(z0.device)
         value, stats = _Loss.apply(  # type: ignore[no-untyped-call]
             z0, z1, negatives, eps, tau, _mode(z0, mode), reduction, variant, beta, tau_plus
         )

@@ -53,6 +53,7 @@ template <int WARPS> struct statistics {
             for (const float *c = aside; c < end; c += 32 * WARPS)
                 sums[h].add_hard(*c, scale, beta);
         }
+        __syncwarp(); // together again before the next tile's products
     }
 };
 
