@@ -10,7 +10,7 @@ TORCHVISION ?= torchvision==0.28.0
 BIN := $(CURDIR)/.venv/bin
 C_FILES := $(wildcard csrc/*.[ch] csrc/*/*.[ch] csrc/cpu/*.inc csrc/cuda/*.cu* \
     tests/emulation/*) tests/abi_check.cpp
-# The CUDA kernels take minutes to compile; tests/test_cuda_build.py does it once. `make build
+# The CUDA kernels take minutes to compile; `make cuda` does it once. `make build
 # HEX_CUDA=1` has them in .venv, `make wheel HEX_CUDA=1` in the wheel.
 export HEX_CUDA ?= 0
 # Two processes with a thread each; tests that are about threads set their number themselves. A file
@@ -19,7 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-w
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test lint format sanitize demo bench examples wheel clean
+.PHONY: help venv build test cuda lint format sanitize demo bench examples wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -28,8 +28,14 @@ venv: .venv/torch ## .venv with torch
 
 build: .venv/hex ## hex in .venv, from this folder, with all that its tests and examples import
 
+# Those that compile the CUDA kernels many times, which takes minutes.
+CUDA_TESTS := tests/test_cuda_build.py tests/test_cuda_mutants.py
+
 test: lint ## lint, then the tests
-	$(PYTEST)
+	$(PYTEST) $(CUDA_TESTS:%=--ignore=%)
+
+cuda: build ## the CUDA kernels: what nvcc makes of them for every target, planted errors
+	$(PYTEST) $(CUDA_TESTS)
 
 lint: build ## what a formatter, a linter and a type checker can find
 	$(BIN)/ruff check .
@@ -58,7 +64,7 @@ sanitize: build ## the tests under AddressSanitizer and UndefinedBehaviorSanitiz
 	    UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$$PWD \
 	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	    $(PYTEST) --capture=sys --ignore-glob='*/test_build.py' --ignore-glob='*/test_abi.py' \
-	    --ignore-glob='*/test_reference*.py' --ignore-glob='*/test_cuda_build.py'
+	    --ignore-glob='*/test_reference*.py' $(CUDA_TESTS:%=--ignore=%)
 
 demo: build ## train on handwritten digits, with InfoNCE and with HEX: three minutes, with pictures
 	$(BIN)/python examples/demo.py
