@@ -71,6 +71,7 @@ demo: build ## train on handwritten digits, with InfoNCE and with HEX: three min
 
 bench: build ## milliseconds and megabytes: hex, plain torch, torch.compile, other libraries
 	$(BIN)/python benchmarks/loss.py
+	$(BIN)/python benchmarks/classes.py
 
 examples: build ## every method with its own loss and with HEX, and a table: some minutes
 	$(BIN)/python examples/minimal.py
