@@ -320,8 +320,8 @@ def adaptive_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
 
 
 def has_adaptive(z: Tensor) -> bool:
-    """Whether `adaptive_loss` serves such inputs, eagerly: not in a compiled graph, where the
-    tracker's steps are part of it, nor under func transforms, where nothing is stored."""
+    """Whether `adaptive_loss` serves such inputs: not in a compiled graph, where the tracker's
+    steps are part of it. Nor under func transforms, where nothing is stored: the caller looks."""
     return z.is_cpu and "cpu" in _KERNELS and not torch.compiler.is_compiling()
 
 

@@ -156,6 +156,22 @@ def test_a_row_that_is_not_finite_spoils_every_row_and_leaves_the_threshold():
         assert module.threshold.state.tolist() == before
 
 
+@pytest.mark.parametrize("tau", [-0.1, 0.0, math.nan])
+def test_a_temperature_that_is_not_positive_spoils_the_loss_but_not_the_threshold(tau):
+    p = problem("cluster", 200, 16, dtype=torch.float32, eps=f64(0.5))
+    module = HEXLoss(f64(tau), reduction="none")
+    loss, *_, eps, _, _ = step(module, p)
+    assert loss.isnan().all()
+    assert torch.equal(eps, in_two_calls(p))
+
+
+def test_a_huge_temperature_gives_the_loss_of_guessing():
+    p = problem("cluster", 200, 16, dtype=torch.float32, eps=f64(math.inf))
+    for tau in (1e6, 1e29, 1e38):
+        loss = p.with_(tau=tau).loss(*p.inputs)
+        torch.testing.assert_close(loss, torch.full_like(loss, math.log(399)))
+
+
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
 def test_the_bits_are_the_same_for_any_number_of_threads(dtype, threads):
     for p in (problem("cluster", 531, 40, dtype=dtype), problem("collapsed", 400, 8, dtype=dtype)):
