@@ -138,13 +138,14 @@ def test_kernels_keep_within_their_registers(resources):
             assert used["REG"] <= limit, (target, kernel, used)
 
 
-def test_nothing_is_spilled_in_the_loop_over_the_tiles(blocks):
-    for target, kernels in blocks.items():
-        for kernel, code in of_tiles(kernels).items():
-            products = [i for i, block in enumerate(code) if any("MMA" in x for x in block)]
-            loop = [x for block in code[products[0] : products[-1] + 1] for x in block]
-            spilled = [x for x in loop if re.search(r"\b(LDL|STL)\b", x)]
-            assert not spilled, (target, kernel, spilled)
+def test_no_kernel_spills_or_has_anything_else_in_local_memory(resources, blocks):
+    for target in TARGETS:
+        assert set(resources[target]) == set(blocks[target]) and len(blocks[target]) > 20
+        for kernel, used in resources[target].items():
+            assert used["STACK"] == used["LOCAL"] == 0, (target, kernel, used)
+        for kernel, code in blocks[target].items():
+            local = [x for block in code for x in block if re.search(r"\b(LDL|STL)\b", x)]
+            assert not local, (target, kernel, local)
 
 
 def test_the_tensor_cores_are_used(blocks):

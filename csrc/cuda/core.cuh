@@ -120,12 +120,14 @@ SHARED_DEVICE void write_number(void *data, hex_dtype dtype, int64_t i, double x
         ((uint16_t *)data)[i] = dtype == HEX_F16 ? float_to_f16((float)x) : float_to_bf16((float)x);
 }
 
-SHARED_DEVICE int64_t row_start(const hex_rows &x, int64_t r)
+// Where row j stands, of set i if there are sets (the per-anchor negatives).
+SHARED_DEVICE int64_t row_start(const hex_rows &x, int64_t j, int64_t i = 0)
 {
-    return r / x.inner * x.outer + r % x.inner * x.row;
+    return i * x.outer + j * x.row;
 }
 
 SHARED_DEVICE __host__ int64_t partner_of(int64_t i, int64_t B) { return i < B ? i + B : i - B; }
+SHARED_DEVICE int64_t image_of(int64_t i, int64_t B) { return i < B ? i : i - B; } // of view i
 
 // The sum of x over the warp, on every lane, in one order.
 template <class real> SHARED_DEVICE real warp_sum(real x)
@@ -133,6 +135,35 @@ template <class real> SHARED_DEVICE real warp_sum(real x)
     for (int k = 16; k > 0; k >>= 1)
         x += __shfl_xor_sync(~0u, x, k);
     return x;
+}
+
+struct length {
+    double scale, inverse; // u = z scale inverse
+};
+
+// By a warp: of the row that starts at `at`.
+SHARED_DEVICE length norm_of(const hex_rows &x, int64_t at, int64_t D)
+{
+    const int lane = (int)threadIdx.x & 31;
+    double largest = 0, finite = 0, sum = 0;
+    for (int64_t d = lane; d < D; d += 32) {
+        const double v = fabs(read_number(x.data, x.dtype, at + d * x.col));
+        largest = fmax(largest, v);
+        finite += v * 0;
+    }
+    for (int k = 16; k > 0; k >>= 1)
+        largest = fmax(largest, __shfl_xor_sync(~0u, largest, k));
+    finite = warp_sum(finite);
+    if (!(finite == 0) || largest == 0)
+        return {1, finite}; // NaN or 0
+    int exponent;
+    frexp(largest, &exponent);
+    const double scale = ldexp(1.0, exponent > -1000 ? -exponent : 1000); // largest scale < 1
+    for (int64_t d = lane; d < D; d += 32) {
+        const double v = read_number(x.data, x.dtype, at + d * x.col) * scale;
+        sum += v * v;
+    }
+    return {scale, 1 / sqrt(warp_sum(sum))};
 }
 
 // The sum of x[0..n) by the whole block, in an order that depends on nothing but n; for the first

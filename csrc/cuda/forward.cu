@@ -109,7 +109,7 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) // 128 register
             all.merge(other, (double)s.scale, p.beta);
         }
         const double value =
-            finish_row(p, i, negatives_of_a_row(p), r.unit.positive[i % p.B],
+            finish_row(p, i, negatives_of_a_row(p), r.unit.positive[image_of(i, p.B)],
                        row_threshold<float>(p, i), all, (double)s.scale, stats, anchors);
         rows[i] = value;
         if (p.reduction == HEX_NONE)

@@ -11,7 +11,7 @@
 #define THREADS 128
 
 template <class real>
-static __global__ void __launch_bounds__(THREADS)
+static __global__ void __launch_bounds__(THREADS, 1)
     project_rows(hex_problem p, hex_run r, hex_gradient g, int64_t row_blocks)
 {
     HEX_SHARED_MEMORY(shared);
@@ -36,7 +36,8 @@ static __global__ void __launch_bounds__(THREADS)
     if (o >= r.unit.count)
         return;
     const int input = o < p.B ? 0 : o < 2 * p.B ? 1 : 2;
-    if (!g.dz[input])
+    void *dz = input == 0 ? g.dz[0] : input == 1 ? g.dz[1] : g.dz[2]; // no index: no local memory
+    if (!dz)
         return;
     const hex_rows &x = p.input[input];
     const int64_t at = row_start(x, o - input * p.B);
@@ -53,7 +54,7 @@ static __global__ void __launch_bounds__(THREADS)
     }
     const int64_t q = input < 2 ? partner_of(o, p.B) : o;
     const hex_rows &y = p.input[input < 2 ? 1 - input : 2];
-    const int64_t there = row_start(y, input < 2 ? (o < p.B ? o : o - p.B) : o - 2 * p.B);
+    const int64_t there = row_start(y, input < 2 ? image_of(o, p.B) : o - 2 * p.B);
     double weight = 0;
     if (input < 2) {
         const real *positive = (const real *)r.coefficients + K_POSITIVE * r.unit.count;
@@ -71,7 +72,7 @@ static __global__ void __launch_bounds__(THREADS)
     along = warp_sum(along);
     for (int64_t d = lane; d < p.D; d += 32) {
         const double u = read_number(x.data, x.dtype, at + d * x.col) * inverse;
-        write_number(g.dz[input], x.dtype, (o - input * p.B) * p.D + d,
+        write_number(dz, x.dtype, (o - input * p.B) * p.D + d,
                      inverse == 0 ? 0 : (du(d) - along * u) * inverse);
     }
 }

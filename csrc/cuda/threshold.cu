@@ -105,7 +105,7 @@ static __global__ void __launch_bounds__(THREADS, 4)
         const int64_t i = block.row0 + row;
         int extra[2] = {-1, -1}; // bins of what is added at the end
         if (!s.negatives) {
-            extra[0] = bin_of((float)r.unit.positive[i % p.B]);
+            extra[0] = bin_of((float)r.unit.positive[image_of(i, p.B)]);
             if (p.mode == HEX_NTXENT)
                 extra[1] = bin_of(r.unit.inverse[i] == 0 ? 0.f : 1.f);
         }
@@ -174,7 +174,7 @@ static __global__ void __launch_bounds__(THREADS, 3)
     const int64_t i = block.row0 + threadIdx.x;
     if (threadIdx.x >= ROWS || i >= block.part.row1)
         return;
-    const float positive = (float)r.unit.positive[i % p.B];
+    const float positive = (float)r.unit.positive[image_of(i, p.B)];
     float least = positive, most = positive, finite = positive * 0;
     if (p.mode == HEX_NTXENT) {
         const float self = r.unit.inverse[i] == 0 ? 0.f : 1.f;

@@ -440,8 +440,8 @@ static inline uint64_t wgmma_panel(const void *p)
         emu::fail("wgmma: the panel is not at a multiple of 1024");
     return (uint64_t)(uintptr_t)p >> 4;
 }
-static inline void wgmma_begin() {}
-static inline void wgmma_end() {}
+static inline void wgmma_begin(float (&)[8][4]) {}
+static inline void wgmma_end(float (&)[8][4]) {}
 static inline void wgmma_f16(float (&c)[8][4], uint64_t a, uint64_t b)
 {
     emu::Warp *first = &emu::S.warps[(size_t)(emu::S.current->warp - emu::S.warps.data()) / 4 * 4];
