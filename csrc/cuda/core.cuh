@@ -54,20 +54,29 @@ struct hex_run {
     void *partial;
 };
 
+// What is chosen of each row, and what becomes of the rows' mean.
+struct hex_choice {
+    int64_t rank; // -1: the rows are empty
+    bool negatives;
+    hex_tracker rule;
+    hex_device_state to; // without state: eps is the mean itself
+};
+
 const char *hex_launched(const char *kernel);
 const char *hex_unit_rows(const hex_problem &p, const hex_run &r, int64_t zeros,
                           const hex_gradient *g);
 const char *hex_tile_forward(const hex_problem &p, const hex_run &r, double *rows, void *loss,
                              void *stats);
-const char *hex_tile_threshold(const hex_problem &p, const hex_run &r, int64_t rank, bool negatives,
-                               double *rows, double *mean);
+const char *hex_tile_threshold(const hex_problem &p, const hex_run &r, const hex_choice &choice,
+                               double *rows);
+const char *hex_threshold_of_nothing(const hex_run &r, const hex_choice &choice);
 const char *hex_tile_range(const hex_problem &p, const hex_run &r, void *low, void *high);
 const char *hex_tile_gather(const hex_problem &p, const hex_run &r);
 const char *hex_project(const hex_problem &p, const hex_run &r, const hex_gradient &g);
 const char *hex_plain_forward(const hex_problem &p, const hex_run &r, double *rows, void *loss,
                               void *stats);
-const char *hex_plain_threshold(const hex_problem &p, const hex_run &r, int64_t rank,
-                                bool negatives, double *rows, double *mean);
+const char *hex_plain_threshold(const hex_problem &p, const hex_run &r, const hex_choice &choice,
+                                double *rows);
 const char *hex_plain_range(const hex_problem &p, const hex_run &r, void *low, void *high);
 const char *hex_plain_gather(const hex_problem &p, const hex_run &r, const hex_gradient &g);
 
@@ -166,20 +175,27 @@ SHARED_DEVICE length norm_of(const hex_rows &x, int64_t at, int64_t D)
     return {scale, 1 / sqrt(warp_sum(sum))};
 }
 
-// The sum of x[0..n) by the whole block, in an order that depends on nothing but n; for the first
-// thread. `scratch` holds a number for each thread.
-SHARED_DEVICE double block_sum(const double *x, int64_t n, double *scratch)
+// The sum of all threads' x, in one order, on every thread; `scratch` holds a number for each warp.
+SHARED_DEVICE double block_sum(double x, double *scratch)
+{
+    x = warp_sum(x);
+    __syncthreads();
+    if ((threadIdx.x & 31) == 0)
+        scratch[threadIdx.x >> 5] = x;
+    __syncthreads();
+    x = 0;
+    for (unsigned k = 0; k < blockDim.x / 32; k++)
+        x += scratch[k];
+    return x;
+}
+
+// The same of x[0..n), which other blocks wrote.
+SHARED_DEVICE double block_sum_of(const double *x, int64_t n, double *scratch)
 {
     double sum = 0;
     for (int64_t i = threadIdx.x; i < n; i += blockDim.x)
         sum += __ldcg(x + i);
-    __syncthreads();
-    scratch[threadIdx.x] = sum;
-    __syncthreads();
-    sum = 0;
-    for (unsigned k = 0; threadIdx.x == 0 && k < blockDim.x; k++)
-        sum += scratch[k];
-    return sum;
+    return block_sum(sum, scratch);
 }
 
 // Whether this block is the last of `total` to come here; if so, it sees what the others wrote.
@@ -370,7 +386,38 @@ SHARED_DEVICE __host__ int64_t anchors_of(const hex_problem &p)
     return p.mode == HEX_NTXENT || p.mode == HEX_CROSS ? 2 * p.B : p.B;
 }
 
-// ---- the quantile ----
+// ---- the threshold ----
+
+// By one thread: what ../tracker.c does, to the bit, so without fused multiply-adds.
+SHARED_DEVICE void settle(const hex_choice &choice, double candidate)
+{
+    const hex_tracker &rule = choice.rule;
+    const hex_device_state &to = choice.to;
+    if (!to.state) {
+        *to.eps = candidate;
+        return;
+    }
+    const int64_t *s = to.state, epoch = s[HEX_STATE_EPOCH * to.stride];
+    int64_t updates = s[HEX_STATE_UPDATES * to.stride], skipped = s[HEX_STATE_SKIPPED * to.stride];
+    const double stored = __longlong_as_double(s[HEX_STATE_VALUE * to.stride]);
+    double value = stored, eps = rule.warmup_threshold;
+    if ((epoch > 0 ? epoch : 0) >= rule.warmup_epochs) {
+        if (candidate - candidate == 0) {
+            const double step = __dmul_rn(rule.momentum, stored - candidate);
+            value = updates == 0 ? candidate : __dadd_rn(candidate, step);
+            if (rule.monotonic && stored < value)
+                value = stored;
+            updates++;
+        } else
+            skipped++;
+        eps = rule.lagged ? stored : value;
+    }
+    to.next[HEX_STATE_VALUE] = __double_as_longlong(value);
+    to.next[HEX_STATE_EPOCH] = epoch;
+    to.next[HEX_STATE_UPDATES] = updates;
+    to.next[HEX_STATE_SKIPPED] = skipped;
+    *to.eps = eps;
+}
 
 // Cosines in 65536 bins around k / 32767.5 - 1: -1 and 1 are the middle of the first and the last,
 // no cosine is further than 1.5e-5 from its bin's middle. The high byte is the coarse bin.

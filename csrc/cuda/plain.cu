@@ -129,7 +129,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
     }
     if (p.reduction == HEX_NONE || !last_to_arrive(r.tickets, anchors, (unsigned *)(parts + WARPS)))
         return;
-    const double sum = block_sum(rows, anchors, (double *)shared);
+    const double sum = block_sum_of(rows, anchors, (double *)shared);
     if (threadIdx.x == 0)
         *(real *)loss = (real)(p.reduction == HEX_MEAN ? sum / (double)anchors : sum);
 }
@@ -137,9 +137,8 @@ static __global__ void __launch_bounds__(THREADS, 1)
 // ---- threshold and bounds ----
 
 struct row_choice {
-    int64_t rank;
-    bool negatives;
-    double *rows, *mean;
+    hex_choice of;
+    double *rows;
     void *low, *high; // instead of the quantile
 };
 
@@ -159,7 +158,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
     c.start(p, r, i);
     double least = INFINITY, most = -INFINITY, finite = positive * 0;
     int coarse = 0, bin = 0;
-    int64_t rank = choice.rank;
+    int64_t rank = choice.of.rank;
     for (int pass = 0; pass < (choice.low ? 1 : 2); pass++) {
         for (int k = (int)threadIdx.x; k < HEX_BINS; k += THREADS)
             counts[k] = 0;
@@ -175,7 +174,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
         }
         __syncthreads();
         int extra[2] = {-1, -1};
-        if (!choice.negatives) {
+        if (!choice.of.negatives) {
             extra[0] = bin_of((float)positive);
             if (p.mode == HEX_NTXENT)
                 extra[1] = bin_of((float)self);
@@ -209,12 +208,12 @@ static __global__ void __launch_bounds__(THREADS, 1)
     }
     if (threadIdx.x == 0)
         choice.rows[i] =
-            finite == 0 && choice.rank >= 0 ? bin_middle(256 * coarse + bin) : (double)NAN;
+            finite == 0 && choice.of.rank >= 0 ? bin_middle(256 * coarse + bin) : (double)NAN;
     if (!last_to_arrive(r.tickets, anchors, (unsigned *)picked))
         return;
-    const double sum = block_sum(choice.rows, anchors, (double *)shared);
+    const double sum = block_sum_of(choice.rows, anchors, (double *)shared);
     if (threadIdx.x == 0)
-        *choice.mean = sum / (double)anchors;
+        settle(choice.of, sum / (double)anchors);
 }
 
 // ---- backward ----
@@ -293,7 +292,7 @@ template <class real>
 static const char *forward(const hex_problem &p, const hex_run &r, double *rows, void *loss,
                            void *stats)
 {
-    const int bytes = (WARPS * SUMS + THREADS) * (int)sizeof(double);
+    const int bytes = (WARPS * SUMS + 1) * (int)sizeof(double);
     HEX_LAUNCH(forward_rows<real>, dim3((unsigned)anchors_of(p)), dim3(THREADS), bytes, r.stream, p,
                r, rows, loss, (real *)stats);
     return hex_launched("forward rows");
@@ -314,7 +313,6 @@ static const char *choose(const hex_problem &p, const hex_run &r, const row_choi
     const int bytes = HEX_BINS * 4 + (3 * WARPS + 2) * (int)sizeof(double);
     if (error)
         return error;
-    static_assert(HEX_BINS * 4 >= THREADS * sizeof(double), "the counts' memory serves the sum");
     if (p.wide)
         HEX_LAUNCH(choose_rows<double>, dim3((unsigned)anchors_of(p)), dim3(THREADS), bytes,
                    r.stream, p, r, choice);
@@ -324,15 +322,15 @@ static const char *choose(const hex_problem &p, const hex_run &r, const row_choi
     return hex_launched("row quantiles");
 }
 
-const char *hex_plain_threshold(const hex_problem &p, const hex_run &r, int64_t rank,
-                                bool negatives, double *rows, double *mean)
+const char *hex_plain_threshold(const hex_problem &p, const hex_run &r, const hex_choice &choice,
+                                double *rows)
 {
-    return choose(p, r, {rank, negatives, rows, mean, NULL, NULL});
+    return choose(p, r, {choice, rows, NULL, NULL});
 }
 
 const char *hex_plain_range(const hex_problem &p, const hex_run &r, void *low, void *high)
 {
-    return choose(p, r, {0, false, NULL, NULL, low, high});
+    return choose(p, r, {{}, NULL, low, high});
 }
 
 template <class real>

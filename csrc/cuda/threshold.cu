@@ -64,11 +64,10 @@ struct bounds {
 };
 
 struct selection {
-    int64_t rank; // -1: the row is empty
-    bool negatives;
+    hex_choice choice;
     int *coarse;    // of each row
     int64_t *ranks; // left within the coarse bin
-    double *rows, *mean;
+    double *sums;   // of each block of rows
 };
 
 template <int KIND, bool SPLIT>
@@ -101,10 +100,11 @@ static __global__ void __launch_bounds__(THREADS, 4)
     const int64_t other_tickets = KIND == FINE ? r.parts.row_blocks + 1 : 0;
     if (!last_to_arrive(r.tickets + other_tickets + block.ticket, block.part.slices, flag))
         return;
+    double sum = 0;
     for (int row = warp; row < ROWS && block.row0 + row < block.part.row1; row += WARPS) {
         const int64_t i = block.row0 + row;
         int extra[2] = {-1, -1}; // bins of what is added at the end
-        if (!s.negatives) {
+        if (!s.choice.negatives) {
             extra[0] = bin_of((float)r.unit.positive[image_of(i, p.B)]);
             if (p.mode == HEX_NTXENT)
                 extra[1] = bin_of(r.unit.inverse[i] == 0 ? 0.f : 1.f);
@@ -115,12 +115,12 @@ static __global__ void __launch_bounds__(THREADS, 4)
                        : KIND == COARSE          ? extra[k] >> 8
                        : extra[k] >> 8 == coarse ? extra[k] & 255
                                                  : -1;
-        int64_t rank = KIND == COARSE ? s.rank : s.ranks[i];
+        int64_t rank = KIND == COARSE ? s.choice.rank : s.ranks[i];
         uint32_t *counts = r.counts + i * HEX_BINS;
         const int bin = pick_bin(counts, extra[0], extra[1], &rank);
         if (KIND == FINE) {
             if (lane == 0)
-                s.rows[i] = s.rank < 0 ? (double)NAN : bin_middle(256 * coarse + bin);
+                sum += s.choice.rank < 0 ? (double)NAN : bin_middle(256 * coarse + bin);
         } else {
             if (lane == 0)
                 s.coarse[i] = bin, s.ranks[i] = rank;
@@ -128,22 +128,25 @@ static __global__ void __launch_bounds__(THREADS, 4)
                 counts[k] = 0;
         }
     }
-    if (KIND == COARSE ||
-        !last_to_arrive(r.tickets + 2 * r.parts.row_blocks + 1, r.parts.row_blocks, flag))
+    if (KIND == COARSE)
         return;
-    const int64_t anchors = anchors_of(p);
+    // A batch that is not finite has no threshold: each block looks at its share of the unit rows.
     double *scratch = (double *)shared + 1;
-    double sum = block_sum(s.rows, anchors, scratch), finite = 0;
-    for (int64_t i = threadIdx.x; i < r.unit.count; i += THREADS)
-        finite += r.unit.inverse[i] * 0; // a batch that is not finite has no threshold
-    __syncthreads();
-    scratch[threadIdx.x] = finite;
-    __syncthreads();
-    for (int k = 0; threadIdx.x == 0 && k < THREADS; k++)
-        sum += scratch[k];
+    const int64_t share = (r.unit.count + r.parts.row_blocks - 1) / r.parts.row_blocks;
+    for (int64_t k = threadIdx.x; k < share; k += THREADS)
+        if (block.ticket * share + k < r.unit.count)
+            sum += r.unit.inverse[block.ticket * share + k] * 0;
+    sum = block_sum(sum, scratch);
     if (threadIdx.x == 0)
-        *s.mean = sum / (double)anchors;
+        s.sums[block.ticket] = sum;
+    if (!last_to_arrive(r.tickets + 2 * r.parts.row_blocks + 1, r.parts.row_blocks, flag))
+        return;
+    sum = block_sum_of(s.sums, r.parts.row_blocks, scratch);
+    if (threadIdx.x == 0)
+        settle(s.choice, sum / (double)anchors_of(p));
 }
+
+static __global__ void settle_alone(hex_choice choice) { settle(choice, (double)NAN); }
 
 template <bool SPLIT>
 static __global__ void __launch_bounds__(THREADS, 3)
@@ -204,12 +207,18 @@ static const char *launch(const char *name, Kernel kernel, int64_t more, const h
     return hex_launched(name);
 }
 
-const char *hex_tile_threshold(const hex_problem &p, const hex_run &r, int64_t rank, bool negatives,
-                               double *rows, double *mean)
+const char *hex_threshold_of_nothing(const hex_run &r, const hex_choice &choice)
+{
+    HEX_LAUNCH(settle_alone, dim3(1), dim3(32), 0, r.stream, choice);
+    return hex_launched("threshold of nothing");
+}
+
+const char *hex_tile_threshold(const hex_problem &p, const hex_run &r, const hex_choice &choice,
+                               double *rows)
 {
     const int64_t anchors = anchors_of(p), words = ROWS * PITCH * (int64_t)sizeof(uint32_t);
-    const selection s = {
-        rank, negatives, (int *)((int64_t *)r.partial + anchors), (int64_t *)r.partial, rows, mean};
+    const selection s = {choice, (int *)((int64_t *)r.partial + anchors), (int64_t *)r.partial,
+                         rows};
     const bool split = r.unit.low;
     const char *error =
         split ? launch<true>("coarse histogram", count_tiles<COARSE, true>, words, p, r, s)

@@ -326,6 +326,20 @@ static inline unsigned __ballot_sync(unsigned, int p)
 static inline int __any_sync(unsigned mask, int p) { return __ballot_sync(mask, p) != 0; }
 static inline unsigned __float_as_uint(float f) { return hex_to_bits(f); }
 static inline float __uint_as_float(unsigned u) { return hex_from_bits(u); }
+static inline double __longlong_as_double(long long x)
+{
+    double y;
+    memcpy(&y, &x, sizeof y);
+    return y;
+}
+static inline long long __double_as_longlong(double x)
+{
+    long long y;
+    memcpy(&y, &x, sizeof y);
+    return y;
+}
+static inline double __dmul_rn(double x, double y) { return x * y; } // x86-64 fuses nothing
+static inline double __dadd_rn(double x, double y) { return x + y; }
 static inline float __saturatef(float x) { return x > 0 ? (x < 1 ? x : 1) : 0; } // NaN: 0
 static inline int __ffs(unsigned v) { return __builtin_ffs((int)v); }
 template <class T> static inline T atomicAdd(T *p, T v)
