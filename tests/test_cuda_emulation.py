@@ -14,7 +14,7 @@ from conftest import Problem, check_gradients, check_loss, eps_of_each_row, prob
 from data import KINDS, f64
 from emulator import HOPPER, SMALL, assert_half_is_right, assert_threshold_is_right
 
-from hex import HEXLoss, ThresholdTracker, ops
+from hex import HEXLoss, ThresholdTracker, ops, reference
 
 MODES = ("ntxent", "query", "cross", "shared", "own")
 LIBRARIES = {"mma": (), "wgmma": ("-DHEX_WGMMA",)}
@@ -106,6 +106,16 @@ def test_the_threshold_of_a_small_batch_is_exactly_the_self_cosine(mma):
     z = problem("cluster", 20, 16, dtype=torch.float32).inputs  # N = 40 < 52
     none = z[0].new_empty((0, 16))
     assert ops.threshold(*z, none, ops.MODES["ntxent"], 0.99, "all") == 1
+
+
+def test_a_row_of_more_negatives_than_16_bits_count_has_its_threshold(mma):
+    z0, z1, few = problem("cluster", 2, 8, "shared", K=90, dtype=torch.bfloat16).inputs
+    queue = torch.cat([few[:1].expand(65560, 8), few])  # a bin with more than 65535
+    for quantile in (0.5, 0.9992):
+        got = ops.threshold(z0, z1, queue, ops.MODES["shared"], quantile, "negatives")
+        wide = (z.double() for z in (z0, z1, queue))
+        want = reference.threshold(*wide, "shared", quantile, "negatives")
+        assert abs(got - want) <= emulator.BIN + 2 * 2**-11
 
 
 def test_what_has_nothing_to_sum_is_defined(mma):

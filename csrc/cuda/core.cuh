@@ -50,7 +50,8 @@ struct hex_run {
     hex_parts parts;
     unsigned *tickets;  // one a block of rows and one more, 0
     void *coefficients; // K_ALL x unit.count, compute type
-    uint32_t *counts;   // threshold: anchors x 256, 0
+    uint32_t *counts;   // threshold: anchors x 256, 0; two to a word where `narrow`
+    bool narrow;        // no row has more negatives than 16 bits can count
     void *partial;
 };
 
@@ -430,14 +431,18 @@ SHARED_DEVICE int bin_of(float c) // NaN: 0
 SHARED_DEVICE double bin_middle(int bin) { return bin / 32767.5 - 1; }
 
 // By one warp: the bin, of 256, that holds the element of rank *rank, and its rank among those of
-// the bin; counts are read past the first-level cache, for other blocks wrote them.
-SHARED_DEVICE int pick_bin(const uint32_t *counts, int extra0, int extra1, int64_t *rank)
+// the bin; counts, two to a word where they are `narrow`, are read past the first-level cache, for
+// other blocks wrote them.
+SHARED_DEVICE int pick_bin(const uint32_t *counts, bool narrow, int extra0, int extra1,
+                           int64_t *rank)
 {
     const int lane = (int)threadIdx.x & 31;
     int64_t count[8], sum = 0;
     for (int k = 0; k < 8; k++) {
         const int bin = 8 * lane + k;
-        count[k] = (int64_t)__ldcg(counts + bin) + (bin == extra0) + (bin == extra1);
+        const uint32_t word = __ldcg(counts + (narrow ? bin >> 1 : bin));
+        count[k] = narrow ? word >> 16 * (k & 1) & 0xffff : word;
+        count[k] += (bin == extra0) + (bin == extra1);
         sum += count[k];
     }
     int64_t upto = sum;

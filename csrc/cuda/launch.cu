@@ -136,6 +136,7 @@ struct plan {
 
 struct wants {
     int64_t tickets, counts, partial; // words, words, bytes
+    int64_t later;                    // bytes, of the forward where the counts were before
     bool coefficients;
 };
 
@@ -146,8 +147,9 @@ static void lay_out(const hex_problem &p, plan &plan, const wants &w, bool split
     const int64_t real = p.wide ? 8 : 4, own = p.mode == HEX_OWN ? p.B * p.K : 0;
     // tickets and counts stand together: they are set to 0 in one go
     const int64_t tickets = cut(w.tickets, 64) * 64;
+    const int64_t later = cut(w.later, sizeof(unsigned));
     plan.zeros = tickets + w.counts;
-    r.tickets = space.take<unsigned>(plan.zeros);
+    r.tickets = space.take<unsigned>(tickets + (later > w.counts ? later : w.counts));
     r.counts = r.tickets ? r.tickets + tickets : NULL;
     u.inverse = space.take<double>(u.count + own);
     u.positive = space.take<double>(p.B);
@@ -219,7 +221,8 @@ static const char *of_anchors(hex_problem p, const hex_device &d, const hex_choi
     if (choice) { // 16-bit counts: at most 32768 columns a block
         slice_parts(counted, 64, 512, r.processors);
         w.tickets = 2 * counted.row_blocks + 2;
-        w.counts = plan.plain ? 0 : anchors * HEX_BINS;
+        r.narrow = negatives_of_a_row(p) <= 0xffff;
+        w.counts = plan.plain ? 0 : anchors * (r.narrow ? HEX_BINS / 2 : HEX_BINS);
         w.partial = anchors * (int64_t)(sizeof(int64_t) + sizeof(int));
     }
     const int64_t tickets = w.tickets;
@@ -231,7 +234,7 @@ static const char *of_anchors(hex_problem p, const hex_device &d, const hex_choi
         slice_parts(r.parts, r.block_rows, 64, r.processors);
         const int64_t sums = most_slices(r.parts) * 9 * anchors * (int64_t)sizeof(float);
         w.tickets += r.parts.row_blocks + 1;
-        w.partial = sums > w.partial ? sums : w.partial;
+        (choice ? w.later : w.partial) = sums;
     }
     prepare(p, d, w, plan);
     if (!plan.error)
@@ -242,6 +245,7 @@ static const char *of_anchors(hex_problem p, const hex_device &d, const hex_choi
         plan.error = (plan.plain ? hex_plain_threshold : hex_tile_threshold)(p, counting, *choice,
                                                                              plan.rows);
         r.tickets += tickets;
+        r.partial = r.counts;
         p.eps = {choice->to.eps, HEX_F64, 0};
     }
     if (loss && !plan.error)
@@ -292,7 +296,7 @@ static const char *backward(const hex_problem *p, const hex_device *d, const hex
     else
         slice_parts(r.parts, r.block_rows, (int64_t)1 << 40, r.processors);
     const int64_t gradients = most_slices(r.parts) * r.parts.rows * r.unit.width;
-    prepare(*p, *d, {0, 0, gradients * (p->wide ? 8 : 4), true}, plan);
+    prepare(*p, *d, {0, 0, gradients * (p->wide ? 8 : 4), 0, true}, plan);
     if (!plan.error)
         plan.error = hex_unit_rows(*p, r, plan.zeros, g);
     if (!plan.error)
@@ -310,7 +314,7 @@ static const char *row_range(const hex_problem *p, const hex_device *d, void *lo
     anchor_parts(*p, r.parts);
     slice_parts(r.parts, 64, (int64_t)1 << 40, r.processors);
     const int64_t bounds = most_slices(r.parts) * 3 * anchors_of(*p) * (int64_t)sizeof(float);
-    prepare(*p, *d, {r.parts.row_blocks, 0, bounds, false}, plan);
+    prepare(*p, *d, {r.parts.row_blocks, 0, bounds, 0, false}, plan);
     if (!plan.error)
         plan.error = hex_unit_rows(*p, r, plan.zeros, NULL);
     if (!plan.error)

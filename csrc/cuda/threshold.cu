@@ -4,8 +4,8 @@
 // Quantile: a first pass counts each row's cosines in 256 coarse bins, the second those of the
 // coarse bin that holds the rank in 256 fine ones: 65536 bins in all, 1.5e-5 from an element to the
 // middle of its own. Only integers are added atomically, so no order matters. A block counts in
-// shared memory, two 16-bit counts to a word, for at most HEX_COUNTED columns. The last block of a
-// row picks the bin; the last of all takes the mean, in the order of the rows.
+// shared memory, two 16-bit counts to a word, for at most 32768 columns. The last block of a row
+// picks the bin; the last of all takes the mean, in the order of the rows.
 //
 // The row's own place and its positive are left out of the tiles and added at the end where the row
 // is taken whole: self as exactly 1 (0 for a row of zeros), the positive as the inputs give it.
@@ -90,11 +90,19 @@ static __global__ void __launch_bounds__(THREADS, 4)
             KIND == FINE && block.row0 + row < block.part.row1 ? s.coarse[block.row0 + row] : 0;
     }
     for_each_tile<WARPS, SPLIT>(block, r.unit, p.B, resident, shared, fold); // has barriers
-    for (int k = (int)threadIdx.x; k < ROWS * HEX_BINS; k += THREADS) {
-        const int row = k / HEX_BINS, bin = k % HEX_BINS;
-        const uint32_t count = words[row * PITCH + (bin >> 1)] >> 16 * (bin & 1) & 0xffff;
-        if (count && block.row0 + row < block.part.row1)
-            atomicAdd(r.counts + (block.row0 + row) * HEX_BINS + bin, count);
+    const int pitch = r.narrow ? HEX_BINS / 2 : HEX_BINS;
+    for (int k = (int)threadIdx.x; k < ROWS * HEX_BINS / 2; k += THREADS) {
+        const int row = k / (HEX_BINS / 2), pair = k % (HEX_BINS / 2);
+        const uint32_t word = words[row * PITCH + pair];
+        if (word == 0 || block.row0 + row >= block.part.row1)
+            continue;
+        uint32_t *to = r.counts + (block.row0 + row) * pitch;
+        if (r.narrow)
+            atomicAdd(to + pair, word);
+        else {
+            atomicAdd(to + 2 * pair, word & 0xffff);
+            atomicAdd(to + 2 * pair + 1, word >> 16);
+        }
     }
     unsigned *flag = (unsigned *)shared;
     const int64_t other_tickets = KIND == FINE ? r.parts.row_blocks + 1 : 0;
@@ -116,15 +124,15 @@ static __global__ void __launch_bounds__(THREADS, 4)
                        : extra[k] >> 8 == coarse ? extra[k] & 255
                                                  : -1;
         int64_t rank = KIND == COARSE ? s.choice.rank : s.ranks[i];
-        uint32_t *counts = r.counts + i * HEX_BINS;
-        const int bin = pick_bin(counts, extra[0], extra[1], &rank);
+        uint32_t *counts = r.counts + i * pitch;
+        const int bin = pick_bin(counts, r.narrow, extra[0], extra[1], &rank);
         if (KIND == FINE) {
             if (lane == 0)
                 sum += s.choice.rank < 0 ? (double)NAN : bin_middle(256 * coarse + bin);
         } else {
             if (lane == 0)
                 s.coarse[i] = bin, s.ranks[i] = rank;
-            for (int k = lane; k < HEX_BINS; k += 32)
+            for (int k = lane; k < pitch; k += 32)
                 counts[k] = 0;
         }
     }
