@@ -73,7 +73,8 @@ const char *hex_tile_threshold(const hex_problem &p, const hex_run &r, const hex
 const char *hex_threshold_of_nothing(const hex_run &r, const hex_choice &choice);
 const char *hex_tile_range(const hex_problem &p, const hex_run &r, void *low, void *high);
 const char *hex_tile_gather(const hex_problem &p, const hex_run &r);
-const char *hex_project(const hex_problem &p, const hex_run &r, const hex_gradient &g);
+const char *hex_project(const hex_problem &p, const hex_run &r, const hex_gradient &g, int64_t row0,
+                        int64_t row1);
 const char *hex_plain_forward(const hex_problem &p, const hex_run &r, double *rows, void *loss,
                               void *stats);
 const char *hex_plain_threshold(const hex_problem &p, const hex_run &r, const hex_choice &choice,

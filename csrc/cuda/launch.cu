@@ -282,6 +282,19 @@ static const char *adaptive(const hex_problem *p, const hex_device *d, const hex
     return of_anchors(*p, *d, &choice, loss, stats);
 }
 
+// Of all parts what lies in rows [first, first + n).
+static hex_parts band_of(const hex_parts &all, int64_t first, int64_t n)
+{
+    hex_parts band = {};
+    for (int k = 0; k < all.count; k++) {
+        const hex_part &part = all.part[k];
+        const int64_t row0 = part.row0 > first ? part.row0 : first;
+        const int64_t row1 = part.row1 < first + n ? part.row1 : first + n;
+        add_part(band, row0, row1, part.col0, part.col1);
+    }
+    return band;
+}
+
 static const char *backward(const hex_problem *p, const hex_device *d, const hex_gradient *g)
 {
     plan plan = {};
@@ -289,19 +302,37 @@ static const char *backward(const hex_problem *p, const hex_device *d, const hex
     start(*p, *d, plan);
     if (plan.error)
         return plan.error;
-    owner_parts(*p, *g, r.parts);
+    hex_parts all = {};
+    owner_parts(*p, *g, all);
     r.block_rows = 128;
-    if (plan.plain)
-        slice_parts(r.parts, r.block_rows, (int64_t)1 << 40, 0); // one slice
-    else
-        slice_parts(r.parts, r.block_rows, (int64_t)1 << 40, r.processors);
-    const int64_t gradients = most_slices(r.parts) * r.parts.rows * r.unit.width;
+    // Many rows go in bands that fill the device twice, so that the partial sums of one are all
+    // that is in memory; few rows in slices of columns.
+    const int64_t chunks = plan.plain ? 1 : cut(r.unit.width, 2 * TILE);
+    const int64_t most = r.block_rows * (2 * r.processors > chunks ? 2 * r.processors / chunks : 1);
+    const int64_t rows = plan.plain || r.unit.count < most ? r.unit.count : most;
+    const bool sliced = !plan.plain && rows == r.unit.count;
+    int64_t gradients = 0;
+    for (int64_t first = 0; first < r.unit.count; first += rows) {
+        r.parts = band_of(all, first, rows);
+        slice_parts(r.parts, r.block_rows, (int64_t)1 << 40, sliced ? r.processors : 0);
+        const int64_t n = most_slices(r.parts) * r.parts.rows * r.unit.width;
+        gradients = n > gradients ? n : gradients;
+    }
     prepare(*p, *d, {0, 0, gradients * (p->wide ? 8 : 4), 0, true}, plan);
     if (!plan.error)
         plan.error = hex_unit_rows(*p, r, plan.zeros, g);
-    if (!plan.error)
-        plan.error = plan.plain ? hex_plain_gather(*p, r, *g) : hex_tile_gather(*p, r);
-    return plan.error ? plan.error : hex_project(*p, r, *g);
+    hex_gradient rest = *g;
+    for (int64_t first = 0; first < r.unit.count && !plan.error; first += rows) {
+        r.parts = band_of(all, first, rows);
+        slice_parts(r.parts, r.block_rows, (int64_t)1 << 40, sliced ? r.processors : 0);
+        plan.error = plan.plain ? hex_plain_gather(*p, r, rest) : hex_tile_gather(*p, r);
+        if (!plan.error)
+            plan.error = hex_project(*p, r, rest, first, first + rows);
+        rest.dtau = NULL; // is there
+    }
+    if (!plan.error && r.unit.count == 0)
+        plan.error = hex_project(*p, r, rest, 0, 0);
+    return plan.error;
 }
 
 static const char *row_range(const hex_problem *p, const hex_device *d, void *low, void *high)

@@ -12,7 +12,7 @@
 
 template <class real>
 static __global__ void __launch_bounds__(THREADS, 1)
-    project_rows(hex_problem p, hex_run r, hex_gradient g)
+    project_rows(hex_problem p, hex_run r, hex_gradient g, int64_t row0, int64_t row1)
 {
     HEX_SHARED_MEMORY(shared);
     const int lane = (int)threadIdx.x & 31;
@@ -29,8 +29,8 @@ static __global__ void __launch_bounds__(THREADS, 1)
                          p.reduction == HEX_MEAN && anchors ? sum / (double)anchors : sum);
         return;
     }
-    const int64_t o = block * (THREADS / 32) + (threadIdx.x >> 5);
-    if (o >= r.unit.count)
+    const int64_t o = row0 + block * (THREADS / 32) + (threadIdx.x >> 5);
+    if (o >= row1)
         return;
     const int input = o < p.B ? 0 : o < 2 * p.B ? 1 : 2;
     void *dz = input == 0 ? g.dz[0] : input == 1 ? g.dz[1] : g.dz[2]; // no index: no local memory
@@ -80,10 +80,12 @@ static __global__ void __launch_bounds__(THREADS, 1)
     }
 }
 
-const char *hex_project(const hex_problem &p, const hex_run &r, const hex_gradient &g)
+const char *hex_project(const hex_problem &p, const hex_run &r, const hex_gradient &g, int64_t row0,
+                        int64_t row1)
 {
     const bool rows = g.dz[0] || g.dz[1] || (g.dz[2] && p.mode == HEX_SHARED);
-    const int64_t row_blocks = rows ? (r.unit.count + THREADS / 32 - 1) / (THREADS / 32) : 0;
+    const int64_t end = row1 < r.unit.count ? row1 : r.unit.count;
+    const int64_t row_blocks = rows ? (end - row0 + THREADS / 32 - 1) / (THREADS / 32) : 0;
     const int64_t blocks = row_blocks + (g.dtau ? 1 : 0);
     if (blocks == 0)
         return NULL;
@@ -93,9 +95,9 @@ const char *hex_project(const hex_problem &p, const hex_run &r, const hex_gradie
         wanted.dz[2] = NULL;
     if (p.wide)
         HEX_LAUNCH(project_rows<double>, dim3((unsigned)blocks), dim3(THREADS), bytes, r.stream, p,
-                   r, wanted);
+                   r, wanted, row0, end);
     else
         HEX_LAUNCH(project_rows<float>, dim3((unsigned)blocks), dim3(THREADS), bytes, r.stream, p,
-                   r, wanted);
+                   r, wanted, row0, end);
     return hex_launched("backward projection");
 }
