@@ -64,8 +64,6 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) // 128 register
 {
     constexpr int ROWS = 16 * WARPS;
     HEX_SHARED_MEMORY(shared);
-    const int64_t anchors = anchors_of(p);
-    float *partial = (float *)r.partial;
     hex_block block;
     block.start(r.parts, ROWS, blockIdx.x);
 
@@ -83,6 +81,8 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) // 128 register
     }
     for_each_tile<WARPS, SPLIT>(block, r.unit, p.B, resident, shared, s);
 
+    const int64_t anchors = anchors_of(p);
+    float *partial = (float *)r.partial;
     for (int h = 0; h < 2; h++) { // the four threads of a row
         for (int k = 1; k < 4; k <<= 1) {
             hex_sums<float> other;
@@ -111,6 +111,7 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) // 128 register
         }
         hex_sums<double> all;
         all.clear();
+#pragma unroll 1 // its nine reads are enough at a time; more take registers
         for (int64_t slice = 0; slice < block.part.slices; slice++) {
             hex_sums<float> other;
             for (int n = 0; n < SUMS; n++)
