@@ -217,9 +217,9 @@ def measured(
     options: argparse.Namespace,
     shapes: Sequence[tuple[int, int, int]],
     dtypes: Sequence[str],
-    few: bool = False,
+    methods: Sequence[Any] | None = None,
 ) -> Iterator[Case]:
-    """The methods, or those of `FEW`, on batches of (rows, queue, features)."""
+    """The methods, by default all but compiled ones, on batches of (rows, queue, features)."""
     import gpu_methods as g
     import peers
     import torch
@@ -266,11 +266,9 @@ def measured(
                         torch.cuda.empty_cache()
                 return about | floor(method, batch, about["ms"], results_of(options))
 
-            for method in g.METHODS:
-                if (few and method not in g.FEW) or (queue and not method.any_batch):
+            for method in methods or g.METHODS:
+                if queue and not method.any_batch:
                     continue
-                if options.smoke and method.compiled:
-                    continue  # minutes, and nothing of ours
                 for graph in (False, True):
                     if graph and (method not in g.FEW or rows > g.IN_A_GRAPH):
                         continue
@@ -304,14 +302,29 @@ def sizes(options: argparse.Namespace, results: Results) -> Iterator[Case]:
     return measured(options, [(n, 0, 24 if options.smoke else 128) for n in rows], HALF)
 
 
+def compiled(options: argparse.Namespace, results: Results) -> Iterator[Case]:
+    """torch.compile takes half a minute a program, so it has a step of its own."""
+    import gpu_methods as g
+
+    rows = (160,) if options.smoke else [512 << k for k in range(7)]
+    features = 24 if options.smoke else 128
+    return measured(options, [(n, 0, features) for n in rows], HALF, g.COMPILED)
+
+
+def _few() -> Sequence[Any]:
+    import gpu_methods as g
+
+    return g.FEW
+
+
 def dtypes(options: argparse.Namespace, results: Results) -> Iterator[Case]:
     shapes = [(160, 0, 24)] if options.smoke else [(n, 0, 128) for n in (1024, 4096, 16384, 65536)]
-    return measured(options, shapes, ("float32", "float16"), few=True)
+    return measured(options, shapes, ("float32", "float16"), _few())
 
 
 def features(options: argparse.Namespace, results: Results) -> Iterator[Case]:
     shapes = [(n, 0, d) for n in (4096, 32768) for d in (64, 256, 512, 2048)]
-    return measured(options, [(160, 0, 70)] if options.smoke else shapes, HALF, few=True)
+    return measured(options, [(160, 0, 70)] if options.smoke else shapes, HALF, _few())
 
 
 def queue(options: argparse.Namespace, results: Results) -> Iterator[Case]:
@@ -393,8 +406,8 @@ def report(options: argparse.Namespace, results: Results) -> Iterator[Case]:
 STEPS: dict[str, Callable[[argparse.Namespace, Results], Iterator[Case]]] = {
     step.__name__: step
     for step in (
-        build, tests, sanitizer, roofline, sizes, dtypes, features, queue, repeats, training,
-        report,
+        build, tests, sanitizer, roofline, sizes, queue, repeats, features, dtypes, training,
+        compiled, report,
     )
 }  # fmt: skip
 

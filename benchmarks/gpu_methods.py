@@ -75,9 +75,9 @@ METHODS = (
     PLAIN_HEX,
     AUTHORS,
     PLAIN_INFO_NCE,
-    *(m for m in peers.METHODS if m.compiled and m.name.startswith("plain")),
     INF_CL,
 )
+COMPILED = tuple(m for m in peers.METHODS if m.compiled and m.name.startswith("plain"))
 FEW = (*OURS, PLAIN_HEX, PLAIN_INFO_NCE)  # where not all are measured
 IN_A_GRAPH = 8192  # rows up to which a graph is worth while
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import table
-from gpu_methods import HEX, IN_A_GRAPH, INFO_NCE, METHODS, OURS
+from gpu_methods import COMPILED, HEX, IN_A_GRAPH, INFO_NCE, METHODS, OURS
 
 Record = dict[str, Any]
 # What was aimed at before anything ran: ms of HEXLoss in half precision at D = 128, in a graph up
@@ -54,15 +54,19 @@ def parts(records: dict[str, Record]) -> Iterable[str]:
     yield machine(records)
     cases = [r for r in records.values() if "method" in r]
     yield goals(cases)
-    for title, step in (
-        ("Time and memory by rows", "sizes"),
+    for title, *steps in (
+        ("Time and memory by rows", "sizes", "compiled"),
         ("Other dtypes", "dtypes"),
         ("Other numbers of features", "features"),
         ("A queue", "queue"),
     ):
-        yield by_method(title, [r for r in cases if r["case"].startswith(f"{step}:")])
+        yield by_method(title, of_steps(cases, *steps))
     yield training([r for r in records.values() if "step_ms" in r])
     yield checks(records)
+
+
+def of_steps(cases: Iterable[Record], *steps: str) -> list[Record]:
+    return [r for r in cases if r["case"].partition(":")[0] in steps]
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -132,7 +136,7 @@ def by_method(title: str, cases: list[Record]) -> str:
 
     batches = list(dict.fromkeys(map(batch_of, cases)))
     lines = []
-    for method in (m.name for m in METHODS):
+    for method in (m.name for m in (*METHODS, *COMPILED)):
         for graph in (False, True):
             found = {batch_of(r): r for r in cases if (r["method"], r["graph"]) == (method, graph)}
             if not any("ms" in r for r in found.values()):
@@ -186,11 +190,11 @@ def pictures(records: dict[str, Record], folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    cases = [r for r in records.values() if r["case"].startswith("sizes:") and "ms" in r]
+    cases = [r for r in of_steps(records.values(), "sizes", "compiled") if "ms" in r]
     made = []
     for name, key, unit in (("time", "ms", "ms"), ("memory", "extra_mb", "MB beside the inputs")):
         figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-        for method in (m.name for m in METHODS):
+        for method in (m.name for m in (*METHODS, *COMPILED)):
             points = sorted(
                 (r["rows"], r[key]) for r in cases if r["method"] == method and not r["graph"]
             )
