@@ -65,7 +65,9 @@ MUTANTS = {
         ("counts[k] = 0;", ""),
         ("bin >> 8 == coarse[h]", "true"),
         ("KIND == FINE ? r.parts.row_blocks + 1 : 0", "0"),
-        ("extra[k] >> 8 == coarse", "true"),
+        ("extra[k] >> 8 == coarse_of", "true"),
+        ("row * PITCH + 4 * lane + k / 2", "row * PITCH + lane + k / 2"),
+        ("k / WORDS * PITCH + k % WORDS", "k"),
     ],
     "backward.cu": [
         ("acc[2 * k + (q >> 1)] + 2 * (q & 1)", "acc[2 * k + (q & 1)] + 2 * (q >> 1)"),

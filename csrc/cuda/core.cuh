@@ -431,32 +431,28 @@ SHARED_DEVICE int bin_of(float c) // NaN: 0
 }
 SHARED_DEVICE double bin_middle(int bin) { return bin / 32767.5 - 1; }
 
-// By one warp: the bin, of 256, that holds the element of rank *rank, and its rank among those of
-// the bin; counts, two to a word where they are `narrow`, are read past the first-level cache, for
-// other blocks wrote them.
-SHARED_DEVICE int pick_bin(const uint32_t *counts, bool narrow, int extra0, int extra1,
-                           int64_t *rank)
+// By one warp, whose lane holds the counts of bins 8 lane to 8 lane + 7: the bin, of 256, that has
+// the element of rank *rank, and its rank among those of the bin. The extra elements count as well.
+SHARED_DEVICE int pick_bin(uint32_t (&count)[8], int extra0, int extra1, int64_t *rank)
 {
     const int lane = (int)threadIdx.x & 31;
-    int64_t count[8], sum = 0;
+    uint32_t sum = 0;
     for (int k = 0; k < 8; k++) {
         const int bin = 8 * lane + k;
-        const uint32_t word = __ldcg(counts + (narrow ? bin >> 1 : bin));
-        count[k] = narrow ? word >> 16 * (k & 1) & 0xffff : word;
         count[k] += (bin == extra0) + (bin == extra1);
         sum += count[k];
     }
-    int64_t upto = sum;
+    uint32_t upto = sum; // no row has 2^32 columns
     for (int k = 1; k < 32; k <<= 1) {
-        const int64_t other = __shfl_up_sync(~0u, upto, k);
+        const uint32_t other = __shfl_up_sync(~0u, upto, k);
         upto += lane >= k ? other : 0;
     }
-    const unsigned reached = __ballot_sync(~0u, upto > *rank);
+    const unsigned reached = __ballot_sync(~0u, (int64_t)upto > *rank);
     const int owner = reached ? __ffs((int)reached) - 1 : 31;
     int bin = 7;
-    int64_t left = *rank - (upto - sum);
+    int64_t left = *rank - (int64_t)(upto - sum);
     for (int k = 0; k < 7; k++) {
-        if (left < count[k]) {
+        if (left < (int64_t)count[k]) {
             bin = k;
             break;
         }

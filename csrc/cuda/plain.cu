@@ -184,7 +184,10 @@ static __global__ void __launch_bounds__(THREADS, 1)
                        : pass == 0               ? extra[k] >> 8
                        : extra[k] >> 8 == coarse ? extra[k] & 255
                                                  : -1;
-        bin = pick_bin(counts, false, extra[0], extra[1], &rank); // each warp the same
+        uint32_t mine[8];
+        for (int k = 0; k < 8; k++)
+            mine[k] = counts[8 * lane + k];
+        bin = pick_bin(mine, extra[0], extra[1], &rank); // each warp the same
         if (pass == 0)
             coarse = bin;
         __syncthreads();

@@ -108,24 +108,52 @@ static __global__ void __launch_bounds__(THREADS, 4)
     const int64_t other_tickets = KIND == FINE ? r.parts.row_blocks + 1 : 0;
     if (!last_to_arrive(r.tickets + other_tickets + block.ticket, block.part.slices, flag))
         return;
-    double sum = 0;
-    for (int row = warp; row < ROWS && block.row0 + row < block.part.row1; row += WARPS) {
-        const int64_t i = block.row0 + row;
-        int extra[2] = {-1, -1}; // bins of what is added at the end
+    const int64_t ends = block.part.row1 - block.row0;
+    const int rows = ends < ROWS ? (int)ends : ROWS;
+    // All that a row needs is read for all rows at once: one after the other would wait for each.
+    if (r.narrow) {
+        constexpr int WORDS = HEX_BINS / 2;
+        uint32_t *from = r.counts + block.row0 * WORDS;
+#pragma unroll 4
+        for (int k = 4 * (int)threadIdx.x; k < rows * WORDS; k += 4 * THREADS) {
+            const uint4 v = __ldcg((const uint4 *)(from + k));
+            uint32_t *to = words + k / WORDS * PITCH + k % WORDS;
+            to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+        }
+        __syncthreads();
+    }
+    // Lane n of a warp has that of the warp's row n: the bins of what is added at the end, the
+    // rank.
+    static_assert(ROWS <= 32 * WARPS, "a lane for each row of a warp");
+    int extra[2] = {-1, -1}, coarse_of = 0;
+    int64_t rank_of = s.choice.rank;
+    if (warp + WARPS * lane < rows) {
+        const int64_t i = block.row0 + warp + WARPS * lane;
+        if (KIND == FINE)
+            coarse_of = s.coarse[i], rank_of = s.ranks[i];
         if (!s.choice.negatives) {
             extra[0] = bin_of((float)r.unit.positive[image_of(i, p.B)]);
             if (p.mode == HEX_NTXENT)
                 extra[1] = bin_of(r.unit.inverse[i] == 0 ? 0.f : 1.f);
         }
-        const int coarse = KIND == FINE ? s.coarse[i] : 0;
         for (int k = 0; k < 2; k++)
-            extra[k] = extra[k] < 0              ? -1
-                       : KIND == COARSE          ? extra[k] >> 8
-                       : extra[k] >> 8 == coarse ? extra[k] & 255
-                                                 : -1;
-        int64_t rank = KIND == COARSE ? s.choice.rank : s.ranks[i];
+            extra[k] = extra[k] < 0                 ? -1
+                       : KIND == COARSE             ? extra[k] >> 8
+                       : extra[k] >> 8 == coarse_of ? extra[k] & 255
+                                                    : -1;
+    }
+    double sum = 0;
+    for (int n = 0; warp + WARPS * n < rows; n++) {
+        const int row = warp + WARPS * n, coarse = __shfl_sync(~0u, coarse_of, n);
+        const int extra0 = __shfl_sync(~0u, extra[0], n), extra1 = __shfl_sync(~0u, extra[1], n);
+        const int64_t i = block.row0 + row;
+        int64_t rank = __shfl_sync(~0u, rank_of, n);
         uint32_t *counts = r.counts + i * pitch;
-        const int bin = pick_bin(counts, r.narrow, extra[0], extra[1], &rank);
+        uint32_t mine[8]; // counts of the lane's bins
+        for (int k = 0; k < 8; k++)
+            mine[k] = r.narrow ? words[row * PITCH + 4 * lane + k / 2] >> 16 * (k & 1) & 0xffff
+                               : __ldcg(counts + 8 * lane + k);
+        const int bin = pick_bin(mine, extra0, extra1, &rank);
         if (KIND == FINE) {
             if (lane == 0)
                 sum += s.choice.rank < 0 ? (double)NAN : bin_middle(256 * coarse + bin);
