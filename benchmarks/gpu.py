@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,6 @@ REPEATS = 1000
 Record = dict[str, Any]
 Work = Callable[[], Record]
 Case = tuple[str, Work]  # a name that says all, and what gives its record
-
-
-class OutOfTime(Exception):
-    pass
 
 
 class Results:
@@ -69,26 +66,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = Results(options.out, options.again)
     end = time.monotonic() + options.seconds if options.seconds else None
     failed = []
-    try:
-        for step in options.steps:
-            for name, work in STEPS[step](options, results):
-                case = f"{step}: {name}"
-                if step not in ("build", "report") and results.done(case):
-                    continue
-                if end and time.monotonic() > end:
-                    raise OutOfTime
-                start = time.perf_counter()
-                record = work()
-                results.add(case, {**record, "seconds": time.perf_counter() - start})
-                say(results.records[case])
-                if not record.get("ok", True):
-                    failed.append(case)
-    except OutOfTime:
-        print(f"{options.seconds:.0f} s are over: the same command goes on", file=sys.stderr)
-        return 3
+    for case, work in to_do(options, results):
+        if end and time.monotonic() > end:
+            print(f"{options.seconds:g} s are over: the same command goes on", file=sys.stderr)
+            return 3
+        start = time.perf_counter()
+        record = attempt(work)
+        results.add(case, {**record, "seconds": time.perf_counter() - start})
+        say(results.records[case])
+        if not record.get("ok", True):
+            failed.append(case)
+        if "CUDA error" in record.get("note", ""):
+            print("the device is lost to this process: the same command goes on", file=sys.stderr)
+            break
     for case in failed:
         print(f"failed: {case}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def to_do(options: argparse.Namespace, results: Results) -> Iterator[Case]:
+    """What has no result yet; then what failed when it was tried before; the report last."""
+    tried = {case for case, record in results.records.items() if not record.get("ok", True)}
+    for again in (False, True):
+        for step in options.steps:
+            if step == ("build" if again else "report"):
+                continue
+            for name, work in STEPS[step](options, results):
+                case = f"{step}: {name}"
+                open_ = not results.done(case) and (case in tried) == again
+                if open_ or step in ("build", "report"):
+                    yield case, work
+
+
+def attempt(work: Work) -> Record:
+    """The record; of an error, what it says: the other cases may yet be right."""
+    try:
+        return work()
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"[:500]
+        return {"ok": False, "note": text, "output": traceback.format_exc().splitlines()[-30:]}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -69,6 +69,16 @@ def test_a_failure_is_told_and_tried_again(tmp_path, monkeypatch, capsys):
     arguments = ["sizes", *REHEARSAL, "--out", str(tmp_path)]
     assert gpu.main(arguments) == 1
     assert "failed: sizes: 160 x 160 x 24, bfloat16, hex HEXLoss" in capsys.readouterr().err
+
+    def lost(batch):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    other = peers.HEX._replace(name="hex of another name", build=lost)
+    monkeypatch.setattr(gpu_methods, "METHODS", (peers.HEX, other))
+    monkeypatch.setattr(gpu_methods, "OURS", (peers.HEX, other))
+    assert gpu.main(arguments) == 1  # what was not tried yet comes first, and ends it
+    told = capsys.readouterr()
+    assert "the device is lost" in told.err and "bfloat16, hex HEXLoss  " not in told.out
     monkeypatch.setattr(gpu_methods, "METHODS", (peers.HEX,))
     assert gpu.main(arguments) == 0
 
