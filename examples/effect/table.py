@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: MIT
+"""The declared table of the study: losses, sizes, regimes; and which runs come next.
+
+What is compared is here and nowhere else. A run is a `Config`; `plan` puts all that can be known so
+far in order, the most telling first. Temperatures are chosen by validation scores alone: `plan` is
+never given those of the test set (rows.py takes them out).
+"""
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All of a run but its loss and its seed."""
+
+    data: str
+    backbone: str
+    view: int | None  # side of the views in pixels; None: that of the images
+    train: int | None  # images to train on, drawn by the seed; None: all but the validation's
+    validation: int  # training images held out, the same for all runs
+    epochs: int
+    batch: int
+    lr: float
+    warmup: int  # epochs, of the losses that have one
+    measured: tuple[int, ...]  # epochs after which the embedding is looked at
+    amp: str = "off"
+    compile: bool = False
+    classes: tuple[str, ...] | None = None  # train and test on these only
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss: options of simclr.py, and what to call it."""
+
+    name: str
+    family: str
+    options: dict[str, Any] = field(hash=False)
+    warm: bool = False  # InfoNCE for the first tenth of the epochs
+    like: str | None = None  # the loss whose temperature it takes; None: its own is chosen
+    more_temperatures: tuple[float, ...] = ()  # to choose from, besides the study's
+    group: int = 0  # those of a lower one are done first
+
+    def for_setup(self, setup: Setup, temperature: float) -> dict[str, Any]:
+        """The options of simclr.py."""
+        options: dict[str, Any] = self.options | {"temperature": temperature}
+        if self.warm:
+            options["warmup"] = setup.warmup
+        if options.get("threshold") == "step":  # the authors' schedule: a drop each quarter
+            options["threshold"] = f"step:0.9,0.1,{max(1, setup.epochs // 4)}"
+            options["normalize_rows"] = True
+        return options
+
+
+def _hex(variant: str, quantile: float, group: int = 0) -> Loss:
+    options = {"loss": "hex", "variant": variant, "quantile": quantile}
+    return Loss(f"{variant} q{quantile:g}", variant, options, group=group)
+
+
+def _changed(loss: Loss, name: str, options: dict[str, Any], warm: bool = False) -> Loss:
+    """A form of a loss so near to it that it takes its temperature."""
+    options = loss.options | options
+    return Loss(f"{loss.name} {name}", loss.family, options, warm, loss.name, group=2)
+
+
+def _step(variant: str) -> Loss:
+    options = {"loss": "hex", "variant": variant, "threshold": "step"}
+    return Loss(f"{variant} step", variant, options, group=1)
+
+
+PAPER, RELEASED = _hex("paper", 0.99), _hex("released", 0.99)
+LOSSES = (
+    Loss("infonce", "infonce", {"loss": "base"}),
+    # the released form with H empty is InfoNCE without its positive in the denominator, and a
+    # constant; no cosine is above 2
+    Loss("decoupled", "decoupled", {"loss": "hex", "variant": "released", "threshold": "2"}),
+    # every cosine is above -2: all negatives in H; its authors train at tau 0.5
+    Loss(
+        "hcl", "hcl", {"loss": "hex", "variant": "paper", "threshold": "-2"},
+        more_temperatures=(0.5,),
+    ),
+    PAPER,
+    RELEASED,
+    _hex("paper", 0.9),
+    _hex("released", 0.9),
+    _hex("paper", 0.95, group=1),
+    _hex("released", 0.95, group=1),
+    _step("paper"),
+    _step("released"),
+    _changed(PAPER, "warm", {}, warm=True),
+    _changed(RELEASED, "warm", {}, warm=True),
+    _changed(PAPER, "neg", {"over": "negatives"}),
+    _changed(RELEASED, "neg", {"over": "negatives"}),
+)  # fmt: skip
+BASELINES = ("infonce", "decoupled", "hcl")
+FORMS = ("paper", "released")  # families of which the best goes on
+UNTRAINED = Loss("untrained", "untrained", {"loss": "base"})
+
+
+@dataclass(frozen=True)
+class Study:
+    """A grid: stage 1 chooses each loss's temperature, stage 2 repeats it with other seeds."""
+
+    setup: Setup
+    losses: tuple[Loss, ...] = LOSSES
+    temperatures: tuple[float, ...] = (0.2, 0.1)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    more_seeds: tuple[int, ...] = (3, 4)  # for the baselines and the best of each form
+    regimes: dict[str, dict[str, Any]] = field(default_factory=dict)  # changes of the setup
+    regime_seeds: tuple[int, ...] = (0, 1, 2)
+    whole_regimes: tuple[str, ...] = ()  # of these, those in which every loss runs
+
+
+CPU = Setup(
+    data="cifar10", backbone="quick", view=24, train=12800, validation=5000, epochs=10, batch=256,
+    lr=3e-3, warmup=1, measured=(0, 1, 2, 4, 7, 10),
+)  # fmt: skip
+GPU = Setup(
+    data="cifar10", backbone="resnet18", view=None, train=None, validation=5000, epochs=100,
+    batch=256, lr=1e-3, warmup=10, measured=(0, 1, 5, 10, 25, 50, 75, 100), amp="bf16",
+    compile=True,
+)  # fmt: skip
+TINY = Setup(
+    data="digits", backbone="small", view=None, train=512, validation=200, epochs=2, batch=256,
+    lr=3e-3, warmup=1, measured=(0, 2),
+)  # fmt: skip
+SIBLINGS = "automobile", "cat", "dog", "truck"  # two pairs: a strong hierarchy
+STUDIES = {
+    "cpu": Study(
+        CPU,
+        regimes={
+            "siblings": {"classes": SIBLINGS},
+            "batch 512": {"batch": 512, "epochs": 20, "warmup": 2, "measured": (0, 2, 8, 20)},
+            "4 x longer": {"epochs": 40, "warmup": 4, "measured": (0, 4, 10, 20, 40)},
+        },
+    ),
+    "gpu": Study(
+        GPU,
+        regimes={
+            "batch 512": {"batch": 512},
+            "siblings": {"classes": SIBLINGS},
+            "4 x longer": {"epochs": 400, "warmup": 40, "measured": (0, 10, 100, 200, 400)},
+        },
+        whole_regimes=("batch 512",),
+    ),
+    # in seconds, on the digits of scikit-learn: to try the machinery
+    "tiny": Study(
+        TINY,
+        losses=tuple(x for x in LOSSES if x.name in ("infonce", "paper q0.9", "released q0.9")),
+        more_seeds=(),
+        seeds=(0, 1),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run. Runs of one regime and seed have the same weights, images, batches and views."""
+
+    study: str
+    regime: str
+    loss: Loss
+    temperature: float | None  # None: untrained
+    seed: int
+    setup: Setup
+
+    @property
+    def key(self) -> str:
+        tau = "" if self.temperature is None else f" tau={self.temperature:g}"
+        return f"{self.study}: {self.regime}: {self.loss.name}{tau} seed={self.seed}"
+
+    def described(self) -> dict[str, Any]:
+        """What a row says of it, and by which a row is known to be of this very run."""
+        options = {} if self.temperature is None else self.loss.for_setup(
+            self.setup, self.temperature
+        )  # fmt: skip
+        setup = asdict(self.setup)
+        setup |= {k: list(v) for k, v in setup.items() if isinstance(v, tuple)}
+        return {
+            "study": self.study,
+            "regime": self.regime,
+            "loss": self.loss.name,
+            "family": self.loss.family,
+            "temperature": self.temperature,
+            "seed": self.seed,
+            "options": options,
+            "setup": setup,
+        }
+
+
+MAIN = "main"  # the regime that temperatures are chosen in
+
+
+def validation_score(row: dict[str, Any]) -> float:
+    """What runs are chosen by: the mean of k-NN and linear probe on the held-out images."""
+    return (row["validation"]["knn"] + row["validation"]["linear"]) / 2
+
+
+def temperatures(study: Study, loss: Loss) -> tuple[float, ...]:
+    """Those that a loss's own is chosen from."""
+    return (*study.temperatures, *loss.more_temperatures)
+
+
+def plan(name: str, study: Study, rows: dict[str, dict[str, Any]]) -> list[Config]:
+    """The runs that are known so far, in order. All have rows: the study is over.
+
+    Args:
+        rows: by key, without test scores.
+    """
+
+    def config(loss: Loss, tau: float | None, seed: int, regime: str = MAIN) -> Config:
+        setup = replace(study.setup, **study.regimes.get(regime, {}))
+        return Config(name, regime, loss, tau, seed, setup)
+
+    first, later = study.seeds[0], study.seeds[1:]
+    runs = [config(UNTRAINED, None, first)]
+    chosen: dict[str, float] = {}  # temperatures
+    for group in sorted({loss.group for loss in study.losses}):
+        losses = [loss for loss in study.losses if loss.group == group]
+        tuned = [loss for loss in losses if loss.like is None]
+        everywhere = {tau for loss in tuned for tau in loss.more_temperatures}
+        for tau in (*study.temperatures, *sorted(everywhere - set(study.temperatures))):
+            runs += [config(x, tau, first) for x in tuned if tau in temperatures(study, x)]
+        for loss in tuned:
+            tried = [config(loss, tau, first) for tau in temperatures(study, loss)]
+            if all(c.key in rows for c in tried):
+                scores = {c.temperature: validation_score(rows[c.key]) for c in tried}
+                chosen[loss.name] = max(scores, key=scores.__getitem__)
+        chosen |= {x.name: chosen[x.like] for x in losses if x.like in chosen}
+        ready = [loss for loss in losses if loss.name in chosen]
+        runs += [config(x, chosen[x.name], first) for x in ready if x.like is not None]
+        runs += [config(x, chosen[x.name], seed) for seed in later for x in ready]
+    complete = len(chosen) == len(study.losses) and all(c.key in rows for c in runs)
+    if not complete:
+        return runs
+
+    def mean(loss: Loss) -> float:
+        keys = [config(loss, chosen[loss.name], seed).key for seed in study.seeds]
+        return sum(validation_score(rows[key]) for key in keys) / len(keys)
+
+    telling = [x for x in study.losses if x.name in BASELINES]
+    for form in FORMS:
+        telling += sorted((x for x in study.losses if x.family == form), key=mean)[-1:]
+    runs += [config(x, chosen[x.name], seed) for seed in study.more_seeds for x in telling]
+    for regime in study.regimes:
+        losses = study.losses if regime in study.whole_regimes else telling
+        runs += [config(x, chosen[x.name], s, regime) for s in study.regime_seeds for x in losses]
+    return runs
