@@ -5,7 +5,7 @@
     python examples/study.py run cpu --root DIR        # in two terminals: they share the table
     python examples/study.py run gpu --root DIR
     python examples/study.py run cpu --data folder --root DIR --superclasses FILE --rows FILE
-    python examples/study.py report                    # docs/effect.md and its pictures
+    python examples/study.py report                    # docs/effect.md and its pictures, anew
 
 What is compared is declared in effect/table.py. Each run adds a row to a file of JSON lines; one
 that was stopped is repeated whole, those with a row are not run again. Needs hex-ssl[examples].
@@ -21,13 +21,14 @@ import torch
 from common import data
 from common.options import check_device, positive
 from common.training import console
-from effect import rows
+from effect import plots, report, rows
 from effect.run import Images, commit_here, run
 from effect.table import STUDIES, Config, Study, plan
 from threadpoolctl import threadpool_limits
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "docs" / "data" / "effect.jsonl"
+DOCUMENT = ROOT / "docs" / "effect.md"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,6 +62,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--limit", type=positive, default=sys.maxsize, help="runs of this process")
     add("--threads", type=positive, help="of torch; by default 1 on the CPU")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command = commands.add_parser("report", help=write_report.__doc__.partition(".")[0])
+    command.set_defaults(command=write_report)
+    add = command.add_argument
+    add("--rows", type=Path, default=ROWS, help="%(default)s")
+    add("--document", type=Path, default=DOCUMENT, help="%(default)s")
     return parser
 
 
@@ -134,6 +140,20 @@ def run_all(options: argparse.Namespace) -> int:
             break
         else:
             time.sleep(2)  # others have all that is known; what comes next follows from theirs
+    return 0
+
+
+def write_report(options: argparse.Namespace) -> int:
+    """Draw the document's tables and pictures from the rows. What stands outside them is kept."""
+    if not options.document.exists():
+        raise ValueError(f"--document {options.document}: there is no such file")
+    there = rows.read(options.rows)
+    options.document.write_text(report.filled(options.document.read_text(), STUDIES, there))
+    for name, study in STUDIES.items():
+        mine = {key: row for key, row in there.items() if row["study"] == name}
+        for path in plots.draw(name, study, mine, options.document.parent / "images"):
+            console.print(f"drawn: {path}", soft_wrap=True)
+    console.print(f"filled: {options.document}", soft_wrap=True)
     return 0
 
 

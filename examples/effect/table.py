@@ -7,6 +7,7 @@ never given those of the test set (rows.py takes them out).
 """
 
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 
@@ -201,37 +202,54 @@ def temperatures(study: Study, loss: Loss) -> tuple[float, ...]:
     return (*study.temperatures, *loss.more_temperatures)
 
 
+def _config(
+    name: str, study: Study, loss: Loss, tau: float | None, seed: int, regime: str = MAIN
+) -> Config:
+    setup = replace(study.setup, **study.regimes.get(regime, {}))
+    return Config(name, regime, loss, tau, seed, setup)
+
+
+def chosen_temperatures(
+    name: str, study: Study, rows: dict[str, dict[str, Any]]
+) -> dict[str, float]:
+    """Of each loss of which all temperatures were tried, the best by validation; the first if tied.
+
+    Args:
+        rows: by key, without test scores.
+    """
+    chosen: dict[str, float] = {}
+    for loss in study.losses:
+        if loss.like is not None:
+            continue
+        tried = [
+            _config(name, study, loss, tau, study.seeds[0]) for tau in temperatures(study, loss)
+        ]
+        if all(c.key in rows for c in tried):
+            scores = {c.temperature: validation_score(rows[c.key]) for c in tried}
+            chosen[loss.name] = max(scores, key=scores.__getitem__)
+    return chosen | {x.name: chosen[x.like] for x in study.losses if x.like in chosen}
+
+
 def plan(name: str, study: Study, rows: dict[str, dict[str, Any]]) -> list[Config]:
     """The runs that are known so far, in order. All have rows: the study is over.
 
     Args:
         rows: by key, without test scores.
     """
-
-    def config(loss: Loss, tau: float | None, seed: int, regime: str = MAIN) -> Config:
-        setup = replace(study.setup, **study.regimes.get(regime, {}))
-        return Config(name, regime, loss, tau, seed, setup)
-
+    config = partial(_config, name, study)
     first, later = study.seeds[0], study.seeds[1:]
     runs = [config(UNTRAINED, None, first)]
-    chosen: dict[str, float] = {}  # temperatures
+    chosen = chosen_temperatures(name, study, rows)
     for group in sorted({loss.group for loss in study.losses}):
         losses = [loss for loss in study.losses if loss.group == group]
         tuned = [loss for loss in losses if loss.like is None]
         everywhere = {tau for loss in tuned for tau in loss.more_temperatures}
         for tau in (*study.temperatures, *sorted(everywhere - set(study.temperatures))):
             runs += [config(x, tau, first) for x in tuned if tau in temperatures(study, x)]
-        for loss in tuned:
-            tried = [config(loss, tau, first) for tau in temperatures(study, loss)]
-            if all(c.key in rows for c in tried):
-                scores = {c.temperature: validation_score(rows[c.key]) for c in tried}
-                chosen[loss.name] = max(scores, key=scores.__getitem__)
-        chosen |= {x.name: chosen[x.like] for x in losses if x.like in chosen}
         ready = [loss for loss in losses if loss.name in chosen]
         runs += [config(x, chosen[x.name], first) for x in ready if x.like is not None]
         runs += [config(x, chosen[x.name], seed) for seed in later for x in ready]
-    complete = len(chosen) == len(study.losses) and all(c.key in rows for c in runs)
-    if not complete:
+    if len(chosen) < len(study.losses) or not all(c.key in rows for c in runs):
         return runs
 
     def mean(loss: Loss) -> float:
