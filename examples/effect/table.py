@@ -40,7 +40,6 @@ class Loss:
     warm: bool = False  # InfoNCE for the first tenth of the epochs
     like: str | None = None  # the loss whose temperature it takes; None: its own is chosen
     more_temperatures: tuple[float, ...] = ()  # to choose from, besides the study's
-    group: int = 0  # those of a lower one are done first
 
     def for_setup(self, setup: Setup, temperature: float) -> dict[str, Any]:
         """The options of simclr.py."""
@@ -53,20 +52,19 @@ class Loss:
         return options
 
 
-def _hex(variant: str, quantile: float, group: int = 0) -> Loss:
+def _hex(variant: str, quantile: float, like: Loss | None = None) -> Loss:
     options = {"loss": "hex", "variant": variant, "quantile": quantile}
-    return Loss(f"{variant} q{quantile:g}", variant, options, group=group)
+    return Loss(f"{variant} q{quantile:g}", variant, options, like=like and like.name)
 
 
 def _changed(loss: Loss, name: str, options: dict[str, Any], warm: bool = False) -> Loss:
-    """A form of a loss so near to it that it takes its temperature."""
     options = loss.options | options
-    return Loss(f"{loss.name} {name}", loss.family, options, warm, loss.name, group=2)
+    return Loss(f"{loss.name} {name}", loss.family, options, warm, loss.name)
 
 
-def _step(variant: str) -> Loss:
-    options = {"loss": "hex", "variant": variant, "threshold": "step"}
-    return Loss(f"{variant} step", variant, options, group=1)
+def _step(loss: Loss) -> Loss:
+    options = {"loss": "hex", "variant": loss.family, "threshold": "step"}
+    return Loss(f"{loss.family} step", loss.family, options, like=loss.name)
 
 
 PAPER, RELEASED = _hex("paper", 0.99), _hex("released", 0.99)
@@ -84,23 +82,24 @@ LOSSES = (
     RELEASED,
     _hex("paper", 0.9),
     _hex("released", 0.9),
-    _hex("paper", 0.95, group=1),
-    _hex("released", 0.95, group=1),
-    _step("paper"),
-    _step("released"),
+    # variants: they take the temperature of the 0.99 quantile's
+    _hex("paper", 0.95, like=PAPER),
+    _hex("released", 0.95, like=RELEASED),
     _changed(PAPER, "warm", {}, warm=True),
     _changed(RELEASED, "warm", {}, warm=True),
     _changed(PAPER, "neg", {"over": "negatives"}),
     _changed(RELEASED, "neg", {"over": "negatives"}),
+    _step(PAPER),
+    _step(RELEASED),
 )  # fmt: skip
 BASELINES = ("infonce", "decoupled", "hcl")
-FORMS = ("paper", "released")  # families of which the best goes on
+FORMS = ("paper", "released")  # families of which the best that was tuned goes on
 UNTRAINED = Loss("untrained", "untrained", {"loss": "base"})
 
 
 @dataclass(frozen=True)
 class Study:
-    """A grid: stage 1 chooses each loss's temperature, stage 2 repeats it with other seeds."""
+    """A grid: temperatures are chosen at the first seed, then come the other seeds, then more."""
 
     setup: Setup
     losses: tuple[Loss, ...] = LOSSES
@@ -238,28 +237,28 @@ def plan(name: str, study: Study, rows: dict[str, dict[str, Any]]) -> list[Confi
     """
     config = partial(_config, name, study)
     first, later = study.seeds[0], study.seeds[1:]
+    tuned = [loss for loss in study.losses if loss.like is None]
+    variants = [loss for loss in study.losses if loss.like is not None]
+    taus = sorted({tau for loss in tuned for tau in loss.more_temperatures})
     runs = [config(UNTRAINED, None, first)]
+    for tau in (*study.temperatures, *taus):
+        runs += [config(x, tau, first) for x in tuned if tau in temperatures(study, x)]
     chosen = chosen_temperatures(name, study, rows)
-    for group in sorted({loss.group for loss in study.losses}):
-        losses = [loss for loss in study.losses if loss.group == group]
-        tuned = [loss for loss in losses if loss.like is None]
-        everywhere = {tau for loss in tuned for tau in loss.more_temperatures}
-        for tau in (*study.temperatures, *sorted(everywhere - set(study.temperatures))):
-            runs += [config(x, tau, first) for x in tuned if tau in temperatures(study, x)]
-        ready = [loss for loss in losses if loss.name in chosen]
-        runs += [config(x, chosen[x.name], first) for x in ready if x.like is not None]
-        runs += [config(x, chosen[x.name], seed) for seed in later for x in ready]
-    if len(chosen) < len(study.losses) or not all(c.key in rows for c in runs):
+    ready = [loss for loss in tuned if loss.name in chosen]
+    runs += [config(x, chosen[x.name], seed) for seed in later for x in ready]
+    if len(ready) < len(tuned) or not all(c.key in rows for c in runs):
         return runs
 
     def mean(loss: Loss) -> float:
         keys = [config(loss, chosen[loss.name], seed).key for seed in study.seeds]
         return sum(validation_score(rows[key]) for key in keys) / len(keys)
 
-    telling = [x for x in study.losses if x.name in BASELINES]
+    telling = [x for x in tuned if x.name in BASELINES]
     for form in FORMS:
-        telling += sorted((x for x in study.losses if x.family == form), key=mean)[-1:]
+        telling += sorted((x for x in tuned if x.family == form), key=mean)[-1:]
+    runs += [config(x, chosen[x.name], first) for x in variants]
     runs += [config(x, chosen[x.name], seed) for seed in study.more_seeds for x in telling]
+    runs += [config(x, chosen[x.name], seed) for seed in later for x in variants]
     for regime in study.regimes:
         losses = study.losses if regime in study.whole_regimes else telling
         runs += [config(x, chosen[x.name], s, regime) for s in study.regime_seeds for x in losses]
