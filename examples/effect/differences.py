@@ -21,6 +21,7 @@ MEASURES = {
     "super_knn": "superclass k-NN",
     "super_linear": "superclass linear",
 }
+ENOUGH = 3  # seeds: a spread of two says next to nothing
 Runs = dict[int, dict[str, Any]]  # by seed
 
 
@@ -33,8 +34,13 @@ class Summary:
     n: int
 
     @property
+    def enough(self) -> bool:
+        """Whether its spread is worth looking at."""
+        return self.n >= ENOUGH
+
+    @property
     def beyond_two_errors(self) -> bool:
-        return self.error is not None and abs(self.mean) > 2 * self.error
+        return self.enough and abs(self.mean) > 2 * self.error
 
     @property
     def p(self) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from statistics import fmean, median
 
 from effect.differences import (
+    ENOUGH,
     MEASURES,
     SCORE,
     Runs,
@@ -157,7 +158,7 @@ def main(name: str, study: Study, rows: Rows) -> str:
 
 
 def against(baseline: str, all_runs: dict[str, Runs], measures: dict[str, str]) -> str:
-    """Differences from a baseline by seed, and Holm's p of the score over all rows."""
+    """Differences from a baseline by seed, and p of the score where there are seeds enough."""
     lines, p = [], []
     for loss, runs in all_runs.items():
         if loss == baseline:
@@ -166,9 +167,10 @@ def against(baseline: str, all_runs: dict[str, Runs], measures: dict[str, str]) 
         if (first := found[SCORE]) is None:
             continue
         lines.append([title(loss), str(first.n), *(signed(d) for d in found.values())])
-        p.append(first.p)
-    for line, raw, adjusted in zip(lines, p, holm(p), strict=True):
-        line += [f"{raw:.3f}", f"{adjusted:.2f}"]
+        p.append(first.p if first.enough else None)
+    adjusted = iter(holm([x for x in p if x is not None]))
+    for line, raw in zip(lines, p, strict=True):
+        line += ["", ""] if raw is None else [f"{raw:.3f}", f"{next(adjusted):.2f}"]
     return table(["loss", "seeds", *measures.values(), "p of score", "Holm's"], lines)
 
 
@@ -267,10 +269,8 @@ def verdict(name: str, study: Study, rows: Rows) -> str:
     """What the differences of the score from InfoNCE add up to."""
     runs = compared(name, study, rows)
     base = runs.get("infonce", {})
-    found = {
-        loss: d for loss, mine in runs.items()
-        if loss != "infonce" and (d := difference(mine, base, SCORE)) is not None and d.n > 1
-    }  # fmt: skip
+    every = {x: difference(mine, base, SCORE) for x, mine in runs.items() if x != "infonce"}
+    found = {x: d for x, d in every.items() if d is not None and d.enough}
     if not found:
         return "Too few runs so far."
     adjusted = dict(zip(found, holm([d.p for d in found.values()]), strict=True))
@@ -285,8 +285,8 @@ def verdict(name: str, study: Study, rows: Rows) -> str:
     noise = 100 * pooled_deviation(found.values())
     most = max(d.n for d in found.values())
     return (
-        f"Score (mean of k-NN and linear probe on the test images) against InfoNCE, {len(found)} "
-        "losses:\n\n"
+        "Score (mean of k-NN and linear probe on the test images) against InfoNCE, of the "
+        f"{len(found)} losses with {ENOUGH} seeds or more:\n\n"
         f"* more than two standard errors above: {listed(up)};\n"
         f"* more than two standard errors below: {listed(down)};\n"
         f"* still there at the 5 % level after Holm's correction: {listed(sure)}.\n\n"
