@@ -341,6 +341,7 @@ def test_a_look_counts_the_pairs_that_are_in_h():
     assert len(look.labels) == 192  # whole batches of 200
     model.eval()
     pairs = same = 0
+    cosines = []
     with torch.no_grad():
         for views, labels in zip(look.views, look.labels.split(64), strict=True):
             z = [torch.nn.functional.normalize(model.embed(view)) for view in views]
@@ -349,8 +350,12 @@ def test_a_look_counts_the_pairs_that_are_in_h():
             negatives = image[:, None] != image
             inside = (rows_of @ rows_of.T > model.criterion.last.eps) & negatives
             pairs += int(inside.sum())
+            # the nearest 1 % of 126 negatives is one
+            only = (rows_of @ rows_of.T).masked_fill(~negatives, -1)
+            cosines.append(float(only.amax(1).mean()))
             same += int((inside & (twice[:, None] % 2 == twice % 2)).sum())
     assert pairs > 0
+    assert seen["near_cosine"] == pytest.approx(np.mean(cosines), abs=1e-6)
     assert seen["own"]["size"] == pytest.approx(pairs / 384)
     assert seen["own"]["superclass"] == pytest.approx(same / pairs)
 

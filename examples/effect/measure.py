@@ -97,17 +97,19 @@ class Look:
         features = [torch.cat(view) for view in zip(*parts, strict=True)]
         z0, z1 = (F.normalize(model.projector(h).float()) for h in features)
         own, near, any_pair = Neighbours(), Neighbours(), Neighbours()
-        thresholds = []
-        for part in self._batches(len(self.labels)):
-            thresholds.append(self._pairs(model, z0[part], z1[part], part, own, near, any_pair))
+        thresholds = [
+            self._pairs(model, z0[part], z1[part], part, own, near, any_pair)
+            for part in self._batches(len(self.labels))
+        ]
         model.train(was_training)
         labels = self.labels.to(z0.device)
-        eps = sum(thresholds) / len(thresholds)
+        eps, near_cosine = (sum(x) / len(x) for x in zip(*thresholds, strict=True))
         known = self.superclasses is not None
         return {
             "eps": eps if math.isfinite(eps) else None,
             "own": own.shares(known),
             "near": near.shares(known),
+            "near_cosine": near_cosine,
             "chance": any_pair.shares(known),
             "rank": effective_rank(z0),
             "rank_within": rank_within(z0, labels),
@@ -117,8 +119,8 @@ class Look:
             "alignment": alignment(z0, z1),
         }
 
-    def _pairs(self, model, z0, z1, part, own, near, any_pair) -> float:
-        """Counts the pairs of a batch; the mean threshold of its rows."""
+    def _pairs(self, model, z0, z1, part, own, near, any_pair) -> tuple[float, float]:
+        """Counts the pairs of a batch; its eps, and the cosine that only the nearest are above."""
 
         def same(labels: Tensor) -> Tensor:
             twice = labels[part].repeat(2).to(z0.device)
@@ -130,13 +132,13 @@ class Look:
         negative = image[:, None] != image
         eps = own_threshold(model.criterion, z0, z1, cosines)
         only = cosines.masked_fill(~negative, -math.inf)
-        nearest = only.topk(max(1, round(NEAR * (n - 2))), dim=1).indices
+        cosine, nearest = only.topk(max(1, round(NEAR * (n - 2))), dim=1)
         is_near = torch.zeros_like(negative).scatter_(1, nearest, True)
         sames = same(self.labels), None if self.superclasses is None else same(self.superclasses)
         own.add(negative & (cosines > eps), *sames)
         near.add(is_near, *sames)
         any_pair.add(negative, *sames)
-        return float(eps.double().mean())
+        return float(eps.double().mean()), float(cosine[:, -1].mean())
 
 
 def own_threshold(criterion, z0: Tensor, z1: Tensor, cosines: Tensor) -> Tensor:

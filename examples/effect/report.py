@@ -232,21 +232,26 @@ def groups(name: str, study: Study, rows: Rows) -> str:
 
 def geometry(name: str, study: Study, rows: Rows) -> str:
     """The embedding at the end: the nearest 1 %, ranks, uniformity, alignment."""
-    shown: dict[str, tuple[str, Callable[[dict], float | None], int]] = {
-        "near, class %": ("near", lambda x: scaled(x["near"]["class"]), 1),
-        "near, superclass %": ("near", lambda x: scaled(x["near"]["superclass"]), 1),
-        "rank": ("rank", lambda x: x["rank"], 1),
-        "rank in a class": ("rank", lambda x: x["rank_within"], 1),
-        "features' rank": ("rank", lambda x: x["rank_features"], 1),
-        "in a class": ("rank", lambda x: x["rank_features_within"], 1),
-        "uniformity": ("", lambda x: x["uniformity"], 2),
-        "alignment": ("", lambda x: x["alignment"], 3),
+    shown: dict[str, tuple[Callable[[dict], float | None], int]] = {
+        "near, class %": (lambda x: scaled(x["near"]["class"]), 1),
+        "near, superclass %": (lambda x: scaled(x["near"]["superclass"]), 1),
+        "near, cosine": (lambda x: x.get("near_cosine"), 2),
+        "rank": (lambda x: x["rank"], 1),
+        "rank in a class": (lambda x: x["rank_within"], 1),
+        "features' rank": (lambda x: x["rank_features"], 1),
+        "in a class": (lambda x: x["rank_features_within"], 1),
+        "uniformity": (lambda x: x["uniformity"], 2),
+        "alignment": (lambda x: x["alignment"], 3),
     }
+    runs = compared(name, study, rows)
+    if all(x.get("near_cosine") is None for r in runs.get("infonce", {}).values()
+           for x in r["looks"]):  # fmt: skip
+        del shown["near, cosine"]  # of rows from before it was measured, nothing to compare with
     lines = []
-    for loss, runs in compared(name, study, rows).items():
-        last = [r["looks"][-1] for r in runs.values()]
-        tau = next(iter(runs.values()))["temperature"]
-        cells = [number(mean_of(map(f, last)), digits) for _, f, digits in shown.values()]
+    for loss, mine in runs.items():
+        last = [r["looks"][-1] for r in mine.values()]
+        tau = next(iter(mine.values()))["temperature"]
+        cells = [number(mean_of(map(f, last)), digits) for f, digits in shown.values()]
         lines.append([title(loss), f"{tau:g}", *cells])
     return table(["loss", "tau", *shown], lines)
 

@@ -83,14 +83,14 @@ LOSSES = (
     _hex("paper", 0.9),
     _hex("released", 0.9),
     # variants: they take the temperature of the 0.99 quantile's
-    _hex("paper", 0.95, like=PAPER),
-    _hex("released", 0.95, like=RELEASED),
-    _changed(PAPER, "warm", {}, warm=True),
-    _changed(RELEASED, "warm", {}, warm=True),
-    _changed(PAPER, "neg", {"over": "negatives"}),
-    _changed(RELEASED, "neg", {"over": "negatives"}),
+    _changed(RELEASED, "warm", {}, warm=True),  # the authors' own
     _step(PAPER),
+    _changed(PAPER, "neg", {"over": "negatives"}),
+    _hex("paper", 0.95, like=PAPER),
+    _changed(PAPER, "warm", {}, warm=True),
     _step(RELEASED),
+    _hex("released", 0.95, like=RELEASED),
+    _changed(RELEASED, "neg", {"over": "negatives"}),
 )  # fmt: skip
 BASELINES = ("infonce", "decoupled", "hcl")
 FORMS = ("paper", "released")  # families of which the best that was tuned goes on
