@@ -66,15 +66,19 @@ def make_parser() -> argparse.ArgumentParser:
     command.set_defaults(command=write_report)
     add = command.add_argument
     add("--rows", type=Path, default=ROWS, help="%(default)s")
-    add("--document", type=Path, default=DOCUMENT, help="%(default)s")
+    add("--document", type=Path, default=DOCUMENT, help="%(default)s; a new one has all tables")
     return parser
 
 
 def chosen_study(options: argparse.Namespace) -> Study:
+    """The study on the data asked for, without regimes that are about its own classes."""
     study = STUDIES[options.study]
-    if options.data is not None:
-        study = replace(study, setup=replace(study.setup, data=options.data))
-    return study
+    if options.data in (None, study.setup.data):
+        return study
+    regimes = {name: change for name, change in study.regimes.items() if "classes" not in change}
+    if left_out := ", ".join(study.regimes.keys() - regimes.keys()):
+        console.print(f"left out, for it names classes of {study.setup.data}: {left_out}")
+    return replace(study, setup=replace(study.setup, data=options.data), regimes=regimes)
 
 
 def known_runs(options: argparse.Namespace, study: Study) -> tuple[list[Config], rows.Rows]:
@@ -145,10 +149,16 @@ def run_all(options: argparse.Namespace) -> int:
 
 def write_report(options: argparse.Namespace) -> int:
     """Draw the document's tables and pictures from the rows. What stands outside them is kept."""
-    if not options.document.exists():
-        raise ValueError(f"--document {options.document}: there is no such file")
     there = rows.read(options.rows)
-    options.document.write_text(report.filled(options.document.read_text(), STUDIES, there))
+    if not there:
+        raise ValueError(f"--rows {options.rows}: there are no rows")
+    if options.document.exists():
+        text = options.document.read_text()
+    else:
+        names = sorted({row["study"] for row in there.values()})
+        text = "\n".join(report.empty(name) for name in names)
+    options.document.parent.mkdir(parents=True, exist_ok=True)
+    options.document.write_text(report.filled(text, STUDIES, there))
     for name, study in STUDIES.items():
         mine = {key: row for key, row in there.items() if row["study"] == name}
         for path in plots.draw(name, study, mine, options.document.parent / "images"):

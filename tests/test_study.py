@@ -251,6 +251,12 @@ def test_a_folder_of_images_with_superclasses_is_studied(tmp_path):
     assert last["near"]["superclass"] > last["chance"]["superclass"]
 
 
+def test_regimes_about_other_classes_are_left_out_and_it_is_said(tmp_path, capsys):
+    arguments = ["list", "cpu", "--data", "folder", "--rows", str(tmp_path / "rows.jsonl")]
+    assert study.main(arguments) == 0
+    assert "left out, for it names classes of cifar10: siblings" in capsys.readouterr().out
+
+
 NAMES = {"ant": "insect", "bee": "insect", "car": "vehicle"}
 
 
@@ -384,6 +390,17 @@ def test_the_report_is_drawn_from_the_rows_and_keeps_what_people_wrote(whole, tm
     assert len(list((tmp_path / "images").glob("effect-tiny-*.png"))) == 4
     assert study.main(["report", "--rows", str(whole), "--document", str(path)]) == 0
     assert path.read_text() == text
+
+
+def test_a_new_document_has_every_table_of_the_studies_with_rows(whole, tmp_path, capsys):
+    path = tmp_path / "new" / "effect.md"
+    assert study.main(["report", "--rows", str(whole), "--document", str(path)]) == 0
+    text = path.read_text()
+    assert [block for _, _, block, _ in report.BLOCK.findall(text)] == list(report.BLOCKS)
+    assert "study gpu" not in text
+    missing = tmp_path / "none.jsonl"
+    assert study.main(["report", "--rows", str(missing), "--document", str(path)]) == 2
+    assert f"{missing}: there are no rows" in capsys.readouterr().err
 
 
 def test_a_block_that_does_not_exist_is_named(whole, tmp_path, capsys):

@@ -64,6 +64,15 @@ def filled(text: str, studies: dict[str, Study], rows: Rows) -> str:
     return BLOCK.sub(fill, text)
 
 
+def empty(name: str) -> str:
+    """A document with every block of a study, for `filled`."""
+    blocks = (
+        f"## {block}\n\n{make.__doc__}\n\n<!-- study {name} {block} -->\n<!-- end -->\n"
+        for block, make in BLOCKS.items()
+    )
+    return "\n".join([f"# Study {name}\n", *blocks])
+
+
 def percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
 
