@@ -179,7 +179,7 @@ def against(baseline: str, all_runs: dict[str, Runs], measures: dict[str, str]) 
         p.append(first.p if first.enough else None)
     adjusted = iter(holm([x for x in p if x is not None]))
     for line, raw in zip(lines, p, strict=True):
-        line += ["", ""] if raw is None else [f"{raw:.3f}", f"{next(adjusted):.2f}"]
+        line += ["", ""] if raw is None else [f"{raw:.3f}", f"{next(adjusted):.3f}"]
     return table(["loss", "seeds", *measures.values(), "p of score", "Holm's"], lines)
 
 
@@ -297,7 +297,8 @@ def verdict(name: str, study: Study, rows: Rows) -> str:
     down = [x for x, d in found.items() if d.beyond_two_errors and d.mean < 0]
     sure = [x for x in found if adjusted[x] < 0.05]
     noise = 100 * pooled_deviation(found.values())
-    most = max(d.n for d in found.values())
+    seeds = sorted({ENOUGH, max(d.n for d in found.values())})
+    errors = ", ".join(f"{2 * noise / math.sqrt(n):.1f} with {n} seeds" for n in seeds)
     return (
         "Score (mean of k-NN and linear probe on the test images) against InfoNCE, of the "
         f"{len(found)} losses with {ENOUGH} seeds or more:\n\n"
@@ -305,8 +306,7 @@ def verdict(name: str, study: Study, rows: Rows) -> str:
         f"* more than two standard errors below: {listed(down)};\n"
         f"* still there at the 5 % level after Holm's correction: {listed(sure)}.\n\n"
         f"The noise: a difference at one seed has a standard deviation of {noise:.2f} points, "
-        f"pooled over the losses; two standard errors of a mean of 3 seeds are "
-        f"{2 * noise / math.sqrt(3):.1f} points, of {most} {2 * noise / math.sqrt(most):.1f}."
+        f"pooled over the losses; two standard errors are then {errors}."
     )
 
 

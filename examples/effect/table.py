@@ -107,7 +107,6 @@ class Study:
     seeds: tuple[int, ...] = (0, 1, 2)
     more_seeds: tuple[int, ...] = (3, 4)  # for the baselines and the best of each form
     regimes: dict[str, dict[str, Any]] = field(default_factory=dict)  # changes of the setup
-    regime_seeds: tuple[int, ...] = (0, 1, 2)
     whole_regimes: tuple[str, ...] = ()  # of these, those in which every loss runs
 
 
@@ -255,10 +254,15 @@ def plan(name: str, study: Study, rows: dict[str, dict[str, Any]]) -> list[Confi
     telling = [x for x in tuned if x.name in BASELINES]
     for form in FORMS:
         telling += sorted((x for x in tuned if x.family == form), key=mean)[-1:]
-    runs += [config(x, chosen[x.name], first) for x in variants]
+
+    def in_regimes(seed: int) -> list[Config]:
+        return [
+            config(x, chosen[x.name], seed, regime) for regime in study.regimes
+            for x in (study.losses if regime in study.whole_regimes else telling)
+        ]  # fmt: skip
+
+    # a look at everything before more seeds of what is known
+    runs += [config(x, chosen[x.name], first) for x in variants] + in_regimes(first)
     runs += [config(x, chosen[x.name], seed) for seed in study.more_seeds for x in telling]
     runs += [config(x, chosen[x.name], seed) for seed in later for x in variants]
-    for regime in study.regimes:
-        losses = study.losses if regime in study.whole_regimes else telling
-        runs += [config(x, chosen[x.name], s, regime) for s in study.regime_seeds for x in losses]
-    return runs
+    return runs + [run for seed in later for run in in_regimes(seed)]
