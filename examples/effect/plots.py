@@ -84,8 +84,7 @@ def threshold(runs: dict[str, Runs], families: dict[str, str]):
         styles = "-", "--", "-.", ":", (0, (1, 1, 4, 1)), (0, (6, 2))
         for loss, colour, style in zip(mine, shades, styles * 3, strict=False):
             epochs, values = curve(runs[loss], "curves", lambda x: x["eps"])
-            tau = next(iter(runs[loss].values()))["temperature"]
-            label = f"{title(loss).removeprefix('HEX ')}, tau {tau:g}"
+            label = named(loss, runs[loss]).removeprefix("HEX ")
             panel.plot(epochs, values, color=colour, linestyle=style, label=label)
         panel.set_title(f"HEX {family}")
         panel.set_xlabel("epoch")
@@ -136,7 +135,7 @@ def geometry(runs: dict[str, Runs], families: dict[str, str]):
         for panel, x, y in ((left, "rank", "rank_within"), (right, "alignment", "uniformity")):
             panel.plot(
                 mean_of(r[x] for r in last), mean_of(r[y] for r in last), mark, color=colour,
-                label=f"{title(loss)}, tau {next(iter(mine.values()))['temperature']:g}",
+                label=named(loss, mine),
                 markersize=7, alpha=0.8,
             )  # fmt: skip
     left.set_xlabel("effective rank of the embedding")
@@ -149,6 +148,12 @@ def geometry(runs: dict[str, Runs], families: dict[str, str]):
         panel.grid(alpha=0.25)
     figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=9)
     return figure
+
+
+def named(loss: str, runs: Runs) -> str:
+    """For a legend: the loss, its temperature, and that it is one seed only if it is."""
+    tau = next(iter(runs.values()))["temperature"]
+    return f"{title(loss)}, tau {tau:g}" + (", one seed" if len(runs) == 1 else "")
 
 
 def curve(runs: Runs, of: str, value: Callable[[dict], float | None]) -> tuple[list, list]:
