@@ -23,8 +23,8 @@ from effect.differences import (
     score,
     summary,
 )
-from effect.rows import Rows
-from effect.table import BASELINES, MAIN, Study, temperatures
+from effect.rows import Rows, without_test
+from effect.table import BASELINES, MAIN, Study, plan, temperatures
 
 BLOCK = re.compile(r"(<!-- study (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TITLES = {
@@ -310,7 +310,27 @@ def verdict(name: str, study: Study, rows: Rows) -> str:
     )
 
 
+def left(name: str, study: Study, rows: Rows) -> str:
+    """The runs of the table, so far as results decide it, that have no row."""
+    runs = plan(name, study, without_test(rows))
+    missing: dict[str, dict[str, list[str]]] = {}
+    for run in runs:
+        if run.key not in rows:
+            losses = missing.setdefault(run.regime, {})
+            losses.setdefault(title(run.loss.name), []).append(str(run.seed))
+    lines = []
+    for regime, losses in missing.items():
+        by_seeds: dict[str, list[str]] = {}
+        for loss, seeds in losses.items():
+            by_seeds.setdefault(", ".join(seeds), []).append(loss)
+        texts = [f"{', '.join(x)} (seeds {seeds})" for seeds, x in by_seeds.items()]
+        lines.append(f"* *{regime}*: {'; '.join(texts)}")
+    done = sum(run.key in rows for run in runs)
+    listed = "\n\nNot run:\n\n" + "\n".join(lines) if lines else ""
+    return f"{done} of the {len(runs)} runs of the table are in the rows.{listed}"
+
+
 BLOCKS: dict[str, Callable[[str, Study, Rows], str]] = {
     f.__name__: f
-    for f in (cost, chosen, main, paired, decoupled, regimes, groups, geometry, verdict)
+    for f in (cost, chosen, main, paired, decoupled, regimes, groups, geometry, verdict, left)
 }
