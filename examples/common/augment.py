@@ -129,9 +129,13 @@ def digits(local: bool = False) -> nn.Module:
     return v2.Compose([part if local else whole, v2.GaussianNoise(sigma=0.1)])
 
 
-def small(local: bool = False) -> nn.Module:
-    """For batches of 32 x 32 photographs (CIFAR), without blur, as the paper."""
-    warp = RandomWarp(area=(0.05, 0.4), size=16) if local else RandomWarp()
+def small(local: bool = False, size: int | None = None) -> nn.Module:
+    """For batches of 32 x 32 photographs (CIFAR), without blur, as the paper.
+
+    Args:
+        size: side of the views that are not local; None: that of the images.
+    """
+    warp = RandomWarp(area=(0.05, 0.4), size=16) if local else RandomWarp(size=size)
     return v2.Compose([warp, RandomColour()])
 
 

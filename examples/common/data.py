@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -57,6 +57,13 @@ class MemorySplit:
         """Random views of each of the images at `index`."""
         images = self._images[index.to(self._images.device)].float() / 255
         return [_centre(augment(images)) for augment in self._augmentations]
+
+    def subset(self, index: Tensor, augmentations: list[nn.Module] | None = None) -> "MemorySplit":
+        """The images at `index`, with augmentations of their own if given."""
+        images = self._images[index.to(self._images.device)]
+        return MemorySplit(
+            images, self.labels[index], self.classes, augmentations or self._augmentations
+        )
 
     def images(self, batch_size: int = 512) -> Iterator[Tensor]:
         for images in self._images.split(batch_size):
@@ -150,6 +157,26 @@ def load(
     return _folders(root, size, workers, device, local_views)
 
 
+def in_memory(
+    root: Path, size: int, device: torch.device | str = "cpu"
+) -> tuple[MemorySplit, MemorySplit]:
+    """`load("folder", root)`, but read once, cut to squares and kept in the device's memory.
+
+    For many runs on the same photographs: views are then made a batch at a time on the device.
+
+    Args:
+        size: side of the squares: the middle of each image, the shorter side scaled to it.
+
+    Raises:
+        DataError: nothing is there, or it is not what was expected.
+    """
+    parts = [_decoded(folder, size) for folder in _parts(root)]
+    _check_classes(root, *(classes for _, _, classes in parts))
+    views = [augment.small(), augment.small()]
+    train, test = (MemorySplit(x.to(device), y, classes, views) for x, y, classes in parts)
+    return train, test
+
+
 def _digits(device: torch.device, local_views: int) -> tuple[Split, Split]:
     """1797 handwritten digits of 8 x 8 pixels; 500, always the same, are for testing."""
     from sklearn.datasets import load_digits
@@ -198,21 +225,25 @@ def _downloaded(root: Path, train: bool) -> tuple[Tensor, Tensor, list[str]]:
     return images.contiguous(), torch.tensor(files.targets), files.classes
 
 
-def _decoded(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
-    """All images below folder/<class>/; they must be of one size."""
+def _decoded(folder: Path, size: int | None = None) -> tuple[Tensor, Tensor, list[str]]:
+    """All images below folder/<class>/, of that size or, with None, of one size as they are."""
     try:
         listed = ImageFolder(str(folder))
         with ThreadPoolExecutor() as pool:
-            images = list(pool.map(_decode, (path for path, _ in listed.samples)))
+            paths = (path for path, _ in listed.samples)
+            images = list(pool.map(partial(_decode, size=size), paths))
         return torch.stack(images), torch.tensor(listed.targets), listed.classes
     except (FileNotFoundError, RuntimeError) as error:  # no images; sizes that do not stack
         raise DataError(f"{folder}: {error}") from None
 
 
-def _decode(path: str) -> Tensor:
+def _decode(path: str, size: int | None = None) -> Tensor:
     try:
         with Image.open(path) as image:
-            return torch.from_numpy(np.array(image.convert("RGB")).transpose(2, 0, 1))
+            image = image.convert("RGB")
+            if size is not None:
+                image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+            return torch.from_numpy(np.array(image).transpose(2, 0, 1))
     except OSError as error:
         raise DataError(f"{path}: {error}") from None
 
@@ -220,21 +251,28 @@ def _decode(path: str) -> Tensor:
 def _folders(
     root: Path, size: int, workers: int, device: torch.device, local_views: int
 ) -> tuple[FolderSplit, FolderSplit]:
-    tests = [name for name in ("test", "val") if (root / name).is_dir()]
+    train, test = (FolderSplit(part, size, workers, device, local_views) for part in _parts(root))
+    _check_classes(root, train.classes, test.classes)
+    return train, test
+
+
+def _parts(root: Path) -> tuple[Path, Path]:
+    """The folders of the training and the test images."""
+    tests = [root / name for name in ("test", "val") if (root / name).is_dir()]
     if not (root / "train").is_dir() or not tests:
         raise DataError(
             f"--root {root}: wanted train/ and test/ (or val/) there, with a folder of images for "
             "each class"
         )
-    train, test = (
-        FolderSplit(root / part, size, workers, device, local_views) for part in ("train", tests[0])
-    )
-    if train.classes != test.classes:
+    return root / "train", tests[0]
+
+
+def _check_classes(root: Path, train: list[str], test: list[str]) -> None:
+    if train != test:
         raise DataError(
-            f"--root {root}: train/ has {len(train.classes)} classes and {tests[0]}/ has "
-            f"{len(test.classes)}, or their names differ"
+            f"--root {root}: train/ has {len(train)} classes and {_parts(root)[1].name}/ has "
+            f"{len(test)}, or their names differ"
         )
-    return train, test
 
 
 class _Pictures(Dataset):

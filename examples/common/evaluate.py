@@ -23,35 +23,45 @@ def features(network: nn.Module, split: Split) -> Features:
     return torch.cat(rows).numpy(), split.labels.numpy()
 
 
+def knn_predictions(train: Features, x: np.ndarray, neighbours: int = 20) -> np.ndarray:
+    """The votes of the 20 nearest training rows, by cosine, for each row of x.
+
+    Labels may be (N, k), k labelings of the same rows: the votes are so too.
+    """
+    train_x, train_y = train
+    voters = KNeighborsClassifier(min(neighbours, len(train_y)), weights="distance")
+    return voters.fit(_unit(train_x), train_y).predict(_unit(x))
+
+
 def knn_accuracy(train: Features, test: Features, neighbours: int = 20) -> float:
     """Share of test images whose 20 nearest training images, by cosine, vote for their class."""
-    (train_x, train_y), (test_x, test_y) = train, test
-    voters = KNeighborsClassifier(min(neighbours, len(train_y)), weights="distance")
-    return float(voters.fit(_unit(train_x), train_y).score(_unit(test_x), test_y))
+    return float(np.mean(knn_predictions(train, test[0], neighbours) == test[1]))
+
+
+def linear_predictions(
+    train: Features, x: np.ndarray, per_class: int | None = None, draws: int = 10
+) -> np.ndarray:
+    """The classes that logistic regression gives the rows of x, (1 or draws, N).
+
+    Args:
+        per_class: labelled training images a class; None: all.
+        draws: with per_class, the number of random choices of them, always the same.
+    """
+    train_x, train_y = train
+    scale = StandardScaler().fit(train_x)
+    train_x, x = scale.transform(train_x), scale.transform(x)
+    choices = [slice(None)]
+    if per_class is not None:
+        choices = [_choose(train_y, per_class, np.random.default_rng(i)) for i in range(draws)]
+    fit = LogisticRegression(max_iter=500, tol=1e-3).fit
+    return np.stack([fit(train_x[chosen], train_y[chosen]).predict(x) for chosen in choices])
 
 
 def linear_probe(
     train: Features, test: Features, per_class: int | None = None, draws: int = 10
 ) -> float:
-    """Accuracy of logistic regression on the features, in [0, 1].
-
-    Args:
-        per_class: labelled training images a class; None: all.
-        draws: with per_class, the mean over so many random choices of them, always the same.
-    """
-    (train_x, train_y), (test_x, test_y) = train, test
-    scale = StandardScaler().fit(train_x)
-    train_x, test_x = scale.transform(train_x), scale.transform(test_x)
-    choices = [slice(None)]
-    if per_class is not None:
-        choices = [_choose(train_y, per_class, np.random.default_rng(i)) for i in range(draws)]
-    scores = [
-        LogisticRegression(max_iter=500, tol=1e-3)
-        .fit(train_x[chosen], train_y[chosen])
-        .score(test_x, test_y)
-        for chosen in choices
-    ]
-    return float(np.mean(scores))
+    """Accuracy of logistic regression on the features, in [0, 1]; `linear_predictions` has more."""
+    return float(np.mean(linear_predictions(train, test[0], per_class, draws) == test[1]))
 
 
 def scores(train: Features, test: Features) -> list[float]:

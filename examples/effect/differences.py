@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: MIT
+"""From rows to numbers: which rows are compared, means, standard errors, differences by seed."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from scipy.stats import t as student
+
+from effect.rows import Rows, RowsError, without_test
+from effect.table import MAIN, Study, chosen_temperatures
+
+SCORE = "score"  # what settings are ranked by: the mean of k-NN and linear probe
+MEASURES = {
+    SCORE: "score",
+    "knn": "k-NN",
+    "linear": "linear",
+    "linear_1pct": "1 % of labels",
+    "super_knn": "superclass k-NN",
+    "super_linear": "superclass linear",
+}
+ENOUGH = 3  # seeds: a spread of two says next to nothing
+Runs = dict[int, dict[str, Any]]  # by seed
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A mean over seeds and its standard error, None for one seed; p of a paired t-test with 0."""
+
+    mean: float
+    error: float | None
+    n: int
+
+    @property
+    def enough(self) -> bool:
+        """Whether its spread is worth looking at."""
+        return self.n >= ENOUGH
+
+    @property
+    def beyond_two_errors(self) -> bool:
+        return self.enough and abs(self.mean) > 2 * self.error
+
+    @property
+    def p(self) -> float:
+        """Two-sided, of a mean of 0; 1 for one seed, of which nothing can be said."""
+        if self.error is None:
+            return 1.0
+        if self.error == 0:
+            return 1.0 if self.mean == 0 else 0.0
+        return float(2 * student.sf(abs(self.mean) / self.error, self.n - 1))
+
+
+def summary(values: Iterable[float]) -> Summary:
+    values = list(values)
+    n = len(values)
+    return Summary(fmean(values), stdev(values) / math.sqrt(n) if n > 1 else None, n)
+
+
+def score(row: dict[str, Any], measure: str, split: str = "test") -> float | None:
+    """In [0, 1]; None: the data has no superclasses."""
+    scores = row[split]
+    if measure == SCORE:
+        return (scores["knn"] + scores["linear"]) / 2
+    return scores.get(measure)
+
+
+def difference(runs: Runs, baseline: Runs, measure: str) -> Summary | None:
+    """Of the runs minus the baseline's of the same seed, over the seeds that both have.
+
+    Raises:
+        RowsError: two runs of a seed are no pair: other weights or other draws.
+    """
+    seeds = sorted(runs.keys() & baseline.keys())
+    for seed in seeds:
+        mine, other = runs[seed], baseline[seed]
+        if mine["pairing"] != other["pairing"]:
+            raise RowsError(f"{mine['key']!r} and {other['key']!r} are no pair: {mine['pairing']}")
+    pairs = [(score(runs[s], measure), score(baseline[s], measure)) for s in seeds]
+    pairs = [(a, b) for a, b in pairs if a is not None and b is not None]
+    return summary(a - b for a, b in pairs) if pairs else None
+
+
+def pooled_deviation(found: Iterable[Summary]) -> float:
+    """The standard deviation of a difference at one seed, taken as one for all losses."""
+    spread = [(d.n - 1, d.error**2 * d.n) for d in found if d.error is not None]
+    return math.sqrt(sum(k * v for k, v in spread) / sum(k for k, _ in spread))
+
+
+def holm(p: list[float]) -> list[float]:
+    """Holm's adjusted p-values: below 0.05, no error among all at that level (Holm 1979)."""
+    order = sorted(range(len(p)), key=p.__getitem__)
+    adjusted, highest = [0.0] * len(p), 0.0
+    for rank, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(p) - rank) * p[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
+def compared(name: str, study: Study, rows: Rows, regime: str = MAIN) -> dict[str, Runs]:
+    """The runs of each loss at its chosen temperature, in the table's order; those there are."""
+    chosen = chosen_temperatures(name, study, without_test(rows))
+    found: dict[str, Runs] = {}
+    for loss in study.losses:
+        runs = {
+            row["seed"]: row
+            for row in rows.values()
+            if (row["study"], row["regime"], row["loss"]) == (name, regime, loss.name)
+            and row["temperature"] == chosen.get(loss.name)
+        }
+        if runs:
+            found[loss.name] = dict(sorted(runs.items()))
+    return found

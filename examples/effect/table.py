@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: MIT
+"""The declared table of the study: losses, sizes, regimes; and which runs come next.
+
+What is compared is here and nowhere else. A run is a `Config`; `plan` puts all that can be known so
+far in order, the most telling first. Temperatures are chosen by validation scores alone: `plan` is
+never given those of the test set (rows.py takes them out).
+"""
+
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All of a run but its loss and its seed."""
+
+    data: str
+    backbone: str
+    view: int | None  # side of the views in pixels; None: that of the images
+    train: int | None  # images to train on, drawn by the seed; None: all but the validation's
+    validation: int  # training images held out, the same for all runs
+    epochs: int
+    batch: int
+    lr: float
+    warmup: int  # epochs, of the losses that have one
+    measured: tuple[int, ...]  # epochs after which the embedding is looked at
+    amp: str = "off"
+    compile: bool = False
+    classes: tuple[str, ...] | None = None  # train and test on these only
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss: options of simclr.py, and what to call it."""
+
+    name: str
+    family: str
+    options: dict[str, Any] = field(hash=False)
+    warm: bool = False  # InfoNCE for the first tenth of the epochs
+    like: str | None = None  # the loss whose temperature it takes; None: its own is chosen
+    more_temperatures: tuple[float, ...] = ()  # to choose from, besides the study's
+
+    def for_setup(self, setup: Setup, temperature: float) -> dict[str, Any]:
+        """The options of simclr.py."""
+        options: dict[str, Any] = self.options | {"temperature": temperature}
+        if self.warm:
+            options["warmup"] = setup.warmup
+        if options.get("threshold") == "step":  # the authors' schedule: a drop each quarter
+            options["threshold"] = f"step:0.9,0.1,{max(1, setup.epochs // 4)}"
+            options["normalize_rows"] = True
+        return options
+
+
+def _hex(variant: str, quantile: float, like: Loss | None = None) -> Loss:
+    options = {"loss": "hex", "variant": variant, "quantile": quantile}
+    return Loss(f"{variant} q{quantile:g}", variant, options, like=like and like.name)
+
+
+def _changed(loss: Loss, name: str, options: dict[str, Any], warm: bool = False) -> Loss:
+    options = loss.options | options
+    return Loss(f"{loss.name} {name}", loss.family, options, warm, loss.name)
+
+
+def _step(loss: Loss) -> Loss:
+    options = {"loss": "hex", "variant": loss.family, "threshold": "step"}
+    return Loss(f"{loss.family} step", loss.family, options, like=loss.name)
+
+
+PAPER, RELEASED = _hex("paper", 0.99), _hex("released", 0.99)
+LOSSES = (
+    Loss("infonce", "infonce", {"loss": "base"}),
+    # the released form with H empty is InfoNCE without its positive in the denominator, and a
+    # constant; no cosine is above 2
+    Loss("decoupled", "decoupled", {"loss": "hex", "variant": "released", "threshold": "2"}),
+    # every cosine is above -2: all negatives in H; its authors train at tau 0.5
+    Loss(
+        "hcl", "hcl", {"loss": "hex", "variant": "paper", "threshold": "-2"},
+        more_temperatures=(0.5,),
+    ),
+    PAPER,
+    RELEASED,
+    _hex("paper", 0.9),
+    _hex("released", 0.9),
+    # variants: they take the temperature of the 0.99 quantile's
+    _changed(RELEASED, "warm", {}, warm=True),  # the authors' own
+    _step(PAPER),
+    _changed(PAPER, "neg", {"over": "negatives"}),
+    _hex("paper", 0.95, like=PAPER),
+    _changed(PAPER, "warm", {}, warm=True),
+    _step(RELEASED),
+    _hex("released", 0.95, like=RELEASED),
+    _changed(RELEASED, "neg", {"over": "negatives"}),
+)  # fmt: skip
+BASELINES = ("infonce", "decoupled", "hcl")
+FORMS = ("paper", "released")  # families of which the best that was tuned goes on
+UNTRAINED = Loss("untrained", "untrained", {"loss": "base"})
+
+
+@dataclass(frozen=True)
+class Study:
+    """A grid: temperatures are chosen at the first seed, then come the other seeds, then more."""
+
+    setup: Setup
+    losses: tuple[Loss, ...] = LOSSES
+    temperatures: tuple[float, ...] = (0.2, 0.1)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    more_seeds: tuple[int, ...] = (3, 4)  # for the baselines and the best of each form
+    regimes: dict[str, dict[str, Any]] = field(default_factory=dict)  # changes of the setup
+    whole_regimes: tuple[str, ...] = ()  # of these, those in which every loss runs
+
+
+CPU = Setup(
+    data="cifar10", backbone="quick", view=24, train=12800, validation=5000, epochs=10, batch=256,
+    lr=3e-3, warmup=1, measured=(0, 1, 2, 4, 7, 10),
+)  # fmt: skip
+GPU = Setup(
+    data="cifar10", backbone="resnet18", view=None, train=None, validation=5000, epochs=100,
+    batch=256, lr=1e-3, warmup=10, measured=(0, 1, 5, 10, 25, 50, 75, 100), amp="bf16",
+    compile=True,
+)  # fmt: skip
+TINY = Setup(
+    data="digits", backbone="small", view=None, train=512, validation=200, epochs=2, batch=256,
+    lr=3e-3, warmup=1, measured=(0, 2),
+)  # fmt: skip
+SIBLINGS = "automobile", "cat", "dog", "truck"  # two pairs: a strong hierarchy
+STUDIES = {
+    "cpu": Study(
+        CPU,
+        regimes={
+            "siblings": {"classes": SIBLINGS},
+            "batch 512": {"batch": 512, "epochs": 20, "warmup": 2, "measured": (0, 2, 8, 20)},
+            "4 x longer": {"epochs": 40, "warmup": 4, "measured": (0, 4, 10, 20, 40)},
+        },
+    ),
+    "gpu": Study(
+        GPU,
+        regimes={
+            "batch 512": {"batch": 512},
+            "siblings": {"classes": SIBLINGS},
+            "4 x longer": {"epochs": 400, "warmup": 40, "measured": (0, 10, 100, 200, 400)},
+        },
+        whole_regimes=("batch 512",),
+    ),
+    # in seconds, on the digits of scikit-learn: to try the machinery
+    "tiny": Study(
+        TINY,
+        losses=tuple(x for x in LOSSES if x.name in ("infonce", "paper q0.9", "released q0.9")),
+        more_seeds=(),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run. Runs of one regime and seed have the same weights, images, batches and views."""
+
+    study: str
+    regime: str
+    loss: Loss
+    temperature: float | None  # None: untrained
+    seed: int
+    setup: Setup
+
+    @property
+    def key(self) -> str:
+        tau = "" if self.temperature is None else f" tau={self.temperature:g}"
+        return f"{self.study}: {self.regime}: {self.loss.name}{tau} seed={self.seed}"
+
+    def described(self) -> dict[str, Any]:
+        """What a row says of it, and by which a row is known to be of this very run."""
+        options = {} if self.temperature is None else self.loss.for_setup(
+            self.setup, self.temperature
+        )  # fmt: skip
+        setup = asdict(self.setup)
+        setup |= {k: list(v) for k, v in setup.items() if isinstance(v, tuple)}
+        return {
+            "study": self.study,
+            "regime": self.regime,
+            "loss": self.loss.name,
+            "family": self.loss.family,
+            "temperature": self.temperature,
+            "seed": self.seed,
+            "options": options,
+            "setup": setup,
+        }
+
+
+MAIN = "main"  # the regime that temperatures are chosen in
+
+
+def validation_score(row: dict[str, Any]) -> float:
+    """What runs are chosen by: the mean of k-NN and linear probe on the held-out images."""
+    return (row["validation"]["knn"] + row["validation"]["linear"]) / 2
+
+
+def temperatures(study: Study, loss: Loss) -> tuple[float, ...]:
+    """Those that a loss's own is chosen from."""
+    return (*study.temperatures, *loss.more_temperatures)
+
+
+def _config(
+    name: str, study: Study, loss: Loss, tau: float | None, seed: int, regime: str = MAIN
+) -> Config:
+    setup = replace(study.setup, **study.regimes.get(regime, {}))
+    return Config(name, regime, loss, tau, seed, setup)
+
+
+def chosen_temperatures(
+    name: str, study: Study, rows: dict[str, dict[str, Any]]
+) -> dict[str, float]:
+    """Of each loss of which all temperatures were tried, the best by validation; the first if tied.
+
+    Args:
+        rows: by key, without test scores.
+    """
+    chosen: dict[str, float] = {}
+    for loss in study.losses:
+        if loss.like is not None:
+            continue
+        tried = [
+            _config(name, study, loss, tau, study.seeds[0]) for tau in temperatures(study, loss)
+        ]
+        if all(c.key in rows for c in tried):
+            scores = {c.temperature: validation_score(rows[c.key]) for c in tried}
+            chosen[loss.name] = max(scores, key=scores.__getitem__)
+    return chosen | {x.name: chosen[x.like] for x in study.losses if x.like in chosen}
+
+
+def plan(name: str, study: Study, rows: dict[str, dict[str, Any]]) -> list[Config]:
+    """The runs that are known so far, in order. All have rows: the study is over.
+
+    Args:
+        rows: by key, without test scores.
+    """
+    config = partial(_config, name, study)
+    first, later = study.seeds[0], study.seeds[1:]
+    tuned = [loss for loss in study.losses if loss.like is None]
+    variants = [loss for loss in study.losses if loss.like is not None]
+    taus = sorted({tau for loss in tuned for tau in loss.more_temperatures})
+    runs = [config(UNTRAINED, None, first)]
+    for tau in (*study.temperatures, *taus):
+        runs += [config(x, tau, first) for x in tuned if tau in temperatures(study, x)]
+    chosen = chosen_temperatures(name, study, rows)
+    ready = [loss for loss in tuned if loss.name in chosen]
+    runs += [config(x, chosen[x.name], seed) for seed in later for x in ready]
+    if len(ready) < len(tuned) or not all(c.key in rows for c in runs):
+        return runs
+
+    def mean(loss: Loss) -> float:
+        keys = [config(loss, chosen[loss.name], seed).key for seed in study.seeds]
+        return sum(validation_score(rows[key]) for key in keys) / len(keys)
+
+    telling = [x for x in tuned if x.name in BASELINES]
+    for form in FORMS:
+        telling += sorted((x for x in tuned if x.family == form), key=mean)[-1:]
+
+    def in_regimes(seed: int) -> list[Config]:
+        return [
+            config(x, chosen[x.name], seed, regime) for regime in study.regimes
+            for x in (study.losses if regime in study.whole_regimes else telling)
+        ]  # fmt: skip
+
+    # a look at everything before more seeds of what is known
+    runs += [config(x, chosen[x.name], first) for x in variants] + in_regimes(first)
+    runs += [config(x, chosen[x.name], seed) for seed in study.more_seeds for x in telling]
+    runs += [config(x, chosen[x.name], seed) for seed in later for x in variants]
+    return runs + [run for seed in later for run in in_regimes(seed)]
