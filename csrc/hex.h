@@ -70,6 +70,7 @@ typedef struct {
     hex_rows input[3];   /* z0, z1, negatives */
     hex_vector eps, tau; /* tau has one element; adaptive finds its eps itself */
     double beta, tau_plus;
+    void *kept; /* of the CPU: hex_cpu_kept() numbers from the forward to the backward, or NULL */
 } hex_problem;
 
 /* What the backward is given and fills. An input whose gradient is not wanted has a null pointer in
@@ -109,6 +110,8 @@ const char *hex_cpu_threshold(const hex_problem *p, double quantile, bool over_n
                               double *mean);
 const char *hex_cpu_adaptive(const hex_problem *p, hex_tracker *t, void *loss, void *stats);
 const char *hex_cpu_row_range(const hex_problem *p, void *low, void *high);
+/* How many cosines the forward of such shapes can leave for the backward to use again; 0: none. */
+int64_t hex_cpu_kept(const hex_problem *p);
 
 /* Chooses the instruction set once: the best this CPU has, or what HEX_ISA asks for. Returns the
  * name in use and an explanation in *problem where HEX_ISA could not be followed (NULL name: it

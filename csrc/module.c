@@ -14,13 +14,14 @@
 static const char *const schemas[] = {
     "forward(Tensor z0, Tensor z1, Tensor negatives, Tensor eps, Tensor tau, int mode, int "
     "reduction, int variant, "
-    "float beta, float tau_plus) -> (Tensor loss, Tensor stats)",
+    "float beta, float tau_plus, bool keep) -> (Tensor loss, Tensor stats, Tensor kept)",
     "adaptive(Tensor z0, Tensor z1, Tensor negatives, Tensor state, Tensor tau, int mode, int "
     "reduction, int variant, float beta, float tau_plus, float quantile, bool over_negatives, "
-    "float momentum, bool monotonic, bool lagged, int warmup_epochs, float warmup_threshold) -> "
-    "(Tensor loss, Tensor stats, Tensor eps, Tensor new_state)",
-    "backward(Tensor grad, Tensor z0, Tensor z1, Tensor negatives, Tensor tau, Tensor stats, int "
-    "mode, int reduction, "
+    "float momentum, bool monotonic, bool lagged, int warmup_epochs, float warmup_threshold, "
+    "bool keep) -> (Tensor loss, Tensor stats, Tensor eps, Tensor new_state, Tensor kept)",
+    "backward(Tensor grad, Tensor z0, Tensor z1, Tensor negatives, Tensor tau, Tensor stats, "
+    "Tensor "
+    "kept, int mode, int reduction, "
     "float beta, int needs) -> (Tensor dz0, Tensor dz1, Tensor dnegatives, Tensor dtau)",
     "threshold(Tensor z0, Tensor z1, Tensor negatives, int mode, float quantile, bool "
     "over_negatives) -> Tensor",

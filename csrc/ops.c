@@ -251,8 +251,21 @@ static hex_dtype compute_dtype(const hex_problem *p) { return p->wide ? HEX_F64 
 
 /* ---- the operators ---- */
 
-/* forward(z0, z1, negatives, eps, tau, mode, reduction, variant, beta, tau_plus) -> (loss, stats)
- */
+/* The cosines for the backward as the next output: none if they are not wanted, too many, or the
+ * core has no use for them. */
+static bool add_kept(call *c, hex_problem *p, bool wanted)
+{
+    const bool cpu = !hex_place_is_cuda(&c->place);
+    const int64_t n = wanted && cpu ? hex_cpu_kept(p) : 0;
+    void *data;
+    if (!add_output(c, 1, &n, compute_dtype(p), &data))
+        return false;
+    p->kept = n ? data : NULL;
+    return true;
+}
+
+/* forward(z0, z1, negatives, eps, tau, mode, reduction, variant, beta, tau_plus, keep)
+ * -> (loss, stats, kept) */
 void hex_forward_boxed(StableIValue *stack, uint64_t arguments, uint64_t outputs)
 {
     (void)arguments, (void)outputs;
@@ -266,15 +279,15 @@ void hex_forward_boxed(StableIValue *stack, uint64_t arguments, uint64_t outputs
         read_numbers(&c, c.in[4], "tau", ONE, 0, &p.tau)) {
         const int64_t shape[2] = {HEX_STATS, hex_anchors(&p)};
         if (add_output(&c, p.reduction == HEX_NONE, shape + 1, compute_dtype(&p), &loss) &&
-            add_output(&c, 2, shape, compute_dtype(&p), &stats))
+            add_output(&c, 2, shape, compute_dtype(&p), &stats) && add_kept(&c, &p, stack[10] & 1))
             ok(&c, hex_run_forward(&c.place, &p, loss, stats));
     }
     finish(&c, stack, "forward");
 }
 
 /* adaptive(z0, z1, negatives, state, tau, mode, reduction, variant, beta, tau_plus, quantile,
- * over_negatives, momentum, monotonic, lagged, warmup_epochs, warmup_threshold)
- * -> (loss, stats, eps, state) */
+ * over_negatives, momentum, monotonic, lagged, warmup_epochs, warmup_threshold, keep)
+ * -> (loss, stats, eps, state, kept) */
 void hex_adaptive_boxed(StableIValue *stack, uint64_t arguments, uint64_t outputs)
 {
     (void)arguments, (void)outputs;
@@ -298,7 +311,7 @@ void hex_adaptive_boxed(StableIValue *stack, uint64_t arguments, uint64_t output
         if (add_output(&c, p.reduction == HEX_NONE, shape + 1, compute_dtype(&p), &loss) &&
             add_output(&c, 2, shape, compute_dtype(&p), &stats) &&
             add_output(&c, 0, NULL, HEX_F64, &eps) && add_output(&c, 1, &states, HEX_I64, &state) &&
-            ok(&c, hex_cpu_adaptive(&p, &t, loss, stats))) {
+            add_kept(&c, &p, stack[17] & 1) && ok(&c, hex_cpu_adaptive(&p, &t, loss, stats))) {
             *(double *)eps = t.eps;
             memcpy(state, t.state, sizeof t.state);
         }
@@ -306,28 +319,33 @@ void hex_adaptive_boxed(StableIValue *stack, uint64_t arguments, uint64_t output
     finish(&c, stack, "adaptive");
 }
 
-/* backward(grad, z0, z1, negatives, tau, stats, mode, reduction, beta, needs) -> (dz0, dz1,
+/* backward(grad, z0, z1, negatives, tau, stats, kept, mode, reduction, beta, needs) -> (dz0, dz1,
  * dnegatives, dtau) */
 void hex_backward_boxed(StableIValue *stack, uint64_t arguments, uint64_t outputs)
 {
     (void)arguments, (void)outputs;
-    call c = begin(stack, 6);
+    call c = begin(stack, 7);
     hex_problem p = {0};
     hex_gradient g = {0};
-    view stats;
-    const int64_t needs = (int64_t)stack[9];
-    if (read_inputs(&c, 1, (int64_t)stack[6], &p) &&
-        read_choices(&c, (int64_t)stack[7], HEX_PAPER, to_double(stack[8]), 0, &p) &&
+    view stats, kept;
+    const int64_t needs = (int64_t)stack[10];
+    if (read_inputs(&c, 1, (int64_t)stack[7], &p) &&
+        read_choices(&c, (int64_t)stack[8], HEX_PAPER, to_double(stack[9]), 0, &p) &&
         read_numbers(&c, c.in[0], "grad", p.reduction == HEX_NONE ? EACH_ROW : ONE, hex_anchors(&p),
                      &g.grad) &&
         read_numbers(&c, c.in[4], "tau", ONE, 0, &p.tau) &&
-        read_view(&c, c.in[5], "stats", &stats)) {
+        read_view(&c, c.in[5], "stats", &stats) && read_view(&c, c.in[6], "kept", &kept)) {
         const int64_t rows = hex_anchors(&p), none = 0;
         if (stats.dtype != compute_dtype(&p) || stats.dim != 2 || stats.size[0] != HEX_STATS ||
             stats.size[1] != rows ||
             (rows > 0 && (stats.stride[0] != rows || (rows > 1 && stats.stride[1] != 1))))
             fail(&c, "stats: expected the contiguous (statistics, rows) tensor of the forward");
         g.stats = stats.data;
+        if (kept.dtype != compute_dtype(&p) || kept.dim != 1 ||
+            (kept.size[0] != 0 && (hex_place_is_cuda(&c.place) ||
+                                   kept.size[0] != hex_cpu_kept(&p) || kept.stride[0] != 1)))
+            fail(&c, "kept: expected the contiguous tensor of the forward");
+        p.kept = kept.size[0] ? (void *)kept.data : NULL;
         for (int k = 0; k < 3; k++) {
             int64_t size[3] = {k == 2 && p.mode != HEX_OWN ? p.K : p.B, p.D, 0};
             if (k == 2 && p.mode == HEX_OWN)

@@ -34,7 +34,7 @@ bool hex_watch_forks(void);
 
 typedef struct {
     char error[ERROR_SIZE];
-    AtenTensorHandle in[12], out[4];
+    AtenTensorHandle in[12], out[5]; /* as many as an operator has */
     int n_in, n_out;
     hex_place place; /* of every tensor */
 } call;

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from . import membership, ops
+from . import distributed, membership, ops
 from .functional import (
     Batch,
     Mode,
@@ -52,6 +52,7 @@ class _Contrastive(nn.Module):
         variant: Variant,
         mode: Mode,
         reduction: Reduction,
+        gather_distributed: bool = False,
     ) -> None:
         super().__init__()
         check_choice("mode", mode, get_args(Mode))
@@ -66,6 +67,7 @@ class _Contrastive(nn.Module):
         self.variant: Variant = variant
         self.mode: Mode = mode
         self.reduction: Reduction = reduction
+        self.gather_distributed = distributed.check_gather(gather_distributed)
         self.threshold = threshold
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -84,7 +86,7 @@ class _Contrastive(nn.Module):
             negatives: None, (K, D) or (B, K, D).
             temperature: overrides the module's for this call (CLIP: `1 / logit_scale.exp()`).
         """
-        batch = check_batch(z0, z1, negatives, self.mode)
+        batch = self._gathered(check_batch(z0, z1, negatives, self.mode))
         tau = self.temperature if temperature is None else check_temperature(temperature)
         options: tuple[Any, ...] = (
             temperature_tensor(tau, z0),
@@ -113,6 +115,20 @@ class _Contrastive(nn.Module):
             value, hard, share = ops.loss(*batch.inputs, eps, *options)
         self._keep(batch.inputs, eps, hard, share)
         return value
+
+    def _gathered(self, batch: Batch) -> Batch:
+        """With the rows of the other ranks, if they are wanted and there are any."""
+        if not self.gather_distributed:
+            return batch
+        z0, z1, negatives = batch.inputs
+        if batch.mode >= ops.MODES["shared"]:
+            raise ValueError(
+                "gather_distributed: got True with negatives, whose anchors have no use for the "
+                "rows of other ranks; gather the keys that go into the queue"
+            )
+        if not distributed.is_distributed():
+            return batch
+        return Batch((distributed.gather(z0), distributed.gather(z1), negatives), batch.mode)
 
     def _eps(self, batch: Batch, learner: tuple[Tensor, ...]) -> Tensor:
         """eps as measured on a batch, in a step that trains `learner`."""
@@ -190,6 +206,8 @@ class _Contrastive(nn.Module):
         return (
             f"temperature={shown}, beta={self.beta}, tau_plus={self.tau_plus}, "
             f"variant={self.variant!r}, mode={self.mode!r}, reduction={self.reduction!r}"
+            + ", gather_distributed=True"
+            * self.gather_distributed
         )
 
 
@@ -214,6 +232,10 @@ class HEXLoss(_Contrastive):
         variant: "paper", or "released" for what the authors' code computes (docs/math.md).
         mode: "ntxent" (SimCLR), "query" (NNCLR, MoCo v3) or "cross" (CLIP); see `hex_loss`.
         reduction: "mean", "sum" or "none".
+        gather_distributed: with several ranks of torch.distributed, the batches of all are one:
+            each rank computes the same loss and threshold of all rows, and gets the gradient that
+            data-parallel training (DDP, FSDP) makes the whole batch's. Every rank has as many
+            rows (`drop_last=True`). One process: no effect.
 
     Shape:
         z0, z1: (B, D) float64, float32, bfloat16 or float16; negatives: (K, D) or (B, K, D).
@@ -249,8 +271,12 @@ class HEXLoss(_Contrastive):
         variant: Variant = "paper",
         mode: Mode = "ntxent",
         reduction: Reduction = "mean",
+        gather_distributed: bool = False,
     ) -> None:
-        super().__init__(temperature, _tracker(threshold), beta, tau_plus, variant, mode, reduction)
+        tracker = _tracker(threshold)
+        super().__init__(
+            temperature, tracker, beta, tau_plus, variant, mode, reduction, gather_distributed
+        )
 
     def forward(
         self,
@@ -290,6 +316,12 @@ class HEXLoss(_Contrastive):
         tau = self.temperature if temperature is None else check_temperature(temperature)
         given = None if groups is None else membership.check_groups(groups, batch)
         guiding = None if guide is None else membership.check_guide(guide, batch, self.mode)
+        batch = self._gathered(batch)
+        if self.gather_distributed and distributed.is_distributed():
+            if given is not None:
+                given = distributed.gather_constant(given[0]), None
+            if guiding is not None:
+                guiding = self._gathered(guiding)
         if guiding is None:
             eps = membership.unknown_eps(z0)
         else:
@@ -315,7 +347,7 @@ class InfoNCELoss(_Contrastive):
         L_i = -l_ip + log( exp(l_ip) + sum_{negatives j} exp(l_ij) ),    l = c / tau
 
     Args:
-        temperature, mode, reduction: as in `HEXLoss`.
+        temperature, mode, reduction, gather_distributed: as in `HEXLoss`.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value, named in the text.
@@ -334,13 +366,14 @@ class InfoNCELoss(_Contrastive):
         *,
         mode: Mode = "ntxent",
         reduction: Reduction = "mean",
+        gather_distributed: bool = False,
     ) -> None:
-        super().__init__(temperature, None, 1.0, 0.0, "paper", mode, reduction)
+        super().__init__(temperature, None, 1.0, 0.0, "paper", mode, reduction, gather_distributed)
 
     def extra_repr(self) -> str:
         return ", ".join(
             part for part in super().extra_repr().split(", ")
-            if part.split("=")[0] in ("temperature", "mode", "reduction")
+            if part.split("=")[0] in ("temperature", "mode", "reduction", "gather_distributed")
         )  # fmt: skip
 
 

@@ -57,26 +57,51 @@ def _compute_dtype(z0: Tensor, z1: Tensor, negatives: Tensor, mode: int) -> torc
     return torch.float64 if any(z.dtype == torch.float64 for z in used) else torch.float32
 
 
+def _kept_numbers(z0: Tensor, negatives: Tensor, mode: int, wide: bool) -> int:
+    """What the CPU's forward leaves for the backward: kept_numbers in csrc/cpu/pairs.inc."""
+    B, symmetric, shared = z0.shape[0], mode == MODES["ntxent"], mode == MODES["shared"]
+    if z0.device.type not in ("cpu", "meta") or mode == MODES["own"]:
+        return 0
+    rows, columns = (2 * B, 2 * B) if symmetric else (B, negatives.shape[0] if shared else B)
+    if B < 16 or columns < 192:
+        return 0
+    item, most = (8, 96) if wide else (4, 192)
+    if symmetric:
+        row_block = column_block = min(96 if rows <= 1024 else 192, most)
+    else:
+        row_block, column_block = (
+            min(48 if rows <= 384 else 96 if rows <= 1536 else 192, most),
+            most,
+        )
+    down, across = -(-rows // row_block), -(-columns // column_block)
+    tiles = down * (down + 1) // 2 if symmetric else down * across
+    tile = row_block * (column_block + 64 // item)
+    return tiles * tile if tiles <= (24 << 20) // item // tile else 0
+
+
 def _forward_fake(
     z0: Tensor, z1: Tensor, negatives: Tensor, eps: Tensor, tau: Tensor,
-    mode: int, reduction: int, variant: int, beta: float, tau_plus: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    mode: int, reduction: int, variant: int, beta: float, tau_plus: float, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rows, dtype = _rows(z0, mode), _compute_dtype(z0, z1, negatives, mode)
     loss = z0.new_empty((rows,) if reduction == REDUCTIONS["none"] else (), dtype=dtype)
-    return loss, z0.new_empty((_STATS, rows), dtype=dtype)
+    kept = _kept_numbers(z0, negatives, mode, dtype == torch.float64) if keep else 0
+    return loss, z0.new_empty((_STATS, rows), dtype=dtype), z0.new_empty((kept,), dtype=dtype)
 
 
 def _adaptive_fake(
     z0: Tensor, z1: Tensor, negatives: Tensor, state: Tensor, tau: Tensor,
     mode: int, reduction: int, variant: int, beta: float, tau_plus: float, *rule: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    forward = _forward_fake(z0, z1, negatives, tau, tau, mode, reduction, variant, beta, tau_plus)
-    return *forward, z0.new_empty((), dtype=torch.float64), torch.empty_like(state)
+) -> tuple[Tensor, ...]:  # fmt: skip
+    loss, stats, kept = _forward_fake(
+        z0, z1, negatives, tau, tau, mode, reduction, variant, beta, tau_plus, rule[-1]
+    )
+    return loss, stats, z0.new_empty((), dtype=torch.float64), torch.empty_like(state), kept
 
 
 def _backward_fake(
     grad: Tensor, z0: Tensor, z1: Tensor, negatives: Tensor, tau: Tensor, stats: Tensor,
-    mode: int, reduction: int, beta: float, needs: int,
+    kept: Tensor, mode: int, reduction: int, beta: float, needs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dz0, dz1, dnegatives = (
         z.new_empty(z.shape if needs >> k & 1 else (0,)) for k, z in enumerate((z0, z1, negatives))
@@ -139,25 +164,26 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(
         z0: Tensor, z1: Tensor, negatives: Tensor, eps: Tensor, tau: Tensor,
-        mode: int, reduction: int, variant: int, beta: float, tau_plus: float,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        loss, stats = torch.ops.hex.forward(
-            z0, z1, negatives, eps, tau, mode, reduction, variant, beta, tau_plus
+        mode: int, reduction: int, variant: int, beta: float, tau_plus: float, keep: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        loss, stats, kept = torch.ops.hex.forward(
+            z0, z1, negatives, eps, tau, mode, reduction, variant, beta, tau_plus, keep
         )
-        return loss, stats
+        return loss, stats, kept
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         z0, z1, negatives, _eps, tau, *options = inputs
-        _, stats = output  # holds the threshold of each row: a later write to eps changes nothing
-        ctx.mark_non_differentiable(stats)
-        ctx.save_for_backward(z0, z1, negatives, tau, stats)
-        ctx.options = options
+        _, stats, kept = output  # has each row's threshold: a later write to eps changes nothing
+        ctx.mark_non_differentiable(stats, kept)
+        ctx.set_materialize_grads(False)  # zeros as large as kept
+        ctx.save_for_backward(z0, z1, negatives, tau, stats, kept)
+        ctx.options = options[:5]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
         dz0, dz1, dnegatives, dtau = _gradients(ctx, grad)
-        return dz0, dz1, dnegatives, None, dtau, *(None,) * 5
+        return dz0, dz1, dnegatives, None, dtau, *(None,) * 6
 
 
 class _Adaptive(torch.autograd.Function):
@@ -167,33 +193,36 @@ class _Adaptive(torch.autograd.Function):
     def forward(
         z0: Tensor, z1: Tensor, negatives: Tensor, state: Tensor, tau: Tensor,
         mode: int, reduction: int, variant: int, beta: float, tau_plus: float, *rule: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        loss, stats, eps, new_state = torch.ops.hex.adaptive(
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        outputs: tuple[Tensor, ...] = torch.ops.hex.adaptive(
             z0, z1, negatives, state, tau, mode, reduction, variant, beta, tau_plus, *rule
         )
-        return loss, stats, eps, new_state
+        return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         z0, z1, negatives, _state, tau, *options = inputs
-        _, stats, eps, new_state = output
-        ctx.mark_non_differentiable(stats, eps, new_state)
-        ctx.save_for_backward(z0, z1, negatives, tau, stats)
+        _, stats, eps, new_state, kept = output
+        ctx.mark_non_differentiable(stats, eps, new_state, kept)
+        ctx.set_materialize_grads(False)  # see above
+        ctx.save_for_backward(z0, z1, negatives, tau, stats, kept)
         ctx.options = options[:5]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
         dz0, dz1, dnegatives, dtau = _gradients(ctx, grad)
-        return dz0, dz1, dnegatives, None, dtau, *(None,) * 12
+        return dz0, dz1, dnegatives, None, dtau, *(None,) * 13
 
 
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     """Of z0, z1, negatives and tau, where wanted."""
-    z0, z1, negatives, tau, stats = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 4
+    z0, z1, negatives, tau, stats, kept = ctx.saved_tensors
     wanted = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
     needs = sum(1 << k for k, w in enumerate(wanted) if w)
     function: Any = _Gradient.apply if torch.is_grad_enabled() else _Gradient.forward
-    grads = function(grad, z0, z1, negatives, tau, stats, *ctx.options, needs)
+    grads = function(grad, z0, z1, negatives, tau, stats, kept, *ctx.options, needs)
     return tuple(g if w else None for g, w in zip(grads, wanted, strict=True))
 
 
@@ -205,16 +234,17 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def forward(
         grad: Tensor, z0: Tensor, z1: Tensor, negatives: Tensor, tau: Tensor, stats: Tensor,
-        mode: int, reduction: int, variant: int, beta: float, tau_plus: float, needs: int,
+        kept: Tensor, mode: int, reduction: int, variant: int, beta: float, tau_plus: float,
+        needs: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         dz0, dz1, dnegatives, dtau = torch.ops.hex.backward(
-            grad, z0, z1, negatives, tau, stats, mode, reduction, beta, needs
+            grad, z0, z1, negatives, tau, stats, kept, mode, reduction, beta, needs
         )
         return dz0, dz1, dnegatives, dtau
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, mode, reduction, variant, beta, tau_plus, needs = inputs
+        *tensors, _kept, mode, reduction, variant, beta, tau_plus, needs = inputs
         ctx.save_for_backward(*tensors)
         ctx.options = (mode, reduction, variant, beta, tau_plus)
         ctx.needs = needs
@@ -239,7 +269,7 @@ class _Gradient(torch.autograd.Function):
             return tuple(grads[k] for k in wanted)
 
         pull = torch.func.vjp(gradient, grad, z0, z1, negatives, tau)[1]
-        return *pull(tuple(outer[k] for k in wanted)), *(None,) * 7
+        return *pull(tuple(outer[k] for k in wanted)), *(None,) * 8
 
 
 _functions: tuple[Any, ...] = (_Loss, _Adaptive, _Gradient)
@@ -302,9 +332,10 @@ def loss(
     if _has_kernel(z0, "forward"):
         if eps.device != z0.device:  # of a tracker that was not moved: right, though it waits
             eps = eps.to(z0.device)
-        value, stats = _Loss.apply(  # type: ignore[no-untyped-call]
-            z0, z1, negatives, eps, tau, _mode(z0, mode), reduction, variant, beta, tau_plus
-        )
+        value, stats, _ = _Loss.apply(  # type: ignore[no-untyped-call]
+            z0, z1, negatives, eps, tau, _mode(z0, mode), reduction, variant, beta, tau_plus,
+            _learns(z0, z1, negatives),
+        )  # fmt: skip
         return value, stats[_COUNT], stats[_SHARE]
     rows, hard, share = reference.loss_rows(
         z0, z1, negatives, eps, tau, mode, beta, tau_plus, variant
@@ -312,10 +343,17 @@ def loss(
     return _reduce(rows, reduction), hard, share
 
 
+def _learns(*inputs: Tensor) -> bool:
+    """Whether a backward may come, for which the forward keeps its cosines."""
+    return torch.is_grad_enabled() and any(z.requires_grad for z in inputs)
+
+
 def adaptive_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`loss` at the eps that a tracker gives for the batch, in one call: the loss, |H| and share of
-    each row, eps and the tracker's new state. Arguments: those of torch.ops.hex.adaptive."""
-    value, stats, eps, state = _Adaptive.apply(*arguments)  # type: ignore[no-untyped-call]
+    each row, eps and the tracker's new state. Arguments: those of torch.ops.hex.adaptive but the
+    last."""
+    keep = _learns(*arguments[:3])
+    value, stats, eps, state, _ = _Adaptive.apply(*arguments, keep)  # type: ignore[no-untyped-call]
     return value, stats[_COUNT], stats[_SHARE], eps, state
 
 

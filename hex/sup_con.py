@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from . import class_ops, ops
+from . import class_ops, distributed, ops
 from .functional import (
     Reduction,
     Variant,
@@ -117,7 +117,8 @@ class HEXSupConLoss(_Contrastive):
     of each denominator.
 
     Args:
-        temperature, threshold, beta, tau_plus, variant, reduction: as in `HEXLoss`.
+        temperature, threshold, beta, tau_plus, variant, reduction, gather_distributed: as in
+            `HEXLoss`; labels are gathered too, without them every image is its own class.
         positives: "outside" the logarithm, SupCon's L_out, or "inside" it.
         base_temperature: multiplies the loss by temperature / base_temperature (SupContrast: 0.07).
 
@@ -151,11 +152,14 @@ class HEXSupConLoss(_Contrastive):
         positives: Positives = "outside",
         base_temperature: float | None = None,
         reduction: Reduction = "mean",
+        gather_distributed: bool = False,
     ) -> None:
         check_choice("positives", positives, get_args(Positives))
         check_base(base_temperature)
         tracker = _tracker(threshold)
-        super().__init__(temperature, tracker, beta, tau_plus, variant, "ntxent", reduction)
+        super().__init__(
+            temperature, tracker, beta, tau_plus, variant, "ntxent", reduction, gather_distributed
+        )
         self.positives: Positives = positives
         self.base_temperature = base_temperature
 
@@ -171,6 +175,14 @@ class HEXSupConLoss(_Contrastive):
     ) -> Tensor:
         """The loss of a batch; arguments, result and errors as in `hex_sup_con`."""
         rows = check_rows(features, labels, mask, groups, guide)
+        if self.gather_distributed:
+            if mask is not None:
+                raise ValueError(
+                    "gather_distributed: got True with a mask, which says nothing of the rows of "
+                    "other ranks; wanted labels"
+                )
+            if distributed.is_distributed():
+                rows = _gathered(features, labels, groups, guide)
         tau = self.temperature if temperature is None else check_temperature(temperature)
         eps = unknown_eps(rows.x) if groups is not None else self._measured(rows)
         value, hard, share = _loss(
@@ -198,6 +210,17 @@ class HEXSupConLoss(_Contrastive):
         if self.base_temperature is not None:
             shown.insert(-1, f"base_temperature={self.base_temperature}")
         return ", ".join(shown)
+
+
+def _gathered(
+    features: Tensor, labels: Tensor | None, groups: Tensor | None, guide: Tensor | None
+) -> "Rows":
+    """The rows of all ranks; the arguments are checked."""
+    constant = [
+        None if x is None else distributed.gather_constant(x) for x in (labels, groups, guide)
+    ]
+    labels, groups, guide = constant
+    return check_rows(distributed.gather(features), labels, None, groups, guide)
 
 
 class Rows(NamedTuple):

@@ -169,8 +169,8 @@ def test_wide_features_do_not_stay_in_shared_memory(mma):
 def test_one_product_for_float32_is_as_exact_as_16_bit_inputs(mma):
     p = problem("cluster", 40, 30, dtype=torch.float32)
     arguments = p.raw()
-    exact, _ = torch.ops.hex.forward(*arguments)
-    rounded, _ = torch.ops.hex.forward(
+    exact, *_ = torch.ops.hex.forward(*arguments)
+    rounded, *_ = torch.ops.hex.forward(
         *arguments[:5], arguments[5] | ops._ONE_PRODUCT, *arguments[6:]
     )
     steep = p.condition * (1 + p.beta) * 2**-11 / p.tau

@@ -26,10 +26,10 @@ def forward(p: Problem, reduction: int = 0):
 
 
 def backward(p: Problem, reduction: int = 0, needs: int = 15):
-    stats = HEX.forward(*p.raw())[1]
+    stats, kept = HEX.forward(*p.raw())[1:]
     grad = p.grad_output() if reduction == 0 else p.grad_output()[0]
     z0, z1, negatives, _, tau, mode = p.raw()[:6]
-    arguments = grad, z0, z1, negatives, tau, stats, mode, reduction, p.beta, needs
+    arguments = grad, z0, z1, negatives, tau, stats, kept, mode, reduction, p.beta, needs
     return HEX.backward.default, arguments
 
 
@@ -129,7 +129,7 @@ def test_negative_zero_and_lazy_tensors_are_read_right(device):
 
 Z, EMPTY, QUEUE = torch.arange(15.0).reshape(5, 3), torch.empty(0, 3), torch.eye(4, 3)
 EPS, TAU = f64(0.3), f64(0.1)
-ROWS, STATS = torch.ones(10), torch.zeros(9, 10)
+ROWS, STATS, KEPT = torch.ones(10), torch.zeros(9, 10), torch.zeros(0)
 FLOATING = "expected a dense CPU tensor of float64, float32, bfloat16 or float16"
 NUMBERS = "expected float32 or float64 of shape"
 CHOICES = "expected beta >= 0 and tau_plus in [0, 1)"
@@ -141,9 +141,9 @@ def call(op, **changes):
     """An operator on arguments that are right but for the changes."""
     arguments = {
         "forward": dict(z0=Z, z1=Z, negatives=EMPTY, eps=EPS, tau=TAU, mode=0, reduction=0)
-        | dict(variant=0, beta=1.0, tau_plus=0.1),
-        "backward": dict(grad=ROWS, z0=Z, z1=Z, negatives=EMPTY, tau=TAU, stats=STATS, mode=0)
-        | dict(reduction=0, beta=1.0, needs=15),
+        | dict(variant=0, beta=1.0, tau_plus=0.1, keep=True),
+        "backward": dict(grad=ROWS, z0=Z, z1=Z, negatives=EMPTY, tau=TAU, stats=STATS)
+        | dict(kept=KEPT, mode=0, reduction=0, beta=1.0, needs=15),
         "threshold": dict(z0=Z, z1=Z, negatives=EMPTY, mode=0, quantile=0.9, over_negatives=False),
         "row_range": dict(z0=Z, z1=Z, negatives=EMPTY, mode=0),
     }[op]
@@ -220,6 +220,10 @@ REFUSED = [
         for stats in (STATS.double(), STATS[0], STATS[:8], STATS[:, :9], STATS.T.contiguous().T,
                       torch.zeros(9, 20)[:, ::2], torch.zeros(18, 10)[::2], STATS.bfloat16())
     ),
+    *(
+        ("backward", dict(kept=kept), "kept: expected the contiguous tensor of the forward")
+        for kept in (KEPT.double(), torch.zeros(1), torch.zeros(0, 3))
+    ),
     ("threshold", dict(quantile=-0.01), "quantile: expected a number in [0, 1]"),
     ("threshold", dict(quantile=1.01), "quantile: expected a number in [0, 1]"),
     ("threshold", dict(quantile=float("nan")), "quantile: expected a number in [0, 1]"),
@@ -231,7 +235,8 @@ REFUSED = [
         for op, name, value in (
             ("forward", "z0", Z), ("forward", "z1", Z), ("forward", "eps", EPS),
             ("forward", "eps", ROWS), ("forward", "tau", TAU), ("backward", "grad", ROWS),
-            ("backward", "stats", STATS), ("threshold", "z1", Z), ("row_range", "z0", Z),
+            ("backward", "stats", STATS), ("backward", "kept", torch.zeros(9)),
+            ("threshold", "z1", Z), ("row_range", "z0", Z),
         )
     ),
     ("forward", dict(mode=3, negatives=freed(QUEUE)), f"negatives: {DAMAGED}"),

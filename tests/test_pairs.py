@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""The symmetric case: from 384 rows on, ntxent is computed by pairs of blocks, and the adaptive
-loss finds its threshold and its sums in one pass (csrc/cpu/pairs.inc, shortlist.inc).
+"""Fixed shift: from 192 candidates on, the modes that share them are computed by tiles, and the
+adaptive loss finds its threshold and its sums in one pass (csrc/cpu/pairs.inc, shortlist.inc).
 
 What every batch must give is in the other files, mostly with fewer rows; here are sizes around the
 blocks, batches that the shortlists do not fit, and the one call against the two that it replaces.
 """
 
+import itertools
 import math
 
 import pytest
@@ -19,13 +20,14 @@ from conftest import (
     eps_of_each_row,
     problem,
 )
-from data import KINDS, f64
+from data import KINDS, MODES, f64
 from torch import Tensor
 
 from hex import HEXLoss, InfoNCELoss, ThresholdTracker, ops, reference
 
-# 2B: the fewest; not of any tile; one block more than two, and an odd number of blocks
+# B: the fewest; not of any tile; one block more than two, and an odd number of blocks
 SIZES = (192, 207, 289, 531)
+TILED = ("ntxent", "query", "cross", "shared")
 RULES = {
     "all": {},
     "negatives": {"over": "negatives"},
@@ -42,10 +44,14 @@ def tracker(**options) -> ThresholdTracker:
 
 def step(module: HEXLoss, p: Problem) -> tuple[Tensor, ...]:
     """Loss, gradients, eps, and |H| and share of the rows."""
-    z0, z1 = (z.detach().clone().requires_grad_() for z in p.inputs)
-    value = module(z0, z1)
-    grads = torch.autograd.grad(value.sum(), (z0, z1))
+    inputs = [z.detach().clone().requires_grad_() for z in p.inputs]
+    value = module(*inputs)
+    grads = torch.autograd.grad(value.sum(), inputs)
     return value.detach(), *grads, *module._last
+
+
+def hex_of(p: Problem, **options) -> HEXLoss:
+    return HEXLoss(mode="ntxent" if p.mode == "shared" else p.mode, **options)
 
 
 def in_two_calls(p: Problem, **options) -> Tensor:
@@ -65,20 +71,70 @@ def test_loss_and_gradients_are_as_good_as_torch(kind, dtype):
         check_gradients(p)
 
 
+# blocks of anchors: one; fewer than those of candidates; more
+@pytest.mark.parametrize("B, K", [(40, 1000), (150, 193), (400, 200)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", TILED[1:])
+def test_loss_and_gradients_of_two_sets_are_as_good_as_torch(mode, dtype, B, K):
+    B = B if mode == "shared" else K + B
+    for k, kind in enumerate(KINDS):
+        options = ({}, {"beta": 0.5, "tau": 1.0}, {"variant": "released"}, {"tau": 0.06})[k % 4]
+        p = problem(kind, B, (3, 33)[k % 2], mode, K=K, dtype=dtype, **options)
+        check_loss(p)
+        check_gradients(p)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
+@pytest.mark.parametrize("mode", TILED)
+def test_cosines_that_were_kept_and_computed_again_give_the_same_bits(mode, dtype):
+    for B, K in ((17, 1000), (400, 389)):
+        p = problem("cluster", B + (mode != "shared") * 190, 40, mode, K=K, dtype=dtype)
+        z0, z1, negatives, eps, tau, *options, _ = p.raw()
+        given = z0, z1, negatives, eps, tau, *options
+        loss, stats, kept = torch.ops.hex.forward(*given, True)
+        again, _, nothing = torch.ops.hex.forward(*given, False)
+        assert torch.equal(loss, again)
+        assert kept.numel() > p.rows * 190 / 2
+        assert nothing.numel() == 0
+        code, reduction, _, beta, _ = options
+        one, other = (
+            torch.ops.hex.backward(
+                p.grad_output(), z0, z1, negatives, tau, stats, k, code, reduction, beta, 15
+            )
+            for k in (kept, nothing)
+        )
+        assert all(map(torch.equal, one, other))
+
+
+def test_the_fake_of_what_is_kept_has_the_size_of_the_real():
+    sizes = (15, 16, 95, 192, 193, 384, 385, 512, 513, 1000, 1536, 1537, 1600, 2200)
+    for mode, B, dtype in itertools.product(MODES, sizes, (torch.float32, torch.float64)):
+        K = 3 if mode == "own" else 191 + B % 2 * 1000
+        p = problem("gauss", B, 2, mode, K=K, dtype=dtype, eps=f64(0.5))
+        z0, _, negatives, *_, mode_code = p.raw()[:6]
+        real = torch.ops.hex.forward(*p.raw()[:-1], True)[2]
+        fake = ops._kept_numbers(z0, negatives, mode_code, dtype == torch.float64)
+        assert real.numel() == fake, (mode, B, dtype)
+        assert fake * dtype.itemsize <= 24 << 20
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, 1.5])
 @pytest.mark.parametrize("eps", [-math.inf, -1.5, 0.0, 0.99, 1.0, math.inf])
 def test_every_threshold_and_power_is_as_good_as_torch(eps, beta):
     for dtype in (torch.float64, torch.float32):
-        p = problem("cluster", 200, 16, dtype=dtype, beta=beta, eps=f64(eps))
+        mode = "cross" if dtype == torch.float64 else "ntxent"
+        p = problem("cluster", 200, 16, mode, dtype=dtype, beta=beta, eps=f64(eps))
         check_loss(p)
         check_gradients(p)
         check_loss(p.with_(variant="released"))
 
 
-def test_each_row_may_have_its_own_threshold():
+@pytest.mark.parametrize("mode", TILED)
+def test_each_row_may_have_its_own_threshold(mode):
     for dtype in (torch.float64, torch.float32):
         for variant in ("paper", "released"):
-            p = eps_of_each_row(problem("cluster", 203, 9, dtype=dtype, variant=variant))
+            p = problem("cluster", 203, 9, mode, K=301, dtype=dtype, variant=variant)
+            p = eps_of_each_row(p)
             check_loss(p)
             check_gradients(p)
 
@@ -87,10 +143,10 @@ def test_each_row_may_have_its_own_threshold():
 @pytest.mark.parametrize("rule", RULES)
 def test_one_call_finds_the_threshold_and_the_loss_of_two(rule, kind):
     for dtype in (torch.float64, torch.float32):
-        for B in (192, 301):
-            p = problem(kind, B, 24, dtype=dtype, eps=f64(0.5))
-            module = HEXLoss(threshold=tracker(**RULES[rule]), reduction="none")
-            loss, _, _, eps, count, _ = step(module, p)
+        for mode in TILED:
+            p = problem(kind, 301, 24, mode, K=402, dtype=dtype, eps=f64(0.5))
+            module = hex_of(p, threshold=tracker(**RULES[rule]), reduction="none")
+            loss, *_, eps, count, _ = step(module, p)
             assert torch.equal(eps, in_two_calls(p, **RULES[rule]))
             given = p.with_(eps=eps)
             same, truth = (
@@ -127,12 +183,15 @@ def classes(B: int, share: float, spread: float) -> Problem:
 
 
 @pytest.mark.parametrize("share, spread", [(0.02, 0.3), (0.1, 0.3), (0.5, 0.05), (1.0, 0.01)])
-def test_shortlists_that_do_not_fit_change_nothing(share, spread):
+@pytest.mark.parametrize("mode", TILED)
+def test_shortlists_that_do_not_fit_change_nothing(mode, share, spread):
     """Classes larger than a list, whose rows have thresholds of their own far from the mean."""
     for B in (300, 700):
         p = classes(B, share, spread)
-        module = HEXLoss(reduction="none")
-        loss, _, _, eps, count, _ = step(module, p)
+        z0, z1 = p.inputs
+        p = p.with_(mode=mode, inputs=(z0[::2], z1[::2], z0) if mode == "shared" else (z0, z1))
+        module = hex_of(p, reduction="none")
+        loss, *_, eps, count, _ = step(module, p)
         assert torch.equal(eps, in_two_calls(p))
         given = p.with_(eps=eps)
         assert torch.equal(count, torch.ops.hex.forward(*given.raw())[1][ops._COUNT])
@@ -174,12 +233,16 @@ def test_a_huge_temperature_gives_the_loss_of_guessing():
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
 def test_the_bits_are_the_same_for_any_number_of_threads(dtype, threads):
-    for p in (problem("cluster", 531, 40, dtype=dtype), problem("collapsed", 400, 8, dtype=dtype)):
-        threads(1)
-        expected = step(HEXLoss(), p)
-        for count in (2, 3, 5, 2):
-            threads(count)
-            assert all(map(torch.equal, step(HEXLoss(), p), expected)), count
+    for mode in TILED:
+        for p in (
+            problem("cluster", 531, 40, mode, K=900, dtype=dtype),
+            problem("collapsed", 400, 8, mode, K=200, dtype=dtype),
+        ):
+            threads(1)
+            expected = step(hex_of(p), p)
+            for count in (2, 3, 5, 2):
+                threads(count)
+                assert all(map(torch.equal, step(hex_of(p), p), expected)), (count, mode)
 
 
 TRACKERS = [
@@ -224,24 +287,26 @@ def test_opcheck_of_the_adaptive_operator():
     rule = tracker(momentum=0.5).kernel_rule()
     for mode, B in (("ntxent", 200), ("query", 5), ("shared", 5), ("own", 5), ("ntxent", 0)):
         p = problem("gauss", B, 7, mode, dtype=torch.float32, eps=f64(0.5))
-        z0, z1, negatives, _, tau, *options = p.raw()
+        z0, z1, negatives, _, tau, *options, keep = p.raw()
         state = ThresholdTracker.adaptive().state
         torch.library.opcheck(
-            torch.ops.hex.adaptive, (z0, z1, negatives, state, tau, *options, *rule)
+            torch.ops.hex.adaptive, (z0, z1, negatives, state, tau, *options, *rule, keep)
         )
 
 
 def test_the_adaptive_operator_refuses_what_is_no_state():
-    z0, z1, negatives, _, tau, *options = problem("gauss", 5, 7).raw()
+    z0, z1, negatives, _, tau, *options, keep = problem("gauss", 5, 7).raw()
     rule = tracker().kernel_rule()
     for state, wanted in (
         (torch.zeros(4), "a dense CPU tensor of int64"),
         (torch.zeros(3, dtype=torch.int64), r"shape \(4,\)"),
     ):
         with pytest.raises(RuntimeError, match=f"state: expected {wanted}"):
-            torch.ops.hex.adaptive(z0, z1, negatives, state, tau, *options, *rule)
+            torch.ops.hex.adaptive(z0, z1, negatives, state, tau, *options, *rule, keep)
     with pytest.raises(RuntimeError, match="quantile: expected a number in"):
-        torch.ops.hex.adaptive(z0, z1, negatives, tracker().state, tau, *options, 2.0, *rule[1:])
+        torch.ops.hex.adaptive(
+            z0, z1, negatives, tracker().state, tau, *options, 2.0, *rule[1:], keep
+        )
 
 
 def test_the_reference_agrees_on_a_large_batch():

@@ -23,11 +23,11 @@ THREADS = (1, 2, 3, 4)
 
 def everything(p) -> list[Tensor]:
     """The outputs of every operator, forward and backward."""
-    z0, z1, negatives, eps, tau, mode, reduction, variant, beta, tau_plus = p.raw()
-    loss, stats = torch.ops.hex.forward(*p.raw())
-    mean = torch.ops.hex.forward(*p.raw()[:6], ops.REDUCTIONS["mean"], variant, beta, tau_plus)[0]
+    z0, z1, negatives, eps, tau, mode, reduction, variant, beta, tau_plus, _ = p.raw()
+    loss, stats, kept = torch.ops.hex.forward(*p.raw())
+    mean = torch.ops.hex.forward(*p.raw()[:6], ops.REDUCTIONS["mean"], *p.raw()[7:])[0]
     grads = torch.ops.hex.backward(
-        p.grad_output(), z0, z1, negatives, tau, stats, mode, reduction, beta, 15
+        p.grad_output(), z0, z1, negatives, tau, stats, kept, mode, reduction, beta, 15
     )
     low, high = ops.row_range(z0, z1, negatives, mode)
     eps = [ops.threshold(z0, z1, negatives, mode, 0.9, over) for over in ("all", "negatives")]

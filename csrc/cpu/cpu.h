@@ -27,6 +27,7 @@ typedef struct {
     const char *(*adaptive)(const hex_problem *, hex_tracker *, void *, void *);
     const char *(*threshold)(const hex_problem *, double, bool, double *);
     const char *(*row_range)(const hex_problem *, void *, void *);
+    int64_t (*kept)(const hex_problem *);
     const char *(*labelled_forward)(const hex_labelled *, void *, void *);
     const char *(*labelled_backward)(const hex_labelled *, const hex_row_gradient *);
     const char *(*labelled_quantile)(const hex_labelled *, double, bool, double *, void *, void *);
@@ -56,7 +57,11 @@ static inline hex_power power_of(double beta)
     return beta == 0 ? POWER_0 : beta == 1 ? POWER_1 : POWER_ANY;
 }
 
-/* ---- the symmetric case, pairs.inc ---- */
+/* ---- fixed shift, pairs.inc ---- */
+
+/* Cosines of the forward that take no more are kept for the backward: at 2048 rows they save a
+ * fifth of the time. */
+#define MOST_KEPT_BYTES ((int64_t)24 << 20)
 
 /* What is summed of a row, over its negatives, with x = c - 1, e = exp(x / tau), b = e^beta. All of
  * them in every case, so that a row with H empty has the bits of InfoNCE. */

@@ -76,6 +76,8 @@ const char *hex_cpu_row_range(const hex_problem *p, void *low, void *high)
     return level->type[p->wide].row_range(p, low, high);
 }
 
+int64_t hex_cpu_kept(const hex_problem *p) { return level->type[p->wide].kept(p); }
+
 const char *hex_cpu_labelled_forward(const hex_labelled *p, void *loss, void *stats)
 {
     return level->type[p->wide].labelled_forward(p, loss, stats);

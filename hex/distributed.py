@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: MIT
+"""`gather_distributed=True`: the batch of all ranks of torch.distributed, as one.
+
+Every rank computes the loss of the whole batch, all rows of all ranks as anchors. So each has the
+same value and, what HEX needs, the same threshold, and no gradient has to be sent back: a rank's
+own rows have their whole gradient there. It comes times the number of ranks, for data-parallel
+training (DDP, FSDP) divides the sum of the ranks' parameter gradients by that number.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["check_gather", "gather", "gather_constant", "is_distributed"]
+
+
+def check_gather(gather_distributed: Any) -> bool:
+    if not isinstance(gather_distributed, bool):
+        raise TypeError(
+            f"gather_distributed: got {type(gather_distributed).__name__}, wanted a bool"
+        )
+    return gather_distributed
+
+
+def is_distributed() -> bool:
+    """Whether there are other ranks: without a process group, or alone in it, nothing is sent."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def gather_constant(x: Tensor) -> Tensor:
+    """(W B, ...) in the order of the W ranks, of each rank's x, (B, ...); no gradient."""
+    out = x.new_empty((dist.get_world_size() * x.shape[0], *x.shape[1:]))
+    dist.all_gather_into_tensor(out, x.detach().contiguous())
+    return out
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(z: Tensor) -> Tensor:
+        return gather_constant(z)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.rows = inputs[0].shape[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        first = dist.get_rank() * ctx.rows
+        return grad[first : first + ctx.rows] * dist.get_world_size()
+
+
+def gather(z: Tensor) -> Tensor:
+    """`gather_constant` with the gradient of this rank's rows, times the number of ranks."""
+    gathered: Tensor = _Gather.apply(z)  # type: ignore[no-untyped-call]
+    return gathered

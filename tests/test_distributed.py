@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: MIT
+"""`gather_distributed`: two processes under DDP train as one on the whole batch.
+
+The processes are real (gloo, on the CPU); each test compares parameters' gradients, which DDP has
+averaged, with those of one process. NCCL is the same code and was not tried.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from data import f64
+from torch import Tensor, nn
+
+from hex import HEXLoss, HEXSupConLoss, InfoNCELoss, ThresholdTracker
+
+RANKS, LOCAL = 2, 100  # of 200 images: 400 rows, which go by tiles
+NEGATIVES = {"threshold": ThresholdTracker.adaptive(quantile=0.9, over="negatives")}
+
+
+def images() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(RANKS * LOCAL) % 7
+    x = torch.randn(7, 12, generator=generator, dtype=torch.float64)[labels]
+    views = [x + torch.randn(x.shape, generator=generator, dtype=x.dtype) for _ in range(2)]
+    return *views, labels
+
+
+CASES = {
+    "ntxent": lambda z0, z1, labels: HEXLoss(gather_distributed=True)(z0, z1),
+    "query": lambda z0, z1, labels: HEXLoss(mode="query", gather_distributed=True)(z0, z1),
+    "cross": lambda z0, z1, labels: InfoNCELoss(mode="cross", gather_distributed=True)(z0, z1),
+    "sum": lambda z0, z1, labels: HEXLoss(reduction="sum", gather_distributed=True)(z0, z1),
+    "groups": lambda z0, z1, labels: HEXLoss(gather_distributed=True)(z0, z1, groups=labels),
+    "guide": lambda z0, z1, labels: HEXLoss(**NEGATIVES, gather_distributed=True)(
+        z0, z1, guide=(z0**3, z1**3)
+    ),
+    "labels": lambda z0, z1, labels: HEXSupConLoss(gather_distributed=True)(
+        torch.stack((z0, z1), 1), labels
+    ),
+    "views": lambda z0, z1, labels: HEXSupConLoss(gather_distributed=True)(
+        torch.stack((z0, z1, z0 + z1), 1), guide=torch.stack((z1, z0, z0), 1)
+    ),
+}
+
+
+def encoder() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8)).double()
+
+
+def step(model: nn.Module, part: slice, case: str) -> list[Tensor]:
+    x0, x1, labels = (x[part] for x in images())
+    loss = CASES[case](*model(torch.cat((x0, x1))).chunk(2), labels)
+    model.zero_grad()
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
+    model = nn.parallel.DistributedDataParallel(encoder())
+    part = slice(rank * LOCAL, (rank + 1) * LOCAL)
+    torch.save({case: step(model, part, case) for case in CASES}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("ranks"))
+    mp.spawn(worker, (folder,), nprocs=RANKS)
+    return [torch.load(f"{folder}/{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_have_the_loss_and_gradients_of_one(case, ranks):
+    whole = step(encoder(), slice(None), case)
+    for got in (rank[case] for rank in ranks):
+        assert torch.equal(got[0], ranks[0][case][0])  # and so the threshold, to the bit
+        for ours, wanted in zip(got, whole, strict=True):
+            torch.testing.assert_close(ours, wanted, rtol=1e-11, atol=1e-13)
+
+
+def test_alone_it_changes_nothing():
+    z0, z1 = images()[:2]
+    assert torch.equal(HEXLoss(gather_distributed=True)(z0, z1), HEXLoss()(z0, z1))
+    assert "gather_distributed=True" in repr(InfoNCELoss(gather_distributed=True))
+    assert "gather" not in repr(HEXLoss())
+
+
+def test_what_cannot_be_gathered_is_refused():
+    z0, z1 = images()[:2]
+    with pytest.raises(ValueError, match="gather_distributed: got True with negatives"):
+        HEXLoss(gather_distributed=True)(z0, z1, z0)
+    with pytest.raises(ValueError, match="gather_distributed: got True with a mask"):
+        HEXSupConLoss(gather_distributed=True)(z0, mask=f64(1).bool().expand(200, 200))
+    with pytest.raises(TypeError, match="gather_distributed: got int, wanted a bool"):
+        InfoNCELoss(gather_distributed=1)
