@@ -6,6 +6,10 @@
 #include <stdio.h>
 #include <time.h>
 
+#ifdef __linux__
+#include <malloc.h>
+#endif
+
 #include LEVEL_FILE
 
 #include TRACKER_FILE
@@ -83,20 +87,23 @@ PUBLIC bool loss(const batch *x)
     const int64_t B = x->B, D = x->D;
     const hex_rows z0 = {x->z, HEX_F32, B, B, B * D, D, 1},
                    z1 = {x->z + B * D, HEX_F32, B, B, B * D, D, 1};
-    const hex_problem p = {.mode = HEX_NTXENT,
-                           .reduction = HEX_MEAN,
-                           .B = B,
-                           .D = D,
-                           .input = {z0, z1},
-                           .tau = {&tau, HEX_F64, 0},
-                           .beta = 1,
-                           .tau_plus = 0.1};
+    hex_problem p = {.mode = HEX_NTXENT,
+                     .reduction = HEX_MEAN,
+                     .B = B,
+                     .D = D,
+                     .input = {z0, z1},
+                     .tau = {&tau, HEX_F64, 0},
+                     .beta = 1,
+                     .tau_plus = 0.1};
     const hex_gradient g = {
         .grad = {&one, HEX_F64, 0}, .stats = x->stats, .dz = {x->dz, x->dz + B * D}};
     hex_tracker t = {.quantile = 0.99};
+    const int64_t kept = kept_numbers_f32(&p);
+    p.kept = kept ? allocate(kept, 1, sizeof(float)) : NULL;
     float value;
-    return !adaptive_f32(&p, &t, &value, x->stats) && !backward_f32(&p, &g) && isfinite(value) &&
-           value > 0;
+    const bool done = !adaptive_f32(&p, &t, &value, x->stats) && !backward_f32(&p, &g);
+    free(p.kept);
+    return done && isfinite(value) && value > 0;
 }
 
 /* ---- the program ---- */
@@ -114,6 +121,10 @@ int main(int count, char **words)
 {
     if (count != 7 && count != 8)
         return 2;
+#ifdef __GLIBC__ /* what is freed stays, or trimming the heap's end would cost by chance */
+    mallopt(M_MMAP_MAX, 0);
+    mallopt(M_TRIM_THRESHOLD, -1);
+#endif
     const batch x = make(atoll(words[1]), atoll(words[2]), atoi(words[3]), (float)atof(words[4]),
                          (float)atof(words[5]));
     const double ideal = 16.0 * (double)(x.B * x.B) * (double)x.D, one = product(1);

@@ -8,8 +8,9 @@ with twice as many processes as cores it repeated within 5 % in 75 runs. A count
 would be as steady, but few virtual machines have one, valgrind knows no AVX-512, and neither sees
 a cache miss.
 
-A limit is 1.3 times what was measured, the worst of the levels base and avx2 on Zen 3: room for
+A limit is 1.3 times what was measured, the worse of the levels base and avx2 on Zen 3: room for
 other compilers and CPUs, and less than going through the tiles twice costs, which is planted below.
+The level avx512 has not been measured; its products are faster than the rest, so it has more room.
 """
 
 import os
@@ -38,10 +39,11 @@ pytestmark = [
 # Images, classes, spread and shift of the views; turns; most. Blocks are of 96 rows up to 1024 and
 # of 192 beyond; tight classes are the hard case of the threshold.
 BATCHES = {
-    "502 rows": ((251, 64, 0.6, 0.4, 15), 2.7),
-    "1102 rows": ((551, 64, 0.6, 0.4, 8), 2.2),
-    "1102 rows in 4 tight classes": ((551, 4, 0.08, 0.06, 8), 2.9),
+    "502 rows": ((251, 64, 0.6, 0.4, 15), 1.9),
+    "1102 rows": ((551, 64, 0.6, 0.4, 8), 1.7),
+    "1102 rows in 4 tight classes": ((551, 4, 0.08, 0.06, 8), 1.85),
 }
+ROOM = 1.25 if ops.isa() == "avx512" else 1.0
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def program():
 @pytest.mark.parametrize("name", BATCHES)
 def test_the_loss_takes_no_more_than_so_many_times_its_ideal(program, name):
     batch, most = BATCHES[name]
-    assert core.ratio(program, *batch) < most
+    assert core.ratio(program, *batch) < ROOM * most
 
 
 def test_work_done_twice_is_found(tmp_path):
@@ -66,4 +68,4 @@ def test_work_done_twice_is_found(tmp_path):
     pairs.write_text(text)
     slow = core.build(ops.isa(), program=True, csrc=csrc)
     for batch, most in BATCHES.values():
-        assert core.ratio(slow, *batch) > most
+        assert core.ratio(slow, *batch) > ROOM * most
