@@ -36,7 +36,7 @@ def points(records: Mapping[str, Record]) -> dict[str, Points]:
             ms = sizes.ms(case, name, heap="retained")
             if stock and ms and stock["features"] == 128:
                 found[name].append((stock["rows"], ms, stock["peak_mb"]))
-    for result in records["large"]["results"] if "large" in records else []:
+    for result in records["large"]["results"][1:]:
         found[result["method"]].append((result["rows"], result["ms"][0], result["peak_mb"]))
     return {name: sorted(row) for name, row in found.items() if row}
 
