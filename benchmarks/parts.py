@@ -74,10 +74,13 @@ def sizes(settings: Settings) -> list[Result]:
         rows, features = shape(size)
         case = prepare(Case(size, make(rows // 2, features)), settings.methods, settings.notes)
         cases.append(with_products(case, settings.notes))
-    results = [row for case in cases for row in timed([case], settings.repeats, "stock")]
-    measure.retain_heap()
-    for case in cases:
-        results += timed([case], settings.repeats, "retained")
+    results = []
+    for heap in ("stock", "retained"):
+        if heap == "retained":
+            measure.retain_heap()
+        for case in cases:
+            more = 3 if case.batch.rows <= 2048 and not settings.quick else 1
+            results += timed([case], more * settings.repeats, heap)
     return results
 
 
@@ -122,7 +125,7 @@ def threads(settings: Settings) -> list[Result]:
     results: list[Result] = []
     counts = sorted({1, 2, cores})
     measure.retain_heap()
-    for size, repeats in (("512", 40), ("4096", 8), ("8192", 4)):
+    for size, repeats in (("512", 40), ("4096", 15), ("8192", 6)):
         if settings.quick and results:
             break
         rows, features = shape(size)
