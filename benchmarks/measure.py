@@ -37,7 +37,7 @@ Step = Callable[[], object]
 K = TypeVar("K", bound=Hashable)
 
 SAMPLE_MS = 10  # a sample repeats a fast call for at least this long
-LONG_MS = {500: 3, 2000: 2}  # of a call as long as this so many samples, the first included
+LONG_MS = {500: 3, 1000: 2}  # of a call as long as this so many samples, the first included
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 
