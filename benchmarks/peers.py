@@ -255,6 +255,7 @@ METHODS = (
         "info-nce-pytorch InfoNCE",
         "one way",
         library(libraries.info_nce_pytorch),
+        most=4096,
         note="info-nce-pytorch: one direction, B x B cosines: a quarter of the others' work.",
     ),
 )
