@@ -19,7 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-w
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test cuda lint format sanitize demo bench examples wheel clean
+.PHONY: help venv build test cuda lint format sanitize demo bench gpu examples wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -71,6 +71,10 @@ demo: build ## train on handwritten digits, with InfoNCE and with HEX: three min
 
 bench: build ## time and memory beside plain torch, torch.compile, other libraries: ten minutes
 	$(BIN)/python benchmarks/bench.py --record build/results.jsonl
+
+gpu: export HEX_CUDA = 1
+gpu: build ## on a machine with a CUDA GPU: tests, sanitizers, times, a training run: an hour
+	$(BIN)/python benchmarks/gpu.py
 
 examples: build ## every method with its own loss and with HEX, and a table: some minutes
 	$(BIN)/python examples/minimal.py

@@ -2,9 +2,10 @@
 """The losses that are compared: ours, the same in plain PyTorch, torch.compile of that, and the
 libraries on PyPI.
 
-Each computes one of three losses of a batch (batches.py), all with tau = 0.1:
+Each computes one of four losses of a batch (batches.py), all with tau = 0.1:
 
     "HEX"       L_i with the threshold of the batch, beta = 1, tau_plus = 0.1 (hex.hex_loss)
+    "released"  the same as the authors' code computes it (docs/released.md)
     "InfoNCE"   L_i with H empty
     "one way"   the same with z0 alone as anchors and z1 as candidates: B x B cosines, not 2B x 2B
 
@@ -75,7 +76,7 @@ def plain_cosines(
         z0, z1 = z0.float(), z1.float()
         negatives = None if negatives is None else negatives.float()
     z0, z1 = F.normalize(z0), F.normalize(z1)
-    row = torch.arange(len(z0))
+    row = torch.arange(len(z0), device=z0.device)
     if mode == "query":
         return z0 @ z1.T, row, None
     if mode == "cross":
@@ -85,14 +86,14 @@ def plain_cosines(
         positive = (z0 * z1).sum(1, keepdim=True)
         return torch.cat([positive, z0 @ F.normalize(negatives).T], 1), torch.zeros_like(row), None
     z = torch.cat([z0, z1])
-    row = torch.arange(len(z))
+    row = torch.arange(len(z), device=z.device)
     return z @ z.T, row.roll(len(z0)), row
 
 
 def plain_hex(z0: Tensor, z1: Tensor, negatives: Tensor | None = None, *, mode: str) -> Tensor:
     """HEX as its formulas read, with the quantile from topk."""
     c, target, self_column = plain_cosines(z0, z1, negatives, mode)
-    columns = torch.arange(c.shape[1])
+    columns = torch.arange(c.shape[1], device=c.device)
     with torch.no_grad():
         rank = round(QUANTILE * (c.shape[1] - 1))
         eps = c.topk(c.shape[1] - rank, dim=1).values[:, -1].mean()
@@ -117,7 +118,7 @@ def plain_info_nce(z0: Tensor, z1: Tensor, negatives: Tensor | None = None, *, m
     c, target, self_column = plain_cosines(z0, z1, negatives, mode)
     logits = c / TAU
     if self_column is not None:
-        logits = logits.masked_fill(torch.eye(len(c), dtype=torch.bool), -math.inf)
+        logits = logits.masked_fill(torch.eye(len(c), dtype=torch.bool, device=c.device), -math.inf)
     return F.cross_entropy(logits, target)
 
 
@@ -129,12 +130,13 @@ def reference_loss(
 ) -> Tensor:
     """hex.reference, reduced; dense, in the dtype of the inputs or float32."""
     eps = z0.new_full((), math.inf, dtype=torch.float64)
-    if loss == "HEX":
+    if loss in ("HEX", "released"):
         eps = reference.threshold(z0, z1, negatives, mode, QUANTILE)
     elif loss == "one way":
         mode = "query"
     tau = torch.full((), TAU, dtype=torch.float64)
-    return reference.loss_rows(z0, z1, negatives, eps, tau, mode, BETA, TAU_PLUS)[0].mean()
+    variant = "released" if loss == "released" else "paper"
+    return reference.loss_rows(z0, z1, negatives, eps, tau, mode, BETA, TAU_PLUS, variant)[0].mean()
 
 
 def truth(batch: Batch, loss: str) -> Result:
@@ -187,7 +189,8 @@ def _mode(batch: Batch) -> str:
 
 
 def hex_adaptive(batch: Batch) -> Function:
-    return HEXLoss(TAU, beta=BETA, tau_plus=TAU_PLUS, mode=_mode(batch))
+    loss = HEXLoss(TAU, beta=BETA, tau_plus=TAU_PLUS, mode=_mode(batch))
+    return loss.to(batch.z0.device)  # with the tracker's state
 
 
 def hex_eps_given(batch: Batch) -> Function:

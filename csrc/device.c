@@ -132,6 +132,14 @@ const char *hex_run_threshold(const hex_place *place, const hex_problem *p, doub
     RUN(threshold, quantile, over_negatives, mean);
 }
 
+const char *hex_cuda_adaptive(const hex_place *place, const hex_problem *p, const hex_tracker *t,
+                              const hex_device_state *state, void *loss, void *stats)
+{
+    surroundings s = {0};
+    const char *error = enter(&s, place);
+    return leave(&s, error ? error : cuda->adaptive(p, &s.device, t, state, loss, stats));
+}
+
 const char *hex_run_row_range(const hex_place *place, const hex_problem *p, void *low, void *high)
 {
     RUN(row_range, low, high);

@@ -27,6 +27,10 @@ const char *hex_run_threshold(const hex_place *place, const hex_problem *p, doub
                               bool over_negatives, double *mean);
 const char *hex_run_row_range(const hex_place *place, const hex_problem *p, void *low, void *high);
 
+/* On the CUDA core alone: the tracker's state stays on the device, which the CPU's core reads. */
+const char *hex_cuda_adaptive(const hex_place *place, const hex_problem *p, const hex_tracker *t,
+                              const hex_device_state *state, void *loss, void *stats);
+
 /* Loads hex/_cuda.so and returns NULL, or what is in the way. A core that is emulated on the CPU
  * (tests/emulation) takes the place of the CPU's until NULL is loaded. */
 const char *hex_load_cuda(const char *path);

@@ -57,7 +57,7 @@ static const struct {
     {"backward", hex_backward_boxed, true},
     {"threshold", hex_threshold_boxed, true},
     {"row_range", hex_row_range_boxed, true},
-    {"adaptive", hex_adaptive_boxed, false},
+    {"adaptive", hex_adaptive_boxed, true},
     {"labelled_forward", hex_labelled_forward_boxed, false},
     {"labelled_backward", hex_labelled_backward_boxed, false},
     {"labelled_threshold", hex_labelled_threshold_boxed, false},

@@ -141,16 +141,13 @@ bool read_view(call *c, AtenTensorHandle t, const char *name, view *v)
     return read_dense(c, t, name, FLOATS, v);
 }
 
-static bool read_state(call *c, AtenTensorHandle t, int64_t *state)
+static bool read_state(call *c, AtenTensorHandle t, view *v)
 {
-    view v;
-    if (!read_dense(c, t, "state", INTEGERS, &v))
+    if (!read_dense(c, t, "state", INTEGERS, v))
         return false;
-    if (v.dim != 1 || v.size[0] != HEX_STATE)
-        return fail(c, "state: expected shape (%d,)", HEX_STATE);
-    for (int k = 0; k < HEX_STATE; k++)
-        state[k] = ((const int64_t *)v.data)[k * v.stride[0]];
-    return true;
+    return v->dim == 1 && v->size[0] == HEX_STATE
+               ? true
+               : fail(c, "state: expected shape (%d,)", HEX_STATE);
 }
 
 bool read_numbers(call *c, AtenTensorHandle t, const char *name, numbers allowed, int64_t rows,
@@ -301,19 +298,29 @@ void hex_adaptive_boxed(StableIValue *stack, uint64_t arguments, uint64_t output
                      .warmup_epochs = (int64_t)stack[15],
                      .warmup_threshold = to_double(stack[16])};
     void *loss, *stats, *eps, *state;
+    view v;
     if (!(t.quantile >= 0 && t.quantile <= 1))
         fail(&c, "quantile: expected a number in [0, 1]");
     else if (read_inputs(&c, 0, (int64_t)stack[5], &p) &&
              read_choices(&c, (int64_t)stack[6], (int64_t)stack[7], to_double(stack[8]),
                           to_double(stack[9]), &p) &&
-             read_state(&c, c.in[3], t.state) && read_numbers(&c, c.in[4], "tau", ONE, 0, &p.tau)) {
+             read_state(&c, c.in[3], &v) && read_numbers(&c, c.in[4], "tau", ONE, 0, &p.tau)) {
         const int64_t shape[2] = {HEX_STATS, hex_anchors(&p)}, states = HEX_STATE;
         if (add_output(&c, p.reduction == HEX_NONE, shape + 1, compute_dtype(&p), &loss) &&
             add_output(&c, 2, shape, compute_dtype(&p), &stats) &&
             add_output(&c, 0, NULL, HEX_F64, &eps) && add_output(&c, 1, &states, HEX_I64, &state) &&
-            add_kept(&c, &p, stack[17] & 1) && ok(&c, hex_cpu_adaptive(&p, &t, loss, stats))) {
-            *(double *)eps = t.eps;
-            memcpy(state, t.state, sizeof t.state);
+            add_kept(&c, &p, stack[17] & 1)) {
+            const hex_device_state on_device = {v.data, v.stride[0], state, eps};
+            if (hex_place_is_cuda(&c.place))
+                ok(&c, hex_cuda_adaptive(&c.place, &p, &t, &on_device, loss, stats));
+            else {
+                for (int k = 0; k < HEX_STATE; k++)
+                    t.state[k] = on_device.state[k * on_device.stride];
+                if (ok(&c, hex_cpu_adaptive(&p, &t, loss, stats))) {
+                    *(double *)eps = t.eps;
+                    memcpy(state, t.state, sizeof t.state);
+                }
+            }
         }
     }
     finish(&c, stack, "adaptive");

@@ -100,7 +100,7 @@ class _Contrastive(nn.Module):
         if (
             tracker is not None
             and tracker.adaptive_rule
-            and tracker.state.is_cpu
+            and tracker.state.device == z0.device
             and ops.has_adaptive(z0)
             and not _transformed(*batch.inputs)
         ):

@@ -35,7 +35,7 @@ VARIANTS = {"paper": 0, "released": 1}
 _COUNT, _SHARE = 7, 8  # rows of `stats` that are shown to users (csrc/hex.h, HEX_STAT_*)
 _STATS = 9
 _KERNELS = {"cpu", "meta"}  # device types with kernels; the fakes below are those of "meta"
-_CUDA_KERNELS = {"forward", "backward", "threshold", "row_range"}  # operators that have one
+_CUDA_KERNELS = {"forward", "backward", "threshold", "row_range", "adaptive"}  # with one
 _ONE_PRODUCT = 8  # added to the mode: float32 may be rounded to 11 bits before it is multiplied
 
 
@@ -348,19 +348,25 @@ def _learns(*inputs: Tensor) -> bool:
     return torch.is_grad_enabled() and any(z.requires_grad for z in inputs)
 
 
-def adaptive_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def adaptive_loss(
+    z0: Tensor, z1: Tensor, negatives: Tensor, state: Tensor, tau: Tensor, mode: int, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`loss` at the eps that a tracker gives for the batch, in one call: the loss, |H| and share of
     each row, eps and the tracker's new state. Arguments: those of torch.ops.hex.adaptive but the
     last."""
-    keep = _learns(*arguments[:3])
-    value, stats, eps, state, _ = _Adaptive.apply(*arguments, keep)  # type: ignore[no-untyped-call]
+    keep = _learns(z0, z1, negatives)
+    value, stats, eps, state, _ = _Adaptive.apply(  # type: ignore[no-untyped-call]
+        z0, z1, negatives, state, tau, _mode(z0, mode), *options, keep
+    )
     return value, stats[_COUNT], stats[_SHARE], eps, state
 
 
 def has_adaptive(z: Tensor) -> bool:
     """Whether `adaptive_loss` serves such inputs: not in a compiled graph, where the tracker's
     steps are part of it. Nor under func transforms, where nothing is stored: the caller looks."""
-    return z.is_cpu and "cpu" in _KERNELS and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling():
+        return False
+    return (z.is_cpu and "cpu" in _KERNELS) or (z.is_cuda and _cuda(z.device.index)[0] is None)
 
 
 def threshold(

@@ -20,15 +20,16 @@ from conftest import Problem, check_gradients, check_loss, eps_of_each_row
 from data import f64
 from torch import Tensor
 
-from hex import ops, reference
+from hex import ThresholdTracker, ops, reference
 from hex._load import _C
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "csrc/cuda"
 # Some kinds of error show only where the warps' order is one way or the other: see cuda_emu.h.
 SEEDS = (1, 2)
-# Processors, shared memory of a block. With two processors a block goes through several tiles.
-HOPPER, SMALL = (132, 227 * 1024), (2, 99 * 1024)
+# Processors, shared memory of a block. With one processor a block goes through several tiles, and
+# the backward through several bands of rows.
+HOPPER, SMALL = (132, 227 * 1024), (1, 99 * 1024)
 
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-DHEX_EMULATION"]
 FLAGS += ["-Wall", "-Wextra", "-Wshadow", "-Werror", "-Wno-unknown-pragmas"]
@@ -135,6 +136,24 @@ def assert_threshold_is_right(
         assert (got.double() - want).abs().max() <= cosine, p
 
 
+def assert_one_call_is_two(p: Problem) -> None:
+    """The loss with its adaptive threshold in one call: threshold, tracker and loss, to the bit."""
+    z0, z1, negatives, _, tau, mode, *options, keep = p.raw()
+    tracker = ThresholdTracker.adaptive(momentum=0.5, over="negatives").to(z0.device)
+    tracker.update(f64(0.3).to(z0.device), store=True)
+    rule = (*tracker.kernel_rule(), keep)
+    one = torch.ops.hex.adaptive(z0, z1, negatives, tracker.state, tau, mode, *options, *rule)
+    quantile = ops.threshold(z0, z1, negatives, mode, tracker.quantile, tracker.over)
+    eps = tracker.update(quantile, store=True)
+    two = torch.ops.hex.forward(z0, z1, negatives, eps, tau, mode, *options, keep)
+    pairs = ((one[0], two[0]), (one[1], two[1]), (one[2], eps), (one[3], tracker.state))
+    assert all(torch.equal(a, b) for a, b in pairs), p
+    mean, *_ = torch.ops.hex.forward(
+        z0, z1, negatives, eps, tau, mode, ops.REDUCTIONS["mean"], *options[1:], keep
+    )
+    torch.testing.assert_close(mean, two[0].mean(), rtol=1e-6, atol=0)
+
+
 def assert_conforms(path: Path, device: str = "cpu") -> None:
     """The primitives of emulation/conformance.cu, against plain arithmetic."""
     run = ctypes.CDLL(str(path)).hex_conformance
@@ -173,13 +192,14 @@ def battery(device: str = "cpu") -> None:
         problem("cluster", 70, 130, dtype=single),  # tiles with and without an edge, two chunks
         problem("cluster", 20, 9, dtype=single, tau=0.004, eps=f64(math.inf).to(device)),
         eps_of_each_row(problem("gauss", 40, 64, dtype=single)),
-        problem("cluster", 70, 66, "shared", K=150, dtype=single, beta=0.5),
+        problem("cluster", 40, 66, "shared", K=150, dtype=single, beta=0.5),
         problem("cluster", 33, 7, "cross", dtype=single, tau=0.02, variant="released"),
         problem("clamped", 24, 40, dtype=single, tau_plus=0.9, tau=0.005),
     ):
         check_loss(p)
         check_gradients(p)
         assert_threshold_is_right(p)
+    assert_one_call_is_two(problem("cluster", 70, 30, dtype=single))
     assert_half_is_right(problem("cluster", 40, 70, "query", dtype=torch.float16))
     for p in (
         problem("cluster", 4, 37, "own", K=150, dtype=single),

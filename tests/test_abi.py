@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch_exports
 
 import hex._C
 
@@ -57,3 +58,27 @@ def test_the_extension_calls_the_listed_functions_and_no_other_of_torch():
     ).stdout.split()
     assert sorted(s for s in symbols if re.match("(aoti_)?torch_", s)) == sorted(listed)
     assert len(listed) > 20
+
+
+def test_every_release_from_2_10_on_exports_what_is_needed_on_cpu_and_cuda():
+    table = torch_exports.read()
+    releases = {release for exporting in table.values() for release in exporting}
+    assert {"2.10.0", "2.11.0", "2.12.0", "2.13.0"} <= releases
+    needed = {("libtorch_cpu.so", name) for name in re.findall(r"^ +X\(\w+, (\w+),", SHIM, re.M)}
+    by_name = set(re.findall(r'dlsym\(torch_cuda, "(\w+)"\)', (ROOT / "csrc/device.c").read_text()))
+    assert by_name == {"aoti_torch_get_current_cuda_stream"}
+    needed |= {("libtorch_cuda.so", name) for name in by_name}
+    missing = {key: releases - table.get(key, set()) for key in needed}
+    assert not {key: lacking for key, lacking in missing.items() if lacking}
+
+
+def test_the_table_of_exports_has_the_installed_torch_right():
+    release = torch.__version__.partition("+")[0]
+    table = torch_exports.read()
+    if release not in {release for exporting in table.values() for release in exporting}:
+        pytest.skip(f"tests/torch_exports.txt has no torch {release}")
+    library = Path(torch.__file__).parent / "lib/libtorch_cpu.so"
+    installed: torch_exports.Table = {}
+    torch_exports.add(installed, release, library.name, torch_exports.exported(library))
+    listed = {key for key, exporting in table.items() if release in exporting}
+    assert set(installed) == {key for key in listed if key[0] == library.name}

@@ -14,7 +14,7 @@ from conftest import Problem, check_gradients, check_loss, eps_of_each_row, prob
 from data import KINDS, f64
 from emulator import HOPPER, SMALL, assert_half_is_right, assert_threshold_is_right
 
-from hex import HEXLoss, ThresholdTracker, ops
+from hex import HEXLoss, ThresholdTracker, ops, reference
 
 MODES = ("ntxent", "query", "cross", "shared", "own")
 LIBRARIES = {"mma": (), "wgmma": ("-DHEX_WGMMA",)}
@@ -106,6 +106,15 @@ def test_the_threshold_of_a_small_batch_is_exactly_the_self_cosine(mma):
     z = problem("cluster", 20, 16, dtype=torch.float32).inputs  # N = 40 < 52
     none = z[0].new_empty((0, 16))
     assert ops.threshold(*z, none, ops.MODES["ntxent"], 0.99, "all") == 1
+
+
+def test_a_row_of_more_negatives_than_16_bits_count_has_its_threshold(mma):
+    z0, z1, few = problem("cluster", 2, 8, "shared", K=90, dtype=torch.bfloat16).inputs
+    queue = torch.cat([few[:1].expand(65560, 8), few])  # a bin with more than 65535
+    got = ops.threshold(z0, z1, queue, ops.MODES["shared"], 0.9992, "negatives")
+    wide = (z.double() for z in (z0, z1, queue))
+    want = reference.threshold(*wide, "shared", 0.9992, "negatives")
+    assert abs(got - want) <= emulator.BIN + 2 * 2**-11
 
 
 def test_what_has_nothing_to_sum_is_defined(mma):
@@ -203,16 +212,68 @@ def test_gradients_that_are_not_wanted_are_not_computed(mma):
         torch.testing.assert_close(inputs[k].grad.double(), want.grads[name], rtol=1e-4, atol=1e-6)
 
 
-def test_a_training_step_takes_eight_launches(mma, monkeypatch):
-    monkeypatch.setattr(ops, "has_adaptive", lambda z: False)  # the one call is the CPU's alone
+RULES = (
+    {},
+    {"momentum": 0.7, "over": "negatives"},
+    {"monotonic": True, "quantile": 0.6},
+    {"lagged": True, "warmup_epochs": 1, "warmup_threshold": 0.25},
+)
+
+
+def run_of_steps(mode, dtype, rule, in_one_call):
+    """Loss, statistics and state of some steps, the third of a batch that is not finite."""
+    kernel_mode = mode if mode in ("ntxent", "query", "cross") else "ntxent"
+    loss = HEXLoss(0.1, mode=kernel_mode, threshold=ThresholdTracker.adaptive(**rule))
+    out = []
+    for step in range(5):
+        loss.set_epoch(step // 2)
+        K = 5 if mode == "own" else 40
+        p = problem("cluster", 30, 9, mode, K=K, dtype=dtype, seed=step)
+        if step == 2:
+            p.inputs[0][3, 2] = math.nan
+        inputs = [z.requires_grad_() for z in p.inputs]  # or the threshold would not learn
+        with pytest.MonkeyPatch.context() as patch:
+            if not in_one_call:
+                patch.setattr(ops, "has_adaptive", lambda z: False)
+            value = loss(*inputs)
+        out += [value, *loss.last, loss.threshold.state.clone()]
+    return out
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.filterwarnings("ignore:.*quantile of a row of.*")  # of small batches
+def test_the_loss_with_its_threshold_in_one_call_is_the_two_calls_to_the_bit(mma, mode):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for rule in RULES[:: 1 if dtype == torch.float32 else 3]:
+            one, two = (
+                run_of_steps(mode, dtype, rule, in_one_call) for in_one_call in (True, False)
+            )
+            assert all(
+                torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(one, two, strict=True)
+            )
+
+
+def test_an_empty_batch_is_a_step_that_the_threshold_skips(mma):
+    loss = HEXLoss(0.1, threshold=ThresholdTracker.adaptive(over="negatives"))
+    z0, z1 = (torch.zeros(0, 5, requires_grad=True) for _ in range(2))
+    assert loss(z0, z1) == 0
+    assert loss.threshold.state.tolist()[2:] == [0, 1]
+
+
+def test_a_training_step_takes_seven_launches(mma, monkeypatch):
     z0, z1 = (z.requires_grad_() for z in problem("cluster", 64, 32, dtype=torch.float32).inputs)
     loss = HEXLoss(0.1, threshold=ThresholdTracker.adaptive(over="negatives"))
-    counts = [mma.launches]
-    value = loss(z0, z1)
-    counts.append(mma.launches)
-    value.backward()
-    counts.append(mma.launches)
-    assert (counts[1] - counts[0], counts[2] - counts[1]) == (3 + 2, 3)
+
+    def launches():
+        counts = [mma.launches]
+        value = loss(z0, z1)
+        counts.append(mma.launches)
+        value.backward()
+        return counts[1] - counts[0], mma.launches - counts[1]
+
+    assert launches() == (4, 3)
+    monkeypatch.setattr(ops, "has_adaptive", lambda z: False)  # as in a compiled graph
+    assert launches() == (3 + 2, 3)
 
 
 def test_a_launch_that_fails_is_an_exception_that_names_the_kernel(mma):

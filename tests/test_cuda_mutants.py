@@ -44,7 +44,9 @@ MUTANTS = {
         ("end += 32 * WARPS;", "end += 1;"),
         ("k < 4", "k < 2"),
         ("sums[h].raise_rest(top, scale);", ""),
-        ("slice < block.part.slices", "slice < block.part.slices - 1"),
+        ("all.v[n] += (double)other.v[n];", "all.v[n] = (double)other.v[n];"),
+        ("other.raise_hard(hard_top, s.scale, s.beta);", ""),
+        ("sums[block.ticket] = value;", "sums[0] = value;"),
     ],
     "core.cuh": [
         ("fb * pow2(d)", "fb"),
@@ -54,6 +56,8 @@ MUTANTS = {
         ("65535.f", "65536.f"),
         ("lane >= k ? other : 0", "other"),
         ("upto > *rank", "upto >= *rank"),
+        ("__dmul_rn(rule.momentum, stored - candidate)", "0."),
+        ("updates == 0", "true"),
     ],
     "threshold.cu": [
         ("at & 1 ? 65536u : 1u", "1u"),
@@ -61,7 +65,9 @@ MUTANTS = {
         ("counts[k] = 0;", ""),
         ("bin >> 8 == coarse[h]", "true"),
         ("KIND == FINE ? r.parts.row_blocks + 1 : 0", "0"),
-        ("extra[k] >> 8 == coarse", "true"),
+        ("extra[k] >> 8 == coarse_of", "true"),
+        ("row * PITCH + 4 * lane + k / 2", "row * PITCH + lane + k / 2"),
+        ("k / WORDS * PITCH + k % WORDS", "k"),
     ],
     "backward.cu": [
         ("acc[2 * k + (q >> 1)] + 2 * (q & 1)", "acc[2 * k + (q & 1)] + 2 * (q >> 1)"),
@@ -78,7 +84,14 @@ MUTANTS = {
     ],
     "project.cu": [
         ("(du(d) - along * u)", "du(d)"),
-        ("slice * r.parts.rows * r.unit.width", "slice * r.unit.width"),
+        ("slice * step + d", "slice + d"),
+        ("partial[d] = (real)sum;", ""),
+        ("row0 + block * (THREADS / 32)", "block * (THREADS / 32)"),
+    ],
+    "launch.cu": [
+        ("r.tickets += tickets;", ""),
+        ("r.partial = r.counts;", "r.partial = r.tickets;"),
+        ("first + rows", "first + rows - 1"),
     ],
     "unit.cu": [("v - (double)f16_to_float(high)", "0.")],
     "plain.cu": [

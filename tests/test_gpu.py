@@ -12,8 +12,9 @@ import pytest
 import torch
 from conftest import check_gradients, check_loss, problem
 from emulator import assert_half_is_right, assert_threshold_is_right
+from test_ops import OPS
 
-from hex import HEXLoss, ops
+from hex import HEXLoss, ThresholdTracker, hex_loss, ops, reference
 from hex._load import cuda_problem
 
 pytestmark = [
@@ -67,13 +68,17 @@ def batch():
 
 
 def test_the_bits_are_the_same_on_every_run():
-    p = problem("cluster", 600, 130, dtype=torch.bfloat16, device="cuda")
-    first, threshold = p.ours(), ops.threshold(*p.raw()[:3], 0, 0.99, "all")
-    for _ in range(20):
-        again = p.ours()
-        assert torch.equal(first.loss, again.loss)
-        assert all(torch.equal(first.grads[k], again.grads[k]) for k in p.names)
-        assert torch.equal(threshold, ops.threshold(*p.raw()[:3], 0, 0.99, "all"))
+    for dtype in (torch.bfloat16, torch.float32):
+        p = problem("cluster", 600, 130, dtype=dtype, device="cuda")
+        first, eps = p.ours(), ops.threshold(*p.raw()[:3], 0, 0.99, "all")
+        differ = torch.zeros((), dtype=torch.int64, device="cuda")
+        for _ in range(1000):
+            again = p.ours()
+            differ += (first.loss != again.loss).any()
+            differ += (eps != ops.threshold(*p.raw()[:3], 0, 0.99, "all")).any()
+            for name in p.names:
+                differ += (first.grads[name] != again.grads[name]).any()
+        assert differ == 0
 
 
 def test_a_training_step_never_waits_for_the_device(batch):
@@ -111,6 +116,128 @@ def test_a_training_step_can_be_captured_in_a_graph(batch):
         z.grad = None
     want = [step(loss, *batch), *(z.grad for z in batch)]
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+RULES = ({}, {"momentum": 0.7, "monotonic": True}, {"lagged": True, "over": "negatives"})
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_loss_with_its_threshold_in_one_call_is_the_two_calls_to_the_bit(rule, monkeypatch):
+    one, two = (HEXLoss(0.1, threshold=ThresholdTracker.adaptive(**rule)).cuda() for _ in range(2))
+    for seed in range(4):
+        p = problem("cluster", 300, 64, dtype=torch.bfloat16, device="cuda", seed=seed)
+        inputs = [z.requires_grad_() for z in p.inputs]
+        value = one(*inputs)
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, "has_adaptive", lambda z: False)
+            other = two(*inputs)
+        assert torch.equal(value, other)
+        assert torch.equal(one.threshold.state, two.threshold.state)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("mode", MODES)
+def test_opcheck(op, mode):
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        torch.library.opcheck(*op(problem("cluster", 7, 5, mode, dtype=dtype, device="cuda")))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_are_those_of_differences(mode):
+    p = problem("cluster", 6, 5, mode, K=4, dtype=torch.float64, device="cuda", tau=0.5)
+    inputs = [z.requires_grad_() for z in p.inputs]
+    assert torch.autograd.gradcheck(p.loss, inputs, nondet_tol=0.0)
+
+
+@pytest.mark.filterwarnings("ignore")  # of what torch.compile imports
+def test_a_compiled_step_gives_what_eager_gives(batch):
+    def loss_and_gradients(function):
+        value = function(*batch)
+        return value.detach(), *torch.autograd.grad(value, batch)
+
+    eager, compiled = (HEXLoss(0.1).cuda() for _ in range(2))
+    program = torch.compile(compiled, fullgraph=True)
+    for _ in range(3):
+        got, want = loss_and_gradients(program), loss_and_gradients(eager)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(eager.threshold.value, compiled.threshold.value)
+
+
+def test_work_goes_to_the_current_stream(batch):
+    loss, stream = HEXLoss(0.1).cuda(), torch.cuda.Stream()
+    want = step(loss, *batch)
+    gradients = [z.grad.clone() for z in batch]
+    late = [z.detach().clone() for z in batch]
+    for z in late:
+        z.zero_()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)  # tens of milliseconds; then the inputs come
+        for z, source in zip(late, batch, strict=True):
+            z.copy_(source.detach())
+        fresh = [z.requires_grad_() for z in late]
+        got = step(HEXLoss(0.1).cuda(), *fresh)
+    stream.synchronize()
+    assert torch.equal(got, want)
+    assert all(torch.equal(z.grad, g) for z, g in zip(fresh, gradients, strict=True))
+
+
+def test_a_batch_that_is_not_finite_costs_mixed_precision_one_step():
+    torch.manual_seed(0)
+    network = torch.nn.Linear(16, 32).cuda()
+    loss, scaler = HEXLoss(0.1).cuda(), torch.amp.GradScaler("cuda", init_scale=2.0**10)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    weights = []
+    for k in range(4):
+        x = torch.randn(300, 16, device="cuda")
+        if k == 2:
+            x[5, 3] = torch.nan
+        with torch.autocast("cuda", torch.float16):
+            value = loss(network(x), network(x + 0.1))
+        optimizer.zero_grad()
+        scaler.scale(value).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        weights.append(network.weight.detach().clone())
+    assert value.dtype == torch.float32 and value.isfinite()
+    assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[2], weights[3])
+    assert torch.equal(weights[1], weights[2])  # the step of the NaN was left out
+    assert scaler.get_scale() == 2.0**9
+    assert loss.threshold.state.tolist()[2:] == [3, 1]  # updates, and one skipped
+
+
+def test_offsets_beyond_32_bits_are_right():
+    B, D = 32768, 64  # N^2 = 2^32
+    generator = torch.Generator("cuda").manual_seed(0)
+    image = torch.randn(B, D, device="cuda", generator=generator)
+    views = [
+        (image + 0.5 * torch.randn(B, D, device="cuda", generator=generator)).requires_grad_()
+        for _ in range(2)
+    ]
+    rows = torch.tensor([0, 1, B - 1, B, B + 1, 2 * B - 1], device="cuda")
+    loss = hex_loss(*views, eps=0.35, temperature=0.1, reduction="none")
+    got = torch.autograd.grad(loss[rows].sum(), views)
+
+    z = torch.cat([v.detach() for v in views]).double().requires_grad_()
+    partner = (rows + B) % (2 * B)
+    others = torch.ones(len(rows), 2 * B, dtype=torch.bool, device="cuda")
+    others[torch.arange(len(rows)), rows] = others[torch.arange(len(rows)), partner] = False
+    negatives = z.expand(len(rows), -1, -1)[others].view(len(rows), -1, D)
+    tau, eps = (torch.tensor(x, dtype=torch.float64) for x in (0.1, 0.35))
+    want = reference.loss_rows(z[rows], z[partner], negatives, eps.cuda(), tau, "own")[0]
+    torch.testing.assert_close(loss[rows].double(), want, rtol=1e-4, atol=1e-5)
+    (truth,) = torch.autograd.grad(want.sum(), z)
+    error = (torch.cat(got).double() - truth).norm() / truth.norm()
+    assert error < 1e-3
+
+
+def test_rows_past_the_65536th_have_their_threshold():
+    B, K, D = 70000, 300, 32
+    p = problem("cluster", 40, D, "shared", K=K, dtype=torch.bfloat16, device="cuda")
+    z0, z1 = (z.repeat(B // 40, 1) for z in p.inputs[:2])
+    few = ops.threshold(*p.inputs, ops.MODES["shared"], 0.9, "all")
+    many = ops.threshold(z0, z1, p.inputs[2], ops.MODES["shared"], 0.9, "all")
+    torch.testing.assert_close(many, few, rtol=0, atol=1e-9)
 
 
 def test_memory_does_not_grow_with_the_square_of_the_batch():

@@ -116,19 +116,19 @@ DEVICE void multiply_weights(float (*out)[4], const uint32_t (&high)[4][4],
 // The gradient's columns are cut in chunks of VALUES panels, each with CUDA blocks of its own,
 // which compute the cosines again.
 template <bool SPLIT>
-static __global__ void __launch_bounds__(THREADS)
+static __global__ void __launch_bounds__(THREADS, 1)
     gather_tiles(hex_problem p, hex_run r, bool resident)
 {
     HEX_SHARED_MEMORY(shared);
     const int t = (int)threadIdx.x & 3;
-    const int panels = (int)(r.unit.width / PANEL),
-              chunk = (int)((int64_t)blockIdx.x / r.parts.blocks);
+    const unsigned blocks = (unsigned)r.parts.blocks;
+    const int panels = (int)(r.unit.width / PANEL), chunk = (int)(blockIdx.x / blocks);
     const int value0 = chunk * VALUES, values = panels - value0 < VALUES ? panels - value0 : VALUES;
     float *column = (float *)(shared + tile_bytes(WARPS, SPLIT, panels, resident));
     const float *coefficients = (const float *)r.coefficients;
 
     hex_block block;
-    block.start(r.parts, ROWS, (int64_t)blockIdx.x % r.parts.blocks);
+    block.start(r.parts, ROWS, blockIdx.x % blocks);
     hex_stream<WARPS, SPLIT> stream;
     hex_places places;
     stream.start(r.unit, shared, block.row0, block.part.row1, block.col0, block.col1, resident,

@@ -50,8 +50,17 @@ struct hex_run {
     hex_parts parts;
     unsigned *tickets;  // one a block of rows and one more, 0
     void *coefficients; // K_ALL x unit.count, compute type
-    uint32_t *counts;   // threshold: anchors x 256, 0
+    uint32_t *counts;   // threshold: anchors x 256, 0; two to a word where `narrow`
+    bool narrow;        // no row has more negatives than 16 bits can count
     void *partial;
+};
+
+// What is chosen of each row, and what becomes of the rows' mean.
+struct hex_choice {
+    int64_t rank; // -1: the rows are empty
+    bool negatives;
+    hex_tracker rule;
+    hex_device_state to; // without state: eps is the mean itself
 };
 
 const char *hex_launched(const char *kernel);
@@ -59,15 +68,17 @@ const char *hex_unit_rows(const hex_problem &p, const hex_run &r, int64_t zeros,
                           const hex_gradient *g);
 const char *hex_tile_forward(const hex_problem &p, const hex_run &r, double *rows, void *loss,
                              void *stats);
-const char *hex_tile_threshold(const hex_problem &p, const hex_run &r, int64_t rank, bool negatives,
-                               double *rows, double *mean);
+const char *hex_tile_threshold(const hex_problem &p, const hex_run &r, const hex_choice &choice,
+                               double *rows);
+const char *hex_threshold_of_nothing(const hex_run &r, const hex_choice &choice);
 const char *hex_tile_range(const hex_problem &p, const hex_run &r, void *low, void *high);
 const char *hex_tile_gather(const hex_problem &p, const hex_run &r);
-const char *hex_project(const hex_problem &p, const hex_run &r, const hex_gradient &g);
+const char *hex_project(const hex_problem &p, const hex_run &r, const hex_gradient &g, int64_t row0,
+                        int64_t row1);
 const char *hex_plain_forward(const hex_problem &p, const hex_run &r, double *rows, void *loss,
                               void *stats);
-const char *hex_plain_threshold(const hex_problem &p, const hex_run &r, int64_t rank,
-                                bool negatives, double *rows, double *mean);
+const char *hex_plain_threshold(const hex_problem &p, const hex_run &r, const hex_choice &choice,
+                                double *rows);
 const char *hex_plain_range(const hex_problem &p, const hex_run &r, void *low, void *high);
 const char *hex_plain_gather(const hex_problem &p, const hex_run &r, const hex_gradient &g);
 
@@ -120,12 +131,14 @@ SHARED_DEVICE void write_number(void *data, hex_dtype dtype, int64_t i, double x
         ((uint16_t *)data)[i] = dtype == HEX_F16 ? float_to_f16((float)x) : float_to_bf16((float)x);
 }
 
-SHARED_DEVICE int64_t row_start(const hex_rows &x, int64_t r)
+// Where row j stands, of set i if there are sets (the per-anchor negatives).
+SHARED_DEVICE int64_t row_start(const hex_rows &x, int64_t j, int64_t i = 0)
 {
-    return r / x.inner * x.outer + r % x.inner * x.row;
+    return i * x.outer + j * x.row;
 }
 
 SHARED_DEVICE __host__ int64_t partner_of(int64_t i, int64_t B) { return i < B ? i + B : i - B; }
+SHARED_DEVICE int64_t image_of(int64_t i, int64_t B) { return i < B ? i : i - B; } // of view i
 
 // The sum of x over the warp, on every lane, in one order.
 template <class real> SHARED_DEVICE real warp_sum(real x)
@@ -135,20 +148,56 @@ template <class real> SHARED_DEVICE real warp_sum(real x)
     return x;
 }
 
-// The sum of x[0..n) by the whole block, in an order that depends on nothing but n; for the first
-// thread. `scratch` holds a number for each thread.
-SHARED_DEVICE double block_sum(const double *x, int64_t n, double *scratch)
+struct length {
+    double scale, inverse; // u = z scale inverse
+};
+
+// By a warp: of the row that starts at `at`.
+SHARED_DEVICE length norm_of(const hex_rows &x, int64_t at, int64_t D)
+{
+    const int lane = (int)threadIdx.x & 31;
+    double largest = 0, finite = 0, sum = 0;
+    for (int64_t d = lane; d < D; d += 32) {
+        const double v = fabs(read_number(x.data, x.dtype, at + d * x.col));
+        largest = fmax(largest, v);
+        finite += v * 0;
+    }
+    for (int k = 16; k > 0; k >>= 1)
+        largest = fmax(largest, __shfl_xor_sync(~0u, largest, k));
+    finite = warp_sum(finite);
+    if (!(finite == 0) || largest == 0)
+        return {1, finite}; // NaN or 0
+    int exponent;
+    frexp(largest, &exponent);
+    const double scale = ldexp(1.0, exponent > -1000 ? -exponent : 1000); // largest scale < 1
+    for (int64_t d = lane; d < D; d += 32) {
+        const double v = read_number(x.data, x.dtype, at + d * x.col) * scale;
+        sum += v * v;
+    }
+    return {scale, 1 / sqrt(warp_sum(sum))};
+}
+
+// The sum of all threads' x, in one order, on every thread; `scratch` holds a number for each warp.
+SHARED_DEVICE double block_sum(double x, double *scratch)
+{
+    x = warp_sum(x);
+    __syncthreads();
+    if ((threadIdx.x & 31) == 0)
+        scratch[threadIdx.x >> 5] = x;
+    __syncthreads();
+    x = 0;
+    for (unsigned k = 0; k < blockDim.x / 32; k++)
+        x += scratch[k];
+    return x;
+}
+
+// The same of x[0..n), which other blocks wrote.
+SHARED_DEVICE double block_sum_of(const double *x, int64_t n, double *scratch)
 {
     double sum = 0;
     for (int64_t i = threadIdx.x; i < n; i += blockDim.x)
         sum += __ldcg(x + i);
-    __syncthreads();
-    scratch[threadIdx.x] = sum;
-    __syncthreads();
-    sum = 0;
-    for (unsigned k = 0; threadIdx.x == 0 && k < blockDim.x; k++)
-        sum += scratch[k];
-    return sum;
+    return block_sum(sum, scratch);
 }
 
 // Whether this block is the last of `total` to come here; if so, it sees what the others wrote.
@@ -339,7 +388,38 @@ SHARED_DEVICE __host__ int64_t anchors_of(const hex_problem &p)
     return p.mode == HEX_NTXENT || p.mode == HEX_CROSS ? 2 * p.B : p.B;
 }
 
-// ---- the quantile ----
+// ---- the threshold ----
+
+// By one thread: what ../tracker.c does, to the bit, so without fused multiply-adds.
+SHARED_DEVICE void settle(const hex_choice &choice, double candidate)
+{
+    const hex_tracker &rule = choice.rule;
+    const hex_device_state &to = choice.to;
+    if (!to.state) {
+        *to.eps = candidate;
+        return;
+    }
+    const int64_t *s = to.state, epoch = s[HEX_STATE_EPOCH * to.stride];
+    int64_t updates = s[HEX_STATE_UPDATES * to.stride], skipped = s[HEX_STATE_SKIPPED * to.stride];
+    const double stored = __longlong_as_double(s[HEX_STATE_VALUE * to.stride]);
+    double value = stored, eps = rule.warmup_threshold;
+    if ((epoch > 0 ? epoch : 0) >= rule.warmup_epochs) {
+        if (candidate - candidate == 0) {
+            const double step = __dmul_rn(rule.momentum, stored - candidate);
+            value = updates == 0 ? candidate : __dadd_rn(candidate, step);
+            if (rule.monotonic && stored < value)
+                value = stored;
+            updates++;
+        } else
+            skipped++;
+        eps = rule.lagged ? stored : value;
+    }
+    to.next[HEX_STATE_VALUE] = __double_as_longlong(value);
+    to.next[HEX_STATE_EPOCH] = epoch;
+    to.next[HEX_STATE_UPDATES] = updates;
+    to.next[HEX_STATE_SKIPPED] = skipped;
+    *to.eps = eps;
+}
 
 // Cosines in 65536 bins around k / 32767.5 - 1: -1 and 1 are the middle of the first and the last,
 // no cosine is further than 1.5e-5 from its bin's middle. The high byte is the coarse bin.
@@ -351,28 +431,28 @@ SHARED_DEVICE int bin_of(float c) // NaN: 0
 }
 SHARED_DEVICE double bin_middle(int bin) { return bin / 32767.5 - 1; }
 
-// By one warp: the bin, of 256, that holds the element of rank *rank, and its rank among those of
-// the bin; counts are read past the first-level cache, for other blocks wrote them.
-SHARED_DEVICE int pick_bin(const uint32_t *counts, int extra0, int extra1, int64_t *rank)
+// By one warp, whose lane holds the counts of bins 8 lane to 8 lane + 7: the bin, of 256, that has
+// the element of rank *rank, and its rank among those of the bin. The extra elements count as well.
+SHARED_DEVICE int pick_bin(uint32_t (&count)[8], int extra0, int extra1, int64_t *rank)
 {
     const int lane = (int)threadIdx.x & 31;
-    int64_t count[8], sum = 0;
+    uint32_t sum = 0;
     for (int k = 0; k < 8; k++) {
         const int bin = 8 * lane + k;
-        count[k] = (int64_t)__ldcg(counts + bin) + (bin == extra0) + (bin == extra1);
+        count[k] += (bin == extra0) + (bin == extra1);
         sum += count[k];
     }
-    int64_t upto = sum;
+    uint32_t upto = sum; // no row has 2^32 columns
     for (int k = 1; k < 32; k <<= 1) {
-        const int64_t other = __shfl_up_sync(~0u, upto, k);
+        const uint32_t other = __shfl_up_sync(~0u, upto, k);
         upto += lane >= k ? other : 0;
     }
-    const unsigned reached = __ballot_sync(~0u, upto > *rank);
+    const unsigned reached = __ballot_sync(~0u, (int64_t)upto > *rank);
     const int owner = reached ? __ffs((int)reached) - 1 : 31;
     int bin = 7;
-    int64_t left = *rank - (upto - sum);
+    int64_t left = *rank - (int64_t)(upto - sum);
     for (int k = 0; k < 7; k++) {
-        if (left < count[k]) {
+        if (left < (int64_t)count[k]) {
             bin = k;
             break;
         }

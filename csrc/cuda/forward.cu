@@ -4,8 +4,9 @@
 // without a branch; then it adds those set aside. Only the tiles that hold a row itself, its
 // positive or the end of the matrix look at indices.
 //
-// A row's sums over a slice of columns go to memory. The last block of its rows to arrive merges
-// the slices in their order, in double, and ends the rows; the last of all adds up the loss.
+// A row's sums over a slice of columns go to memory. The last block of its rows to arrive adds up
+// the slices in their order, in double, ends the rows and adds up their loss; the last of all adds
+// up those sums.
 #include "tile.cuh"
 
 template <int WARPS> struct statistics {
@@ -59,12 +60,10 @@ template <int WARPS> struct statistics {
 
 template <int WARPS, bool SPLIT>
 static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) // 128 registers a thread
-    forward_tiles(hex_problem p, hex_run r, bool resident, double *rows, void *loss, float *stats)
+    forward_tiles(hex_problem p, hex_run r, bool resident, double *sums, void *loss, float *stats)
 {
-    constexpr int ROWS = 16 * WARPS, THREADS = 32 * WARPS;
+    constexpr int ROWS = 16 * WARPS;
     HEX_SHARED_MEMORY(shared);
-    const int64_t anchors = anchors_of(p);
-    float *partial = (float *)r.partial;
     hex_block block;
     block.start(r.parts, ROWS, blockIdx.x);
 
@@ -82,6 +81,8 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) // 128 register
     }
     for_each_tile<WARPS, SPLIT>(block, r.unit, p.B, resident, shared, s);
 
+    const int64_t anchors = anchors_of(p);
+    float *partial = (float *)r.partial;
     for (int h = 0; h < 2; h++) { // the four threads of a row
         for (int k = 1; k < 4; k <<= 1) {
             hex_sums<float> other;
@@ -99,29 +100,44 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) // 128 register
     if (!last_to_arrive(r.tickets + block.ticket, block.part.slices, flag))
         return;
     const int64_t i = block.row0 + threadIdx.x;
+    double value = 0;
     if (threadIdx.x < ROWS && i < block.part.row1) {
+        // Two passes: the largest of the shifts first, so that each slice is rescaled once.
+        float top = HEX_LOWEST, hard_top = HEX_LOWEST;
+        for (int64_t slice = 0; slice < block.part.slices; slice++) {
+            top = fmaxf(top, __ldcg(partial + (slice * SUMS + SUM_TOP) * anchors + i));
+            hard_top =
+                fmaxf(hard_top, __ldcg(partial + (slice * SUMS + SUM_HARD_TOP) * anchors + i));
+        }
         hex_sums<double> all;
         all.clear();
+#pragma unroll 1 // its nine reads are enough at a time; more take registers
         for (int64_t slice = 0; slice < block.part.slices; slice++) {
-            hex_sums<double> other;
+            hex_sums<float> other;
             for (int n = 0; n < SUMS; n++)
-                other.v[n] = (double)__ldcg(partial + (slice * SUMS + n) * anchors + i);
-            all.merge(other, (double)s.scale, p.beta);
+                other.v[n] = __ldcg(partial + (slice * SUMS + n) * anchors + i);
+            other.raise_rest(top, s.scale);
+            other.raise_hard(hard_top, s.scale, s.beta);
+            for (int n = 0; n < SUMS; n++)
+                all.v[n] += (double)other.v[n];
         }
-        const double value =
-            finish_row(p, i, negatives_of_a_row(p), r.unit.positive[i % p.B],
-                       row_threshold<float>(p, i), all, (double)s.scale, stats, anchors);
-        rows[i] = value;
+        all.v[SUM_TOP] = (double)top, all.v[SUM_HARD_TOP] = (double)hard_top;
+        value = finish_row(p, i, negatives_of_a_row(p), r.unit.positive[image_of(i, p.B)],
+                           row_threshold<float>(p, i), all, (double)s.scale, stats, anchors);
         if (p.reduction == HEX_NONE)
             ((float *)loss)[i] = (float)value;
     }
-    if (p.reduction == HEX_NONE ||
-        !last_to_arrive(r.tickets + r.parts.row_blocks, r.parts.row_blocks, flag))
+    if (p.reduction == HEX_NONE)
         return;
-    const double sum = block_sum(rows, anchors, (double *)shared + 1);
-    static_assert(THREADS * sizeof(double) + 8 <= 2 * 2 * B_HALVES, "the panels' memory is enough");
+    double *scratch = (double *)shared + 1;
+    value = block_sum(value, scratch);
     if (threadIdx.x == 0)
-        *(float *)loss = (float)(p.reduction == HEX_MEAN ? sum / (double)anchors : sum);
+        sums[block.ticket] = value;
+    if (!last_to_arrive(r.tickets + r.parts.row_blocks, r.parts.row_blocks, flag))
+        return;
+    value = block_sum_of(sums, r.parts.row_blocks, scratch);
+    if (threadIdx.x == 0)
+        *(float *)loss = (float)(p.reduction == HEX_MEAN ? value / (double)anchors : value);
 }
 
 template <int WARPS, bool SPLIT>

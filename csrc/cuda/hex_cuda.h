@@ -7,7 +7,7 @@
 
 #include "../hex.h"
 
-#define HEX_CUDA_VERSION 1
+#define HEX_CUDA_VERSION 2
 
 /* What a call runs on. Device memory comes from `allocate` (NULL: there is none), 256-byte aligned;
  * the caller frees it when the call is back, which is right for an allocator that is ordered by the
@@ -19,6 +19,14 @@ typedef struct {
     bool one_product; /* float32 may be rounded to 11 bits before it is multiplied */
 } hex_device;
 
+/* A tracker's state on the device, before a step and after it, and the eps that comes of it. */
+typedef struct {
+    const int64_t *state;
+    int64_t stride;
+    int64_t *next; /* contiguous */
+    double *eps;
+} hex_device_state;
+
 /* As hex_cpu_*: NULL, or the text of an error. Nothing waits for the device. `mean` is on the
  * device; so is g->dtau, in the dtype of tau, or NULL where it is not wanted. */
 typedef struct {
@@ -28,6 +36,9 @@ typedef struct {
     const char *(*backward)(const hex_problem *p, const hex_device *d, const hex_gradient *g);
     const char *(*threshold)(const hex_problem *p, const hex_device *d, double quantile,
                              bool over_negatives, double *mean);
+    /* *t is the rule; its state and its eps are not looked at, those of *s are. */
+    const char *(*adaptive)(const hex_problem *p, const hex_device *d, const hex_tracker *t,
+                            const hex_device_state *s, void *loss, void *stats);
     const char *(*row_range)(const hex_problem *p, const hex_device *d, void *low, void *high);
     int (*driver)(void); /* 0, or the CUDA error that there is without a launch (35: no driver) */
 } hex_cuda_table;

@@ -3,10 +3,11 @@
 // waits for the device, none depends on what is in device memory, so all can be captured in a
 // graph.
 //
-//     threshold   unit rows, coarse histogram, fine histogram        3 kernels
-//     row_range   unit rows, row bounds                              2
-//     forward     unit rows, forward statistics                      2
-//     backward    unit rows, backward gather, backward projection    3
+//     threshold   unit rows, coarse histogram, fine histogram                        3 kernels
+//     forward     unit rows, forward statistics                                      2
+//     adaptive    unit rows, coarse histogram, fine histogram, forward statistics    4
+//     row_range   unit rows, row bounds                                              2
+//     backward    unit rows, backward gather, backward projection                    3
 //
 // (for per-anchor negatives one more: their norms, or two: their gradient).
 #include <stdio.h>
@@ -134,7 +135,8 @@ struct plan {
 };
 
 struct wants {
-    int64_t counts, partial; // words and bytes
+    int64_t tickets, counts, partial; // words, words, bytes
+    int64_t later;                    // bytes, of the forward where the counts were before
     bool coefficients;
 };
 
@@ -144,9 +146,10 @@ static void lay_out(const hex_problem &p, plan &plan, const wants &w, bool split
     hex_unit &u = r.unit;
     const int64_t real = p.wide ? 8 : 4, own = p.mode == HEX_OWN ? p.B * p.K : 0;
     // tickets and counts stand together: they are set to 0 in one go
-    const int64_t tickets = cut(2 * r.parts.row_blocks + 2, 64) * 64;
+    const int64_t tickets = cut(w.tickets, 64) * 64;
+    const int64_t later = cut(w.later, sizeof(unsigned));
     plan.zeros = tickets + w.counts;
-    r.tickets = space.take<unsigned>(plan.zeros);
+    r.tickets = space.take<unsigned>(tickets + (later > w.counts ? later : w.counts));
     r.counts = r.tickets ? r.tickets + tickets : NULL;
     u.inverse = space.take<double>(u.count + own);
     u.positive = space.take<double>(p.B);
@@ -197,32 +200,99 @@ static void start(const hex_problem &p, const hex_device &d, plan &plan)
 
 // ---- the entry points ----
 
-static const char *forward(const hex_problem *p, const hex_device *d, void *loss, void *stats)
+// The threshold of the batch, the loss, or the first and at it the second.
+static const char *of_anchors(hex_problem p, const hex_device &d, const hex_choice *choice,
+                              void *loss, void *stats)
 {
     plan plan = {};
     hex_run &r = plan.run;
-    start(*p, *d, plan);
+    const int64_t anchors = anchors_of(p);
+    start(p, d, plan);
     if (plan.error)
         return plan.error;
-    if (anchors_of(*p) == 0) { // the sum of nothing: 0
-        if (p->reduction != HEX_NONE)
-            cudaMemsetAsync(loss, 0, p->wide ? 8 : 4, r.stream);
-        return hex_launched("(memset)");
+    if (anchors == 0) { // the threshold of nothing is NaN, its sum is 0
+        if (loss && p.reduction != HEX_NONE)
+            cudaMemsetAsync(loss, 0, p.wide ? 8 : 4, r.stream);
+        return choice ? hex_threshold_of_nothing(r, *choice) : hex_launched("(memset)");
     }
-    anchor_parts(*p, r.parts);
-    // Eight warps a block read the columns half as often; four give a small batch more blocks, and
-    // need less shared memory.
-    const int64_t anchors = anchors_of(*p);
-    r.block_rows =
-        anchors >= 128 * (int64_t)r.processors && r.shared_limit >= 120 * 1024 ? 128 : 64;
-    slice_parts(r.parts, r.block_rows, 64, r.processors);
-    prepare(*p, *d, {0, most_slices(r.parts) * 9 * anchors * (int64_t)sizeof(float), false}, plan);
+    wants w = {};
+    anchor_parts(p, r.parts);
+    hex_parts counted = r.parts;
+    if (choice) { // 16-bit counts: at most 32768 columns a block
+        slice_parts(counted, 64, 512, r.processors);
+        w.tickets = 2 * counted.row_blocks + 2;
+        r.narrow = negatives_of_a_row(p) <= 0xffff;
+        w.counts = plan.plain ? 0 : anchors * (r.narrow ? HEX_BINS / 2 : HEX_BINS);
+        w.partial = anchors * (int64_t)(sizeof(int64_t) + sizeof(int));
+    }
+    const int64_t tickets = w.tickets;
+    if (loss) {
+        // Eight warps a block read the columns half as often; four give a small batch more blocks,
+        // and need less shared memory.
+        const bool many = anchors >= 128 * (int64_t)r.processors && r.shared_limit >= 120 * 1024;
+        r.block_rows = many ? 128 : 64;
+        slice_parts(r.parts, r.block_rows, 64, r.processors);
+        const int64_t sums = most_slices(r.parts) * 9 * anchors * (int64_t)sizeof(float);
+        w.tickets += r.parts.row_blocks + 1;
+        (choice ? w.later : w.partial) = sums;
+    }
+    prepare(p, d, w, plan);
     if (!plan.error)
-        plan.error = hex_unit_rows(*p, r, plan.zeros, NULL);
-    if (!plan.error)
+        plan.error = hex_unit_rows(p, r, plan.zeros, NULL);
+    if (choice && !plan.error) {
+        hex_run counting = r;
+        counting.parts = counted;
+        plan.error = (plan.plain ? hex_plain_threshold : hex_tile_threshold)(p, counting, *choice,
+                                                                             plan.rows);
+        r.tickets += tickets;
+        r.partial = r.counts;
+        p.eps = {choice->to.eps, HEX_F64, 0};
+    }
+    if (loss && !plan.error)
         plan.error =
-            (plan.plain ? hex_plain_forward : hex_tile_forward)(*p, r, plan.rows, loss, stats);
+            (plan.plain ? hex_plain_forward : hex_tile_forward)(p, r, plan.rows, loss, stats);
     return plan.error;
+}
+
+static const char *forward(const hex_problem *p, const hex_device *d, void *loss, void *stats)
+{
+    return of_anchors(*p, *d, NULL, loss, stats);
+}
+
+// The element of a row that a quantile is: the nearest rank, halves to even.
+static int64_t rank_of(const hex_problem &p, double quantile, bool over_negatives)
+{
+    const int64_t n = negatives_of_a_row(p) + (over_negatives ? 0 : p.mode == HEX_NTXENT ? 2 : 1);
+    return n > 0 ? (int64_t)nearbyint(quantile * (double)(n - 1)) : -1;
+}
+
+static const char *threshold(const hex_problem *p, const hex_device *d, double quantile,
+                             bool over_negatives, double *mean)
+{
+    const int64_t rank = rank_of(*p, quantile, over_negatives);
+    const hex_choice choice = {rank, over_negatives, {}, {NULL, 0, NULL, mean}};
+    return of_anchors(*p, *d, &choice, NULL, NULL);
+}
+
+static const char *adaptive(const hex_problem *p, const hex_device *d, const hex_tracker *t,
+                            const hex_device_state *s, void *loss, void *stats)
+{
+    const int64_t rank = rank_of(*p, t->quantile, t->over_negatives);
+    const hex_choice choice = {rank, t->over_negatives, *t, *s};
+    return of_anchors(*p, *d, &choice, loss, stats);
+}
+
+// Of all parts what lies in rows [first, first + n).
+static hex_parts band_of(const hex_parts &all, int64_t first, int64_t n)
+{
+    hex_parts band = {};
+    for (int k = 0; k < all.count; k++) {
+        const hex_part &part = all.part[k];
+        const int64_t row0 = part.row0 > first ? part.row0 : first;
+        const int64_t row1 = part.row1 < first + n ? part.row1 : first + n;
+        add_part(band, row0, row1, part.col0, part.col1);
+    }
+    return band;
 }
 
 static const char *backward(const hex_problem *p, const hex_device *d, const hex_gradient *g)
@@ -232,50 +302,36 @@ static const char *backward(const hex_problem *p, const hex_device *d, const hex
     start(*p, *d, plan);
     if (plan.error)
         return plan.error;
-    owner_parts(*p, *g, r.parts);
+    hex_parts all = {};
+    owner_parts(*p, *g, all);
     r.block_rows = 128;
-    if (plan.plain)
-        slice_parts(r.parts, r.block_rows, (int64_t)1 << 40, 0); // one slice
-    else
-        slice_parts(r.parts, r.block_rows, (int64_t)1 << 40, r.processors);
-    const int64_t gradients = most_slices(r.parts) * r.parts.rows * r.unit.width;
-    prepare(*p, *d, {0, gradients * (p->wide ? 8 : 4), true}, plan);
+    // Many rows go in bands that fill the device twice, so that the partial sums of one are all
+    // that is in memory; few rows in slices of columns.
+    const int64_t chunks = plan.plain ? 1 : cut(r.unit.width, 2 * TILE);
+    const int64_t most = r.block_rows * (2 * r.processors > chunks ? 2 * r.processors / chunks : 1);
+    const int64_t rows = plan.plain || r.unit.count < most ? r.unit.count : most;
+    const bool sliced = !plan.plain && rows == r.unit.count;
+    int64_t gradients = 0;
+    for (int64_t first = 0; first < r.unit.count; first += rows) {
+        r.parts = band_of(all, first, rows);
+        slice_parts(r.parts, r.block_rows, (int64_t)1 << 40, sliced ? r.processors : 0);
+        const int64_t n = most_slices(r.parts) * r.parts.rows * r.unit.width;
+        gradients = n > gradients ? n : gradients;
+    }
+    prepare(*p, *d, {0, 0, gradients * (p->wide ? 8 : 4), 0, true}, plan);
     if (!plan.error)
         plan.error = hex_unit_rows(*p, r, plan.zeros, g);
-    if (!plan.error)
-        plan.error = plan.plain ? hex_plain_gather(*p, r, *g) : hex_tile_gather(*p, r);
-    return plan.error ? plan.error : hex_project(*p, r, *g);
-}
-
-static const char *threshold(const hex_problem *p, const hex_device *d, double quantile,
-                             bool over_negatives, double *mean)
-{
-    plan plan = {};
-    hex_run &r = plan.run;
-    const int64_t anchors = anchors_of(*p), negatives = negatives_of_a_row(*p);
-    const int64_t n = over_negatives          ? negatives
-                      : p->mode == HEX_NTXENT ? negatives + 2
-                                              : negatives + 1;
-    start(*p, *d, plan);
-    if (plan.error)
-        return plan.error;
-    if (anchors == 0) { // of nothing: NaN
-        cudaMemsetAsync(mean, 0xff, sizeof *mean, r.stream);
-        return hex_launched("(memset)");
+    hex_gradient rest = *g;
+    for (int64_t first = 0; first < r.unit.count && !plan.error; first += rows) {
+        r.parts = band_of(all, first, rows);
+        slice_parts(r.parts, r.block_rows, (int64_t)1 << 40, sliced ? r.processors : 0);
+        plan.error = plan.plain ? hex_plain_gather(*p, r, rest) : hex_tile_gather(*p, r);
+        if (!plan.error)
+            plan.error = hex_project(*p, r, rest, first, first + rows);
+        rest.dtau = NULL; // is there
     }
-    anchor_parts(*p, r.parts);
-    // 16-bit counts: at most 32768 columns a block
-    slice_parts(r.parts, 64, 512, r.processors);
-    const int64_t rank = n > 0 ? (int64_t)nearbyint(quantile * (double)(n - 1)) : -1;
-    prepare(*p, *d,
-            {plan.plain ? 0 : anchors * HEX_BINS,
-             anchors * (int64_t)(sizeof(int64_t) + sizeof(int)), false},
-            plan);
-    if (!plan.error)
-        plan.error = hex_unit_rows(*p, r, plan.zeros, NULL);
-    if (!plan.error)
-        plan.error = (plan.plain ? hex_plain_threshold : hex_tile_threshold)(
-            *p, r, rank, over_negatives, plan.rows, mean);
+    if (!plan.error && r.unit.count == 0)
+        plan.error = hex_project(*p, r, rest, 0, 0);
     return plan.error;
 }
 
@@ -288,8 +344,8 @@ static const char *row_range(const hex_problem *p, const hex_device *d, void *lo
         return plan.error;
     anchor_parts(*p, r.parts);
     slice_parts(r.parts, 64, (int64_t)1 << 40, r.processors);
-    prepare(*p, *d, {0, most_slices(r.parts) * 3 * anchors_of(*p) * (int64_t)sizeof(float), false},
-            plan);
+    const int64_t bounds = most_slices(r.parts) * 3 * anchors_of(*p) * (int64_t)sizeof(float);
+    prepare(*p, *d, {r.parts.row_blocks, 0, bounds, 0, false}, plan);
     if (!plan.error)
         plan.error = hex_unit_rows(*p, r, plan.zeros, NULL);
     if (!plan.error)
@@ -309,4 +365,4 @@ static int driver(void)
 #define EMULATED false
 #endif
 extern "C" __attribute__((visibility("default"))) const hex_cuda_table hex_cuda_core = {
-    HEX_CUDA_VERSION, EMULATED, forward, backward, threshold, row_range, driver};
+    HEX_CUDA_VERSION, EMULATED, forward, backward, threshold, adaptive, row_range, driver};

@@ -10,6 +10,9 @@
 #define WARPS 4
 #define THREADS (32 * WARPS)
 
+// CUDA blocks for an anchor's own negatives, a warp each.
+static inline __host__ __device__ int64_t own_blocks(int64_t K) { return (K + WARPS - 1) / WARPS; }
+
 // The columns of row i, whatever the mode, and their cosines.
 template <class real> struct columns {
     const hex_problem *p;
@@ -38,7 +41,7 @@ template <class real> struct columns {
             return ((const real *)unit->plain)[j * unit->width + d];
         const hex_rows &x = p->input[2];
         const int64_t n = i * p->K + j;
-        return (real)(read_number(x.data, x.dtype, row_start(x, n) + d * x.col) * inverse[n]);
+        return (real)(read_number(x.data, x.dtype, row_start(x, j, i) + d * x.col) * inverse[n]);
     }
     // By a warp, the same on every lane.
     __device__ real cosine(int64_t j) const
@@ -50,40 +53,33 @@ template <class real> struct columns {
     }
 };
 
-// ---- 1 / |n| of the per-anchor negatives, a warp each ----
+// ---- the per-anchor negatives, a warp each ----
 
-static __global__ void __launch_bounds__(THREADS) own_norms(hex_problem p, hex_unit unit)
+// Negative j of anchor i, and its place among all; false past an anchor's last.
+static __device__ bool own_place(const hex_problem &p, int64_t *i, int64_t *j, int64_t *n)
 {
-    const int lane = (int)threadIdx.x & 31;
-    const int64_t n = blockIdx.x * (int64_t)WARPS + (threadIdx.x >> 5);
-    const hex_rows &x = p.input[2];
-    if (n >= p.B * p.K)
+    const unsigned blocks = (unsigned)own_blocks(p.K); // a grid has less than 2^31
+    *i = blockIdx.x / blocks;
+    *j = blockIdx.x % blocks * (int64_t)WARPS + (threadIdx.x >> 5);
+    *n = *i * p.K + *j;
+    return *j < p.K;
+}
+
+// 1 / |n|
+static __global__ void __launch_bounds__(THREADS, 1) own_norms(hex_problem p, hex_unit unit)
+{
+    int64_t i, j, n;
+    if (!own_place(p, &i, &j, &n))
         return;
-    const int64_t at = row_start(x, n);
-    double largest = 0, finite = 0, sum = 0;
-    for (int64_t d = lane; d < p.D; d += 32) {
-        const double v = fabs(read_number(x.data, x.dtype, at + d * x.col));
-        largest = fmax(largest, v), finite += v * 0;
-    }
-    for (int k = 16; k > 0; k >>= 1)
-        largest = fmax(largest, __shfl_xor_sync(~0u, largest, k));
-    finite = warp_sum(finite);
-    int exponent = 0;
-    frexp(largest > 0 && finite == 0 ? largest : 1.0, &exponent);
-    const double scale = ldexp(1.0, exponent > -1000 ? -exponent : 1000);
-    for (int64_t d = lane; d < p.D; d += 32) {
-        const double v = read_number(x.data, x.dtype, at + d * x.col) * scale;
-        sum += v * v;
-    }
-    sum = warp_sum(sum);
-    if (lane == 0)
-        unit.inverse[unit.count + n] = finite != 0 || largest == 0 ? finite : scale / sqrt(sum);
+    const length of = norm_of(p.input[2], row_start(p.input[2], j, i), p.D);
+    if ((threadIdx.x & 31) == 0)
+        unit.inverse[unit.count + n] = of.scale * of.inverse;
 }
 
 // The norms, where there are per-anchor negatives.
 static const char *prepare(const hex_problem &p, const hex_run &r)
 {
-    const int64_t blocks = (p.B * p.K + WARPS - 1) / WARPS;
+    const int64_t blocks = p.B * own_blocks(p.K);
     if (p.mode != HEX_OWN || blocks == 0)
         return NULL;
     HEX_LAUNCH(own_norms, dim3((unsigned)blocks), dim3(THREADS), 0, r.stream, p, r.unit);
@@ -93,7 +89,7 @@ static const char *prepare(const hex_problem &p, const hex_run &r)
 // ---- forward ----
 
 template <class real>
-static __global__ void __launch_bounds__(THREADS)
+static __global__ void __launch_bounds__(THREADS, 1)
     forward_rows(hex_problem p, hex_run r, double *rows, void *loss, real *stats)
 {
     HEX_SHARED_MEMORY(shared);
@@ -126,14 +122,14 @@ static __global__ void __launch_bounds__(THREADS)
                 other.v[n] = (double)parts[k].v[n];
             all.merge(other, (double)scale, p.beta);
         }
-        rows[i] = finish_row(p, i, negatives_of_a_row(p), r.unit.positive[i % p.B], eps, all,
-                             (double)scale, stats, anchors);
+        rows[i] = finish_row(p, i, negatives_of_a_row(p), r.unit.positive[image_of(i, p.B)], eps,
+                             all, (double)scale, stats, anchors);
         if (p.reduction == HEX_NONE)
             ((real *)loss)[i] = (real)rows[i];
     }
     if (p.reduction == HEX_NONE || !last_to_arrive(r.tickets, anchors, (unsigned *)(parts + WARPS)))
         return;
-    const double sum = block_sum(rows, anchors, (double *)shared);
+    const double sum = block_sum_of(rows, anchors, (double *)shared);
     if (threadIdx.x == 0)
         *(real *)loss = (real)(p.reduction == HEX_MEAN ? sum / (double)anchors : sum);
 }
@@ -141,14 +137,13 @@ static __global__ void __launch_bounds__(THREADS)
 // ---- threshold and bounds ----
 
 struct row_choice {
-    int64_t rank;
-    bool negatives;
-    double *rows, *mean;
+    hex_choice of;
+    double *rows;
     void *low, *high; // instead of the quantile
 };
 
 template <class real>
-static __global__ void __launch_bounds__(THREADS)
+static __global__ void __launch_bounds__(THREADS, 1)
     choose_rows(hex_problem p, hex_run r, row_choice choice)
 {
     HEX_SHARED_MEMORY(shared);
@@ -157,12 +152,13 @@ static __global__ void __launch_bounds__(THREADS)
     int *picked = (int *)(scratch + 3 * WARPS);
     const int warp = (int)threadIdx.x >> 5, lane = (int)threadIdx.x & 31;
     const int64_t i = blockIdx.x, anchors = anchors_of(p);
-    const double self = r.unit.inverse[i] == 0 ? 0 : 1, positive = r.unit.positive[i % p.B];
+    const double self = r.unit.inverse[i] == 0 ? 0 : 1,
+                 positive = r.unit.positive[image_of(i, p.B)];
     columns<real> c;
     c.start(p, r, i);
     double least = INFINITY, most = -INFINITY, finite = positive * 0;
     int coarse = 0, bin = 0;
-    int64_t rank = choice.rank;
+    int64_t rank = choice.of.rank;
     for (int pass = 0; pass < (choice.low ? 1 : 2); pass++) {
         for (int k = (int)threadIdx.x; k < HEX_BINS; k += THREADS)
             counts[k] = 0;
@@ -178,7 +174,7 @@ static __global__ void __launch_bounds__(THREADS)
         }
         __syncthreads();
         int extra[2] = {-1, -1};
-        if (!choice.negatives) {
+        if (!choice.of.negatives) {
             extra[0] = bin_of((float)positive);
             if (p.mode == HEX_NTXENT)
                 extra[1] = bin_of((float)self);
@@ -188,7 +184,10 @@ static __global__ void __launch_bounds__(THREADS)
                        : pass == 0               ? extra[k] >> 8
                        : extra[k] >> 8 == coarse ? extra[k] & 255
                                                  : -1;
-        bin = pick_bin(counts, extra[0], extra[1], &rank); // each warp the same
+        uint32_t mine[8];
+        for (int k = 0; k < 8; k++)
+            mine[k] = counts[8 * lane + k];
+        bin = pick_bin(mine, extra[0], extra[1], &rank); // each warp the same
         if (pass == 0)
             coarse = bin;
         __syncthreads();
@@ -212,12 +211,12 @@ static __global__ void __launch_bounds__(THREADS)
     }
     if (threadIdx.x == 0)
         choice.rows[i] =
-            finite == 0 && choice.rank >= 0 ? bin_middle(256 * coarse + bin) : (double)NAN;
+            finite == 0 && choice.of.rank >= 0 ? bin_middle(256 * coarse + bin) : (double)NAN;
     if (!last_to_arrive(r.tickets, anchors, (unsigned *)picked))
         return;
-    const double sum = block_sum(choice.rows, anchors, (double *)shared);
+    const double sum = block_sum_of(choice.rows, anchors, (double *)shared);
     if (threadIdx.x == 0)
-        *choice.mean = sum / (double)anchors;
+        settle(choice.of, sum / (double)anchors);
 }
 
 // ---- backward ----
@@ -225,7 +224,7 @@ static __global__ void __launch_bounds__(THREADS)
 // du of unit row `o`, into partial: a stretch of THREADS columns at a time, first their weights,
 // then each thread its own features.
 template <class real>
-static __global__ void __launch_bounds__(THREADS) gather_rows(hex_problem p, hex_run r)
+static __global__ void __launch_bounds__(THREADS, 1) gather_rows(hex_problem p, hex_run r)
 {
     HEX_SHARED_MEMORY(shared);
     real *w = (real *)shared;
@@ -268,12 +267,13 @@ static __global__ void __launch_bounds__(THREADS) gather_rows(hex_problem p, hex
 
 // The gradient of the per-anchor negatives, a warp each: dn = g (u - c n) / |n|.
 template <class real>
-static __global__ void __launch_bounds__(THREADS) own_gradients(hex_problem p, hex_run r, void *dn)
+static __global__ void __launch_bounds__(THREADS, 1)
+    own_gradients(hex_problem p, hex_run r, void *dn)
 {
-    const int64_t n = blockIdx.x * (int64_t)WARPS + (threadIdx.x >> 5), count = r.unit.count;
-    if (n >= p.B * p.K)
+    const int64_t count = r.unit.count;
+    int64_t i, j, n;
+    if (!own_place(p, &i, &j, &n))
         return;
-    const int64_t i = n / p.K, j = n % p.K;
     const real *k = (const real *)r.coefficients + i;
     const real scale = (real)(HEX_LOG2E / read_vector(p.tau, 0));
     columns<real> c;
@@ -295,7 +295,7 @@ template <class real>
 static const char *forward(const hex_problem &p, const hex_run &r, double *rows, void *loss,
                            void *stats)
 {
-    const int bytes = (WARPS * SUMS + THREADS) * (int)sizeof(double);
+    const int bytes = (WARPS * SUMS + 1) * (int)sizeof(double);
     HEX_LAUNCH(forward_rows<real>, dim3((unsigned)anchors_of(p)), dim3(THREADS), bytes, r.stream, p,
                r, rows, loss, (real *)stats);
     return hex_launched("forward rows");
@@ -316,7 +316,6 @@ static const char *choose(const hex_problem &p, const hex_run &r, const row_choi
     const int bytes = HEX_BINS * 4 + (3 * WARPS + 2) * (int)sizeof(double);
     if (error)
         return error;
-    static_assert(HEX_BINS * 4 >= THREADS * sizeof(double), "the counts' memory serves the sum");
     if (p.wide)
         HEX_LAUNCH(choose_rows<double>, dim3((unsigned)anchors_of(p)), dim3(THREADS), bytes,
                    r.stream, p, r, choice);
@@ -326,15 +325,15 @@ static const char *choose(const hex_problem &p, const hex_run &r, const row_choi
     return hex_launched("row quantiles");
 }
 
-const char *hex_plain_threshold(const hex_problem &p, const hex_run &r, int64_t rank,
-                                bool negatives, double *rows, double *mean)
+const char *hex_plain_threshold(const hex_problem &p, const hex_run &r, const hex_choice &choice,
+                                double *rows)
 {
-    return choose(p, r, {rank, negatives, rows, mean, NULL, NULL});
+    return choose(p, r, {choice, rows, NULL, NULL});
 }
 
 const char *hex_plain_range(const hex_problem &p, const hex_run &r, void *low, void *high)
 {
-    return choose(p, r, {0, false, NULL, NULL, low, high});
+    return choose(p, r, {{}, NULL, low, high});
 }
 
 template <class real>
@@ -347,7 +346,7 @@ static const char *gather(const hex_problem &p, const hex_run &r, const hex_grad
         if (error)
             return error;
     }
-    const int64_t blocks = (p.B * p.K + WARPS - 1) / WARPS;
+    const int64_t blocks = p.B * own_blocks(p.K);
     if (p.mode != HEX_OWN || !g.dz[2] || blocks == 0)
         return NULL;
     HEX_LAUNCH(own_gradients<real>, dim3((unsigned)blocks), dim3(THREADS), 0, r.stream, p, r,

@@ -110,26 +110,38 @@ DEVICE uint64_t wgmma_panel(const void *p)
            (uint64_t)1 << 62;
 }
 
-DEVICE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// The accumulator, for the products below and for what stands around them: the compiler knows not
+// that it is being written from the first product to wgmma_end, and would otherwise be free to set
+// it after wgmma_begin, or to use it before the products are done.
+#define ROW(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
+#define ROWS_OF_C ROW(0), ROW(1), ROW(2), ROW(3), ROW(4), ROW(5), ROW(6), ROW(7)
 
-DEVICE void wgmma_end()
+DEVICE void wgmma_begin(float (&c)[8][4])
 {
-    asm volatile("wgmma.commit_group.sync.aligned;\n\twgmma.wait_group.sync.aligned 0;" ::
-                     : "memory");
+    asm volatile("wgmma.fence.sync.aligned;" : ROWS_OF_C : : "memory");
+}
+
+DEVICE void wgmma_end(float (&c)[8][4])
+{
+    asm volatile("wgmma.commit_group.sync.aligned;\n\twgmma.wait_group.sync.aligned 0;"
+                 : ROWS_OF_C
+                 :
+                 : "memory");
 }
 
 // c (64 x 64 over four warps, each like mma_f16's) += a b, both from shared memory.
 DEVICE void wgmma_f16(float (&c)[8][4], uint64_t a, uint64_t b)
 {
-#define ROW(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
                  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
                  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
                  "%32, %33, 1, 1, 1, 0, 0;"
-                 : ROW(0), ROW(1), ROW(2), ROW(3), ROW(4), ROW(5), ROW(6), ROW(7)
-                 : "l"(a), "l"(b));
-#undef ROW
+                 : ROWS_OF_C
+                 : "l"(a), "l"(b)
+                 : "memory");
 }
+#undef ROWS_OF_C
+#undef ROW
 #else
 DEVICE void fence_async() {}
 #endif

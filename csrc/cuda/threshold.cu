@@ -4,8 +4,8 @@
 // Quantile: a first pass counts each row's cosines in 256 coarse bins, the second those of the
 // coarse bin that holds the rank in 256 fine ones: 65536 bins in all, 1.5e-5 from an element to the
 // middle of its own. Only integers are added atomically, so no order matters. A block counts in
-// shared memory, two 16-bit counts to a word, for at most HEX_COUNTED columns. The last block of a
-// row picks the bin; the last of all takes the mean, in the order of the rows.
+// shared memory, two 16-bit counts to a word, for at most 32768 columns. The last block of a row
+// picks the bin; the last of all takes the mean, in the order of the rows.
 //
 // The row's own place and its positive are left out of the tiles and added at the end where the row
 // is taken whole: self as exactly 1 (0 for a row of zeros), the positive as the inputs give it.
@@ -64,11 +64,10 @@ struct bounds {
 };
 
 struct selection {
-    int64_t rank; // -1: the row is empty
-    bool negatives;
+    hex_choice choice;
     int *coarse;    // of each row
     int64_t *ranks; // left within the coarse bin
-    double *rows, *mean;
+    double *sums;   // of each block of rows
 };
 
 template <int KIND, bool SPLIT>
@@ -91,59 +90,99 @@ static __global__ void __launch_bounds__(THREADS, 4)
             KIND == FINE && block.row0 + row < block.part.row1 ? s.coarse[block.row0 + row] : 0;
     }
     for_each_tile<WARPS, SPLIT>(block, r.unit, p.B, resident, shared, fold); // has barriers
-    for (int k = (int)threadIdx.x; k < ROWS * HEX_BINS; k += THREADS) {
-        const int row = k / HEX_BINS, bin = k % HEX_BINS;
-        const uint32_t count = words[row * PITCH + (bin >> 1)] >> 16 * (bin & 1) & 0xffff;
-        if (count && block.row0 + row < block.part.row1)
-            atomicAdd(r.counts + (block.row0 + row) * HEX_BINS + bin, count);
+    const int pitch = r.narrow ? HEX_BINS / 2 : HEX_BINS;
+    for (int k = (int)threadIdx.x; k < ROWS * HEX_BINS / 2; k += THREADS) {
+        const int row = k / (HEX_BINS / 2), pair = k % (HEX_BINS / 2);
+        const uint32_t word = words[row * PITCH + pair];
+        if (word == 0 || block.row0 + row >= block.part.row1)
+            continue;
+        uint32_t *to = r.counts + (block.row0 + row) * pitch;
+        if (r.narrow)
+            atomicAdd(to + pair, word);
+        else {
+            atomicAdd(to + 2 * pair, word & 0xffff);
+            atomicAdd(to + 2 * pair + 1, word >> 16);
+        }
     }
     unsigned *flag = (unsigned *)shared;
     const int64_t other_tickets = KIND == FINE ? r.parts.row_blocks + 1 : 0;
     if (!last_to_arrive(r.tickets + other_tickets + block.ticket, block.part.slices, flag))
         return;
-    for (int row = warp; row < ROWS && block.row0 + row < block.part.row1; row += WARPS) {
-        const int64_t i = block.row0 + row;
-        int extra[2] = {-1, -1}; // bins of what is added at the end
-        if (!s.negatives) {
-            extra[0] = bin_of((float)r.unit.positive[i % p.B]);
+    const int64_t ends = block.part.row1 - block.row0;
+    const int rows = ends < ROWS ? (int)ends : ROWS;
+    // All that a row needs is read for all rows at once: one after the other would wait for each.
+    if (r.narrow) {
+        constexpr int WORDS = HEX_BINS / 2;
+        uint32_t *from = r.counts + block.row0 * WORDS;
+#pragma unroll 4
+        for (int k = 4 * (int)threadIdx.x; k < rows * WORDS; k += 4 * THREADS) {
+            const uint4 v = __ldcg((const uint4 *)(from + k));
+            uint32_t *to = words + k / WORDS * PITCH + k % WORDS;
+            to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+        }
+        __syncthreads();
+    }
+    // Lane n of a warp has that of the warp's row n: the bins of what is added at the end, the
+    // rank.
+    static_assert(ROWS <= 32 * WARPS, "a lane for each row of a warp");
+    int extra[2] = {-1, -1}, coarse_of = 0;
+    int64_t rank_of = s.choice.rank;
+    if (warp + WARPS * lane < rows) {
+        const int64_t i = block.row0 + warp + WARPS * lane;
+        if (KIND == FINE)
+            coarse_of = s.coarse[i], rank_of = s.ranks[i];
+        if (!s.choice.negatives) {
+            extra[0] = bin_of((float)r.unit.positive[image_of(i, p.B)]);
             if (p.mode == HEX_NTXENT)
                 extra[1] = bin_of(r.unit.inverse[i] == 0 ? 0.f : 1.f);
         }
-        const int coarse = KIND == FINE ? s.coarse[i] : 0;
         for (int k = 0; k < 2; k++)
-            extra[k] = extra[k] < 0              ? -1
-                       : KIND == COARSE          ? extra[k] >> 8
-                       : extra[k] >> 8 == coarse ? extra[k] & 255
-                                                 : -1;
-        int64_t rank = KIND == COARSE ? s.rank : s.ranks[i];
-        uint32_t *counts = r.counts + i * HEX_BINS;
-        const int bin = pick_bin(counts, extra[0], extra[1], &rank);
+            extra[k] = extra[k] < 0                 ? -1
+                       : KIND == COARSE             ? extra[k] >> 8
+                       : extra[k] >> 8 == coarse_of ? extra[k] & 255
+                                                    : -1;
+    }
+    double sum = 0;
+    for (int n = 0; warp + WARPS * n < rows; n++) {
+        const int row = warp + WARPS * n, coarse = __shfl_sync(~0u, coarse_of, n);
+        const int extra0 = __shfl_sync(~0u, extra[0], n), extra1 = __shfl_sync(~0u, extra[1], n);
+        const int64_t i = block.row0 + row;
+        int64_t rank = __shfl_sync(~0u, rank_of, n);
+        uint32_t *counts = r.counts + i * pitch;
+        uint32_t mine[8]; // counts of the lane's bins
+        for (int k = 0; k < 8; k++)
+            mine[k] = r.narrow ? words[row * PITCH + 4 * lane + k / 2] >> 16 * (k & 1) & 0xffff
+                               : __ldcg(counts + 8 * lane + k);
+        const int bin = pick_bin(mine, extra0, extra1, &rank);
         if (KIND == FINE) {
             if (lane == 0)
-                s.rows[i] = s.rank < 0 ? (double)NAN : bin_middle(256 * coarse + bin);
+                sum += s.choice.rank < 0 ? (double)NAN : bin_middle(256 * coarse + bin);
         } else {
             if (lane == 0)
                 s.coarse[i] = bin, s.ranks[i] = rank;
-            for (int k = lane; k < HEX_BINS; k += 32)
+            for (int k = lane; k < pitch; k += 32)
                 counts[k] = 0;
         }
     }
-    if (KIND == COARSE ||
-        !last_to_arrive(r.tickets + 2 * r.parts.row_blocks + 1, r.parts.row_blocks, flag))
+    if (KIND == COARSE)
         return;
-    const int64_t anchors = anchors_of(p);
+    // A batch that is not finite has no threshold: each block looks at its share of the unit rows.
     double *scratch = (double *)shared + 1;
-    double sum = block_sum(s.rows, anchors, scratch), finite = 0;
-    for (int64_t i = threadIdx.x; i < r.unit.count; i += THREADS)
-        finite += r.unit.inverse[i] * 0; // a batch that is not finite has no threshold
-    __syncthreads();
-    scratch[threadIdx.x] = finite;
-    __syncthreads();
-    for (int k = 0; threadIdx.x == 0 && k < THREADS; k++)
-        sum += scratch[k];
+    const int64_t share = (r.unit.count + r.parts.row_blocks - 1) / r.parts.row_blocks;
+    for (int64_t k = threadIdx.x; k < share; k += THREADS)
+        if (block.ticket * share + k < r.unit.count)
+            sum += r.unit.inverse[block.ticket * share + k] * 0;
+    sum = block_sum(sum, scratch);
     if (threadIdx.x == 0)
-        *s.mean = sum / (double)anchors;
+        s.sums[block.ticket] = sum;
+    if (!last_to_arrive(r.tickets + 2 * r.parts.row_blocks + 1, r.parts.row_blocks, flag))
+        return;
+    sum = block_sum_of(s.sums, r.parts.row_blocks, scratch);
+    if (threadIdx.x == 0)
+        settle(s.choice, sum / (double)anchors_of(p));
 }
+
+static __global__ void settle_alone(hex_choice choice) { settle(choice, (double)NAN); }
 
 template <bool SPLIT>
 static __global__ void __launch_bounds__(THREADS, 3)
@@ -174,7 +213,7 @@ static __global__ void __launch_bounds__(THREADS, 3)
     const int64_t i = block.row0 + threadIdx.x;
     if (threadIdx.x >= ROWS || i >= block.part.row1)
         return;
-    const float positive = (float)r.unit.positive[i % p.B];
+    const float positive = (float)r.unit.positive[image_of(i, p.B)];
     float least = positive, most = positive, finite = positive * 0;
     if (p.mode == HEX_NTXENT) {
         const float self = r.unit.inverse[i] == 0 ? 0.f : 1.f;
@@ -204,12 +243,18 @@ static const char *launch(const char *name, Kernel kernel, int64_t more, const h
     return hex_launched(name);
 }
 
-const char *hex_tile_threshold(const hex_problem &p, const hex_run &r, int64_t rank, bool negatives,
-                               double *rows, double *mean)
+const char *hex_threshold_of_nothing(const hex_run &r, const hex_choice &choice)
+{
+    HEX_LAUNCH(settle_alone, dim3(1), dim3(32), 0, r.stream, choice);
+    return hex_launched("threshold of nothing");
+}
+
+const char *hex_tile_threshold(const hex_problem &p, const hex_run &r, const hex_choice &choice,
+                               double *rows)
 {
     const int64_t anchors = anchors_of(p), words = ROWS * PITCH * (int64_t)sizeof(uint32_t);
-    const selection s = {
-        rank, negatives, (int *)((int64_t *)r.partial + anchors), (int64_t *)r.partial, rows, mean};
+    const selection s = {choice, (int *)((int64_t *)r.partial + anchors), (int64_t *)r.partial,
+                         rows};
     const bool split = r.unit.low;
     const char *error =
         split ? launch<true>("coarse histogram", count_tiles<COARSE, true>, words, p, r, s)

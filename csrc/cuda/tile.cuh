@@ -49,11 +49,11 @@ DEVICE void multiply_panel(float (&acc)[8][4], const uint16_t *a, const uint16_t
 #ifdef HEX_WGMMA
     (void)lane;
     const uint64_t pa = wgmma_panel(a + (warp >> 2) * 64 * PANEL), pb = wgmma_panel(b);
-    wgmma_begin();
+    wgmma_begin(acc);
 #pragma unroll
     for (int k = 0; k < PANEL / 16; k++) // 16 halves are two units of 16 bytes
         wgmma_f16(acc, pa + 2 * k, pb + 2 * k);
-    wgmma_end();
+    wgmma_end(acc);
 #else
 #pragma unroll
     for (int k = 0; k < PANEL / 16; k++) {
@@ -199,7 +199,8 @@ struct hex_block {
         const int k = part_of_block(parts, number);
         part = parts.part[k];
         const int64_t b = number - part.first_block;
-        row_block = b % part.row_blocks, slice = b / part.row_blocks;
+        row_block = (unsigned)b % (unsigned)part.row_blocks; // a grid has less than 2^31 blocks
+        slice = (unsigned)b / (unsigned)part.row_blocks;
         row0 = part.row0 + row_block * rows;
         col0 = part.col0 + slice * part.tiles * BN;
         const int64_t end = col0 + part.tiles * BN;

@@ -10,36 +10,6 @@
 
 #define THREADS 128
 
-struct length {
-    double scale, inverse; // u = z scale inverse
-};
-
-// By a warp: of D numbers `step` apart.
-static __device__ length norm_of(const void *data, hex_dtype dtype, int64_t at, int64_t step,
-                                 int64_t D)
-{
-    const int lane = (int)threadIdx.x & 31;
-    double largest = 0, finite = 0, sum = 0;
-    for (int64_t d = lane; d < D; d += 32) {
-        const double x = fabs(read_number(data, dtype, at + d * step));
-        largest = fmax(largest, x);
-        finite += x * 0;
-    }
-    for (int k = 16; k > 0; k >>= 1)
-        largest = fmax(largest, __shfl_xor_sync(~0u, largest, k));
-    finite = warp_sum(finite);
-    if (!(finite == 0) || largest == 0)
-        return {1, finite}; // NaN or 0
-    int exponent;
-    frexp(largest, &exponent);
-    const double scale = ldexp(1.0, exponent > -1000 ? -exponent : 1000); // largest scale < 1
-    for (int64_t d = lane; d < D; d += 32) {
-        const double x = read_number(data, dtype, at + d * step) * scale;
-        sum += x * x;
-    }
-    return {scale, 1 / sqrt(warp_sum(sum))};
-}
-
 // A NaN inverse makes NaN of 0 as well; an inverse of 0 makes 0 of everything finite.
 static __device__ double unit_number(const hex_rows &x, int64_t at, int64_t d, length n)
 {
@@ -71,7 +41,7 @@ static __device__ void scale_coefficients(const hex_problem &p, const hex_gradie
         out[n * count + i] = k[n];
 }
 
-static __global__ void __launch_bounds__(THREADS)
+static __global__ void __launch_bounds__(THREADS, 1)
     unit_rows(hex_problem p, hex_unit u, uint32_t *zeros, int64_t zero_count, hex_gradient g,
               void *coefficients, int64_t blocks)
 {
@@ -85,7 +55,7 @@ static __global__ void __launch_bounds__(THREADS)
     const int input = i < p.B ? 0 : i < 2 * p.B ? 1 : 2;
     const hex_rows &x = p.input[input];
     const int64_t at = row_start(x, i - input * p.B);
-    const length n = norm_of(x.data, x.dtype, at, x.col, p.D);
+    const length n = norm_of(x, at, p.D);
     for (int64_t d = lane; d < u.width; d += 32) {
         const double v = d < p.D ? unit_number(x, at, d, n) : 0;
         const int64_t to = i * u.width + d;
@@ -103,7 +73,7 @@ static __global__ void __launch_bounds__(THREADS)
     if (i < p.B) {
         const hex_rows &y = p.input[1];
         const int64_t there = row_start(y, i);
-        const length m = norm_of(y.data, y.dtype, there, y.col, p.D);
+        const length m = norm_of(y, there, p.D);
         double sum = 0;
         for (int64_t d = lane; d < p.D; d += 32)
             sum += unit_number(x, at, d, n) * unit_number(y, there, d, m);

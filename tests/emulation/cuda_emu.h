@@ -101,6 +101,7 @@ struct State {
     dim3 grid, threads;
     uint3 block_index;
     unsigned char *shared = nullptr;
+    size_t shared_bytes = 0;
     void (*entry)(void *) = nullptr;
     void *argument = nullptr;
     unsigned seed = 0;
@@ -135,6 +136,12 @@ inline void yield() { hex_emu_switch(&S.current->sp, S.main_sp); }
     fprintf(stderr, "cuda_emu: %s (block %u, thread %u)\n", what, S.block_index.x, t.x);
     fflush(stderr);
     abort();
+}
+
+inline bool is_shared(const void *p)
+{
+    const unsigned char *at = (const unsigned char *)p;
+    return at >= S.shared && at < S.shared + S.shared_bytes;
 }
 
 inline void fiber_main()
@@ -233,6 +240,7 @@ template <class Body> inline void launch(dim3 grid, dim3 threads, size_t shared,
     if (posix_memalign(&p, 1024, shared ? shared : 1))
         abort();
     S.shared = (unsigned char *)p;
+    S.shared_bytes = shared;
     S.grid = grid;
     S.threads = threads;
     S.entry = [](void *b) { (*(Body *)b)(); };
@@ -281,7 +289,13 @@ static inline void __syncwarp(unsigned = ~0u)
     emu::collective([] {});
 }
 static inline void __threadfence() {}
-template <class T> static inline T __ldcg(const T *p) { return *p; }
+// Of global memory alone: the device would fault.
+template <class T> static inline T __ldcg(const T *p)
+{
+    if (emu::is_shared(p))
+        emu::fail("__ldcg: the address is one of shared memory");
+    return *p;
+}
 template <class T> static inline T __shfl_sync(unsigned, T v, int from)
 {
     static_assert(sizeof(T) <= 8, "a register or two");
@@ -326,6 +340,20 @@ static inline unsigned __ballot_sync(unsigned, int p)
 static inline int __any_sync(unsigned mask, int p) { return __ballot_sync(mask, p) != 0; }
 static inline unsigned __float_as_uint(float f) { return hex_to_bits(f); }
 static inline float __uint_as_float(unsigned u) { return hex_from_bits(u); }
+static inline double __longlong_as_double(long long x)
+{
+    double y;
+    memcpy(&y, &x, sizeof y);
+    return y;
+}
+static inline long long __double_as_longlong(double x)
+{
+    long long y;
+    memcpy(&y, &x, sizeof y);
+    return y;
+}
+static inline double __dmul_rn(double x, double y) { return x * y; } // x86-64 fuses nothing
+static inline double __dadd_rn(double x, double y) { return x + y; }
 static inline float __saturatef(float x) { return x > 0 ? (x < 1 ? x : 1) : 0; } // NaN: 0
 static inline int __ffs(unsigned v) { return __builtin_ffs((int)v); }
 template <class T> static inline T atomicAdd(T *p, T v)
@@ -386,8 +414,8 @@ template <bool TRANSPOSED> static inline void hex_emu_ldmatrix(uint32_t (&r)[4],
 {
     emu::Warp *w = emu::S.current->warp;
     emu::me().p = p;
-    if ((uintptr_t)p & 15)
-        emu::fail("ldmatrix: the address is not a multiple of 16");
+    if ((uintptr_t)p & 15 || !emu::is_shared(p))
+        emu::fail("ldmatrix: the address is not a multiple of 16 in shared memory");
     emu::collective([w] {
         for (int q = 0; q < 4; q++) { // its 8 rows should lie in 8 different groups of banks
             unsigned seen = 0;
@@ -419,6 +447,8 @@ static inline void copy_async(void *to, const void *from)
 {
     if (((uintptr_t)to | (uintptr_t)from) & 15)
         emu::fail("copy_async: an address is not a multiple of 16");
+    if (!emu::is_shared(to) || emu::is_shared(from))
+        emu::fail("copy_async: not from global to shared memory");
     if (emu::S.seed & 1)
         memcpy(to, from, 16);
     else
@@ -440,8 +470,8 @@ static inline uint64_t wgmma_panel(const void *p)
         emu::fail("wgmma: the panel is not at a multiple of 1024");
     return (uint64_t)(uintptr_t)p >> 4;
 }
-static inline void wgmma_begin() {}
-static inline void wgmma_end() {}
+static inline void wgmma_begin(float (&)[8][4]) {}
+static inline void wgmma_end(float (&)[8][4]) {}
 static inline void wgmma_f16(float (&c)[8][4], uint64_t a, uint64_t b)
 {
     emu::Warp *first = &emu::S.warps[(size_t)(emu::S.current->warp - emu::S.warps.data()) / 4 * 4];
