@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Time and memory of hex against plain PyTorch, torch.compile and other libraries: `make bench`.
 
-    python benchmarks/bench.py                    all parts, some ten minutes; a table of each
+    python benchmarks/bench.py                    all parts, a quarter of an hour; a table of each
     python benchmarks/bench.py --quick            a minute, small sizes: to see that it runs
     python benchmarks/bench.py sizes --sizes 2048 4096x64 --methods hex "plain HEX"
     python benchmarks/bench.py --record FILE      append the results, a JSON line a part
