@@ -9,7 +9,7 @@ TORCHVISION ?= torchvision==0.28.0
 
 BIN := $(CURDIR)/.venv/bin
 C_FILES := $(wildcard csrc/*.[ch] csrc/*/*.[ch] csrc/cpu/*.inc csrc/cuda/*.cu* \
-    tests/emulation/*) tests/abi_check.cpp
+    tests/emulation/*) tests/abi_check.cpp benchmarks/core.c
 # The CUDA kernels take minutes to compile; `make cuda` does it once. `make build
 # HEX_CUDA=1` has them in .venv, `make wheel HEX_CUDA=1` in the wheel.
 export HEX_CUDA ?= 0
@@ -69,9 +69,8 @@ sanitize: build ## the tests under AddressSanitizer and UndefinedBehaviorSanitiz
 demo: build ## train on handwritten digits, with InfoNCE and with HEX: three minutes, with pictures
 	$(BIN)/python examples/demo.py
 
-bench: build ## milliseconds and megabytes: hex, plain torch, torch.compile, other libraries
-	$(BIN)/python benchmarks/loss.py
-	$(BIN)/python benchmarks/classes.py
+bench: build ## time and memory beside plain torch, torch.compile, other libraries: 15 minutes
+	$(BIN)/python benchmarks/bench.py --record build/results.jsonl
 
 gpu: export HEX_CUDA = 1
 gpu: build ## on a machine with a CUDA GPU: tests, sanitizers, times, a training run: an hour

@@ -17,7 +17,11 @@ KINDS = (
     "tight",  # 4 classes with cosines of 0.99 inside: a quarter of each row is near the threshold
     "half collapsed",  # one image in two along one direction, the others clustered
     "collapsed",  # every row along one direction: all cosines are 1, up to rounding
+    "tenth",  # one image in ten in one class with cosines of 0.99, the others clustered
 )
+
+# One image in so many is of class 0, and how freely those spread around its centre.
+ALIKE = {"half collapsed": (2, 0.0), "collapsed": (1, 0.0), "tenth": (10, 0.14)}
 
 
 class Batch(NamedTuple):
@@ -65,15 +69,12 @@ def make(
     centres = noise(classes, features)
 
     def rows(n: int) -> tuple[Tensor, Tensor]:
-        """n images (n, D), each of length sqrt(D) or so; and which of them spread, (n, 1)."""
+        """n images (n, D), each of length sqrt(D) or so; and how freely they spread, (n, 1)."""
         label = torch.randint(classes, (n,), generator=generator)
-        collapsed = torch.zeros(n, dtype=torch.bool)
-        if kind == "collapsed":
-            collapsed[:] = True
-        if kind == "half collapsed":
-            collapsed[::2] = True
-        label[collapsed] = 0
-        free = (~collapsed).double()[:, None]
+        free = torch.ones(n, 1, dtype=torch.float64)
+        if kind in ALIKE:
+            every, freedom = ALIKE[kind]
+            label[::every], free[::every] = 0, freedom
         return centres[label] + spread * free * noise(n, features), free
 
     def view(image: Tensor, free: Tensor) -> Tensor:

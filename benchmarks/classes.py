@@ -1,26 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""Time and memory of labels and of logits, forward and backward: hex, plain PyTorch, a library.
-
-    python benchmarks/classes.py           4096 rows with labels, 512 x 65537 logits
-    python benchmarks/classes.py --quick   small sizes
+"""Labels and logits, forward and backward: hex, plain PyTorch, a library.
 
 Every method first computes the loss and gradient of the batch it is timed on, and they have to be
 near those of hex.reference_classes in float64, or of the same formula with the local term off.
-How time and memory are measured is in measure.py.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import statistics
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import measure
-import table
+import peers
 import torch
 import torch.nn.functional as F
+from cases import progress
 from torch import Tensor
 
 from hex import hex_cross_entropy, hex_sup_con
@@ -30,56 +25,52 @@ TAU, CLASSES, FEATURES = 0.1, 64, 128
 Loss = Callable[[Tensor], Tensor]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small sizes")
-    parser.add_argument("--repeats", type=int, default=5, help="samples a method; default 5")
-    parser.add_argument("--threads", type=int, default=1, help="of torch; default 1")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    rows, logits = (256, (64, 1025)) if options.quick else (4096, (512, 65537))
-    lines: list[table.Line] = []
-    notes: list[str] = []
-    for title, x, methods in (labels(rows, notes), queue(*logits)):
-        lines.append(title)
-        lines += measured(x, methods, options)
-    machine = measure.machine()
-    table.show(
-        "Forward + backward, float32", ["", "ms", "peak MB"], lines,
-        [f"{machine['cpu']}; torch {machine['torch']}, hex {machine['hex']} "
-         f"({machine['hex_isa']}), threads: {machine['threads']}; stock heap; load "
-         f"{measure.load():.1f}.", *notes],
-    )  # fmt: skip
-    return 0
+class Group(NamedTuple):
+    """An input, and by name a loss of it and what that has to be in float64."""
+
+    name: str
+    x: Tensor
+    methods: dict[str, tuple[Loss, Loss]]
 
 
-def measured(
-    x: Tensor, methods: dict[str, tuple[Loss, Loss]], options: argparse.Namespace
-) -> list[table.Line]:
-    """A line a method, after its value and gradient were found right."""
+def groups(quick: bool, notes: list[str]) -> list[Group]:
+    rows, logits = (256, (64, 1025)) if quick else (2048, (256, 65537))
+    return [labels(rows, notes), queue(*logits)]
+
+
+def measured(group: Group, repeats: int) -> list[dict[str, Any]]:
+    """A result a method, after its value and gradient were found right; stock heap."""
 
     def step(loss: Loss, x: Tensor) -> tuple[Tensor, Tensor]:
         value = loss(x)
         return value.detach(), torch.autograd.grad(value, x)[0]
 
     steps, peaks = {}, {}
-    wide = x.detach().double().requires_grad_()
-    for name, (loss, truth) in methods.items():
-        for got, right in zip(step(loss, x), step(truth, wide), strict=True):
+    wide = group.x.detach().double().requires_grad_()
+    for name, (loss, truth) in group.methods.items():
+        progress(f"{group.name}: checking {name}")
+        for got, right in zip(step(loss, group.x), step(truth, wide), strict=True):
             error = (got.double() - right).abs().max() / right.abs().max()
             if not error < 1e-4:
-                sys.exit(f"error: {name} is off by {error:.1e}")
+                raise peers.Mismatch(f"{name} is off by {error:.1e}")
         del right
-        steps[name] = lambda loss=loss: step(loss, x)
+        steps[name] = lambda loss=loss: step(loss, group.x)
         peaks[name] = measure.peak_mb(steps[name])
-    samples = measure.times(steps, options.repeats, measure.clock(options.threads))
+    progress(f"{group.name}: timing")
+    samples = measure.times(steps, repeats, measure.clock(1))
     return [
-        [name, table.number(statistics.median(samples[name])), table.number(peaks[name])]
+        {
+            "case": group.name,
+            "method": name,
+            "heap": "stock",
+            "peak_mb": round(peaks[name], 2),
+            "ms": [float(f"{ms:.4g}") for ms in samples[name]],
+        }
         for name in steps
     ]
 
 
-def labels(rows: int, notes: list[str]) -> tuple[str, Tensor, dict[str, tuple[Loss, Loss]]]:
+def labels(rows: int, notes: list[str]) -> Group:
     """rows embeddings of 64 classes."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.arange(rows) % CLASSES  # none alone: the library leaves such rows out
@@ -125,10 +116,10 @@ def labels(rows: int, notes: list[str]) -> tuple[str, Tensor, dict[str, tuple[Lo
         methods["pytorch-metric-learning SupConLoss"] = (lambda x: peer(x, ids), sup_con_truth)
     except ImportError as error:
         notes.append(f"pytorch-metric-learning is left out: {error}")
-    return f"{rows} rows, {CLASSES} labels, D = {FEATURES}", x, methods
+    return Group(f"{rows} rows, {CLASSES} labels, D = {FEATURES}", x, methods)
 
 
-def queue(rows: int, columns: int) -> tuple[str, Tensor, dict[str, tuple[Loss, Loss]]]:
+def queue(rows: int, columns: int) -> Group:
     """Logits of a queue, the positive first."""
     generator = torch.Generator().manual_seed(0)
     cosines = 0.15 * torch.randn(rows, columns, generator=generator)
@@ -145,7 +136,7 @@ def queue(rows: int, columns: int) -> tuple[str, Tensor, dict[str, tuple[Loss, L
     def cross_entropy(x: Tensor) -> Tensor:
         return F.cross_entropy(x, target)
 
-    return f"{rows} x {columns} logits", logits, {
+    methods: dict[str, tuple[Loss, Loss]] = {
         "hex_cross_entropy": (
             lambda x: hex_cross_entropy(x, target, eps=eps, temperature=TAU), plain),
         "HEX in plain PyTorch": (plain, plain),
@@ -153,7 +144,4 @@ def queue(rows: int, columns: int) -> tuple[str, Tensor, dict[str, tuple[Loss, L
             lambda x: hex_cross_entropy(x, target, eps=math.inf, temperature=TAU), cross_entropy),
         "torch's cross_entropy": (cross_entropy, cross_entropy),
     }  # fmt: skip
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return Group(f"{rows} x {columns} logits", logits, methods)

@@ -23,19 +23,21 @@ import ctypes
 import gc
 import os
 import platform
+import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from hex import __version__, ops
 
 Step = Callable[[], object]
+K = TypeVar("K", bound=Hashable)
 
 SAMPLE_MS = 10  # a sample repeats a fast call for at least this long
-LONG_MS = 500  # of a call that takes longer there are no more than LONG_SAMPLES samples
-LONG_SAMPLES = 3
+LONG_MS = {500: 3, 1000: 2}  # of a call as long as this so many samples, the first included
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 
@@ -44,7 +46,7 @@ def clock(threads: int) -> Callable[[], float]:
     return time.process_time if threads == 1 else time.perf_counter
 
 
-def times(steps: Mapping[str, Step], repeats: int, now: Callable[[], float]) -> dict[str, list]:
+def times(steps: Mapping[K, Step], repeats: int, now: Callable[[], float]) -> dict[K, list[float]]:
     """Milliseconds a call: `repeats` samples of each step, the steps by turns."""
 
     def sample(step: Step, calls: int) -> float:
@@ -54,10 +56,16 @@ def times(steps: Mapping[str, Step], repeats: int, now: Callable[[], float]) -> 
         return (now() - start) / calls * 1e3
 
     first = {name: sample(step, 1) for name, step in steps.items()}  # also to warm up
-    samples: dict[str, list] = {name: [] for name in steps}
-    for i in range(repeats):
+    most = {
+        name: min([repeats, *(most for long, most in LONG_MS.items() if ms >= long)])
+        for name, ms in first.items()
+    }
+    samples: dict[K, list[float]] = {
+        name: [ms] if ms >= min(LONG_MS) else [] for name, ms in first.items()
+    }
+    for _ in range(repeats):
         for name, step in steps.items():
-            if first[name] < LONG_MS or i < LONG_SAMPLES:
+            if len(samples[name]) < most[name]:
                 calls = max(1, round(SAMPLE_MS / max(first[name], 1e-3)))
                 samples[name].append(sample(step, calls))
     return samples
@@ -95,8 +103,22 @@ def machine() -> dict[str, object]:
         "torch_simd": torch.backends.cpu.get_cpu_capability(),
         "hex": __version__,
         "hex_isa": ops.isa(),
-        "threads": torch.get_num_threads(),
+        "commit": _commit(),
     }
+
+
+def _commit() -> str:
+    """Of the sources this file lies in; with a plus where the library differs from it."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", ":/csrc", ":/hex")
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def load() -> float:

@@ -45,8 +45,6 @@ class Method(NamedTuple):
     compiled: bool = False
     most: float = math.inf
     """Rows, 2B, beyond which its memory is too much."""
-    usual: float = math.inf
-    """Rows beyond which it is measured only where everything is."""
     note: str = ""
 
     def takes(self, batch: Batch) -> bool:
@@ -224,27 +222,21 @@ def library(loss: Callable[[float], nn.Module]) -> Callable[[Batch], Function]:
     return lambda batch: loss(TAU)
 
 
-HEX, PLAIN_HEX, INFO_NCE, PLAIN_INFO_NCE = (
+HEX, GIVEN, PLAIN_HEX, COMPILED_HEX = (
     Method("hex HEXLoss", "HEX", hex_adaptive, any_batch=True),
+    Method("hex hex_loss, eps given", "HEX", hex_eps_given, any_batch=True),
     Method("plain HEX", "HEX", eager(plain_hex), any_batch=True),
+    Method("plain HEX, compiled", "HEX", compiled(plain_hex), any_batch=True, compiled=True),
+)
+INFO_NCE, PLAIN_INFO_NCE = (
     Method("hex InfoNCELoss", "InfoNCE", hex_info_nce, any_batch=True),
     Method("plain InfoNCE", "InfoNCE", eager(plain_info_nce), any_batch=True),
 )
 METHODS = (
     HEX,
-    Method("hex hex_loss, eps given", "HEX", hex_eps_given, any_batch=True),
+    GIVEN,
     PLAIN_HEX,
-    Method("plain HEX, compiled", "HEX", compiled(plain_hex), any_batch=True, compiled=True),
-    Method("reference", "HEX", eager(reference_loss), any_batch=True, usual=2048),
-    Method(
-        "reference, compiled",
-        "HEX",
-        compiled(reference_loss),
-        any_batch=True,
-        compiled=True,
-        usual=2048,
-        note="reference: hex/reference.py, the definition, not written for speed.",
-    ),
+    COMPILED_HEX,
     INFO_NCE,
     PLAIN_INFO_NCE,
     Method(
@@ -259,13 +251,14 @@ METHODS = (
         "pytorch-metric-learning NTXentLoss",
         "InfoNCE",
         library(libraries.pytorch_metric_learning),
-        most=256,
-        note="pytorch-metric-learning: O(N^3) memory, so at 256 rows only.",
+        most=512,
+        note="pytorch-metric-learning: O(N^3) memory, so at 512 rows only.",
     ),
     Method(
         "info-nce-pytorch InfoNCE",
         "one way",
         library(libraries.info_nce_pytorch),
+        most=4096,
         note="info-nce-pytorch: one direction, B x B cosines: a quarter of the others' work.",
     ),
 )

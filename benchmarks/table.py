@@ -1,12 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""A table on the terminal: by rich where there is one, else as plain text with aligned columns."""
+"""A table on the terminal, by rich where there is one, else as plain text with aligned columns; and
+in a document."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 Line = Sequence[str] | str  # the cells of a row, or the head of a section
+
+
+class Table(NamedTuple):
+    title: str
+    columns: Sequence[str]
+    lines: Sequence[Line]
+    notes: Sequence[str]
 
 
 def show(title: str, columns: Sequence[str], lines: Sequence[Line], notes: Sequence[str]) -> None:
@@ -33,6 +42,27 @@ def text(title: str, columns: Sequence[str], lines: Sequence[Line], notes: Seque
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
     body = [f"\n{line}" if isinstance(line, str) else row(line) for line in lines]
     return "\n".join([title, "", row(columns), rule, *body, rule, *notes])
+
+
+def markdown(table: Table) -> str:
+    """As GitHub has them; what starts with a blank there is in italics."""
+
+    def row(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(cells)} |"
+
+    def name(text: str) -> str:
+        return f"*{text.strip()}*" if text.startswith(" ") else text
+
+    empty = [""] * (len(table.columns) - 1)
+    lines = [
+        row([f"**{line}**", *empty] if isinstance(line, str) else [name(line[0]), *line[1:]])
+        for line in table.lines
+    ]
+    parts = [f"**{table.title}**"] if table.title else []
+    if lines:
+        rule = row(["---", *(["---:"] * len(empty))])
+        parts.append("\n".join([row(table.columns), rule, *lines]))
+    return "\n\n".join(parts + ["\n\n".join(table.notes)] * bool(table.notes))
 
 
 def number(value: float | None) -> str:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 
@@ -15,11 +16,14 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import batches  # noqa: E402
-import classes  # noqa: E402
+import bench  # noqa: E402
+import goals  # noqa: E402
 import hazards  # noqa: E402
-import loss  # noqa: E402
 import measure  # noqa: E402
+import parts  # noqa: E402
 import peers  # noqa: E402
+import plot  # noqa: E402
+import report  # noqa: E402
 import table  # noqa: E402
 
 from hex import HEXLoss, hex_cross_entropy, hex_loss, hex_sup_con  # noqa: E402
@@ -31,19 +35,14 @@ own_memory = pytest.mark.skipif(
 
 
 @own_memory
-def test_the_benchmark_prints_a_table_and_writes_its_samples(tmp_path):
-    file = tmp_path / "figures.json"
+def test_the_benchmark_prints_tables_and_records_its_samples(tmp_path):
+    file = tmp_path / "results.jsonl"
     words = ["hex", "plain HEX", "plain InfoNCE", "info-nce"]
-    command = [sys.executable, str(BENCHMARKS / "loss.py"), "--quick", "--sizes", "160", "192x24"]
-    done = subprocess.run(
-        [*command, "--dim", "16", "--repeats", "2", "--methods", *words, "--json", str(file)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    command = [sys.executable, str(BENCHMARKS / "bench.py"), "sizes", "--quick", "--repeats", "2"]
+    command += ["--sizes", "160", "192x24", "--methods", *words, "--record", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    content = json.loads(file.read_text())
-    assert [(case["rows"], case["features"]) for case in content["sizes"]] == [(160, 16), (192, 24)]
+    (record,) = map(json.loads, file.read_text().splitlines())
     methods = [
         "hex HEXLoss",
         "hex hex_loss, eps given",
@@ -52,17 +51,83 @@ def test_the_benchmark_prints_a_table_and_writes_its_samples(tmp_path):
         "plain InfoNCE",
         "info-nce-pytorch InfoNCE",
     ]
-    for case in content["sizes"]:
-        assert list(case["peak_mb"]) == methods
+    figures = goals.Figures(record)
+    assert figures.cases == ["160", "192x24"]
+    for case, shape in zip(figures.cases, ((160, 128), (192, 24)), strict=True):
         for heap in ("stock", "retained"):
-            assert list(case["samples_ms"][heap]) == methods
-            for samples in case["samples_ms"][heap].values():
-                assert len(samples) == 2 and min(samples) > 0
-    medians = [sum(case["samples_ms"]["stock"]["hex HEXLoss"]) / 2 for case in content["sizes"]]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("hex HEXLoss"))
-    assert line.split()[2:] == [table.number(ms) for ms in medians]
-    for about in (content["machine"]["cpu"], "plain HEX / hex HEXLoss", "flatters hex"):
+            found = [r for r in record["results"] if r["case"] == case and r["heap"] == heap]
+            assert [r["method"] for r in found] == [*methods, parts.MM, parts.PRODUCT]
+            for result in found:
+                assert (result["rows"], result["features"]) == shape
+                assert len(result["ms"]) == 2 and min(result["ms"]) > 0
+    lines = [line for line in done.stdout.splitlines() if line.startswith("hex HEXLoss  ")]
+    shown = [table.number(figures.ms(c, "hex HEXLoss", heap="retained")) for c in figures.cases]
+    assert shown in [line.split()[2:] for line in lines]
+    for about in (record["machine"]["cpu"], "plain HEX / hex HEXLoss", "flatters hex"):
         assert about in done.stdout
+
+
+@own_memory
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # a library's
+@pytest.mark.parametrize("part", sorted(set(parts.PARTS) - {"sizes"}))
+def test_a_part_gives_results_and_a_table(part, monkeypatch):
+    monkeypatch.setattr(measure, "retain_heap", lambda: None)  # for good: not in this process
+    monkeypatch.setattr(measure, "SAMPLE_MS", 1)
+    before = torch.get_num_threads()
+    record = bench.run(part, parts.Settings(quick=True, repeats=1))
+    torch.set_num_threads(before)
+    assert record["results"] or record["notes"]
+    for shown in report.tables(part, json.loads(json.dumps(record))):
+        assert table.text(*shown) and table.markdown(shown)
+        assert all(
+            len(line) == len(shown.columns) for line in shown.lines if isinstance(line, list)
+        )
+
+
+def record_of(rows, ms, **more):
+    """A record of sizes with these times of HEXLoss and plain HEX."""
+    result = {"case": str(rows), "rows": rows, "features": 128, "heap": "retained", "peak_mb": 1.0}
+    product = {**result, "method": parts.PRODUCT, "flop": 1e9, "ms": [9.0, 10.0, 30.0]}
+    methods = (peers.HEX, peers.PLAIN_HEX)
+    timed = [{**result, "method": m.name, "ms": t} for m, t in zip(methods, ms, strict=True)]
+    return {"part": "sizes", "results": [*timed, product], **more}
+
+
+def test_goals_are_held_against_medians_of_one_run():
+    record = record_of(1024, ([1.0, 2.0, 9.0], [14.2, 13.0, 99.0]))
+    by_name = {goal.about: goal for goal in goals.all_of({"sizes": record})}
+    speed = by_name["plain HEX / hex HEXLoss at 1024"]
+    assert speed.got == pytest.approx(7.1) and speed.wanted == 7 and speed.met
+    share = by_name["share of the ideal at 1024"]  # 4 1024^2 128 operations in 2 ms, of 111 GF/s
+    assert share.got == pytest.approx(4 * 1024**2 * 128 / 2e-3 / (1e9 / 9e-3))
+    slower = record_of(1024, ([2.1], [14.2]))
+    assert [goal.met for goal in goals.all_of({"sizes": slower})][0] is False
+
+
+def test_the_documents_have_the_tables_of_the_recorded_results():
+    records = report.latest()
+    for path in report.DOCUMENTS:
+        text = path.read_text()
+        assert report.filled(text, records) == text, f"{path.name}: run bench.py --report"
+    named = set(re.findall(r"<!-- (\w+) -->", report.DOCUMENTS[0].read_text()))
+    assert named == {*parts.PARTS, "goals", "end"}
+    assert "<!-- summary -->" in report.DOCUMENTS[1].read_text()
+    with PIL.Image.open(report.PICTURE) as picture:
+        assert picture.info["Figures"] == plot.checksum(records), "run bench.py --report"
+
+
+def test_a_table_that_was_typed_is_seen():
+    records = report.latest()
+    typed = "<!-- small -->\n| 1.00 |\n<!-- end -->"
+    assert report.filled(typed, records) != typed
+
+
+def test_a_table_in_a_document_is_markdown():
+    shown = table.Table("title", ["", "a"], ["part", ["name", "1"], ["  goal", "2"]], ["note"])
+    assert table.markdown(shown).splitlines() == [
+        "**title**", "", "|  | a |", "| --- | ---: |", "| **part** |  |", "| name | 1 |",
+        "| *goal* | 2 |", "", "note",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -117,8 +182,8 @@ def test_a_wrong_method_ends_the_run(monkeypatch, capsys):
         return lambda *inputs: hex_loss(*inputs, eps=0.0)
 
     wrong = peers.HEX._replace(build=other)
-    monkeypatch.setattr(loss, "METHODS", (wrong,))
-    assert loss.main(["--quick", "--sizes", "160", "--dim", "16", "--heap", "stock"]) == 1
+    monkeypatch.setattr(peers, "METHODS", (wrong,))
+    assert bench.main(["sizes", "--child", "--quick", "--sizes", "160"]) == 1
     assert re.search(
         r"error: hex HEXLoss: got loss .*, wanted .*, at 160 rows", capsys.readouterr().err
     )
@@ -127,6 +192,7 @@ def test_a_wrong_method_ends_the_run(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["everything"], "no part 'everything'"),
         (["--sizes", "many"], "--sizes: got 'many'"),
         (["--sizes", "255"], "--sizes: got '255', wanted an even number"),
         (["--methods", "nothing"], "--methods: no name"),
@@ -135,7 +201,7 @@ def test_a_wrong_method_ends_the_run(monkeypatch, capsys):
 )
 def test_a_bad_argument_is_named(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        loss.parse(arguments)
+        bench.parse(arguments)
     assert message in capsys.readouterr().err
 
 
@@ -178,15 +244,6 @@ def test_a_table_is_aligned():
     assert [table.number(x) for x in (None, 0.123, 9.999, 99.96, 1234.5)] == [
         "", "0.12", "10.0", "100", "1234",
     ]  # fmt: skip
-
-
-@own_memory
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # a library's
-def test_labels_and_logits_are_checked_and_timed(capsys):
-    assert classes.main(["--quick", "--repeats", "1"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    wanted = ("hex_sup_con", "SupContrast in plain", "hex_cross_entropy", "torch's cross_entropy")
-    assert all(any(line.startswith(name) for line in lines) for name in wanted)
 
 
 @own_memory
