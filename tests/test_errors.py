@@ -55,6 +55,12 @@ ERRORS = (
         "negatives: got shape (5, 4, 3), wanted (K, 3) or (4, K, 3)",
     ),
     (
+        lambda: HEXLoss(gather_distributed=True)(Z, Z, Z),
+        ValueError,
+        "gather_distributed: got True with negatives, whose anchors have no use for the rows of "
+        "other ranks; gather the keys that go into the queue",
+    ),
+    (
         lambda: HEXLoss()(Z, Z, Z[0]),
         ValueError,
         "negatives: got shape (3,), wanted (K, 3) or (4, K, 3)",
