@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +69,6 @@ def of_steps(cases: Iterable[Record], *steps: str) -> list[Record]:
     return [r for r in cases if r["case"].partition(":")[0] in steps]
 
 
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
-    return "\n".join([*head, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
 def machine(records: dict[str, Record]) -> str:
     m = records.get("build: machine")
     if m is None:
@@ -123,7 +118,7 @@ def goals(cases: list[Record]) -> str:
         "MB",
         "of the products' rate",
     ]
-    return "**Goals**\n\n" + markdown(columns, rows)
+    return table.markdown(table.Table("Goals", columns, rows, []))
 
 
 def by_method(title: str, cases: list[Record]) -> str:
@@ -145,9 +140,8 @@ def by_method(title: str, cases: list[Record]) -> str:
                 cell(found.get(batch), graph) for batch in batches
             )])  # fmt: skip
     skipped = sorted({f"{r['method']}: {r['skipped']}" for r in cases if "skipped" in r})
-    notes = "".join(f"\n* left out: {line}" for line in skipped)
-    table_ = markdown(["ms (MB)", *batches], lines)
-    return f"**{title}**\n\n{table_}" + (f"\n{notes}" if notes else "")
+    notes = [f"Left out: {line}" for line in skipped]
+    return table.markdown(table.Table(title, ["ms (MB)", *batches], lines, notes))
 
 
 def cell(r: Record | None, graph: bool) -> str:
@@ -165,7 +159,7 @@ def training(cases: list[Record]) -> str:
         for r in cases
     ]  # fmt: skip
     columns = ["SimCLR's step, bfloat16", "step, ms", "loss, ms", "share", "step, MB", "loss, MB"]
-    return "**Within a training step**\n\n" + markdown(columns, rows)
+    return table.markdown(table.Table("Within a training step", columns, rows, []))
 
 
 def checks(records: dict[str, Record]) -> str:
@@ -177,7 +171,7 @@ def checks(records: dict[str, Record]) -> str:
             if "knn" in r:
                 said = f"k-NN {r['knn']:.2%}, linear {r['linear']:.2%}"
             rows.append([case, "passed" if r.get("ok", True) else "FAILED", said.replace("|", "/")])
-    return "**Tests and runs**\n\n" + markdown(["", "", ""], rows) if rows else ""
+    return table.markdown(table.Table("Tests and runs", ["", "", ""], rows, [])) if rows else ""
 
 
 def pictures(records: dict[str, Record], folder: Path) -> list[Path]:

@@ -25,12 +25,15 @@ def check_gather(gather_distributed: Any) -> bool:
 
 
 def is_distributed() -> bool:
-    """Whether there are other ranks: without a process group, or alone in it, nothing is sent."""
+    """Whether there are other ranks."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def gather_constant(x: Tensor) -> Tensor:
-    """(W B, ...) in the order of the W ranks, of each rank's x, (B, ...); no gradient."""
+    """(W B, ...) in the order of the W ranks, of each rank's x, (B, ...); no gradient. Without a
+    process group, or alone in it, x itself."""
+    if not is_distributed():
+        return x
     out = x.new_empty((dist.get_world_size() * x.shape[0], *x.shape[1:]))
     dist.all_gather_into_tensor(out, x.detach().contiguous())
     return out
@@ -53,5 +56,7 @@ class _Gather(torch.autograd.Function):
 
 def gather(z: Tensor) -> Tensor:
     """`gather_constant` with the gradient of this rank's rows, times the number of ranks."""
+    if not is_distributed():
+        return z
     gathered: Tensor = _Gather.apply(z)  # type: ignore[no-untyped-call]
     return gathered

@@ -126,8 +126,6 @@ class _Contrastive(nn.Module):
                 "gather_distributed: got True with negatives, whose anchors have no use for the "
                 "rows of other ranks; gather the keys that go into the queue"
             )
-        if not distributed.is_distributed():
-            return batch
         return Batch((distributed.gather(z0), distributed.gather(z1), negatives), batch.mode)
 
     def _eps(self, batch: Batch, learner: tuple[Tensor, ...]) -> Tensor:
@@ -317,11 +315,10 @@ class HEXLoss(_Contrastive):
         given = None if groups is None else membership.check_groups(groups, batch)
         guiding = None if guide is None else membership.check_guide(guide, batch, self.mode)
         batch = self._gathered(batch)
-        if self.gather_distributed and distributed.is_distributed():
-            if given is not None:
-                given = distributed.gather_constant(given[0]), None
-            if guiding is not None:
-                guiding = self._gathered(guiding)
+        if guiding is not None:
+            guiding = self._gathered(guiding)
+        elif given is not None and self.gather_distributed:
+            given = distributed.gather_constant(given[0]), None
         if guiding is None:
             eps = membership.unknown_eps(z0)
         else:
