@@ -319,6 +319,16 @@ def _has_kernel(z: Tensor, op: str = "") -> bool:
     return False
 
 
+def leave_graph_in_transforms() -> None:
+    """Has func transforms inside a compiled region run uncompiled: the compiler would trace the
+    operator there and not its autograd.Function, and the gradient would be zero without a word."""
+    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        torch._dynamo.graph_break(
+            msg="hex-ssl: a loss under torch.func inside torch.compile is not compiled; compile "
+            "without fullgraph=True, or what is around it"
+        )
+
+
 def _mode(z: Tensor, mode: int) -> int:
     """The mode as the operators take it: with torch's setting for float32 products on CUDA."""
     return mode | _ONE_PRODUCT if z.device.type == "cuda" and _cuda(z.device.index)[1] else mode
@@ -329,6 +339,7 @@ def loss(
     mode: int, reduction: int, variant: int, beta: float, tau_plus: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The reduced loss, and of each row |H| and the local term's share (no gradient)."""
+    leave_graph_in_transforms()
     if _has_kernel(z0, "forward"):
         if eps.device != z0.device:  # of a tracker that was not moved: right, though it waits
             eps = eps.to(z0.device)
@@ -354,6 +365,7 @@ def adaptive_loss(
     """`loss` at the eps that a tracker gives for the batch, in one call: the loss, |H| and share of
     each row, eps and the tracker's new state. Arguments: those of torch.ops.hex.adaptive but the
     last."""
+    leave_graph_in_transforms()
     keep = _learns(z0, z1, negatives)
     value, stats, eps, state, _ = _Adaptive.apply(  # type: ignore[no-untyped-call]
         z0, z1, negatives, state, tau, _mode(z0, mode), *options, keep
@@ -362,10 +374,8 @@ def adaptive_loss(
 
 
 def has_adaptive(z: Tensor) -> bool:
-    """Whether `adaptive_loss` serves such inputs: not in a compiled graph, where the tracker's
-    steps are part of it. Nor under func transforms, where nothing is stored: the caller looks."""
-    if torch.compiler.is_compiling():
-        return False
+    """Whether `adaptive_loss` serves such inputs. It does not under func transforms, where nothing
+    is stored: the caller looks."""
     return (z.is_cpu and "cpu" in _KERNELS) or (z.is_cuda and _cuda(z.device.index)[0] is None)
 
 

@@ -272,7 +272,7 @@ def test_a_training_step_takes_seven_launches(mma, monkeypatch):
         return counts[1] - counts[0], mma.launches - counts[1]
 
     assert launches() == (4, 3)
-    monkeypatch.setattr(ops, "has_adaptive", lambda z: False)  # as in a compiled graph
+    monkeypatch.setattr(ops, "has_adaptive", lambda z: False)  # as of a tracker elsewhere
     assert launches() == (3 + 2, 3)
 
 

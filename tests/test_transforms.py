@@ -16,7 +16,14 @@ from data import MODES, f64
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from hex import HEXLoss, ThresholdTracker, batch_threshold, hex_loss
+from hex import (
+    HEXLoss,
+    HEXSupConLoss,
+    ThresholdTracker,
+    batch_threshold,
+    hex_cross_entropy,
+    hex_loss,
+)
 
 VARIANTS = ("paper", "released")
 
@@ -198,6 +205,50 @@ def test_compiles_once_whatever_the_threshold_and_temperature_and_equals_eager()
         eager = a_step(lambda a, b, o=options: hex_loss(a, b, **o), z0, z1)
         assert all(map(torch.equal, ours, eager))
     assert counter.frame_count == 1
+
+
+def test_a_compiled_adaptive_step_has_one_operator():
+    called = []
+
+    def backend(graph, _):
+        called.extend(
+            str(node.target) for part in graph.modules() if isinstance(part, torch.fx.GraphModule)
+            for node in part.graph.nodes if str(node.target).startswith("hex.")
+        )  # fmt: skip
+        return graph
+
+    module = HEXLoss()
+    z0, z1 = batches(1)[0]
+    a_step(torch.compile(module, fullgraph=True, backend=backend), z0, z1)
+    assert sorted(called) == ["hex.adaptive", "hex.backward"]
+
+
+def of_logits(a: Tensor, b: Tensor) -> Tensor:
+    target = torch.arange(len(a))
+    return hex_cross_entropy(a @ b.T / len(a), target, eps=0.2, temperature=0.5)
+
+
+@pytest.mark.parametrize(
+    ("module", "loss"),
+    (
+        (HEXLoss(), None),
+        (HEXLoss(threshold=0.2), None),
+        (HEXSupConLoss(), lambda module, a, b: module(torch.stack((a, b), 1))),
+        (None, lambda _, a, b: hex_loss(a, b, eps=0.2)),
+        (None, lambda _, a, b: of_logits(a, b)),
+    ),
+    ids=("adaptive", "fixed", "sup_con", "function", "logits"),
+)
+def test_a_transform_inside_a_compiled_function_runs_uncompiled_and_leaves_nothing(module, loss):
+    z0, z1 = batches(1)[0]
+    inside = torch.func.grad(lambda a, b: loss(module, a, b) if loss else module(a, b))
+    expected, got = inside(z0, z1), torch.compile(inside, backend="aot_eager")(z0, z1)
+    assert expected.abs().max() > 0
+    assert torch.equal(got, expected)
+    assert module is None or module.last is None
+    torch._dynamo.reset()  # or it would remember that this function is not to be compiled
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="hex-ssl: a loss under torch.func"):
+        torch.compile(inside, backend="aot_eager", fullgraph=True)(z0, z1)
 
 
 @pytest.mark.parametrize(
