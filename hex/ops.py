@@ -344,7 +344,7 @@ def loss(
         if eps.device != z0.device:  # of a tracker that was not moved: right, though it waits
             eps = eps.to(z0.device)
         value, stats, _ = _Loss.apply(  # type: ignore[no-untyped-call]
-            z0, z1, negatives, eps, tau, _mode(z0, mode), reduction, variant, beta, tau_plus,
+            z0, _another(z0, z1), negatives, eps, tau, _mode(z0, mode), reduction, variant, beta, tau_plus,
             _learns(z0, z1, negatives),
         )  # fmt: skip
         return value, stats[_COUNT], stats[_SHARE]
@@ -352,6 +352,11 @@ def loss(
         z0, z1, negatives, eps, tau, mode, beta, tau_plus, variant
     )
     return _reduce(rows, reduction), hard, share
+
+
+def _another(z0: Tensor, z1: Tensor) -> Tensor:
+    """z1 as a tensor of its own: the compiler refuses one that is passed twice."""
+    return z1.view(z1.shape) if z1 is z0 else z1
 
 
 def _learns(*inputs: Tensor) -> bool:
@@ -368,7 +373,7 @@ def adaptive_loss(
     leave_graph_in_transforms()
     keep = _learns(z0, z1, negatives)
     value, stats, eps, state, _ = _Adaptive.apply(  # type: ignore[no-untyped-call]
-        z0, z1, negatives, state, tau, _mode(z0, mode), *options, keep
+        z0, _another(z0, z1), negatives, state, tau, _mode(z0, mode), *options, keep
     )
     return value, stats[_COUNT], stats[_SHARE], eps, state
 

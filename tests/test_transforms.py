@@ -303,6 +303,15 @@ def test_aot_autograd_traces_forward_and_backward_of_every_mode(mode):
         assert torch.equal(ours, eager)
 
 
+@pytest.mark.parametrize("threshold", ("adaptive", 0.2))
+def test_one_tensor_as_both_views_compiles_too(threshold):
+    module = HEXLoss(threshold=threshold)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    z = batches(1)[0][0]
+    ours, expected = (a_step(lambda a, _, f=f: f(a, a), z, z) for f in (compiled, module))
+    assert all(map(torch.equal, ours, expected))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, on importing inductor
 def test_inductor_compiles_a_training_step():
     module, eager = HEXLoss(), HEXLoss()
