@@ -3,7 +3,8 @@
 
 A level is chosen when the extension is loaded, so each has a process of its own: this file run as a
 program, which compares values and gradients of every mode, variant and dtype with
-hex/reference.py. What a HEX_ISA that cannot be followed says is in test_import.py too.
+hex/reference.py. A level that the CPU lacks is skipped; an emulator can run the program too. What a
+HEX_ISA that cannot be followed says is in test_import.py too.
 """
 
 import itertools
