@@ -344,8 +344,8 @@ def loss(
         if eps.device != z0.device:  # of a tracker that was not moved: right, though it waits
             eps = eps.to(z0.device)
         value, stats, _ = _Loss.apply(  # type: ignore[no-untyped-call]
-            z0, _another(z0, z1), negatives, eps, tau, _mode(z0, mode), reduction, variant, beta, tau_plus,
-            _learns(z0, z1, negatives),
+            z0, _another(z0, z1), negatives, eps, tau, _mode(z0, mode), reduction, variant, beta,
+            tau_plus, _learns(z0, z1, negatives),
         )  # fmt: skip
         return value, stats[_COUNT], stats[_SHARE]
     rows, hard, share = reference.loss_rows(
