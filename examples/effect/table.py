@@ -261,8 +261,8 @@ def plan(name: str, study: Study, rows: dict[str, dict[str, Any]]) -> list[Confi
             for x in (study.losses if regime in study.whole_regimes else telling)
         ]  # fmt: skip
 
-    # a look at everything before more seeds of what is known
+    # a look at everything, then three seeds of everything, then more of what matters most
     runs += [config(x, chosen[x.name], first) for x in variants] + in_regimes(first)
-    runs += [config(x, chosen[x.name], seed) for seed in study.more_seeds for x in telling]
     runs += [config(x, chosen[x.name], seed) for seed in later for x in variants]
-    return runs + [run for seed in later for run in in_regimes(seed)]
+    runs += [run for seed in later for run in in_regimes(seed)]
+    return runs + [config(x, chosen[x.name], seed) for seed in study.more_seeds for x in telling]
