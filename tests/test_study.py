@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 import study  # noqa: E402
 from common import data  # noqa: E402
 from common.training import parser_of  # noqa: E402
-from effect import differences, measure, report, rows  # noqa: E402
+from effect import differences, measure, plots, report, rows  # noqa: E402
 from effect.run import Images, read_superclasses  # noqa: E402
 from effect.run import run as run_one  # noqa: E402
 from effect.table import CPU, LOSSES, STUDIES, TINY, UNTRAINED, Config, plan  # noqa: E402
@@ -176,8 +176,10 @@ def test_a_plan_ends_and_names_no_run_twice(name):
     losses = {run.loss.name for run in runs if run.regime == "main"}
     assert losses == {loss.name for loss in LOSSES} | {UNTRAINED.name}
     # the best tuned setting of each form goes on with the baselines
-    more = {run.loss.name for run in runs if run.seed == 4}
+    more = {run.loss.name for run in runs if (run.regime, run.seed) == ("main", 4)}
     assert more == {"infonce", "decoupled", "hcl", "paper q0.99", "released q0.99"}
+    leads = {(r.regime, r.loss.name) for r in runs if r.seed in (3, 4) and r.regime != "main"}
+    assert leads == {(x, name) for x, names in STUDIES[name].leads.items() for name in names}
     assert {run.regime for run in runs} == {"main", *STUDIES[name].regimes}
 
 
@@ -390,6 +392,16 @@ def test_the_report_is_drawn_from_the_rows_and_keeps_what_people_wrote(whole, tm
     assert len(list((tmp_path / "images").glob("effect-tiny-*.png"))) == 4
     assert study.main(["report", "--rows", str(whole), "--document", str(path)]) == 0
     assert path.read_text() == text
+
+
+def test_the_picture_of_the_regimes_has_a_panel_for_each_that_ran(whole):
+    runs = differences.compared("tiny", TINY_STUDY, rows.read(whole))
+    families = {loss.name: loss.family for loss in TINY_STUDY.losses}
+    assert plots.regimes({"main": runs, "other": {}}, families) is None
+    figure = plots.regimes({"main": runs, "other": {}, "third": runs}, families)
+    assert [panel.get_title("left") for panel in figure.axes] == ["main", "third"]
+    lines = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert lines == ["HEX paper q0.9", "HEX released q0.9"]
 
 
 def test_a_new_document_has_every_table_of_the_studies_with_rows(whole, tmp_path, capsys):

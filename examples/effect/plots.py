@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from common.pictures import BLUE, GREEN, GREY, ORANGE, plt
 
-from effect.differences import MEASURES, SCORE, Runs, compared, difference
+from effect.differences import MEASURES, SCORE, Runs, compared, difference, score
 from effect.report import mean_of, title
 from effect.rows import Rows
-from effect.table import Study
+from effect.table import MAIN, Study
 
 COLOURS = {
     "infonce": GREY, "decoupled": GREY, "hcl": GREEN, "paper": BLUE, "released": ORANGE
@@ -19,12 +19,14 @@ COLOURS = {
 
 def draw(name: str, study: Study, rows: Rows, folder: Path) -> list[Path]:
     """All pictures of a study, as files effect-NAME-*.png; those that the rows are enough for."""
-    runs = compared(name, study, rows)
+    runs, families = compared(name, study, rows), {x.name: x.family for x in study.losses}
+    everywhere = {regime: compared(name, study, rows, regime) for regime in (MAIN, *study.regimes)}
     folder.mkdir(parents=True, exist_ok=True)
     made = []
-    for picture in (differences, threshold, groups, geometry):
+    pictures = [(picture, runs) for picture in (differences, threshold, groups, geometry)]
+    for picture, shown in [*pictures, (regimes, everywhere)]:
         path = folder / f"effect-{name}-{picture.__name__}.png"
-        figure = picture(runs, {loss.name: loss.family for loss in study.losses})
+        figure = picture(shown, families)
         if figure is not None:
             figure.savefig(path)
             plt.close(figure)
@@ -46,27 +48,60 @@ def differences(runs: dict[str, Runs], families: dict[str, str]):
     figure, panels = plt.subplots(
         1, len(measures), figsize=(2.6 * len(measures) + 1.5, 0.36 * len(losses) + 1.6), sharey=True
     )
-    places = np.arange(len(losses))[::-1]
     for panel, measure in zip(panels, measures, strict=True):
-        panel.axvline(0, color=GREY, linewidth=1)
-        for loss, y in zip(losses, places, strict=True):
-            found = difference(runs[loss], base, measure)
-            colour = COLOURS[families[loss]]
-            each = [
-                100 * (runs[loss][s]["test"][measure] - base[s]["test"][measure])
-                for s in runs[loss] if s in base
-            ]  # fmt: skip
-            panel.plot(each, [y] * len(each), "o", color=colour, alpha=0.35, markersize=4)
+        differences_of(panel, losses, runs, measure, families)
+        panel.set_title(MEASURES[measure])
+    figure.suptitle(
+        "Test accuracy minus InfoNCE's at the same seed: mean ± 2 standard errors; pale: the seeds",
+        x=0.01, ha="left", fontsize=12,
+    )  # fmt: skip
+    return figure
+
+
+def differences_of(panel, losses: list[str], runs: dict[str, Runs], measure: str, families):
+    """Each loss minus InfoNCE, a line a loss; those without runs keep their line."""
+    base = runs["infonce"]
+    places = np.arange(len(losses))[::-1]
+    panel.axvline(0, color=GREY, linewidth=1)
+    for loss, y in zip(losses, places, strict=True):
+        found = difference(runs.get(loss, {}), base, measure)
+        if found is None:
+            continue
+        colour = COLOURS[families[loss]]
+        each = [
+            100 * (score(runs[loss][s], measure) - score(base[s], measure))
+            for s in runs[loss] if s in base
+        ]  # fmt: skip
+        panel.plot(each, [y] * len(each), "o", color=colour, alpha=0.35, markersize=4)
+        if found.error is not None:
             panel.errorbar(
                 100 * found.mean, y, xerr=200 * found.error, fmt="D", color=colour,
                 markersize=5, capsize=3,
             )  # fmt: skip
-        panel.set_title(MEASURES[measure])
-        panel.grid(axis="x", alpha=0.25)
-        panel.set_xlabel("points")
-    panels[0].set_yticks(places, [title(x) for x in losses])
+    panel.set_yticks(places, [title(x) for x in losses])
+    panel.grid(axis="x", alpha=0.25)
+    panel.set_xlabel("points")
+
+
+def regimes(everywhere: dict[str, dict[str, Runs]], families: dict[str, str]):
+    """A panel a regime: the score of each loss minus InfoNCE's, of the losses that ran in more than
+    the main one."""
+    there = {name: runs for name, runs in everywhere.items() if len(runs.get("infonce", {})) > 1}
+    losses = [
+        x for x in families if x != "infonce"
+        and any(x in runs for name, runs in there.items() if name != MAIN)
+    ]  # fmt: skip
+    if not losses:
+        return None
+    figure, panels = plt.subplots(
+        1, len(there), figsize=(2.6 * len(there) + 1.5, 0.36 * len(losses) + 1.6), sharey=True,
+        sharex=True, squeeze=False,
+    )  # fmt: skip
+    for panel, (name, runs) in zip(panels[0], there.items(), strict=True):
+        differences_of(panel, losses, runs, SCORE, families)
+        panel.set_title(name)
     figure.suptitle(
-        "Test accuracy minus InfoNCE's at the same seed: mean ± 2 standard errors; pale: the seeds",
+        "Score minus InfoNCE's at the same seed: mean ± 2 standard errors; pale: the seeds",
         x=0.01, ha="left", fontsize=12,
     )  # fmt: skip
     return figure
