@@ -190,13 +190,16 @@ class _Adaptive(torch.autograd.Function):
     """The same where eps comes from the batch by way of a tracker's state: one call for all."""
 
     @staticmethod
-    def forward(
+    def forward(  # every argument by its name: torch.compile counts them
         z0: Tensor, z1: Tensor, negatives: Tensor, state: Tensor, tau: Tensor,
-        mode: int, reduction: int, variant: int, beta: float, tau_plus: float, *rule: Any,
+        mode: int, reduction: int, variant: int, beta: float, tau_plus: float, quantile: float,
+        over_negatives: bool, momentum: float, monotonic: bool, lagged: bool, warmup_epochs: int,
+        warmup_threshold: float, keep: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         outputs: tuple[Tensor, ...] = torch.ops.hex.adaptive(
-            z0, z1, negatives, state, tau, mode, reduction, variant, beta, tau_plus, *rule
-        )
+            z0, z1, negatives, state, tau, mode, reduction, variant, beta, tau_plus, quantile,
+            over_negatives, momentum, monotonic, lagged, warmup_epochs, warmup_threshold, keep,
+        )  # fmt: skip
         return outputs
 
     @staticmethod

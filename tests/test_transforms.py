@@ -303,6 +303,15 @@ def test_aot_autograd_traces_forward_and_backward_of_every_mode(mode):
         assert torch.equal(ours, eager)
 
 
+def test_a_compiled_module_serves_inputs_without_a_gradient_too():
+    z0, z1 = batches(1)[0]
+    module = HEXLoss()
+    for _ in range(2):
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(z0, z1), module(z0, z1))
+        module.eval()
+
+
 @pytest.mark.parametrize("threshold", ("adaptive", 0.2))
 def test_one_tensor_as_both_views_compiles_too(threshold):
     module = HEXLoss(threshold=threshold)
