@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import reference_classes as reference
-from .ops import _reduce, _register_vmap, leave_graph_in_transforms
+from .ops import _reduce, _register_vmap
 
 __all__ = ["PAIRINGS", "POSITIVES", "labelled_loss", "labelled_row_range", "labelled_threshold",
            "logits_loss", "logits_row_range", "logits_threshold"]  # fmt: skip
@@ -311,7 +311,6 @@ def labelled_loss(
     """The reduced loss, and of each row |H| and the local term's share (no gradient)."""
     inputs = (x, y, ids, candidate_ids, mask, groups, candidate_groups, guide, candidate_guide, eps,
               tau)  # fmt: skip
-    leave_graph_in_transforms()
     if _has_kernel(x):
         value, stats = _Labelled.apply(  # type: ignore[no-untyped-call]
             *inputs, pairing, reduction, variant, positives, beta, tau_plus
@@ -369,7 +368,6 @@ def logits_loss(
     reduction: int, variant: int, beta: float, tau_plus: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The reduced loss, and of each row |H| and the local term's share (no gradient)."""
-    leave_graph_in_transforms()
     if _has_kernel(logits):
         value, stats = _Logits.apply(  # type: ignore[no-untyped-call]
             logits, target, score, eps, tau, given, reduction, variant, beta, tau_plus

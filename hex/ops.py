@@ -322,7 +322,7 @@ def _has_kernel(z: Tensor, op: str = "") -> bool:
     return False
 
 
-def leave_graph_in_transforms() -> None:
+def _leave_graph_in_transforms() -> None:
     """Has func transforms inside a compiled region run uncompiled: the compiler would trace the
     operator there and not its autograd.Function, and the gradient would be zero without a word."""
     if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
@@ -342,7 +342,7 @@ def loss(
     mode: int, reduction: int, variant: int, beta: float, tau_plus: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The reduced loss, and of each row |H| and the local term's share (no gradient)."""
-    leave_graph_in_transforms()
+    _leave_graph_in_transforms()
     if _has_kernel(z0, "forward"):
         if eps.device != z0.device:  # of a tracker that was not moved: right, though it waits
             eps = eps.to(z0.device)
@@ -373,7 +373,7 @@ def adaptive_loss(
     """`loss` at the eps that a tracker gives for the batch, in one call: the loss, |H| and share of
     each row, eps and the tracker's new state. Arguments: those of torch.ops.hex.adaptive but the
     last."""
-    leave_graph_in_transforms()
+    _leave_graph_in_transforms()
     keep = _learns(z0, z1, negatives)
     value, stats, eps, state, _ = _Adaptive.apply(  # type: ignore[no-untyped-call]
         z0, _another(z0, z1), negatives, state, tau, _mode(z0, mode), *options, keep

@@ -229,17 +229,19 @@ def of_logits(a: Tensor, b: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("module", "loss"),
+    ("module", "loss", "in_one_graph"),
     (
-        (HEXLoss(), None),
-        (HEXLoss(threshold=0.2), None),
-        (HEXSupConLoss(), lambda module, a, b: module(torch.stack((a, b), 1))),
-        (None, lambda _, a, b: hex_loss(a, b, eps=0.2)),
-        (None, lambda _, a, b: of_logits(a, b)),
+        (HEXLoss(), None, False),
+        (HEXLoss(threshold=0.2), None, False),
+        (HEXSupConLoss(), lambda module, a, b: module(torch.stack((a, b), 1)), True),
+        (None, lambda _, a, b: hex_loss(a, b, eps=0.2), False),
+        (None, lambda _, a, b: of_logits(a, b), True),
     ),
     ids=("adaptive", "fixed", "sup_con", "function", "logits"),
 )
-def test_a_transform_inside_a_compiled_function_runs_uncompiled_and_leaves_nothing(module, loss):
+def test_a_transform_inside_a_compiled_function_is_right_and_leaves_nothing(
+    module, loss, in_one_graph
+):
     z0, z1 = batches(1)[0]
     inside = torch.func.grad(lambda a, b: loss(module, a, b) if loss else module(a, b))
     expected, got = inside(z0, z1), torch.compile(inside, backend="aot_eager")(z0, z1)
@@ -247,8 +249,13 @@ def test_a_transform_inside_a_compiled_function_runs_uncompiled_and_leaves_nothi
     assert torch.equal(got, expected)
     assert module is None or module.last is None
     torch._dynamo.reset()  # or it would remember that this function is not to be compiled
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="hex-ssl: a loss under torch.func"):
-        torch.compile(inside, backend="aot_eager", fullgraph=True)(z0, z1)
+    whole = torch.compile(inside, backend="aot_eager", fullgraph=True)
+    if in_one_graph:
+        assert torch.equal(whole(z0, z1), expected)
+    else:
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="hex-ssl: a loss under torch.func"):
+            whole(z0, z1)
+    assert module is None or module.last is None
 
 
 @pytest.mark.parametrize(
