@@ -373,7 +373,6 @@ def adaptive_loss(
     """`loss` at the eps that a tracker gives for the batch, in one call: the loss, |H| and share of
     each row, eps and the tracker's new state. Arguments: those of torch.ops.hex.adaptive but the
     last."""
-    _leave_graph_in_transforms()
     keep = _learns(z0, z1, negatives)
     value, stats, eps, state, _ = _Adaptive.apply(  # type: ignore[no-untyped-call]
         z0, _another(z0, z1), negatives, state, tau, _mode(z0, mode), *options, keep
