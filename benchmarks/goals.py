@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from parts import PRODUCT
+from parts import BF16, PRODUCT
 from peers import COMPILED_HEX, HEX, PLAIN_HEX, PLAIN_INFO_NCE, Method
 
 Record = Mapping[str, Any]
@@ -25,6 +25,7 @@ SHARE = (0.55, 0.68, 0.75, 0.82, 0.84, 0.80)  # of 4 N^2 D operations at the rat
 HARD = 1.25  # times the time of the ordinary batch
 THREADS = {"512": 1.5, "4096": 1.85, "8192": 1.85}  # times as fast in two threads
 HALF = 1.03  # times the time of float32: no slower, but for what the clock is good for
+DOTS = 1.4  # times as fast in bfloat16 with its dot products as in float32
 WIDE = 5  # times as fast in float64 as plain HEX
 SHAPES = 3  # times as fast as plain InfoNCE on the same
 LARGE_MB = 200  # of 65536 rows, where memory is O(N D)
@@ -169,6 +170,10 @@ def all_of(records: Mapping[str, Record]) -> list[Goal]:
         for size, least in THREADS.items():
             one, two = (threads.best(size, HEX, threads=n) for n in (1, 2))
             add(f"two threads at {size}", quotient(one, two), least)
+    if isa := figures.get("isa"):
+        level = "avx512_bf16"
+        faster = quotient(isa.ms("4096", HEX, isa=level), isa.ms(BF16, HEX, isa=level))
+        add(f"float32 / bfloat16 at HEX_ISA={level}", faster, DOTS)
     if large := figures.get("large"):
         few, many = large.results
         about = f"{many['rows']} rows"

@@ -38,7 +38,8 @@ from hex import HEXLoss, InfoNCELoss, ThresholdTracker, ops, reference
 
 FOUR = (HEX, PLAIN_HEX, INFO_NCE, PLAIN_INFO_NCE)
 PRODUCT, MM = "tile product", "torch.mm"
-LEVELS = ("base", "avx2", "avx512")
+LEVELS = ("base", "avx2", "avx512", "avx512_bf16")
+BF16 = "4096 bfloat16"
 
 
 @dataclasses.dataclass
@@ -234,6 +235,9 @@ def isa(settings: Settings) -> list[Result]:
         rows, features = shape(size)
         case = prepare(Case(size, make(rows // 2, features)), FOUR, settings.notes)
         cases.append(with_products(case, settings.notes))
+    if not settings.quick:
+        batch = make(2048, 128, dtype=torch.bfloat16)
+        cases.append(prepare(Case(BF16, batch), FOUR, settings.notes))
     measure.retain_heap()
     repeats = settings.repeats
     return [row for case in cases for row in timed([case], repeats, "retained", isa=ops.isa())]

@@ -294,7 +294,10 @@ def isa(record: Record) -> list[Table]:
         for product, name in ((PRODUCT, "hex's own product"), (MM, "torch.mm")):
             peak = f.rate(product, isa=level)
             lines.append([f"GF/s of {name} at its best", *[number(peak)] * len(f.cases)])
-    notes = ["A process a level, plain PyTorch in each of them. Retained heap."]
+    notes = [
+        "A process a level, plain PyTorch in each of them. Retained heap. The ideal is that of "
+        f"float32; goal: bfloat16 at HEX_ISA=avx512_bf16 {goals.DOTS}x as fast as float32 there."
+    ]
     return [Table("Instruction sets, by rows: ms", ["", *f.cases], lines, notes)]
 
 

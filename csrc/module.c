@@ -122,7 +122,7 @@ static PyObject *get_isa(PyObject *self, PyObject *unused)
 
 static PyMethodDef methods[] = {
     {"isa", get_isa, METH_NOARGS,
-     "isa() -> str\n\nThe level of the CPU kernels in use: base, avx2 or avx512."},
+     "isa() -> str\n\nThe level of the CPU kernels in use: base, avx2, avx512 or avx512_bf16."},
     {"load_cuda", load_cuda, METH_O,
      "load_cuda(path) -> str | None\n\nTakes hex/_cuda.so into use; or says what is in the way."},
     {NULL, NULL, 0, NULL},

@@ -40,7 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
         description="Prints what is installed and what it runs on, then checks the CPU kernels "
         "against the reference, hex/reference.py, in float64.",
         epilog="Exit status: 0 if every error is within its limit, 1 otherwise. HEX_ISA=base, avx2 "
-        "or avx512 in the environment chooses a lower level of the CPU kernels.",
+        "or avx512 in the environment chooses a lower level of the CPU kernels; avx512_bf16 the "
+        "one for bfloat16 inputs, which is never chosen by itself.",
     )
     parser.parse_args(arguments)
     for name, value in installation():

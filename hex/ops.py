@@ -40,7 +40,7 @@ _ONE_PRODUCT = 8  # added to the mode: float32 may be rounded to 11 bits before 
 
 
 def isa() -> str:
-    """The level of the CPU kernels in use: "base", "avx2" or "avx512"."""
+    """The level of the CPU kernels in use: "base", "avx2", "avx512" or "avx512_bf16"."""
     return _C.isa()
 
 

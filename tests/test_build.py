@@ -126,7 +126,7 @@ def test_no_instruction_beyond_the_baseline_outside_the_vector_levels(built):
     registers = re.compile(r"%(ymm|zmm)")
     assert registers.search(run("objdump", "-d", built.object("cpu/isa_avx2")))
     for path in built.source.glob("build/temp*/csrc/**/*.o"):
-        if path.name not in ("isa_avx2.o", "isa_avx512.o"):
+        if not path.name.startswith("isa_avx"):
             assert not registers.search(run("objdump", "-d", path)), path.name
     assert built.object("cpu/isa_base").exists()
 

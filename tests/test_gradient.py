@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 from conftest import (
+    BY_DOTS,
     DTYPES,
     Problem,
     at_the_floor,
@@ -97,6 +98,8 @@ def test_each_input_may_have_its_own_dtype(mode, device):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_half_gradient_is_the_float32_gradient_rounded_to_nearest_even(dtype, device):
+    if BY_DOTS and dtype == torch.bfloat16 and device == "cpu":
+        pytest.skip("this level rounds the terms of a bfloat16 gradient too")
     ties = 0
     # the gradients of large rows are subnormal in float16
     for mode, scale in itertools.product(MODES, (1.0, 2.0**12)):

@@ -19,6 +19,9 @@
  * is. */
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define HEX_HAVE_X86_LEVELS 1
+#if __GNUC__ >= 10
+#define HEX_HAVE_BF16_LEVEL 1
+#endif
 #endif
 
 typedef struct {
@@ -42,7 +45,7 @@ typedef struct {
     hex_cpu_entry type[2]; /* float, double */
 } hex_cpu_level;
 
-extern const hex_cpu_level hex_cpu_base, hex_cpu_avx2, hex_cpu_avx512;
+extern const hex_cpu_level hex_cpu_base, hex_cpu_avx2, hex_cpu_avx512, hex_cpu_avx512_bf16;
 
 #define HEX_NO_MEMORY "out of memory"
 #define HEX_NO_THREADS "the thread pool could not run the loop"

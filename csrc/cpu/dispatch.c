@@ -1,9 +1,13 @@
 /* SPDX-License-Identifier: MIT */
 /* Which level of the CPU core runs: chosen once, when the extension is loaded.
- * HEX_ISA=base|avx2|avx512 forces it down, so that every level can be tested on one machine. */
+ * HEX_ISA=base|avx2|avx512 forces it down, so that every level can be tested on one machine.
+ *
+ * HEX_ISA=avx512_bf16 is for bfloat16 inputs, and never chosen by itself: right on an emulated CPU,
+ * it has not been timed on a real one, and its gradient rounds what the other levels do not. */
 #include "cpu.h"
 
 static const hex_cpu_level *level = &hex_cpu_base;
+static const hex_cpu_entry *entry[2]; /* float, double */
 
 static bool supported(const hex_cpu_level *l)
 {
@@ -16,8 +20,19 @@ static bool supported(const hex_cpu_level *l)
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                __builtin_cpu_supports("fma");
 #endif
+#ifdef HEX_HAVE_BF16_LEVEL
+#ifdef HEX_EMULATE_BF16
+    if (l == &hex_cpu_avx512_bf16)
+        return supported(&hex_cpu_avx2);
+#else
+    if (l == &hex_cpu_avx512_bf16)
+        return supported(&hex_cpu_avx512) && __builtin_cpu_supports("avx512bf16");
+#endif
+#endif
     return l == &hex_cpu_base;
 }
+
+static bool only_by_name(const hex_cpu_level *l) { return strcmp(l->name, "avx512_bf16") == 0; }
 
 const char *hex_cpu_select(const char *wanted, const char **problem)
 {
@@ -27,6 +42,9 @@ const char *hex_cpu_select(const char *wanted, const char **problem)
         &hex_cpu_avx2,
         &hex_cpu_avx512,
 #endif
+#ifdef HEX_HAVE_BF16_LEVEL
+        &hex_cpu_avx512_bf16,
+#endif
     };
     const int count = sizeof levels / sizeof *levels;
     bool named = !wanted || !*wanted;
@@ -34,79 +52,84 @@ const char *hex_cpu_select(const char *wanted, const char **problem)
     for (int i = 0; i < count; i++) {
         const bool chosen = wanted && strcmp(wanted, levels[i]->name) == 0;
         named |= chosen;
-        if (supported(levels[i]))
+        if (supported(levels[i]) && (chosen || !only_by_name(levels[i]))) {
             level = levels[i];
-        else if (chosen)
+            for (int wide = 0; wide < 2; wide++) /* what it leaves out is that of the one before */
+                if (level->type[wide].forward)
+                    entry[wide] = &level->type[wide];
+        } else if (chosen)
             *problem = "this CPU does not have it";
         if (chosen)
             break;
     }
-    if (!named && (strcmp(wanted, "avx2") == 0 || strcmp(wanted, "avx512") == 0)) {
-        *problem = "this build does not have it";
-        named = true;
-    }
+    static const char *const all[] = {"avx2", "avx512", "avx512_bf16"};
+    for (size_t i = 0; !named && i < sizeof all / sizeof *all; i++)
+        if (strcmp(wanted, all[i]) == 0) {
+            *problem = "this build does not have it";
+            named = true;
+        }
     if (!named)
-        *problem = "expected base, avx2 or avx512";
+        *problem = "expected base, avx2, avx512 or avx512_bf16";
     return named ? level->name : NULL;
 }
 
 const char *hex_cpu_forward(const hex_problem *p, void *loss, void *stats)
 {
-    return level->type[p->wide].forward(p, loss, stats);
+    return entry[p->wide]->forward(p, loss, stats);
 }
 
 const char *hex_cpu_backward(const hex_problem *p, const hex_gradient *g)
 {
-    return level->type[p->wide].backward(p, g);
+    return entry[p->wide]->backward(p, g);
 }
 
 const char *hex_cpu_adaptive(const hex_problem *p, hex_tracker *t, void *loss, void *stats)
 {
-    return level->type[p->wide].adaptive(p, t, loss, stats);
+    return entry[p->wide]->adaptive(p, t, loss, stats);
 }
 
 const char *hex_cpu_threshold(const hex_problem *p, double quantile, bool over_negatives,
                               double *mean)
 {
-    return level->type[p->wide].threshold(p, quantile, over_negatives, mean);
+    return entry[p->wide]->threshold(p, quantile, over_negatives, mean);
 }
 
 const char *hex_cpu_row_range(const hex_problem *p, void *low, void *high)
 {
-    return level->type[p->wide].row_range(p, low, high);
+    return entry[p->wide]->row_range(p, low, high);
 }
 
-int64_t hex_cpu_kept(const hex_problem *p) { return level->type[p->wide].kept(p); }
+int64_t hex_cpu_kept(const hex_problem *p) { return entry[p->wide]->kept(p); }
 
 const char *hex_cpu_labelled_forward(const hex_labelled *p, void *loss, void *stats)
 {
-    return level->type[p->wide].labelled_forward(p, loss, stats);
+    return entry[p->wide]->labelled_forward(p, loss, stats);
 }
 
 const char *hex_cpu_labelled_backward(const hex_labelled *p, const hex_row_gradient *g)
 {
-    return level->type[p->wide].labelled_backward(p, g);
+    return entry[p->wide]->labelled_backward(p, g);
 }
 
 const char *hex_cpu_labelled_quantile(const hex_labelled *p, double quantile, bool over_negatives,
                                       double *mean, void *low, void *high)
 {
-    return level->type[p->wide].labelled_quantile(p, quantile, over_negatives, mean, low, high);
+    return entry[p->wide]->labelled_quantile(p, quantile, over_negatives, mean, low, high);
 }
 
 const char *hex_cpu_logits_forward(const hex_logits *p, void *loss, void *stats)
 {
-    return level->type[p->wide].logits_forward(p, loss, stats);
+    return entry[p->wide]->logits_forward(p, loss, stats);
 }
 
 const char *hex_cpu_logits_backward(const hex_logits *p, const hex_row_gradient *g)
 {
-    return level->type[p->wide].logits_backward(p, g);
+    return entry[p->wide]->logits_backward(p, g);
 }
 
 const char *hex_cpu_logits_quantile(const hex_logits *p, double quantile, bool over_negatives,
                                     bool self_column, double *mean, void *low, void *high)
 {
-    return level->type[p->wide].logits_quantile(p, quantile, over_negatives, self_column, mean, low,
-                                                high);
+    return entry[p->wide]->logits_quantile(p, quantile, over_negatives, self_column, mean, low,
+                                           high);
 }
