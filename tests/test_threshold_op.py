@@ -74,6 +74,58 @@ def test_every_rank_of_a_row_can_be_taken(mode):
             assert got == row.tolist()
 
 
+def blocks_of_cosines(p: Problem, over: str):
+    """The rows of `rows_of_cosines`, a side at a time, in float32: where cosines are exact. What is
+    left out is infinite, so that it is behind every rank."""
+    z0, z1, *negatives = (z / 8 for z in p.inputs)
+    sides = [(z0, z1), (z1, z0)] if p.mode == "cross" else [(z0, z1)]
+    if p.mode == "ntxent":
+        sides = [(torch.cat([z0, z1]),) * 2]
+    if p.mode == "shared":
+        positive = (z0 * z1).sum(1, keepdim=True)
+        yield torch.cat([positive, z0 @ negatives[0].T], 1)[:, over == "negatives" :]
+        return
+    for anchors, others in sides:
+        c = anchors @ others.T
+        if over == "negatives":
+            c.fill_diagonal_(math.inf)
+            if p.mode == "ntxent":
+                for half in (c[: len(z0), len(z0) :], c[len(z0) :, : len(z0)]):
+                    half.fill_diagonal_(math.inf)
+        yield c
+
+
+@pytest.mark.parametrize("mode, B, K", [
+    ("ntxent", 3100, 0), ("query", 6150, 0), ("cross", 6150, 0), ("shared", 50, 6200),
+])  # fmt: skip
+def test_rows_of_thousands_are_selected_from_exactly(mode, B, K):
+    """Whole lists; many ties; one row in ten, whose lists are too long; nothing but ties."""
+    for over, flips, quantile in (
+        ("negatives", 0.5, 0.99), ("all", 0.1, 0.9), ("all", 0.4, 0.99), ("negatives", 0.0, 0.99),
+    ):  # fmt: skip
+        p = exact(mode, B, K, flips=flips)
+        if flips == 0.4:
+            for z in p.inputs:
+                z[::10] = z[0]
+        total, rows = 0.0, 0
+        for c in blocks_of_cosines(p, over):
+            n = c.shape[1] - (over == "negatives") * {"ntxent": 2, "shared": 0}.get(mode, 1)
+            k = round(quantile * (n - 1))
+            total += c.kthvalue(k + 1).values.double().sum().item()
+            rows += len(c)
+        assert threshold(p, quantile, over).item() == total / rows, (over, flips)
+
+
+def test_a_row_of_thousands_that_is_not_finite_is_nan():
+    for bad in (math.nan, math.inf):
+        p = exact("shared", 50, 6200)
+        p.inputs[2][6199, 3] = bad
+        assert threshold(p, 0.99).isnan()
+        p = exact("shared", 50, 6200)
+        p.inputs[1][49, 3] = bad
+        assert threshold(p, 0.99, "negatives").isnan()
+
+
 def test_a_rank_halfway_is_rounded_to_the_even_one():
     p = exact("own", 1, 6)
     row = rows_of_cosines(p, "all")[0].sort().values  # 7 elements
