@@ -272,8 +272,8 @@ def large(record: Record) -> list[Table]:
     note = (
         "HEXLoss, one call, of 8192 rows the median of several; "
         f"{record['results'][0]['compared']} rows of its loss compared with hex.reference. Goals: "
-        f"less than {goals.LARGE_MB} MB; a pair at most {goals.LARGE_PAIR}x the time of one at 8192 "
-        "rows."
+        f"less than {goals.LARGE_MB} MB; a pair at most {goals.LARGE_PAIR}x the time of one of "
+        "8192 rows."
     )
     columns = ["", "s of CPU time", "ns a pair of rows", "peak MB"]
     return [Table("Many rows, D = 128, stock heap", columns, lines, [note])]
