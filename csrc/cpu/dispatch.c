@@ -6,8 +6,7 @@
  * it has not been timed on a real one, and its gradient rounds what the other levels do not. */
 #include "cpu.h"
 
-static const hex_cpu_level *level = &hex_cpu_base;
-static const hex_cpu_entry *entry[2]; /* float, double */
+static const hex_cpu_entry *entry[2]; /* float, double; since hex_cpu_select */
 
 static bool supported(const hex_cpu_level *l)
 {
@@ -47,6 +46,7 @@ const char *hex_cpu_select(const char *wanted, const char **problem)
 #endif
     };
     const int count = sizeof levels / sizeof *levels;
+    const hex_cpu_level *level = NULL;
     bool named = !wanted || !*wanted;
     *problem = NULL;
     for (int i = 0; i < count; i++) {
