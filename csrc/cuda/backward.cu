@@ -9,22 +9,22 @@
 // of a second product, whose right one is the tile's columns again. Two products a tile; no
 // atomics.
 //
-// Outside H both terms share an exponential: w = (rest_o + rest_t) 2^(c log2(e) / tau), with each
-// row's coefficient put on the common scale. That stays in range down to tau = 1/32; below, and for
-// members of H, each row's term is computed at its own scale.
+// For tau >= 1/32 all of it is taken from one exponential E = 2^(c log2(e) / tau), with each row's
+// coefficients put on that common scale: (rest_o + rest_t) E where both rows have t and o in G. So
+// exponentials stay in range down to tau = 1/32 (with beta: E^(1 + beta) up to 2^80); beyond, each
+// row's term is computed at its own scale.
 //
 // The second product takes w in fp16, split in two where u is. A power of two for each row keeps
 // its largest weight near 2^9; it falls when a larger weight comes, and what was summed is
 // rescaled. So the error is relative to the row, however small its gradient is beside the others'.
+//
+// Up to 128 features the second product reads the panels of the first, and a tile is loaded once.
+// More features are cut in chunks of VALUES panels, each with CUDA blocks of its own, which compute
+// the cosines again.
 #include "tile.cuh"
 
-#define WARPS 8
-#define ROWS (16 * WARPS)
-#define THREADS (32 * WARPS)
+#define SIDE_BYTES (K_ROWS * BN * (int)sizeof(float)) // of the coefficients of a tile's columns
 #define VALUES 2 // panels of the gradient that a block has in its registers
-
-// Of rows past the end: in no H, repelled by nothing.
-DEVICE float nothing(int coefficient) { return coefficient == K_EPS ? INFINITY : 0.f; }
 
 // Coefficients of the two rows of a thread, and of the tile's columns in shared memory.
 struct weights {
@@ -41,27 +41,46 @@ struct weights {
                          k[K_HARD * BN], scale, beta);
     }
 
+    // The same at the common scale, where c is in H for one of the two rows at least.
+    __device__ __forceinline__ float hard(float c, float e, int h, int col) const
+    {
+        const float *k = column + col;
+        const float b = beta == 1 ? e : ex2(beta * c * scale);
+        const float x = c > row[h][K_EPS]
+                            ? b * fmaf(row[h][K_HARD_E0], e, -row[h][K_HARD0])
+                            : row[h][K_REST0] * e;
+        const float y = c > k[K_EPS * BN] ? b * fmaf(k[K_HARD_E0 * BN], e, -k[K_HARD0 * BN])
+                                          : k[K_REST0 * BN] * e;
+        return x + y;
+    }
+
     // acc becomes the tile's weights; top the largest of each row's.
     __device__ __forceinline__ void tile(float (&acc)[8][4], const hex_places &places, bool edge,
                                          float (&top)[2]) const
     {
         const int t = (int)threadIdx.x & 3, lane = (int)threadIdx.x & 31;
-        float lowest = fminf(column[K_EPS * BN + lane], column[K_EPS * BN + lane + 32]);
-        for (int k = 16; k > 0; k >>= 1)
-            lowest = fminf(lowest, __shfl_xor_sync(~0u, lowest, k));
-        float limit[2];
-        for (int h = 0; h < 2; h++)
-            limit[h] = apart ? -INFINITY : fminf(lowest, row[h][K_EPS]);
+        if (apart) {
 #pragma unroll
-        for (int n = 0; n < 8; n++) {
-            const float2 rest = *(const float2 *)(column + K_REST0 * BN + 8 * n + 2 * t);
+            for (int n = 0; n < 8; n++)
 #pragma unroll
-            for (int q = 0; q < 4; q++) {
-                const int h = q >> 1;
-                const float c = acc[n][q];
-                acc[n][q] = (row[h][K_REST0] + (q & 1 ? rest.y : rest.x)) * ex2(c * scale);
-                if (c > limit[h])
-                    acc[n][q] = exact(c, h, 8 * n + 2 * t + (q & 1));
+                for (int q = 0; q < 4; q++)
+                    acc[n][q] = exact(acc[n][q], q >> 1, 8 * n + 2 * t + (q & 1));
+        } else {
+            float lowest = fminf(column[K_EPS * BN + lane], column[K_EPS * BN + lane + 32]);
+            for (int k = 16; k > 0; k >>= 1)
+                lowest = fminf(lowest, __shfl_xor_sync(~0u, lowest, k));
+            const float limit[2] = {fminf(lowest, row[0][K_EPS]), fminf(lowest, row[1][K_EPS])};
+#pragma unroll
+            for (int n = 0; n < 8; n++) {
+                const float2 rest = *(const float2 *)(column + K_REST0 * BN + 8 * n + 2 * t);
+#pragma unroll
+                for (int q = 0; q < 4; q++) {
+                    const int h = q >> 1;
+                    const float c = acc[n][q], e = ex2(c * scale);
+                    acc[n][q] = (row[h][K_REST0] + (q & 1 ? rest.y : rest.x)) * e;
+                    if (c > limit[h])
+                        acc[n][q] = hard(c, e, h, 8 * n + 2 * t + (q & 1));
+                }
             }
         }
         if (edge)
@@ -88,83 +107,69 @@ DEVICE float weight_scale(float top)
     return __uint_as_float((uint32_t)(power > 227 ? 227 : power < 1 ? 1 : power) << 23);
 }
 
-// out[16 rows][64 columns of the panel] += the weights times the tile's columns.
+// out[16 rows a warp][64 features of the panel] += the weights times the tile's columns.
 template <bool SPLIT>
-DEVICE void multiply_weights(float (*out)[4], const uint32_t (&high)[4][4],
+DEVICE void multiply_weights(float (&out)[8][4], const uint32_t (&high)[4][4],
                              const uint32_t (&low)[4][4], const uint16_t *b)
 {
-    const int lane = (int)threadIdx.x & 31;
+    if (!SPLIT) {
+        multiply_transposed(out, high, b);
+        return;
+    }
+    // A tile by itself, the small products first: tensor cores cut off what they add.
+    float part[8][4] = {};
+    wgmma_begin(part);
+    multiply_transposed(part, low, b);
+    multiply_transposed(part, high, b + HALVES);
+    multiply_transposed(part, high, b);
+    wgmma_end(part);
 #pragma unroll
-    for (int k = 0; k < BN / 16; k++)
+    for (int n = 0; n < 8; n++)
 #pragma unroll
-        for (int d = 0; d < PANEL / 16; d++) {
-            uint32_t y[4];
-            const int at = swizzle(16 * k + (lane & 15), 2 * d + (lane >> 4));
-            ldmatrix_transposed(y, b + at);
-            mma_f16(out[2 * d], high[k], y[0], y[1]);
-            mma_f16(out[2 * d + 1], high[k], y[2], y[3]);
-            if (SPLIT) {
-                mma_f16(out[2 * d], low[k], y[0], y[1]);
-                mma_f16(out[2 * d + 1], low[k], y[2], y[3]);
-                ldmatrix_transposed(y, b + B_HALVES + at);
-                mma_f16(out[2 * d], high[k], y[0], y[1]);
-                mma_f16(out[2 * d + 1], high[k], y[2], y[3]);
-            }
-        }
+        for (int q = 0; q < 4; q++)
+            out[n][q] += part[n][q];
 }
 
-// The gradient's columns are cut in chunks of VALUES panels, each with CUDA blocks of its own,
-// which compute the cosines again.
-template <bool SPLIT>
-static __global__ void __launch_bounds__(THREADS, 1)
-    gather_tiles(hex_problem p, hex_run r, bool resident)
+template <int WARPS, bool SPLIT, bool KEEP, bool HOLD>
+static __global__ void __launch_bounds__(32 * WARPS, 1)
+    gather_tiles(hex_problem p, hex_run r, hex_fit fit)
 {
+    constexpr int ROWS = 16 * WARPS;
     HEX_SHARED_MEMORY(shared);
     const int t = (int)threadIdx.x & 3;
     const unsigned blocks = (unsigned)r.parts.blocks;
     const int panels = (int)(r.unit.width / PANEL), chunk = (int)(blockIdx.x / blocks);
     const int value0 = chunk * VALUES, values = panels - value0 < VALUES ? panels - value0 : VALUES;
-    float *column = (float *)(shared + tile_bytes(WARPS, SPLIT, panels, resident));
     const float *coefficients = (const float *)r.coefficients;
 
     hex_block block;
     block.start(r.parts, ROWS, blockIdx.x % blocks);
-    hex_stream<WARPS, SPLIT> stream;
+    hex_stream<WARPS, SPLIT, KEEP, HOLD> stream;
     hex_places places;
-    stream.start(r.unit, shared, block.row0, block.part.row1, block.col0, block.col1, resident,
-                 values, value0);
+    stream.start(r.unit, fit, shared, block.row0, block.col0, block.col1);
+    stream.take_side(shared + fit.at.more, coefficients, SIDE_BYTES,
+                     SIDE_BYTES / K_ROWS * K_ALL);
+    if (!HOLD)
+        stream.take_values(values, value0);
+    stream.fill();
     places.start(block.row0, p.B);
 
     const double tau = read_vector(p.tau, 0);
     weights w;
-    w.scale = (float)(HEX_LOG2E / tau), w.beta = (float)p.beta, w.column = column;
-    w.apart = !(tau >= 1. / 32);
+    w.scale = (float)(HEX_LOG2E / tau), w.beta = (float)p.beta;
+    w.apart = !(tau >= 1. / 32 && (1 + p.beta) * HEX_LOG2E <= 80 * tau);
     for (int h = 0; h < 2; h++)
         for (int k = 0; k < K_ROWS; k++)
-            w.row[h][k] = places.row[h] < block.part.row1
-                              ? coefficients[k * r.unit.count + places.row[h]]
-                              : nothing(k);
+            w.row[h][k] = block.has(places.row[h]) ? coefficients[coefficient(k, places.row[h])]
+                          : k == K_EPS             ? INFINITY
+                                                   : 0.f;
 
-    float out[8 * VALUES][4] = {}, unit[2] = {0x1p100f, 0x1p100f}; // out is du times unit
-    int64_t col = block.col0;
-    // A tile's coefficients travel with its first panel: all warps are then done with the last
-    // ones.
-    auto bring_coefficients = [&](int64_t from) {
-        for (int k = (int)threadIdx.x; k < K_ROWS * BN; k += THREADS) {
-            const int64_t j = from + k % BN;
-            column[k] = j < block.col1 ? coefficients[k / BN * r.unit.count + j] : nothing(k / BN);
-        }
-    };
-    if (stream.request(0))
-        bring_coefficients(col);
-    for (; col < block.col1; col += BN) {
-        float acc[8][4] = {}, top[2];
-#pragma unroll 1
-        for (int panel = 0; panel < panels; panel++) {
-            stream.advance();
-            stream.add_cosines(acc, panel);
-        }
-        w.tile(acc, places, places.enter(col, block.col1), top);
+    float out[VALUES][8][4] = {}, unit[2] = {0x1p100f, 0x1p100f}; // out is du times unit
+    for (int64_t col = block.col0; col < block.col1; col += BN) {
+        float acc[8][4], top[2];
+        const int first = stream.cosines(acc);
+        w.column = (const float *)stream.side_of_tile();
+        w.tile(acc, places, places.enter(col, block.part.col0, block.col1), top);
 
         bool larger = false;
         float factor[2];
@@ -181,10 +186,12 @@ static __global__ void __launch_bounds__(THREADS, 1)
         }
         if (__any_sync(~0u, larger))
 #pragma unroll
-            for (int n = 0; n < 8 * VALUES; n++)
+            for (int v = 0; v < VALUES; v++)
 #pragma unroll
-                for (int q = 0; q < 4; q++)
-                    out[n][q] *= factor[q >> 1];
+                for (int n = 0; n < 8; n++)
+#pragma unroll
+                    for (int q = 0; q < 4; q++)
+                        out[v][n][q] *= factor[q >> 1];
 
         // Two neighbouring 8-column pieces of the accumulator are a left operand.
         uint32_t high[4][4], low[4][4];
@@ -199,42 +206,55 @@ static __global__ void __launch_bounds__(THREADS, 1)
                                              x1 - f16_to_float((uint16_t)(high[k][q] >> 16)))
                                   : 0;
             }
+        if (HOLD) {
+            const int second = first + 1 == fit.slots ? 0 : first + 1;
 #pragma unroll
-        for (int v = 0; v < VALUES; v++)
-            if (v < values) {
-                if (stream.advance())
-                    bring_coefficients(col + BN);
-                multiply_weights<SPLIT>(out + 8 * v, high, low, stream.b_panel(stream.slot));
-            }
+            for (int v = 0; v < VALUES; v++)
+                wgmma_begin(out[v]);
+            multiply_weights<SPLIT>(out[0], high, low, stream.b_panel(first));
+            if (panels > 1)
+                multiply_weights<SPLIT>(out[1], high, low, stream.b_panel(second));
+#pragma unroll
+            for (int v = 0; v < VALUES; v++)
+                wgmma_end(out[v]);
+            stream.done(panels);
+        } else
+#pragma unroll
+            for (int v = 0; v < VALUES; v++)
+                if (v < values) {
+                    const int now = stream.next();
+                    wgmma_begin(out[v]);
+                    multiply_weights<SPLIT>(out[v], high, low, stream.b_panel(now));
+                    wgmma_end(out[v]);
+                    stream.done(1);
+                }
     }
 
     float *partial = (float *)r.partial;
-    const int64_t first = block.part.first_row;
+    const int64_t first = block.part.first_row - block.part.row0;
 #pragma unroll
     for (int v = 0; v < VALUES; v++)
 #pragma unroll
         for (int n = 0; n < 8; n++)
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const int64_t o = places.row[h] - block.part.row0;
-                if (v < values && places.row[h] < block.part.row1)
-                    *(float2 *)(partial + (block.slice * r.parts.rows + first + o) * r.unit.width +
+            for (int h = 0; h < 2; h++)
+                if (v < values && block.has(places.row[h]))
+                    *(float2 *)(partial +
+                                (block.slice * r.parts.rows + first + places.row[h]) *
+                                    r.unit.width +
                                 (value0 + v) * PANEL + 8 * n + 2 * t) =
-                        make_float2(out[8 * v + n][2 * h] / unit[h],
-                                    out[8 * v + n][2 * h + 1] / unit[h]);
-            }
+                        make_float2(out[v][n][2 * h] / unit[h], out[v][n][2 * h + 1] / unit[h]);
 }
 
-template <bool SPLIT> static const char *launch(const hex_problem &p, const hex_run &r)
+template <int WARPS, bool SPLIT, bool KEEP, bool HOLD>
+static const char *launch(const hex_problem &p, const hex_run &r)
 {
-    const int64_t panels = r.unit.width / PANEL, more = K_ROWS * BN * (int64_t)sizeof(float);
-    const bool resident = tile_bytes(WARPS, SPLIT, panels, true) + more <= r.shared_limit;
-    const int bytes = (int)(tile_bytes(WARPS, SPLIT, panels, resident) + more);
-    const int64_t blocks = (panels + VALUES - 1) / VALUES * r.parts.blocks;
-    const auto kernel = gather_tiles<SPLIT>;
-    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) ==
-        cudaSuccess)
-        HEX_LAUNCH(kernel, dim3((unsigned)blocks), dim3(THREADS), bytes, r.stream, p, r, resident);
+    const hex_fit fit = fit_of(r, WARPS, KEEP, HOLD, 0, SIDE_BYTES);
+    const int64_t chunks = HOLD ? 1 : (r.unit.width / PANEL + VALUES - 1) / VALUES;
+    const auto kernel = gather_tiles<WARPS, SPLIT, KEEP, HOLD>;
+    if (allow_shared_memory(kernel, r, fit))
+        HEX_LAUNCH(kernel, dim3((unsigned)(chunks * r.parts.blocks)), dim3(32 * WARPS),
+                   (int)fit.at.bytes, r.stream, p, r, fit);
     return hex_launched("backward gather");
 }
 
@@ -242,5 +262,12 @@ const char *hex_tile_gather(const hex_problem &p, const hex_run &r)
 {
     if (r.parts.blocks == 0)
         return NULL;
-    return r.unit.low ? launch<true>(p, r) : launch<false>(p, r);
+    if (r.block_rows == 192)
+        return launch<12, false, false, true>(p, r);
+    const bool keep = !r.unit.split && r.unit.width <= VALUES * PANEL;
+    const bool hold = r.unit.width <= VALUES * PANEL &&
+                      fit_of(r, 8, keep, true, 0, SIDE_BYTES).at.bytes <= r.shared_limit;
+    if (r.unit.split)
+        return hold ? launch<8, true, false, true>(p, r) : launch<8, true, false, false>(p, r);
+    return hold ? launch<8, false, true, true>(p, r) : launch<8, false, false, false>(p, r);
 }

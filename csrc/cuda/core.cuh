@@ -16,9 +16,10 @@
 #define HEX_LOWEST (-2.f) // below every cosine
 
 struct hex_unit { // rows of length one; see ../hex.h for their order
-    int64_t count, width;
-    uint16_t *high, *low; // width = D rounded up to 64; low is NULL for one product
-    void *plain;          // instead of both, for plain.cu: float or double, width = D
+    int64_t count, width; // width = D rounded up to 64
+    uint16_t *tiles;      // fp16, laid out by place_of; rows up to a multiple of 64 are zeros
+    bool split;           // with the low parts too: for three products
+    void *plain;          // instead, for plain.cu: float or double, width = D
     double *inverse;      // 1 / |z|; 0 for a row of zeros, NaN for one that is not finite
     double *positive;     // cosine of image b's two views
 };
@@ -37,19 +38,33 @@ struct hex_parts {
     int64_t blocks, row_blocks, rows; // of all parts
 };
 
-// The coefficients of every unit row, times its grad_output; 0 where it is no anchor.
-enum { K_EPS, K_SHIFT, K_REST, K_HARD_E, K_HARD, K_REST0, K_ROWS, K_POSITIVE = K_ROWS, K_ALL };
+// The coefficients of every unit row, times its grad_output; 0 where it is no anchor. The last
+// three of K_ROWS are those before, on a scale that all rows share (backward.cu).
+enum {
+    K_EPS,
+    K_SHIFT,
+    K_REST,
+    K_HARD_E,
+    K_HARD,
+    K_REST0,
+    K_HARD_E0,
+    K_HARD0,
+    K_ROWS,
+    K_POSITIVE = K_ROWS,
+    K_ALL
+};
 
 // ---- kernels, each launched by a function that returns NULL or the text of an error ----
 
 struct hex_run {
     cudaStream_t stream;
     int processors, shared_limit;
-    int block_rows; // 64 or 128
+    bool hopper;    // compute capability 9.0: kernels with more warps, and more shared memory
+    int block_rows; // a multiple of 64
     hex_unit unit;
     hex_parts parts;
     unsigned *tickets;  // one a block of rows and one more, 0
-    void *coefficients; // K_ALL x unit.count, compute type
+    void *coefficients; // of 64 rows K_ALL x 64, compute type; rows up to a multiple of 64
     uint32_t *counts;   // threshold: anchors x 256, 0; two to a word where `narrow`
     bool narrow;        // no row has more negatives than 16 bits can count
     void *partial;
@@ -130,6 +145,22 @@ SHARED_DEVICE void write_number(void *data, hex_dtype dtype, int64_t i, double x
     else
         ((uint16_t *)data)[i] = dtype == HEX_F16 ? float_to_f16((float)x) : float_to_bf16((float)x);
 }
+
+// Where a row's 16-byte chunk of 8 features stands in a panel of 64 rows and 64 features.
+SHARED_DEVICE int swizzle(int row, int chunk) { return row * 64 + (((chunk ^ row) & 7) << 3); }
+
+// Where the high part of u_id stands; its low part, if there is one, 4096 further on. All panels of
+// 64 rows follow one another.
+SHARED_DEVICE int64_t place_of(const hex_unit &u, int64_t i, int64_t d)
+{
+    const int64_t panel = i / 64 * (u.width / 64) + d / 64;
+    return panel * (u.split ? 2 : 1) * 4096 + swizzle((int)(i % 64), (int)(d % 64) >> 3) + d % 8;
+}
+
+SHARED_DEVICE __host__ int64_t padded(int64_t count) { return (count + 63) / 64 * 64; }
+
+// Where coefficient k of unit row i stands.
+SHARED_DEVICE int64_t coefficient(int k, int64_t i) { return (i / 64 * K_ALL + k) * 64 + i % 64; }
 
 // Where row j stands, of set i if there are sets (the per-anchor negatives).
 SHARED_DEVICE int64_t row_start(const hex_rows &x, int64_t j, int64_t i = 0)

@@ -1,27 +1,95 @@
 // SPDX-License-Identifier: MIT
 // The loss in one pass over the tiles. A thread holds 2 x 16 cosines of a tile. On the way through
 // them it sets the members of H aside in shared memory, where they are few, and sums the rest
-// without a branch; then it adds those set aside. Only the tiles that hold a row itself, its
-// positive or the end of the matrix look at indices.
+// without a branch; those set aside are added when there are some more of them. Only the tiles that
+// hold a row itself, its positive or the end of the matrix look at indices.
+//
+// For tau >= 1/32 all rows take 1 as the shift of the sum over G: exponentials of cosines then stay
+// in range, and there is no largest one to look for. Below, the largest so far is the shift.
 //
 // A row's sums over a slice of columns go to memory. The last block of its rows to arrive adds up
 // the slices in their order, in double, ends the rows and adds up their loss; the last of all adds
 // up those sums.
 #include "tile.cuh"
 
+#define LIST 24 // members of H that a thread can set aside of a row; a tile has at most 16
+#define FEW 8   // as many may wait for the next tile
+
 template <int WARPS> struct statistics {
+    static constexpr int THREADS = 32 * WARPS;
     hex_sums<float> sums[2];
-    float *aside; // 16 x threads, this thread's column
+    float *aside, *end[2]; // this thread's column of 2 x LIST x THREADS, and where each list ends
     float eps[2], scale, beta;
+    bool shared_shift;
+
+    __device__ __forceinline__ float *list(int h) const { return aside + h * LIST * THREADS; }
+    __device__ __forceinline__ void start()
+    {
+        for (int h = 0; h < 2; h++)
+            end[h] = list(h);
+    }
+
+    __device__ __forceinline__ void add_lists()
+    {
+        for (int h = 0; h < 2; h++) {
+#pragma unroll 1
+            for (const float *c = list(h); c < end[h]; c += THREADS)
+                sums[h].add_hard(*c, scale, beta);
+            end[h] = list(h);
+        }
+        __syncwarp(); // together again before the next tile's products
+    }
 
     template <bool EDGE>
     __device__ __forceinline__ void tile(float (&acc)[8][4], const hex_places &places)
+    {
+        if (shared_shift)
+            add_at_one<EDGE>(acc, places);
+        else
+            add_at_largest<EDGE>(acc, places);
+        const bool full = end[0] > list(0) + FEW * THREADS || end[1] > list(1) + FEW * THREADS;
+        if (__any_sync(~0u, full))
+            add_lists();
+    }
+
+    template <bool EDGE>
+    __device__ __forceinline__ void add_at_one(float (&acc)[8][4], const hex_places &places)
     {
         const int t = (int)threadIdx.x & 3;
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const float limit = eps[h];
-            float *end = aside, top = sums[h].v[SUM_TOP];
+            float rest = 0, rest_t = 0, *to = end[h];
+#pragma unroll
+            for (int n = 0; n < 8; n++)
+#pragma unroll
+                for (int q = 0; q < 2; q++) {
+                    float c = acc[n][2 * h + q];
+                    if (EDGE && places.leaves_out(h, 8 * n + 2 * t + q))
+                        c = -1e30f; // its exponential is 0
+                    const float x = fmaf(c, scale, -scale), e = ex2(x);
+                    if (c > limit) {
+                        *to = c;
+                        to += THREADS;
+                    } else {
+                        rest += e;
+                        rest_t = fmaf(x, e, rest_t);
+                    }
+                }
+            sums[h].v[SUM_REST] += rest;
+            sums[h].v[SUM_REST_T] += rest_t;
+            end[h] = to;
+        }
+    }
+
+    template <bool EDGE>
+    __device__ __forceinline__ void add_at_largest(float (&acc)[8][4], const hex_places &places)
+    {
+        const int t = (int)threadIdx.x & 3;
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const float limit = eps[h];
+            float *to = end[h], top = sums[h].v[SUM_TOP];
 #pragma unroll
             for (int n = 0; n < 8; n++)
 #pragma unroll
@@ -30,13 +98,14 @@ template <int WARPS> struct statistics {
                     if (EDGE && places.leaves_out(h, 8 * n + 2 * t + q))
                         c = -1e30f;
                     if (c > limit) {
-                        *end = c;
-                        end += 32 * WARPS;
-                        c = -1e30f; // its exponential is 0
+                        *to = c;
+                        to += THREADS;
+                        c = -1e30f;
                     }
                     top = fmaxf(top, c);
                     acc[n][2 * h + q] = c;
                 }
+            end[h] = to;
             if (top > sums[h].v[SUM_TOP])
                 sums[h].raise_rest(top, scale);
             float rest = 0, rest_t = 0;
@@ -50,17 +119,13 @@ template <int WARPS> struct statistics {
                 }
             sums[h].v[SUM_REST] += rest;
             sums[h].v[SUM_REST_T] += rest_t;
-#pragma unroll 1
-            for (const float *c = aside; c < end; c += 32 * WARPS)
-                sums[h].add_hard(*c, scale, beta);
         }
-        __syncwarp(); // together again before the next tile's products
     }
 };
 
-template <int WARPS, bool SPLIT>
+template <int WARPS, bool SPLIT, bool KEEP>
 static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) // 128 registers a thread
-    forward_tiles(hex_problem p, hex_run r, bool resident, double *sums, void *loss, float *stats)
+    forward_tiles(hex_problem p, hex_run r, hex_fit fit, double *sums, void *loss, float *stats)
 {
     constexpr int ROWS = 16 * WARPS;
     HEX_SHARED_MEMORY(shared);
@@ -68,18 +133,23 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) // 128 register
     block.start(r.parts, ROWS, blockIdx.x);
 
     statistics<WARPS> s;
-    s.scale = (float)(HEX_LOG2E / read_vector(p.tau, 0));
+    const double tau = read_vector(p.tau, 0);
+    s.scale = (float)(HEX_LOG2E / tau);
     s.beta = (float)p.beta;
-    s.aside =
-        (float *)(shared + tile_bytes(WARPS, SPLIT, r.unit.width / PANEL, resident)) + threadIdx.x;
+    s.shared_shift = tau >= 1. / 32;
+    s.aside = (float *)(shared + fit.at.more) + threadIdx.x;
     const int lane = (int)threadIdx.x & 31;
     const int64_t mine = block.row0 + (threadIdx.x >> 5) * 16 + (lane >> 2);
     for (int h = 0; h < 2; h++) {
         s.sums[h].clear();
+        if (s.shared_shift)
+            s.sums[h].v[SUM_TOP] = 1;
         const int64_t i = mine + 8 * h;
-        s.eps[h] = i < block.part.row1 ? row_threshold<float>(p, i) : INFINITY;
+        s.eps[h] = block.has(i) ? row_threshold<float>(p, i) : INFINITY;
     }
-    for_each_tile<WARPS, SPLIT>(block, r.unit, p.B, resident, shared, s);
+    for_each_tile<WARPS, SPLIT, KEEP>(block, r.unit, p.B, fit, shared, s);
+    s.add_lists();
+    __syncthreads(); // what follows uses the place of the lists
 
     const int64_t anchors = anchors_of(p);
     float *partial = (float *)r.partial;
@@ -91,7 +161,7 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) // 128 register
             s.sums[h].merge(other, s.scale, s.beta);
         }
         const int64_t i = mine + 8 * h;
-        if ((lane & 3) == 0 && i < block.part.row1)
+        if ((lane & 3) == 0 && block.has(i))
             for (int n = 0; n < SUMS; n++)
                 partial[(block.slice * SUMS + n) * anchors + i] = s.sums[h].v[n];
     }
@@ -101,7 +171,7 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) // 128 register
         return;
     const int64_t i = block.row0 + threadIdx.x;
     double value = 0;
-    if (threadIdx.x < ROWS && i < block.part.row1) {
+    if (threadIdx.x < ROWS && block.has(i)) {
         // Two passes: the largest of the shifts first, so that each slice is rescaled once.
         float top = HEX_LOWEST, hard_top = HEX_LOWEST;
         for (int64_t slice = 0; slice < block.part.slices; slice++) {
@@ -140,27 +210,26 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) // 128 register
         *(float *)loss = (float)(p.reduction == HEX_MEAN ? value / (double)anchors : value);
 }
 
-template <int WARPS, bool SPLIT>
+template <int WARPS, bool SPLIT, bool KEEP>
 static const char *launch(const hex_problem &p, const hex_run &r, double *rows, void *loss,
                           void *stats)
 {
-    const int64_t aside = 16 * 32 * WARPS * (int64_t)sizeof(float), panels = r.unit.width / PANEL;
-    const bool resident = tile_bytes(WARPS, SPLIT, panels, true) + aside <= r.shared_limit;
-    const int bytes = (int)(tile_bytes(WARPS, SPLIT, panels, resident) + aside);
-    const auto kernel = forward_tiles<WARPS, SPLIT>;
-    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) ==
-        cudaSuccess)
-        HEX_LAUNCH(kernel, dim3((unsigned)r.parts.blocks), dim3(32 * WARPS), bytes, r.stream, p, r,
-                   resident, rows, loss, (float *)stats);
+    const hex_fit fit = fit_of(r, WARPS, KEEP, false, 2 * LIST * 32 * WARPS * sizeof(float));
+    const auto kernel = forward_tiles<WARPS, SPLIT, KEEP>;
+    if (allow_shared_memory(kernel, r, fit))
+        HEX_LAUNCH(kernel, dim3((unsigned)r.parts.blocks), dim3(32 * WARPS), (int)fit.at.bytes,
+                   r.stream, p, r, fit, rows, loss, (float *)stats);
     return hex_launched("forward statistics");
 }
 
 const char *hex_tile_forward(const hex_problem &p, const hex_run &r, double *rows, void *loss,
                              void *stats)
 {
-    if (r.block_rows == 128)
-        return r.unit.low ? launch<8, true>(p, r, rows, loss, stats)
-                          : launch<8, false>(p, r, rows, loss, stats);
-    return r.unit.low ? launch<4, true>(p, r, rows, loss, stats)
-                      : launch<4, false>(p, r, rows, loss, stats);
+    return with_kind(r.unit, [&](auto split, auto keep) {
+        constexpr bool SPLIT = decltype(split)::value, KEEP = decltype(keep)::value;
+        return r.block_rows == 64 ? launch<4, SPLIT, KEEP>(p, r, rows, loss, stats)
+               : !KEEP || r.block_rows == 128
+                   ? launch<8, SPLIT, KEEP>(p, r, rows, loss, stats)
+                   : launch<KEEP ? 16 : 8, SPLIT, KEEP>(p, r, rows, loss, stats);
+    });
 }

@@ -15,6 +15,9 @@
 #include "core.cuh"
 
 #define TILE 64
+#ifndef HOPPER_GATHER
+#define HOPPER_GATHER 192 // rows of a block of the backward
+#endif
 
 // The text of the last launch's error; of one thread, until its next call.
 const char *hex_launched(const char *kernel)
@@ -38,22 +41,35 @@ static void add_part(hex_parts &parts, int64_t row0, int64_t row1, int64_t col0,
         parts.part[parts.count++] = {row0, row1, col0, col1, 0, 0, 0, 0, 0};
 }
 
-// Blocks of rows and slices: enough blocks for the device, no slice of more than `most` tiles.
-static void slice_parts(hex_parts &parts, int64_t rows, int64_t most, int64_t processors)
+// Blocks of rows, and slices of at most `most` tiles; both begin at a multiple of TILE. `places` is
+// how many blocks the device runs at a time: the slices are as many as leave the fewest of them
+// idle at the end, and no more than `limit`.
+static void slice_parts(hex_parts &parts, int64_t rows, int64_t most, int64_t places,
+                        int64_t limit = 32)
 {
-    int64_t blocks = 0;
-    for (int k = 0; k < parts.count; k++)
-        blocks += cut(parts.part[k].row1 - parts.part[k].row0, rows);
-    const int64_t wanted = blocks ? cut(2 * processors, blocks) : 1;
+    int64_t blocks = 0, longest = 1;
+    for (int k = 0; k < parts.count; k++) {
+        const hex_part &part = parts.part[k];
+        const int64_t tiles = cut(part.col1 - part.col0 / TILE * TILE, TILE);
+        blocks += cut(part.row1 - part.row0 / TILE * TILE, rows);
+        longest = tiles > longest ? tiles : longest;
+    }
+    // Rounds of blocks times the tiles of each, and a little for the start of a block.
+    int64_t wanted = 1, least = INT64_MAX;
+    for (int64_t n = 1; places && n <= limit && n <= longest; n++) {
+        const int64_t cost = cut(blocks * n, places) * (8 * cut(longest, n) + 8);
+        if (cost < least)
+            wanted = n, least = cost;
+    }
     parts.blocks = parts.row_blocks = parts.rows = 0;
     for (int k = 0; k < parts.count; k++) {
         hex_part &part = parts.part[k];
-        const int64_t tiles = cut(part.col1 - part.col0, TILE);
+        const int64_t tiles = cut(part.col1 - part.col0 / TILE * TILE, TILE);
         const int64_t fewest = cut(tiles, most);
         const int64_t slices = wanted > fewest ? wanted : fewest;
         part.tiles = slices < tiles ? cut(tiles, slices) : 1;
         part.slices = tiles > 0 ? cut(tiles, part.tiles) : 1;
-        part.row_blocks = cut(part.row1 - part.row0, rows);
+        part.row_blocks = cut(part.row1 - part.row0 / TILE * TILE, rows);
         part.first_block = parts.blocks;
         part.first_row = parts.rows;
         parts.blocks += part.row_blocks * part.slices;
@@ -157,22 +173,27 @@ static void lay_out(const hex_problem &p, plan &plan, const wants &w, bool split
     if (plan.plain)
         u.plain = space.take<char>(u.count * u.width * real);
     else {
-        u.high = space.take<uint16_t>(u.count * u.width);
-        if (split)
-            u.low = space.take<uint16_t>(u.count * u.width);
+        u.split = split;
+        u.tiles = space.take<uint16_t>(padded(u.count) * u.width * (split ? 2 : 1));
     }
     if (w.coefficients)
-        r.coefficients = space.take<char>(K_ALL * u.count * real);
+        r.coefficients = space.take<char>(K_ALL * padded(u.count) * real);
     r.partial = space.take<char>(w.partial);
+}
+
+// Whether a cosine is one product of fp16: all inputs have 16 bits, or the user asks for it.
+static bool one_product(const hex_problem &p, const hex_device &d)
+{
+    bool narrow = true;
+    for (int k = 0; k < (p.mode >= HEX_SHARED ? 3 : 2); k++)
+        narrow &= p.input[k].dtype == HEX_F16 || p.input[k].dtype == HEX_BF16;
+    return narrow || d.one_product;
 }
 
 // The parts are there; takes the memory for the rest.
 static void prepare(const hex_problem &p, const hex_device &d, const wants &w, plan &plan)
 {
-    bool narrow = true; // all inputs in 16 bits
-    for (int k = 0; k < (p.mode >= HEX_SHARED ? 3 : 2); k++)
-        narrow &= p.input[k].dtype == HEX_F16 || p.input[k].dtype == HEX_BF16;
-    const bool split = !narrow && !d.one_product;
+    const bool split = !one_product(p, d);
     workspace size = {}, space = {};
     lay_out(p, plan, w, split, size);
     space.at = (char *)d.allocate(d.context, size.bytes);
@@ -185,7 +206,7 @@ static void prepare(const hex_problem &p, const hex_device &d, const wants &w, p
 static void start(const hex_problem &p, const hex_device &d, plan &plan)
 {
     hex_run &r = plan.run;
-    int device = 0;
+    int device = 0, major = 0;
     r.stream = (cudaStream_t)d.stream;
     plan.plain = p.wide || p.mode == HEX_OWN;
     r.unit.count = 2 * p.B + (p.mode == HEX_SHARED ? p.K : 0);
@@ -194,8 +215,10 @@ static void start(const hex_problem &p, const hex_device &d, plan &plan)
         cudaDeviceGetAttribute(&r.processors, cudaDevAttrMultiProcessorCount, device) !=
             cudaSuccess ||
         cudaDeviceGetAttribute(&r.shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
-            cudaSuccess)
+            cudaSuccess ||
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess)
         plan.error = hex_launched("(looking at the device)");
+    r.hopper = major == 9;
 }
 
 // ---- the entry points ----
@@ -219,7 +242,7 @@ static const char *of_anchors(hex_problem p, const hex_device &d, const hex_choi
     anchor_parts(p, r.parts);
     hex_parts counted = r.parts;
     if (choice) { // 16-bit counts: at most 32768 columns a block
-        slice_parts(counted, 64, 512, r.processors);
+        slice_parts(counted, 64, 512, 3 * r.processors);
         w.tickets = 2 * counted.row_blocks + 2;
         r.narrow = negatives_of_a_row(p) <= 0xffff;
         w.counts = plan.plain ? 0 : anchors * (r.narrow ? HEX_BINS / 2 : HEX_BINS);
@@ -227,11 +250,13 @@ static const char *of_anchors(hex_problem p, const hex_device &d, const hex_choi
     }
     const int64_t tickets = w.tickets;
     if (loss) {
-        // Eight warps a block read the columns half as often; four give a small batch more blocks,
-        // and need less shared memory.
+        // A block with more warps reads the columns less often; four warps give a small batch more
+        // blocks, and need less shared memory. 512 threads a processor in any case.
         const bool many = anchors >= 128 * (int64_t)r.processors && r.shared_limit >= 120 * 1024;
-        r.block_rows = many ? 128 : 64;
-        slice_parts(r.parts, r.block_rows, 64, r.processors);
+        const bool one = r.unit.width <= 2 * TILE && one_product(p, d);
+        r.block_rows = r.hopper && one && anchors >= 16 * r.processors ? 256 : many ? 128 : 64;
+        slice_parts(r.parts, r.block_rows, r.block_rows / 2 > 64 ? r.block_rows / 2 : 64,
+                    512 / (2 * r.block_rows) * r.processors);
         const int64_t sums = most_slices(r.parts) * 9 * anchors * (int64_t)sizeof(float);
         w.tickets += r.parts.row_blocks + 1;
         (choice ? w.later : w.partial) = sums;
@@ -304,17 +329,22 @@ static const char *backward(const hex_problem *p, const hex_device *d, const hex
         return plan.error;
     hex_parts all = {};
     owner_parts(*p, *g, all);
-    r.block_rows = 128;
+    const bool held = r.unit.width <= 2 * TILE; // a tile's panels, for both products
+    r.block_rows = r.hopper && held && !plan.plain && one_product(*p, *d) ? HOPPER_GATHER : 128;
     // Many rows go in bands that fill the device twice, so that the partial sums of one are all
     // that is in memory; few rows in slices of columns.
     const int64_t chunks = plan.plain ? 1 : cut(r.unit.width, 2 * TILE);
     const int64_t most = r.block_rows * (2 * r.processors > chunks ? 2 * r.processors / chunks : 1);
     const int64_t rows = plan.plain || r.unit.count < most ? r.unit.count : most;
-    const bool sliced = !plan.plain && rows == r.unit.count;
+    auto cut_band = [&](int64_t first) { // the sums of a band's slices take no more than a full band
+        const int64_t n = r.unit.count - first < rows ? r.unit.count - first : rows;
+        r.parts = band_of(all, first, rows);
+        slice_parts(r.parts, r.block_rows, (int64_t)1 << 40, plan.plain ? 0 : r.processors,
+                    most / n < 32 ? most / n : 32);
+    };
     int64_t gradients = 0;
     for (int64_t first = 0; first < r.unit.count; first += rows) {
-        r.parts = band_of(all, first, rows);
-        slice_parts(r.parts, r.block_rows, (int64_t)1 << 40, sliced ? r.processors : 0);
+        cut_band(first);
         const int64_t n = most_slices(r.parts) * r.parts.rows * r.unit.width;
         gradients = n > gradients ? n : gradients;
     }
@@ -323,8 +353,7 @@ static const char *backward(const hex_problem *p, const hex_device *d, const hex
         plan.error = hex_unit_rows(*p, r, plan.zeros, g);
     hex_gradient rest = *g;
     for (int64_t first = 0; first < r.unit.count && !plan.error; first += rows) {
-        r.parts = band_of(all, first, rows);
-        slice_parts(r.parts, r.block_rows, (int64_t)1 << 40, sliced ? r.processors : 0);
+        cut_band(first);
         plan.error = plan.plain ? hex_plain_gather(*p, r, rest) : hex_tile_gather(*p, r);
         if (!plan.error)
             plan.error = hex_project(*p, r, rest, first, first + rows);

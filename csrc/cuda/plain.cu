@@ -233,15 +233,16 @@ static __global__ void __launch_bounds__(THREADS, 1) gather_rows(hex_problem p, 
     int64_t row = blockIdx.x;
     while (row >= r.parts.part[part].row1 - r.parts.part[part].row0)
         row -= r.parts.part[part].row1 - r.parts.part[part].row0, part++;
-    const int64_t o = r.parts.part[part].row0 + row, count = r.unit.count;
+    const int64_t o = r.parts.part[part].row0 + row;
     const real scale = (real)(HEX_LOG2E / read_vector(p.tau, 0)), beta = (real)p.beta;
     const real *k = (const real *)r.coefficients;
     real *du = (real *)r.partial + blockIdx.x * r.unit.width;
     columns<real> c;
     c.start(p, r, o);
     auto entry = [&](real x, int64_t i) {
-        return row_entry(x, k[K_EPS * count + i], k[K_SHIFT * count + i], k[K_REST * count + i],
-                         k[K_HARD_E * count + i], k[K_HARD * count + i], scale, beta);
+        return row_entry(x, k[coefficient(K_EPS, i)], k[coefficient(K_SHIFT, i)],
+                         k[coefficient(K_REST, i)], k[coefficient(K_HARD_E, i)],
+                         k[coefficient(K_HARD, i)], scale, beta);
     };
     for (int64_t d = threadIdx.x; d < p.D; d += THREADS)
         du[d] = 0;
@@ -270,17 +271,17 @@ template <class real>
 static __global__ void __launch_bounds__(THREADS, 1)
     own_gradients(hex_problem p, hex_run r, void *dn)
 {
-    const int64_t count = r.unit.count;
     int64_t i, j, n;
     if (!own_place(p, &i, &j, &n))
         return;
-    const real *k = (const real *)r.coefficients + i;
+    const real *k = (const real *)r.coefficients;
     const real scale = (real)(HEX_LOG2E / read_vector(p.tau, 0));
     columns<real> c;
     c.start(p, r, i);
     const real x = c.cosine(j);
-    const real g = row_entry(x, k[K_EPS * count], k[K_SHIFT * count], k[K_REST * count],
-                             k[K_HARD_E * count], k[K_HARD * count], scale, (real)p.beta);
+    const real g = row_entry(x, k[coefficient(K_EPS, i)], k[coefficient(K_SHIFT, i)],
+                             k[coefficient(K_REST, i)], k[coefficient(K_HARD_E, i)],
+                             k[coefficient(K_HARD, i)], scale, (real)p.beta);
     const double inverse = c.inverse[n];
     for (int64_t d = (int)threadIdx.x & 31; d < p.D; d += 32)
         write_number(dn, p.input[2].dtype, n * p.D + d,

@@ -54,8 +54,9 @@ static __global__ void __launch_bounds__(THREADS, 1)
     const int64_t there = row_start(y, input < 2 ? image_of(o, p.B) : o - 2 * p.B);
     double weight = 0;
     if (input < 2) {
-        const real *positive = (const real *)r.coefficients + K_POSITIVE * r.unit.count;
-        weight = ((double)positive[o] + (double)positive[q]) * r.unit.inverse[q];
+        const real *k = (const real *)r.coefficients;
+        weight = ((double)k[coefficient(K_POSITIVE, o)] + (double)k[coefficient(K_POSITIVE, q)]) *
+                 r.unit.inverse[q];
     }
     const int64_t step = r.parts.rows * r.unit.width; // from slice to slice
     auto du = [&](int64_t d) {

@@ -95,15 +95,74 @@ DEVICE void copy_async(void *to, const void *from)
                  : "memory");
 }
 
-// Waits for all copies of this thread.
-DEVICE void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// Ends a group of this thread's copies.
+DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for the copies of this thread but those of its `PENDING` newest groups.
+template <int PENDING> DEVICE void copy_wait()
+{
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
 
 #ifdef HEX_WGMMA
-// Makes what this thread wrote to shared memory visible to the tensor core, which reads it by
-// another path.
-DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// ---- barriers in shared memory that count arrivals and bytes ----
 
-// A panel of rows of 128 bytes, chunks swizzled by the row, 8 rows to 1024 bytes.
+// For so many arrivals in each phase. One thread sets all of them up, then calls the fence.
+DEVICE void barrier_start(uint64_t *barrier, int arrivals)
+{
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+                 "r"(arrivals)
+                 : "memory");
+}
+
+DEVICE void barrier_fence()
+{
+    asm volatile("fence.mbarrier_init.release.cluster;\n\tfence.proxy.async.shared::cta;" ::
+                     : "memory");
+}
+
+DEVICE void barrier_arrive(uint64_t *barrier)
+{
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+                 : "memory");
+}
+
+// Arrives, and has the phase wait for so many bytes of copy_bulk besides.
+DEVICE void barrier_expect(uint64_t *barrier, int bytes)
+{
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                     shared_address(barrier)),
+                 "r"(bytes)
+                 : "memory");
+}
+
+// Waits for the end of the phase of this parity; the first phase has parity 0.
+DEVICE void barrier_wait(uint64_t *barrier, unsigned parity)
+{
+    unsigned done;
+    do
+        asm volatile("{\n\t.reg .pred p;\n\t"
+                     "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
+                     "selp.u32 %0, 1, 0, p;\n\t}"
+                     : "=r"(done)
+                     : "r"(shared_address(barrier)), "r"(parity)
+                     : "memory");
+    while (!done);
+}
+
+// So many bytes, a multiple of 16, from global to shared memory, by the copy engine.
+DEVICE void copy_bulk(void *to, const void *from, int bytes, uint64_t *barrier)
+{
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+}
+
+// ---- warpgroup products ----
+
+// A panel of 64 rows of 128 bytes, chunks swizzled by the row, 8 rows to 1024 bytes. As an operand
+// whose rows are the product's rows or columns, 16 features are 2 units further on.
 DEVICE uint64_t wgmma_panel(const void *p)
 {
     return (uint64_t)((shared_address(p) & 0x3ffff) >> 4) | (uint64_t)1 << 16 | (uint64_t)64 << 32 |
@@ -115,6 +174,9 @@ DEVICE uint64_t wgmma_panel(const void *p)
 // it after wgmma_begin, or to use it before the products are done.
 #define ROW(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
 #define ROWS_OF_C ROW(0), ROW(1), ROW(2), ROW(3), ROW(4), ROW(5), ROW(6), ROW(7)
+#define C_IN_REGISTERS                                                                             \
+    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                                      \
+    "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
 
 DEVICE void wgmma_begin(float (&c)[8][4])
 {
@@ -129,20 +191,39 @@ DEVICE void wgmma_end(float (&c)[8][4])
                  : "memory");
 }
 
-// c (64 x 64 over four warps, each like mma_f16's) += a b, both from shared memory.
-DEVICE void wgmma_f16(float (&c)[8][4], uint64_t a, uint64_t b)
+// c (64 x 64 over four warps, each like mma_f16's) += a b; FRESH: c = a b. Both from panels,
+template <bool FRESH> DEVICE void wgmma_f16(float (&c)[8][4], uint64_t a, uint64_t b)
 {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
-                 "%32, %33, 1, 1, 1, 0, 0;"
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " C_IN_REGISTERS
+                 "%32, %33, %34, 1, 1, 0, 0;"
                  : ROWS_OF_C
-                 : "l"(a), "l"(b)
+                 : "l"(a), "l"(b), "n"(FRESH ? 0 : 1)
                  : "memory");
 }
+
+// a from registers, as mma_f16 has it,
+template <bool FRESH>
+DEVICE void wgmma_f16(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b)
+{
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " C_IN_REGISTERS
+                 "{%32,%33,%34,%35}, %36, %37, 1, 1, 0;"
+                 : ROWS_OF_C
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(FRESH ? 0 : 1)
+                 : "memory");
+}
+
+// and with b transposed: 16 rows of a panel are the product's inner dimension, its 64 features the
+// product's columns. The next 16 rows are 128 units further on.
+DEVICE void wgmma_f16_transposed(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b)
+{
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " C_IN_REGISTERS
+                 "{%32,%33,%34,%35}, %36, 1, 1, 1, 1;"
+                 : ROWS_OF_C
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
+                 : "memory");
+}
+#undef C_IN_REGISTERS
 #undef ROWS_OF_C
 #undef ROW
-#else
-DEVICE void fence_async() {}
 #endif
 #endif

@@ -19,8 +19,14 @@
 enum { COARSE, FINE };
 
 template <int KIND> struct histogram {
-    uint32_t *words[2]; // of the thread's two rows
+    uint32_t *all, *words[2]; // of the block, and of the thread's two rows
     int coarse[2];
+
+    __device__ __forceinline__ void start()
+    {
+        for (int k = (int)threadIdx.x; k < ROWS * PITCH; k += THREADS)
+            all[k] = 0;
+    }
 
     template <bool EDGE>
     __device__ __forceinline__ void tile(float (&acc)[8][4], const hex_places &places)
@@ -43,6 +49,8 @@ template <int KIND> struct histogram {
 
 struct bounds {
     float low[2], high[2], finite[2];
+
+    __device__ __forceinline__ void start() {}
 
     template <bool EDGE>
     __device__ __forceinline__ void tile(float (&acc)[8][4], const hex_places &places)
@@ -70,31 +78,29 @@ struct selection {
     double *sums;   // of each block of rows
 };
 
-template <int KIND, bool SPLIT>
+template <int KIND, bool SPLIT, bool KEEP>
 static __global__ void __launch_bounds__(THREADS, 4)
-    count_tiles(hex_problem p, hex_run r, bool resident, selection s)
+    count_tiles(hex_problem p, hex_run r, hex_fit fit, selection s)
 {
     HEX_SHARED_MEMORY(shared);
-    uint32_t *words =
-        (uint32_t *)(shared + tile_bytes(WARPS, SPLIT, r.unit.width / PANEL, resident));
+    uint32_t *words = (uint32_t *)(shared + fit.at.more);
     const int warp = (int)threadIdx.x >> 5, lane = (int)threadIdx.x & 31;
     hex_block block;
     block.start(r.parts, ROWS, blockIdx.x);
-    for (int k = (int)threadIdx.x; k < ROWS * PITCH; k += THREADS)
-        words[k] = 0;
     histogram<KIND> fold;
+    fold.all = words;
     for (int h = 0; h < 2; h++) {
         const int row = warp * 16 + (lane >> 2) + 8 * h;
         fold.words[h] = words + row * PITCH;
         fold.coarse[h] =
-            KIND == FINE && block.row0 + row < block.part.row1 ? s.coarse[block.row0 + row] : 0;
+            KIND == FINE && block.has(block.row0 + row) ? s.coarse[block.row0 + row] : 0;
     }
-    for_each_tile<WARPS, SPLIT>(block, r.unit, p.B, resident, shared, fold); // has barriers
+    for_each_tile<WARPS, SPLIT, KEEP>(block, r.unit, p.B, fit, shared, fold); // has barriers
     const int pitch = r.narrow ? HEX_BINS / 2 : HEX_BINS;
     for (int k = (int)threadIdx.x; k < ROWS * HEX_BINS / 2; k += THREADS) {
         const int row = k / (HEX_BINS / 2), pair = k % (HEX_BINS / 2);
         const uint32_t word = words[row * PITCH + pair];
-        if (word == 0 || block.row0 + row >= block.part.row1)
+        if (word == 0 || !block.has(block.row0 + row))
             continue;
         uint32_t *to = r.counts + (block.row0 + row) * pitch;
         if (r.narrow)
@@ -108,14 +114,14 @@ static __global__ void __launch_bounds__(THREADS, 4)
     const int64_t other_tickets = KIND == FINE ? r.parts.row_blocks + 1 : 0;
     if (!last_to_arrive(r.tickets + other_tickets + block.ticket, block.part.slices, flag))
         return;
-    const int64_t ends = block.part.row1 - block.row0;
-    const int rows = ends < ROWS ? (int)ends : ROWS;
+    const int64_t ends = block.part.row1 - block.row0, begins = block.part.row0 - block.row0;
+    const int rows = ends < ROWS ? (int)ends : ROWS, skip = begins > 0 ? (int)begins : 0;
     // All that a row needs is read for all rows at once: one after the other would wait for each.
     if (r.narrow) {
         constexpr int WORDS = HEX_BINS / 2;
         uint32_t *from = r.counts + block.row0 * WORDS;
 #pragma unroll 4
-        for (int k = 4 * (int)threadIdx.x; k < rows * WORDS; k += 4 * THREADS) {
+        for (int k = 4 * (int)threadIdx.x + skip * WORDS; k < rows * WORDS; k += 4 * THREADS) {
             const uint4 v = __ldcg((const uint4 *)(from + k));
             uint32_t *to = words + k / WORDS * PITCH + k % WORDS;
             to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
@@ -127,7 +133,7 @@ static __global__ void __launch_bounds__(THREADS, 4)
     static_assert(ROWS <= 32 * WARPS, "a lane for each row of a warp");
     int extra[2] = {-1, -1}, coarse_of = 0;
     int64_t rank_of = s.choice.rank;
-    if (warp + WARPS * lane < rows) {
+    if (warp + WARPS * lane >= skip && warp + WARPS * lane < rows) {
         const int64_t i = block.row0 + warp + WARPS * lane;
         if (KIND == FINE)
             coarse_of = s.coarse[i], rank_of = s.ranks[i];
@@ -145,6 +151,8 @@ static __global__ void __launch_bounds__(THREADS, 4)
     double sum = 0;
     for (int n = 0; warp + WARPS * n < rows; n++) {
         const int row = warp + WARPS * n, coarse = __shfl_sync(~0u, coarse_of, n);
+        if (row < skip)
+            continue;
         const int extra0 = __shfl_sync(~0u, extra[0], n), extra1 = __shfl_sync(~0u, extra[1], n);
         const int64_t i = block.row0 + row;
         int64_t rank = __shfl_sync(~0u, rank_of, n);
@@ -184,9 +192,9 @@ static __global__ void __launch_bounds__(THREADS, 4)
 
 static __global__ void settle_alone(hex_choice choice) { settle(choice, (double)NAN); }
 
-template <bool SPLIT>
+template <bool SPLIT, bool KEEP>
 static __global__ void __launch_bounds__(THREADS, 3)
-    bound_tiles(hex_problem p, hex_run r, bool resident, float *low, float *high)
+    bound_tiles(hex_problem p, hex_run r, hex_fit fit, float *low, float *high)
 {
     HEX_SHARED_MEMORY(shared);
     const int64_t anchors = anchors_of(p);
@@ -195,7 +203,7 @@ static __global__ void __launch_bounds__(THREADS, 3)
     hex_block block;
     block.start(r.parts, ROWS, blockIdx.x);
     bounds fold = {{INFINITY, INFINITY}, {-INFINITY, -INFINITY}, {0, 0}};
-    for_each_tile<WARPS, SPLIT>(block, r.unit, p.B, resident, shared, fold);
+    for_each_tile<WARPS, SPLIT, KEEP>(block, r.unit, p.B, fit, shared, fold);
     for (int h = 0; h < 2; h++) {
         for (int k = 1; k < 4; k <<= 1) {
             fold.low[h] = fminf(fold.low[h], __shfl_xor_sync(~0u, fold.low[h], k));
@@ -203,7 +211,7 @@ static __global__ void __launch_bounds__(THREADS, 3)
             fold.finite[h] += __shfl_xor_sync(~0u, fold.finite[h], k);
         }
         const int64_t i = block.row0 + (threadIdx.x >> 5) * 16 + (lane >> 2) + 8 * h;
-        if ((lane & 3) == 0 && i < block.part.row1) {
+        if ((lane & 3) == 0 && block.has(i)) {
             float *to = partial + block.slice * 3 * anchors + i;
             to[0] = fold.low[h], to[anchors] = fold.high[h], to[2 * anchors] = fold.finite[h];
         }
@@ -211,7 +219,7 @@ static __global__ void __launch_bounds__(THREADS, 3)
     if (!last_to_arrive(r.tickets + block.ticket, block.part.slices, (unsigned *)shared))
         return;
     const int64_t i = block.row0 + threadIdx.x;
-    if (threadIdx.x >= ROWS || i >= block.part.row1)
+    if (threadIdx.x >= ROWS || !block.has(i))
         return;
     const float positive = (float)r.unit.positive[image_of(i, p.B)];
     float least = positive, most = positive, finite = positive * 0;
@@ -229,17 +237,14 @@ static __global__ void __launch_bounds__(THREADS, 3)
 }
 
 // Both kinds of kernel: `more` bytes of shared memory beside the panels.
-template <bool SPLIT, class Kernel, class... Rest>
+template <bool KEEP, class Kernel, class... Rest>
 static const char *launch(const char *name, Kernel kernel, int64_t more, const hex_problem &p,
                           const hex_run &r, Rest... rest)
 {
-    const int64_t panels = r.unit.width / PANEL;
-    const bool resident = tile_bytes(WARPS, SPLIT, panels, true) + more <= r.shared_limit;
-    const int bytes = (int)(tile_bytes(WARPS, SPLIT, panels, resident) + more);
-    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) ==
-        cudaSuccess)
-        HEX_LAUNCH(kernel, dim3((unsigned)r.parts.blocks), dim3(THREADS), bytes, r.stream, p, r,
-                   resident, rest...);
+    const hex_fit fit = fit_of(r, WARPS, KEEP, false, more);
+    if (allow_shared_memory(kernel, r, fit))
+        HEX_LAUNCH(kernel, dim3((unsigned)r.parts.blocks), dim3(THREADS), (int)fit.at.bytes,
+                   r.stream, p, r, fit, rest...);
     return hex_launched(name);
 }
 
@@ -255,19 +260,23 @@ const char *hex_tile_threshold(const hex_problem &p, const hex_run &r, const hex
     const int64_t anchors = anchors_of(p), words = ROWS * PITCH * (int64_t)sizeof(uint32_t);
     const selection s = {choice, (int *)((int64_t *)r.partial + anchors), (int64_t *)r.partial,
                          rows};
-    const bool split = r.unit.low;
-    const char *error =
-        split ? launch<true>("coarse histogram", count_tiles<COARSE, true>, words, p, r, s)
-              : launch<false>("coarse histogram", count_tiles<COARSE, false>, words, p, r, s);
-    if (error)
-        return error;
-    return split ? launch<true>("fine histogram", count_tiles<FINE, true>, words, p, r, s)
-                 : launch<false>("fine histogram", count_tiles<FINE, false>, words, p, r, s);
+    auto both = [&](auto split, auto keep) {
+        constexpr bool SPLIT = decltype(split)::value, KEEP = decltype(keep)::value;
+        const char *error =
+            launch<KEEP>("coarse histogram", count_tiles<COARSE, SPLIT, KEEP>, words, p, r, s);
+        return error ? error
+                     : launch<KEEP>("fine histogram", count_tiles<FINE, SPLIT, KEEP>, words, p, r,
+                                    s);
+    };
+    return with_kind(r.unit, both);
 }
 
 const char *hex_tile_range(const hex_problem &p, const hex_run &r, void *low, void *high)
 {
-    float *l = (float *)low, *h = (float *)high;
-    return r.unit.low ? launch<true>("row bounds", bound_tiles<true>, 0, p, r, l, h)
-                      : launch<false>("row bounds", bound_tiles<false>, 0, p, r, l, h);
+    auto bound = [&](auto split, auto keep) {
+        constexpr bool SPLIT = decltype(split)::value, KEEP = decltype(keep)::value;
+        return launch<KEEP>("row bounds", bound_tiles<SPLIT, KEEP>, 0, p, r, (float *)low,
+                            (float *)high);
+    };
+    return with_kind(r.unit, bound);
 }

@@ -16,10 +16,11 @@ static __device__ double unit_number(const hex_rows &x, int64_t at, int64_t d, l
     return read_number(x.data, x.dtype, at + d * x.col) * n.scale * n.inverse;
 }
 
-// The coefficients of unit row i, times its grad_output.
+// The coefficients of unit row i, times its grad_output; of no row at all they are those of a row
+// that is no anchor.
 template <class real>
 static __device__ void scale_coefficients(const hex_problem &p, const hex_gradient &g, int64_t i,
-                                          int64_t count, real *out)
+                                          real *out)
 {
     const int64_t anchors = anchors_of(p);
     real k[K_ALL] = {};
@@ -34,11 +35,14 @@ static __device__ void scale_coefficients(const hex_problem &p, const hex_gradie
         const int to[] = {K_REST, K_HARD_E, K_HARD, K_POSITIVE};
         for (int n = 0; n < 4; n++)
             k[to[n]] = (real)(go * (double)stats[from[n] * anchors]);
-        const double scale = HEX_LOG2E / read_vector(p.tau, 0);
-        k[K_REST0] = (real)((double)k[K_REST] * exp2(-scale * (double)k[K_SHIFT]));
+        const double x = -HEX_LOG2E / read_vector(p.tau, 0) * (double)k[K_SHIFT];
+        const double unit = exp2(x), hard_unit = exp2(p.beta * x);
+        k[K_REST0] = (real)((double)k[K_REST] * unit);
+        k[K_HARD_E0] = (real)((double)k[K_HARD_E] * hard_unit * unit);
+        k[K_HARD0] = (real)((double)k[K_HARD] * hard_unit);
     }
     for (int n = 0; n < K_ALL; n++)
-        out[n * count + i] = k[n];
+        out[coefficient(n, i)] = k[n];
 }
 
 static __global__ void __launch_bounds__(THREADS, 1)
@@ -50,22 +54,30 @@ static __global__ void __launch_bounds__(THREADS, 1)
          k += blocks * THREADS)
         zeros[k] = 0;
     const int64_t i = blockIdx.x * (int64_t)(THREADS / 32) + (threadIdx.x >> 5);
-    if (i >= u.count)
+    if (i >= u.count) { // up to the end of the last 64 rows
+        for (int64_t d = lane; u.tiles && d < u.width; d += 32) {
+            u.tiles[place_of(u, i, d)] = 0;
+            if (u.split)
+                u.tiles[place_of(u, i, d) + 4096] = 0;
+        }
+        if (coefficients && lane == 0 && !p.wide)
+            scale_coefficients(p, g, i, (float *)coefficients);
         return;
+    }
     const int input = i < p.B ? 0 : i < 2 * p.B ? 1 : 2;
     const hex_rows &x = p.input[input];
     const int64_t at = row_start(x, i - input * p.B);
     const length n = norm_of(x, at, p.D);
     for (int64_t d = lane; d < u.width; d += 32) {
         const double v = d < p.D ? unit_number(x, at, d, n) : 0;
-        const int64_t to = i * u.width + d;
         if (u.plain)
-            write_number(u.plain, p.wide ? HEX_F64 : HEX_F32, to, v);
+            write_number(u.plain, p.wide ? HEX_F64 : HEX_F32, i * u.width + d, v);
         else {
             const uint16_t high = float_to_f16((float)v);
-            u.high[to] = high;
-            if (u.low)
-                u.low[to] = float_to_f16((float)(v - (double)f16_to_float(high)));
+            const int64_t to = place_of(u, i, d);
+            u.tiles[to] = high;
+            if (u.split)
+                u.tiles[to + 4096] = float_to_f16((float)(v - (double)f16_to_float(high)));
         }
     }
     if (lane == 0)
@@ -83,16 +95,16 @@ static __global__ void __launch_bounds__(THREADS, 1)
     }
     if (coefficients && lane == 0) {
         if (p.wide)
-            scale_coefficients(p, g, i, u.count, (double *)coefficients);
+            scale_coefficients(p, g, i, (double *)coefficients);
         else
-            scale_coefficients(p, g, i, u.count, (float *)coefficients);
+            scale_coefficients(p, g, i, (float *)coefficients);
     }
 }
 
 const char *hex_unit_rows(const hex_problem &p, const hex_run &r, int64_t zeros,
                           const hex_gradient *g)
 {
-    const int64_t blocks = (r.unit.count + THREADS / 32 - 1) / (THREADS / 32);
+    const int64_t blocks = padded(r.unit.count) / (THREADS / 32);
     if (blocks == 0)
         return NULL;
     HEX_LAUNCH(unit_rows, dim3((unsigned)blocks), dim3(THREADS), 0, r.stream, p, r.unit, r.tickets,

@@ -8,6 +8,7 @@
 //   shared memory   starts as NaN, and is as large as the launch says (AddressSanitizer sees more)
 //   warps           run in random order, each as far as it gets: a barrier that is missing shows
 //   copy_async      copies at once (odd seeds) or only at the wait (even seeds): so does a wait
+//   copy_bulk       the same; what waits for the barrier sees the copies
 //   blocks          odd seeds run them from the last to the first
 //   ldmatrix        counts bank conflicts: a wrong swizzle is slow, not wrong
 #pragma once
@@ -57,7 +58,11 @@ typedef void *cudaStream_t;
 typedef int cudaError_t;
 enum { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum {
+    cudaDevAttrMultiProcessorCount,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin,
+    cudaDevAttrComputeCapabilityMajor
+};
 
 namespace emu
 {
@@ -75,9 +80,19 @@ struct Warp {
     Barrier bar, group; // group: of four warps, kept by the first
     Lane lane[32];
 };
-struct Copy {
+struct Copy { // of 16 bytes; or, without a target, the end of a group
     void *to;
     const void *from;
+};
+struct Counter { // a barrier in shared memory, 8 bytes
+    uint16_t wanted, missing; // arrivals
+    uint32_t phase : 1, bytes : 31;
+};
+struct Bulk {
+    Counter *counter;
+    void *to;
+    const void *from;
+    uint32_t bytes;
 };
 struct Fiber {
     void *sp = nullptr;
@@ -87,9 +102,12 @@ struct Fiber {
     Warp *warp = nullptr;
     Barrier *wait = nullptr;
     unsigned wait_generation = 0;
+    Counter *counter = nullptr; // waited for, and the phase that has to end
+    unsigned parity = 0;
     bool done = false;
     std::vector<Copy> copies;
     float *acc = nullptr; // wgmma's
+    const uint32_t *left = nullptr;
 };
 struct State {
     std::vector<Fiber> fibers;
@@ -98,6 +116,7 @@ struct State {
     Fiber *current = nullptr;
     void *main_sp = nullptr;
     Barrier block;
+    std::vector<Bulk> bulk; // on their way
     dim3 grid, threads;
     uint3 block_index;
     unsigned char *shared = nullptr;
@@ -144,6 +163,35 @@ inline bool is_shared(const void *p)
     return at >= S.shared && at < S.shared + S.shared_bytes;
 }
 
+// A phase ends when all have arrived and all bytes are there.
+inline void check(Counter *c)
+{
+    if (c->missing == 0 && c->bytes == 0) {
+        c->phase ^= 1;
+        c->missing = c->wanted;
+    }
+}
+inline void land(const Bulk &b)
+{
+    memcpy(b.to, b.from, b.bytes);
+    if (b.counter->bytes < b.bytes)
+        fail("copy_bulk: more bytes than its barrier expects");
+    b.counter->bytes -= b.bytes;
+    check(b.counter);
+}
+// Whether the phase that the fiber waits for has ended; late copies arrive when somebody waits.
+inline bool over(Fiber &f)
+{
+    if (f.counter->phase == f.parity)
+        for (size_t k = 0; k < S.bulk.size(); k++)
+            if (S.bulk[k].counter == f.counter) {
+                const Bulk b = S.bulk[k];
+                S.bulk.erase(S.bulk.begin() + (long)k--);
+                land(b);
+            }
+    return f.counter->phase != f.parity;
+}
+
 inline void fiber_main()
 {
     S.entry(S.argument);
@@ -175,6 +223,7 @@ inline void prepare(unsigned i)
     f.lane = (int)(i % 32);
     f.warp = &S.warps[i / 32];
     f.wait = nullptr;
+    f.counter = nullptr;
     f.done = false;
     f.copies.clear();
     void **sp = (void **)(f.stack + STACK) - 1; // as after a call: rsp % 16 == 8
@@ -205,7 +254,10 @@ inline void run_block()
                     Fiber &f = S.fibers[S.order[k] * 32 + lane];
                     if (f.done || (f.wait && f.wait->generation == f.wait_generation))
                         continue;
+                    if (f.counter && !over(f))
+                        continue;
                     f.wait = nullptr;
+                    f.counter = nullptr;
                     S.current = &f;
                     moved = again = true;
                     hex_emu_switch(&S.main_sp, f.sp);
@@ -215,6 +267,8 @@ inline void run_block()
         if (!moved)
             fail("deadlock: some threads wait where the others never come");
     }
+    if (!S.bulk.empty())
+        fail("copy_bulk: the block ended before its copy did");
     S.current = nullptr;
 }
 
@@ -276,7 +330,14 @@ static inline cudaError_t cudaGetDevice(int *d) { return *d = 0, cudaSuccess; }
 static inline cudaError_t cudaGetDeviceCount(int *n) { return *n = 1, cudaSuccess; }
 static inline cudaError_t cudaDeviceGetAttribute(int *v, int which, int)
 {
-    *v = which == cudaDevAttrMultiProcessorCount ? emu::S.processors : emu::S.shared_limit;
+#ifdef HEX_WGMMA
+    const int major = 9;
+#else
+    const int major = 8;
+#endif
+    *v = which == cudaDevAttrMultiProcessorCount      ? emu::S.processors
+         : which == cudaDevAttrComputeCapabilityMajor ? major
+                                                      : emu::S.shared_limit;
     return cudaSuccess;
 }
 
@@ -454,53 +515,141 @@ static inline void copy_async(void *to, const void *from)
     else
         emu::S.current->copies.push_back({to, from});
 }
-static inline void copy_wait()
+static inline void copy_commit() { emu::S.current->copies.push_back({nullptr, nullptr}); }
+template <int PENDING> static inline void copy_wait()
 {
-    for (const emu::Copy &c : emu::S.current->copies)
-        memcpy(c.to, c.from, 16);
-    emu::S.current->copies.clear();
+    auto &copies = emu::S.current->copies;
+    size_t groups = 0, done = 0;
+    for (const emu::Copy &c : copies)
+        groups += c.to == nullptr;
+    for (; done < copies.size() && groups > PENDING; done++) {
+        const emu::Copy &c = copies[done];
+        if (c.to)
+            memcpy(c.to, c.from, 16);
+        else
+            groups--;
+    }
+    copies.erase(copies.begin(), copies.begin() + (long)done);
 }
 
-static inline void fence_async() {}
 #ifdef HEX_WGMMA
+static inline emu::Counter *hex_emu_counter(uint64_t *barrier)
+{
+    static_assert(sizeof(emu::Counter) == sizeof(uint64_t), "in the place of an mbarrier");
+    if (!emu::is_shared(barrier))
+        emu::fail("a barrier is not in shared memory");
+    return (emu::Counter *)barrier;
+}
+static inline void barrier_start(uint64_t *barrier, int arrivals)
+{
+    *hex_emu_counter(barrier) = {(uint16_t)arrivals, (uint16_t)arrivals, 0, 0};
+}
+static inline void barrier_fence() {}
+static inline void barrier_arrive(uint64_t *barrier)
+{
+    emu::Counter *c = hex_emu_counter(barrier);
+    if (c->wanted == 0 || c->wanted == 0xffff || c->missing == 0)
+        emu::fail("an arrival that the barrier does not wait for");
+    c->missing--;
+    emu::check(c);
+}
+static inline void barrier_expect(uint64_t *barrier, int bytes)
+{
+    hex_emu_counter(barrier)->bytes += (unsigned)bytes;
+    barrier_arrive(barrier);
+}
+static inline void barrier_wait(uint64_t *barrier, unsigned parity)
+{
+    emu::Fiber &f = *emu::S.current;
+    f.counter = hex_emu_counter(barrier);
+    f.parity = parity;
+    if (!emu::over(f))
+        emu::yield();
+    f.counter = nullptr;
+}
+static inline void copy_bulk(void *to, const void *from, int bytes, uint64_t *barrier)
+{
+    if (((uintptr_t)to | (uintptr_t)from | (unsigned)bytes) & 15)
+        emu::fail("copy_bulk: an address or the size is not a multiple of 16");
+    if (!emu::is_shared(to) || !emu::is_shared((char *)to + bytes - 1) || emu::is_shared(from))
+        emu::fail("copy_bulk: not from global to shared memory");
+    const emu::Bulk b = {hex_emu_counter(barrier), to, from, (uint32_t)bytes};
+    if (emu::S.seed & 1)
+        emu::land(b);
+    else
+        emu::S.bulk.push_back(b);
+}
+
 // A descriptor is the address in units of 16 bytes; the swizzle is undone here.
 static inline uint64_t wgmma_panel(const void *p)
 {
-    if ((uintptr_t)p & 1023)
-        emu::fail("wgmma: the panel is not at a multiple of 1024");
+    if ((uintptr_t)p & 1023 || !emu::is_shared(p))
+        emu::fail("wgmma: the panel is not at a multiple of 1024 in shared memory");
     return (uint64_t)(uintptr_t)p >> 4;
 }
 static inline void wgmma_begin(float (&)[8][4]) {}
 static inline void wgmma_end(float (&)[8][4]) {}
-static inline void wgmma_f16(float (&c)[8][4], uint64_t a, uint64_t b)
+// Half k of a panel's row, from the descriptor's place on.
+static inline float hex_emu_half(uint64_t d, int row, int k)
+{
+    const char *panel = (const char *)((d & ~(uint64_t)63) << 4);
+    const int chunk = (int)(d & 63) + (k >> 3);
+    const uint16_t *p = (const uint16_t *)(panel + row * 128 + ((chunk ^ row) & 7) * 16);
+    return hex_f16_to_float(p[k & 7]);
+}
+// A from a panel, where `a` is not 0, else from the threads' registers; B from a panel's rows, or
+// TRANSPOSED from its columns.
+template <bool FRESH, bool TRANSPOSED>
+static inline void hex_emu_wgmma(float (&c)[8][4], const uint32_t *left, uint64_t a, uint64_t b)
 {
     emu::Warp *first = &emu::S.warps[(size_t)(emu::S.current->warp - emu::S.warps.data()) / 4 * 4];
     emu::S.current->acc = &c[0][0];
+    emu::S.current->left = left;
     emu::arrive(first->group, [=] {
-        auto at = [](uint64_t d, int row, int k) {
-            const char *panel = (const char *)((d & ~(uint64_t)63) << 4);
-            const int chunk = (int)(d & 63) + (k >> 3);
-            const uint16_t *p = (const uint16_t *)(panel + row * 128 + ((chunk ^ row) & 7) * 16);
-            return hex_f16_to_float(p[k & 7]);
-        };
         static float A[64][16], B[64][16];
         for (int r = 0; r < 64; r++)
-            for (int k = 0; k < 16; k++)
-                A[r][k] = at(a, r, k), B[r][k] = at(b, r, k);
-        for (auto &f : emu::S.fibers) {
-            const int warp = (int)(f.warp - first);
-            if (warp < 0 || warp > 3)
-                continue;
+            for (int k = 0; k < 16; k++) {
+                if (a)
+                    A[r][k] = hex_emu_half(a, r, k);
+                B[r][k] = TRANSPOSED ? hex_emu_half(b, k, r) : hex_emu_half(b, r, k);
+            }
+        auto each = [&](auto f) {
+            for (auto &fiber : emu::S.fibers) {
+                const int warp = (int)(fiber.warp - first);
+                if (warp >= 0 && warp <= 3)
+                    f(fiber, warp * 16 + (fiber.lane >> 2), 2 * (fiber.lane & 3));
+            }
+        };
+        if (!a)
+            each([&](emu::Fiber &f, int row, int col) {
+                for (int i = 0; i < 4; i++)
+                    for (int h = 0; h < 2; h++)
+                        A[row + 8 * (i & 1)][col + h + 8 * (i >> 1)] =
+                            hex_f16_to_float((uint16_t)(f.left[i] >> 16 * h));
+            });
+        each([&](emu::Fiber &f, int row, int col) {
             for (int i = 0; i < 32; i++) {
-                const float *x = A[warp * 16 + (f.lane >> 2) + 8 * (i >> 1 & 1)];
-                const float *y = B[i / 4 * 8 + 2 * (f.lane & 3) + (i & 1)];
+                const float *x = A[row + 8 * (i >> 1 & 1)], *y = B[i / 4 * 8 + col + (i & 1)];
                 float sum = 0;
                 for (int k = 0; k < 16; k++)
                     sum += x[k] * y[k];
-                f.acc[i] += sum;
+                f.acc[i] = (FRESH ? 0 : f.acc[i]) + sum;
             }
-        }
+        });
     });
+}
+template <bool FRESH> static inline void wgmma_f16(float (&c)[8][4], uint64_t a, uint64_t b)
+{
+    hex_emu_wgmma<FRESH, false>(c, nullptr, a, b);
+}
+template <bool FRESH>
+static inline void wgmma_f16(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b)
+{
+    hex_emu_wgmma<FRESH, false>(c, a, 0, b);
+}
+static inline void wgmma_f16_transposed(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b)
+{
+    hex_emu_wgmma<false, true>(c, a, 0, b);
 }
 #endif
 
