@@ -130,11 +130,12 @@ DEVICE void multiply_weights(float (&out)[8][4], const uint32_t (&high)[4][4],
             out[n][q] += part[n][q];
 }
 
-template <int WARPS, bool SPLIT, bool KEEP, bool HOLD>
+template <int WARPS, bool SPLIT, int PANELS, bool KEEP>
 static __global__ void __launch_bounds__(32 * WARPS, 1)
     gather_tiles(hex_problem p, hex_run r, hex_fit fit)
 {
     constexpr int ROWS = 16 * WARPS;
+    constexpr bool HOLD = PANELS > 0;
     HEX_SHARED_MEMORY(shared);
     const int t = (int)threadIdx.x & 3;
     const unsigned blocks = (unsigned)r.parts.blocks;
@@ -144,7 +145,7 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
 
     hex_block block;
     block.start(r.parts, ROWS, blockIdx.x % blocks);
-    hex_stream<WARPS, SPLIT, KEEP, HOLD> stream;
+    hex_stream<WARPS, SPLIT, PANELS, KEEP, HOLD> stream;
     hex_places places;
     stream.start(r.unit, fit, shared, block.row0, block.col0, block.col1);
     stream.take_side(shared + fit.at.more, coefficients, SIDE_BYTES,
@@ -209,15 +210,15 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
         if (HOLD) {
             const int second = first + 1 == fit.slots ? 0 : first + 1;
 #pragma unroll
-            for (int v = 0; v < VALUES; v++)
+            for (int v = 0; v < PANELS; v++)
                 wgmma_begin(out[v]);
-            multiply_weights<SPLIT>(out[0], high, low, stream.b_panel(first));
-            if (panels > 1)
-                multiply_weights<SPLIT>(out[1], high, low, stream.b_panel(second));
 #pragma unroll
-            for (int v = 0; v < VALUES; v++)
+            for (int v = 0; v < PANELS; v++)
+                multiply_weights<SPLIT>(out[v], high, low, stream.b_panel(v ? second : first));
+#pragma unroll
+            for (int v = 0; v < PANELS; v++)
                 wgmma_end(out[v]);
-            stream.done(panels);
+            stream.done(PANELS);
         } else
 #pragma unroll
             for (int v = 0; v < VALUES; v++)
@@ -246,28 +247,36 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
                         make_float2(out[v][n][2 * h] / unit[h], out[v][n][2 * h + 1] / unit[h]);
 }
 
-template <int WARPS, bool SPLIT, bool KEEP, bool HOLD>
+template <int WARPS, bool SPLIT, int PANELS, bool KEEP>
 static const char *launch(const hex_problem &p, const hex_run &r)
 {
-    const hex_fit fit = fit_of(r, WARPS, KEEP, HOLD, 0, SIDE_BYTES);
-    const int64_t chunks = HOLD ? 1 : (r.unit.width / PANEL + VALUES - 1) / VALUES;
-    const auto kernel = gather_tiles<WARPS, SPLIT, KEEP, HOLD>;
+    const hex_fit fit = fit_of(r, WARPS, KEEP, PANELS > 0, 0, SIDE_BYTES);
+    const int64_t chunks = PANELS > 0 ? 1 : (r.unit.width / PANEL + VALUES - 1) / VALUES;
+    const auto kernel = gather_tiles<WARPS, SPLIT, PANELS, KEEP>;
     if (allow_shared_memory(kernel, r, fit))
         HEX_LAUNCH(kernel, dim3((unsigned)(chunks * r.parts.blocks)), dim3(32 * WARPS),
                    (int)fit.at.bytes, r.stream, p, r, fit);
     return hex_launched("backward gather");
 }
 
+// The panels of a tile that are held for both products are PANELS, where shared memory suffices.
+template <int PANELS> static const char *held(const hex_problem &p, const hex_run &r)
+{
+    if (r.block_rows == 192)
+        return launch<12, false, PANELS, false>(p, r);
+    if (!r.unit.split)
+        return launch<8, false, PANELS, true>(p, r);
+    return fit_of(r, 8, false, true, 0, SIDE_BYTES).at.bytes <= r.shared_limit
+               ? launch<8, true, PANELS, false>(p, r)
+               : launch<8, true, 0, false>(p, r);
+}
+
 const char *hex_tile_gather(const hex_problem &p, const hex_run &r)
 {
     if (r.parts.blocks == 0)
         return NULL;
-    if (r.block_rows == 192)
-        return launch<12, false, false, true>(p, r);
-    const bool keep = !r.unit.split && r.unit.width <= VALUES * PANEL;
-    const bool hold = r.unit.width <= VALUES * PANEL &&
-                      fit_of(r, 8, keep, true, 0, SIDE_BYTES).at.bytes <= r.shared_limit;
-    if (r.unit.split)
-        return hold ? launch<8, true, false, true>(p, r) : launch<8, true, false, false>(p, r);
-    return hold ? launch<8, false, true, true>(p, r) : launch<8, false, false, false>(p, r);
+    return r.unit.width == PANEL       ? held<1>(p, r)
+           : r.unit.width == 2 * PANEL ? held<2>(p, r)
+           : r.unit.split              ? launch<8, true, 0, false>(p, r)
+                                       : launch<8, false, 0, false>(p, r);
 }

@@ -14,29 +14,52 @@
 
 #define LIST 24 // members of H that a thread can set aside of a row; a tile has at most 16
 #define FEW 8   // as many may wait for the next tile
+#define COLUMN (LIST + SUMS - SUM_HARD_TOP)
 
 template <int WARPS> struct statistics {
     static constexpr int THREADS = 32 * WARPS;
-    hex_sums<float> sums[2];
-    float *aside, *end[2]; // this thread's column of 2 x LIST x THREADS, and where each list ends
+    float top[2], rest[2], rest_t[2]; // SUM_TOP, SUM_REST and SUM_REST_T
+    float *aside, *end[2]; // this thread's column of 2 x COLUMN x THREADS, where each list ends
     float eps[2], scale, beta;
     bool shared_shift;
 
-    __device__ __forceinline__ float *list(int h) const { return aside + h * LIST * THREADS; }
+    __device__ __forceinline__ float *list(int h) const { return aside + h * COLUMN * THREADS; }
+    // Sum k over H of the thread's row h, for which there are no registers.
+    __device__ __forceinline__ float &hard(int h, int k) const
+    {
+        return list(h)[(LIST + k - SUM_HARD_TOP) * THREADS];
+    }
     __device__ __forceinline__ void start()
     {
-        for (int h = 0; h < 2; h++)
+        for (int h = 0; h < 2; h++) {
             end[h] = list(h);
+            for (int k = SUM_HARD_TOP; k < SUMS; k++)
+                hard(h, k) = k == SUM_HARD_TOP ? HEX_LOWEST : 0;
+        }
+    }
+
+    __device__ __forceinline__ hex_sums<float> sums(int h) const
+    {
+        hex_sums<float> s;
+        s.v[SUM_TOP] = top[h], s.v[SUM_REST] = rest[h], s.v[SUM_REST_T] = rest_t[h];
+        for (int k = SUM_HARD_TOP; k < SUMS; k++)
+            s.v[k] = hard(h, k);
+        return s;
     }
 
     __device__ __forceinline__ void add_lists()
     {
-        for (int h = 0; h < 2; h++) {
 #pragma unroll 1
-            for (const float *c = list(h); c < end[h]; c += THREADS)
-                sums[h].add_hard(*c, scale, beta);
-            end[h] = list(h);
+        for (int h = 0; h < 2; h++) {
+            hex_sums<float> s = sums(h);
+            const float *last = h ? end[1] : end[0];
+#pragma unroll 1
+            for (const float *c = list(h); c < last; c += THREADS)
+                s.add_hard(*c, scale, beta);
+            for (int k = SUM_HARD_TOP; k < SUMS; k++)
+                hard(h, k) = s.v[k];
         }
+        end[0] = list(0), end[1] = list(1);
         __syncwarp(); // together again before the next tile's products
     }
 
@@ -59,7 +82,7 @@ template <int WARPS> struct statistics {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const float limit = eps[h];
-            float rest = 0, rest_t = 0, *to = end[h];
+            float sum = 0, sum_t = 0, *to = end[h];
 #pragma unroll
             for (int n = 0; n < 8; n++)
 #pragma unroll
@@ -72,12 +95,12 @@ template <int WARPS> struct statistics {
                         *to = c;
                         to += THREADS;
                     } else {
-                        rest += e;
-                        rest_t = fmaf(x, e, rest_t);
+                        sum += e;
+                        sum_t = fmaf(x, e, sum_t);
                     }
                 }
-            sums[h].v[SUM_REST] += rest;
-            sums[h].v[SUM_REST_T] += rest_t;
+            rest[h] += sum;
+            rest_t[h] += sum_t;
             end[h] = to;
         }
     }
@@ -89,7 +112,7 @@ template <int WARPS> struct statistics {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const float limit = eps[h];
-            float *to = end[h], top = sums[h].v[SUM_TOP];
+            float *to = end[h], most = top[h];
 #pragma unroll
             for (int n = 0; n < 8; n++)
 #pragma unroll
@@ -102,28 +125,32 @@ template <int WARPS> struct statistics {
                         to += THREADS;
                         c = -1e30f;
                     }
-                    top = fmaxf(top, c);
+                    most = fmaxf(most, c);
                     acc[n][2 * h + q] = c;
                 }
             end[h] = to;
-            if (top > sums[h].v[SUM_TOP])
-                sums[h].raise_rest(top, scale);
-            float rest = 0, rest_t = 0;
+            if (most > top[h]) {
+                const float d = (top[h] - most) * scale, f = ex2(d);
+                rest_t[h] = f * (rest_t[h] + d * rest[h]);
+                rest[h] *= f;
+                top[h] = most;
+            }
+            float sum = 0, sum_t = 0;
 #pragma unroll
             for (int n = 0; n < 8; n++)
 #pragma unroll
                 for (int q = 0; q < 2; q++) {
-                    const float x = (acc[n][2 * h + q] - top) * scale, e = ex2(x);
-                    rest += e;
-                    rest_t = fmaf(x, e, rest_t);
+                    const float x = (acc[n][2 * h + q] - most) * scale, e = ex2(x);
+                    sum += e;
+                    sum_t = fmaf(x, e, sum_t);
                 }
-            sums[h].v[SUM_REST] += rest;
-            sums[h].v[SUM_REST_T] += rest_t;
+            rest[h] += sum;
+            rest_t[h] += sum_t;
         }
     }
 };
 
-template <int WARPS, bool SPLIT, bool KEEP>
+template <int WARPS, bool SPLIT, int PANELS>
 static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) // 128 registers a thread
     forward_tiles(hex_problem p, hex_run r, hex_fit fit, double *sums, void *loss, float *stats)
 {
@@ -141,31 +168,31 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) // 128 register
     const int lane = (int)threadIdx.x & 31;
     const int64_t mine = block.row0 + (threadIdx.x >> 5) * 16 + (lane >> 2);
     for (int h = 0; h < 2; h++) {
-        s.sums[h].clear();
-        if (s.shared_shift)
-            s.sums[h].v[SUM_TOP] = 1;
+        s.top[h] = s.shared_shift ? 1.f : HEX_LOWEST;
+        s.rest[h] = s.rest_t[h] = 0;
         const int64_t i = mine + 8 * h;
         s.eps[h] = block.has(i) ? row_threshold<float>(p, i) : INFINITY;
     }
-    for_each_tile<WARPS, SPLIT, KEEP>(block, r.unit, p.B, fit, shared, s);
+    for_each_tile<WARPS, SPLIT, PANELS>(block, r.unit, p.B, fit, shared, s);
     s.add_lists();
-    __syncthreads(); // what follows uses the place of the lists
 
     const int64_t anchors = anchors_of(p);
     float *partial = (float *)r.partial;
     for (int h = 0; h < 2; h++) { // the four threads of a row
+        hex_sums<float> row = s.sums(h);
         for (int k = 1; k < 4; k <<= 1) {
             hex_sums<float> other;
             for (int n = 0; n < SUMS; n++)
-                other.v[n] = __shfl_xor_sync(~0u, s.sums[h].v[n], k);
-            s.sums[h].merge(other, s.scale, s.beta);
+                other.v[n] = __shfl_xor_sync(~0u, row.v[n], k);
+            row.merge(other, s.scale, s.beta);
         }
         const int64_t i = mine + 8 * h;
         if ((lane & 3) == 0 && block.has(i))
             for (int n = 0; n < SUMS; n++)
-                partial[(block.slice * SUMS + n) * anchors + i] = s.sums[h].v[n];
+                partial[(block.slice * SUMS + n) * anchors + i] = row.v[n];
     }
 
+    __syncthreads(); // what follows uses the place of the sums
     unsigned *flag = (unsigned *)shared;
     if (!last_to_arrive(r.tickets + block.ticket, block.part.slices, flag))
         return;
@@ -210,12 +237,12 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) // 128 register
         *(float *)loss = (float)(p.reduction == HEX_MEAN ? value / (double)anchors : value);
 }
 
-template <int WARPS, bool SPLIT, bool KEEP>
+template <int WARPS, bool SPLIT, int PANELS>
 static const char *launch(const hex_problem &p, const hex_run &r, double *rows, void *loss,
                           void *stats)
 {
-    const hex_fit fit = fit_of(r, WARPS, KEEP, false, 2 * LIST * 32 * WARPS * sizeof(float));
-    const auto kernel = forward_tiles<WARPS, SPLIT, KEEP>;
+    const hex_fit fit = fit_of(r, WARPS, PANELS != 0, false, 2 * COLUMN * 32 * WARPS * (int64_t)sizeof(float));
+    const auto kernel = forward_tiles<WARPS, SPLIT, PANELS>;
     if (allow_shared_memory(kernel, r, fit))
         HEX_LAUNCH(kernel, dim3((unsigned)r.parts.blocks), dim3(32 * WARPS), (int)fit.at.bytes,
                    r.stream, p, r, fit, rows, loss, (float *)stats);
@@ -225,11 +252,12 @@ static const char *launch(const hex_problem &p, const hex_run &r, double *rows, 
 const char *hex_tile_forward(const hex_problem &p, const hex_run &r, double *rows, void *loss,
                              void *stats)
 {
-    return with_kind(r.unit, [&](auto split, auto keep) {
-        constexpr bool SPLIT = decltype(split)::value, KEEP = decltype(keep)::value;
-        return r.block_rows == 64 ? launch<4, SPLIT, KEEP>(p, r, rows, loss, stats)
-               : !KEEP || r.block_rows == 128
-                   ? launch<8, SPLIT, KEEP>(p, r, rows, loss, stats)
-                   : launch<KEEP ? 16 : 8, SPLIT, KEEP>(p, r, rows, loss, stats);
+    return with_kind(r.unit, [&](auto split, auto panels) {
+        constexpr bool SPLIT = decltype(split)::value;
+        constexpr int PANELS = decltype(panels)::value;
+        return r.block_rows == 64 ? launch<4, SPLIT, PANELS>(p, r, rows, loss, stats)
+               : !PANELS || r.block_rows == 128
+                   ? launch<8, SPLIT, PANELS>(p, r, rows, loss, stats)
+                   : launch<PANELS ? 16 : 8, SPLIT, PANELS>(p, r, rows, loss, stats);
     });
 }

@@ -218,7 +218,7 @@ static void start(const hex_problem &p, const hex_device &d, plan &plan)
             cudaSuccess ||
         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess)
         plan.error = hex_launched("(looking at the device)");
-    r.hopper = major == 9;
+    r.hopper = major == 9 && r.shared_limit >= 220 * 1024;
 }
 
 // ---- the entry points ----

@@ -78,7 +78,7 @@ struct selection {
     double *sums;   // of each block of rows
 };
 
-template <int KIND, bool SPLIT, bool KEEP>
+template <int KIND, bool SPLIT, int PANELS>
 static __global__ void __launch_bounds__(THREADS, 4)
     count_tiles(hex_problem p, hex_run r, hex_fit fit, selection s)
 {
@@ -95,7 +95,7 @@ static __global__ void __launch_bounds__(THREADS, 4)
         fold.coarse[h] =
             KIND == FINE && block.has(block.row0 + row) ? s.coarse[block.row0 + row] : 0;
     }
-    for_each_tile<WARPS, SPLIT, KEEP>(block, r.unit, p.B, fit, shared, fold); // has barriers
+    for_each_tile<WARPS, SPLIT, PANELS>(block, r.unit, p.B, fit, shared, fold); // has barriers
     const int pitch = r.narrow ? HEX_BINS / 2 : HEX_BINS;
     for (int k = (int)threadIdx.x; k < ROWS * HEX_BINS / 2; k += THREADS) {
         const int row = k / (HEX_BINS / 2), pair = k % (HEX_BINS / 2);
@@ -192,7 +192,7 @@ static __global__ void __launch_bounds__(THREADS, 4)
 
 static __global__ void settle_alone(hex_choice choice) { settle(choice, (double)NAN); }
 
-template <bool SPLIT, bool KEEP>
+template <bool SPLIT, int PANELS>
 static __global__ void __launch_bounds__(THREADS, 3)
     bound_tiles(hex_problem p, hex_run r, hex_fit fit, float *low, float *high)
 {
@@ -203,7 +203,7 @@ static __global__ void __launch_bounds__(THREADS, 3)
     hex_block block;
     block.start(r.parts, ROWS, blockIdx.x);
     bounds fold = {{INFINITY, INFINITY}, {-INFINITY, -INFINITY}, {0, 0}};
-    for_each_tile<WARPS, SPLIT, KEEP>(block, r.unit, p.B, fit, shared, fold);
+    for_each_tile<WARPS, SPLIT, PANELS>(block, r.unit, p.B, fit, shared, fold);
     for (int h = 0; h < 2; h++) {
         for (int k = 1; k < 4; k <<= 1) {
             fold.low[h] = fminf(fold.low[h], __shfl_xor_sync(~0u, fold.low[h], k));
@@ -237,11 +237,11 @@ static __global__ void __launch_bounds__(THREADS, 3)
 }
 
 // Both kinds of kernel: `more` bytes of shared memory beside the panels.
-template <bool KEEP, class Kernel, class... Rest>
+template <int PANELS, class Kernel, class... Rest>
 static const char *launch(const char *name, Kernel kernel, int64_t more, const hex_problem &p,
                           const hex_run &r, Rest... rest)
 {
-    const hex_fit fit = fit_of(r, WARPS, KEEP, false, more);
+    const hex_fit fit = fit_of(r, WARPS, PANELS != 0, false, more);
     if (allow_shared_memory(kernel, r, fit))
         HEX_LAUNCH(kernel, dim3((unsigned)r.parts.blocks), dim3(THREADS), (int)fit.at.bytes,
                    r.stream, p, r, fit, rest...);
@@ -260,12 +260,13 @@ const char *hex_tile_threshold(const hex_problem &p, const hex_run &r, const hex
     const int64_t anchors = anchors_of(p), words = ROWS * PITCH * (int64_t)sizeof(uint32_t);
     const selection s = {choice, (int *)((int64_t *)r.partial + anchors), (int64_t *)r.partial,
                          rows};
-    auto both = [&](auto split, auto keep) {
-        constexpr bool SPLIT = decltype(split)::value, KEEP = decltype(keep)::value;
+    auto both = [&](auto split, auto panels) {
+        constexpr bool SPLIT = decltype(split)::value;
+        constexpr int PANELS = decltype(panels)::value;
         const char *error =
-            launch<KEEP>("coarse histogram", count_tiles<COARSE, SPLIT, KEEP>, words, p, r, s);
+            launch<PANELS>("coarse histogram", count_tiles<COARSE, SPLIT, PANELS>, words, p, r, s);
         return error ? error
-                     : launch<KEEP>("fine histogram", count_tiles<FINE, SPLIT, KEEP>, words, p, r,
+                     : launch<PANELS>("fine histogram", count_tiles<FINE, SPLIT, PANELS>, words, p, r,
                                     s);
     };
     return with_kind(r.unit, both);
@@ -273,9 +274,10 @@ const char *hex_tile_threshold(const hex_problem &p, const hex_run &r, const hex
 
 const char *hex_tile_range(const hex_problem &p, const hex_run &r, void *low, void *high)
 {
-    auto bound = [&](auto split, auto keep) {
-        constexpr bool SPLIT = decltype(split)::value, KEEP = decltype(keep)::value;
-        return launch<KEEP>("row bounds", bound_tiles<SPLIT, KEEP>, 0, p, r, (float *)low,
+    auto bound = [&](auto split, auto panels) {
+        constexpr bool SPLIT = decltype(split)::value;
+        constexpr int PANELS = decltype(panels)::value;
+        return launch<PANELS>("row bounds", bound_tiles<SPLIT, PANELS>, 0, p, r, (float *)low,
                             (float *)high);
     };
     return with_kind(r.unit, bound);

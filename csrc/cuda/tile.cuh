@@ -170,19 +170,19 @@ struct hex_fit {
 //
 // The calls, by all threads: start, then for each panel `next`, and `done(n)` when the warp needs
 // its n oldest panels no more. HOLD: at most two are in use at a time, else one.
-template <int WARPS, bool SPLIT, bool KEEP, bool HOLD> struct hex_stream {
+template <int WARPS, bool SPLIT, int PANELS, bool KEEP, bool HOLD> struct hex_stream {
+    static_assert(PANELS > 0 || !(KEEP || HOLD), "registers have constant indices");
     static constexpr int ROWS = 16 * WARPS, THREADS = 32 * WARPS, PARTS = SPLIT ? 2 : 1;
     static constexpr int MOST_IN_USE = HOLD || KEEP ? 2 : 1;
-    static constexpr int KEPT = 2; // panels, with KEEP
     uint16_t *a, *ring;
     const uint16_t *tiles;
     unsigned char *side;
     const unsigned char *side_from;
     int64_t col_end, next_col, row_block, row_blocks;
-    int panels, values, value0, slots, side_bytes, side_pitch;
+    int any_panels, values, value0, slots, side_bytes, side_pitch;
     bool resident;
     int slot, next_panel, next_slot, tile, next_tile, sides;
-    uint32_t kept[KEEP ? KEPT : 1][4][4];
+    uint32_t kept[KEEP ? PANELS : 1][4][4];
 #ifdef HEX_WGMMA
     uint64_t *full, *empty;
     unsigned parity;
@@ -190,6 +190,7 @@ template <int WARPS, bool SPLIT, bool KEEP, bool HOLD> struct hex_stream {
     int wrapped;
 #endif
 
+    __device__ __forceinline__ int panels() const { return PANELS ? PANELS : any_panels; }
     // Halves of a slot, which holds the rows' panel too where that travels.
     __device__ __forceinline__ int slot_halves() const
     {
@@ -203,13 +204,13 @@ template <int WARPS, bool SPLIT, bool KEEP, bool HOLD> struct hex_stream {
     __device__ __forceinline__ const uint16_t *a_panel(int panel, int in_slot) const
     {
         const int block = (int)threadIdx.x >> 7;
-        return resident ? a + (block * panels + panel) * PARTS * HALVES
+        return resident ? a + (block * panels() + panel) * PARTS * HALVES
                         : b_panel(in_slot) + (1 + block) * PARTS * HALVES;
     }
-    // A block's panels follow one another, so all of some 64 rows are one piece of memory.
+    // The panels of 64 rows follow one another, so they are one piece of memory.
     __device__ __forceinline__ const uint16_t *place(int64_t block, int64_t panel) const
     {
-        return tiles + (block * panels + panel) * PARTS * HALVES;
+        return tiles + (block * panels() + panel) * PARTS * HALVES;
     }
 
     // Copies halves into shared memory, a multiple of 8 for each thread of the block.
@@ -232,8 +233,8 @@ template <int WARPS, bool SPLIT, bool KEEP, bool HOLD> struct hex_stream {
     __device__ __forceinline__ void request()
     {
         if (next_col < col_end) {
-            const bool cosines = next_panel < panels, first = next_panel == 0;
-            const int panel = cosines ? next_panel : value0 + next_panel - panels;
+            const bool cosines = next_panel < panels(), first = next_panel == 0;
+            const int panel = cosines ? next_panel : value0 + next_panel - panels();
             const bool rows = cosines && !KEEP && !resident;
             const int bytes = 2 * PARTS * HALVES;
             uint16_t *to = ring + next_slot * slot_halves();
@@ -253,7 +254,7 @@ template <int WARPS, bool SPLIT, bool KEEP, bool HOLD> struct hex_stream {
             if (first && side_bytes)
                 bring(side + next_tile * side_bytes, side_from + next_col / BN * side_pitch,
                       side_bytes, next_slot);
-            if (++next_panel == panels + values) {
+            if (++next_panel == panels() + values) {
                 next_panel = 0;
                 next_col += BN;
                 next_tile = next_tile + 1 == sides ? 0 : next_tile + 1;
@@ -270,7 +271,7 @@ template <int WARPS, bool SPLIT, bool KEEP, bool HOLD> struct hex_stream {
                                           int64_t cols_to)
     {
         tiles = u.tiles;
-        panels = (int)(u.width / PANEL);
+        any_panels = (int)(u.width / PANEL);
         row_block = row0 / BN, row_blocks = (u.count + BN - 1) / BN;
         slots = fit.slots;
         resident = fit.resident;
@@ -308,7 +309,7 @@ template <int WARPS, bool SPLIT, bool KEEP, bool HOLD> struct hex_stream {
     __device__ __forceinline__ void fill()
     {
         int blocks = row_blocks - row_block < WARPS / 4 ? (int)(row_blocks - row_block) : WARPS / 4;
-        const int bytes = KEEP || resident ? 2 * blocks * panels * PARTS * HALVES : 0;
+        const int bytes = KEEP || resident ? 2 * blocks * panels() * PARTS * HALVES : 0;
 #ifdef HEX_WGMMA
         if (threadIdx.x == 0) {
             if (bytes) {
@@ -333,9 +334,8 @@ template <int WARPS, bool SPLIT, bool KEEP, bool HOLD> struct hex_stream {
         if (KEEP) {
             const int block = (int)threadIdx.x >> 7;
 #pragma unroll
-            for (int k = 0; k < KEPT; k++)
-                if (k < panels)
-                    load_fragments(kept[k], a + (block * panels + k) * HALVES);
+            for (int k = 0; k < (KEEP ? PANELS : 0); k++)
+                load_fragments(kept[k], a + (block * PANELS + k) * HALVES);
             __syncthreads(); // the place is free for the kernel
         }
     }
@@ -421,26 +421,24 @@ template <int WARPS, bool SPLIT, bool KEEP, bool HOLD> struct hex_stream {
         int first = 0;
         if (KEEP || (HOLD && !SPLIT)) {
             first = next();
-            const int second = panels > 1 ? next() : first;
+            const int second = PANELS > 1 ? next() : first;
             wgmma_begin(acc);
             if (KEEP)
                 multiply_panel<true>(acc, kept[0], b_panel(first));
             else
                 multiply_panel<true>(acc, a_panel(0, first), b_panel(first));
-            if (panels > 1) {
-                if (KEEP)
-                    multiply_panel<false>(acc, kept[KEEP ? 1 : 0], b_panel(second));
-                else
-                    multiply_panel<false>(acc, a_panel(1, second), b_panel(second));
-            }
+            if (KEEP && PANELS > 1)
+                multiply_panel<false>(acc, kept[KEEP && PANELS > 1 ? 1 : 0], b_panel(second));
+            else if (PANELS > 1)
+                multiply_panel<false>(acc, a_panel(1, second), b_panel(second));
             wgmma_end(acc);
             if (!HOLD)
-                done(panels);
+                done(PANELS);
             return first;
         }
         clear(acc);
 #pragma unroll 1
-        for (int panel = 0; panel < panels; panel++) {
+        for (int panel = 0; panel < panels(); panel++) {
             const int now = next();
             if (panel == 0)
                 first = now;
@@ -516,11 +514,11 @@ struct hex_block {
     __device__ __forceinline__ bool has(int64_t i) const { return i >= part.row0 && i < part.row1; }
 };
 
-template <int WARPS, bool SPLIT, bool KEEP, class Fold>
+template <int WARPS, bool SPLIT, int PANELS, class Fold>
 DEVICE void for_each_tile(const hex_block &block, const hex_unit &unit, int64_t B,
                           const hex_fit &fit, unsigned char *shared, Fold &fold)
 {
-    hex_stream<WARPS, SPLIT, KEEP, false> stream;
+    hex_stream<WARPS, SPLIT, PANELS, PANELS != 0, false> stream;
     hex_places places;
     stream.start(unit, fit, shared, block.row0, block.col0, block.col1);
     stream.fill();
@@ -540,16 +538,17 @@ DEVICE void for_each_tile(const hex_block &block, const hex_unit &unit, int64_t 
 
 // ---- launching ----
 
-// Calls f(SPLIT, KEEP), two constants: for three products or one, and whether fragments of the rows
-// stay in registers.
-template <bool VALUE> struct constant {
-    static constexpr bool value = VALUE;
+// Calls f(SPLIT, PANELS), two constants: for three products or one; and the panels whose fragments of
+// the rows stay in registers, 0 where there are too many of them.
+template <int VALUE> struct constant {
+    static constexpr int value = VALUE;
 };
 template <class F> static inline const char *with_kind(const hex_unit &u, F f)
 {
-    return u.split                ? f(constant<true>{}, constant<false>{})
-           : u.width <= 2 * PANEL ? f(constant<false>{}, constant<true>{})
-                                  : f(constant<false>{}, constant<false>{});
+    return u.split                ? f(constant<true>{}, constant<0>{})
+           : u.width == PANEL     ? f(constant<false>{}, constant<1>{})
+           : u.width == 2 * PANEL ? f(constant<false>{}, constant<2>{})
+                                  : f(constant<false>{}, constant<0>{});
 }
 
 // For so many warps and `more` bytes. The more slots, the more panels are on their way. `side`
