@@ -26,9 +26,10 @@
 #define SIDE_BYTES (K_ROWS * BN * (int)sizeof(float)) // of the coefficients of a tile's columns
 #define VALUES 2 // panels of the gradient that a block has in its registers
 
-// Coefficients of the two rows of a thread, and of the tile's columns in shared memory.
+// Coefficients of the two rows of a thread, at the common scale unless `apart`, and of the tile's
+// columns in shared memory.
 struct weights {
-    float row[2][K_ROWS], scale, beta;
+    float row[2][K_HARD + 1], scale, beta;
     bool apart;          // small tau: no common scale
     const float *column; // K_ROWS x BN
 
@@ -46,9 +47,8 @@ struct weights {
     {
         const float *k = column + col;
         const float b = beta == 1 ? e : ex2(beta * c * scale);
-        const float x = c > row[h][K_EPS]
-                            ? b * fmaf(row[h][K_HARD_E0], e, -row[h][K_HARD0])
-                            : row[h][K_REST0] * e;
+        const float x = c > row[h][K_EPS] ? b * fmaf(row[h][K_HARD_E], e, -row[h][K_HARD])
+                                          : row[h][K_REST] * e;
         const float y = c > k[K_EPS * BN] ? b * fmaf(k[K_HARD_E0 * BN], e, -k[K_HARD0 * BN])
                                           : k[K_REST0 * BN] * e;
         return x + y;
@@ -77,7 +77,7 @@ struct weights {
                 for (int q = 0; q < 4; q++) {
                     const int h = q >> 1;
                     const float c = acc[n][q], e = ex2(c * scale);
-                    acc[n][q] = (row[h][K_REST0] + (q & 1 ? rest.y : rest.x)) * e;
+                    acc[n][q] = (row[h][K_REST] + (q & 1 ? rest.y : rest.x)) * e;
                     if (c > limit[h])
                         acc[n][q] = hard(c, e, h, 8 * n + 2 * t + (q & 1));
                 }
@@ -145,9 +145,9 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
 
     hex_block block;
     block.start(r.parts, ROWS, blockIdx.x % blocks);
-    hex_stream<WARPS, SPLIT, PANELS, KEEP, HOLD> stream;
+    hex_stream<WARPS, SPLIT, PANELS, KEEP> stream;
     hex_places places;
-    stream.start(r.unit, fit, shared, block.row0, block.col0, block.col1);
+    stream.start(r.unit, fit, shared, block.row0, block.tile0, block.tile1);
     stream.take_side(shared + fit.at.more, coefficients, SIDE_BYTES,
                      SIDE_BYTES / K_ROWS * K_ALL);
     if (!HOLD)
@@ -160,17 +160,21 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
     w.scale = (float)(HEX_LOG2E / tau), w.beta = (float)p.beta;
     w.apart = !(tau >= 1. / 32 && (1 + p.beta) * HEX_LOG2E <= 80 * tau);
     for (int h = 0; h < 2; h++)
-        for (int k = 0; k < K_ROWS; k++)
-            w.row[h][k] = block.has(places.row[h]) ? coefficients[coefficient(k, places.row[h])]
+        for (int k = 0; k <= K_HARD; k++) {
+            const int kind = k < K_REST || w.apart ? k : k + K_COMMON;
+            w.row[h][k] = block.has(places.row[h]) ? coefficients[coefficient(kind, places.row[h])]
                           : k == K_EPS             ? INFINITY
                                                    : 0.f;
+        }
 
-    float out[VALUES][8][4] = {}, unit[2] = {0x1p100f, 0x1p100f}; // out is du times unit
-    for (int64_t col = block.col0; col < block.col1; col += BN) {
+    constexpr int OUT = HOLD ? PANELS : VALUES;
+    float out[OUT][8][4] = {}, unit[2] = {0x1p100f, 0x1p100f}; // out is du times unit
+    const int col0 = (int)block.part.col0, col1 = (int)block.part.col1;
+    for (int tile = block.tile0; tile < block.tile1; tile++) {
         float acc[8][4], top[2];
-        const int first = stream.cosines(acc);
+        const int slot = stream.cosines(acc);
         w.column = (const float *)stream.side_of_tile();
-        w.tile(acc, places, places.enter(col, block.part.col0, block.col1), top);
+        w.tile(acc, places, places.enter(tile, col0, col1), top);
 
         bool larger = false;
         float factor[2];
@@ -187,7 +191,7 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
         }
         if (__any_sync(~0u, larger))
 #pragma unroll
-            for (int v = 0; v < VALUES; v++)
+            for (int v = 0; v < OUT; v++)
 #pragma unroll
                 for (int n = 0; n < 8; n++)
 #pragma unroll
@@ -208,33 +212,33 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
                                   : 0;
             }
         if (HOLD) {
-            const int second = first + 1 == fit.slots ? 0 : first + 1;
+            if (!SPLIT)
+                wgmma_begin(out);
 #pragma unroll
-            for (int v = 0; v < PANELS; v++)
-                wgmma_begin(out[v]);
-#pragma unroll
-            for (int v = 0; v < PANELS; v++)
-                multiply_weights<SPLIT>(out[v], high, low, stream.b_panel(v ? second : first));
-#pragma unroll
-            for (int v = 0; v < PANELS; v++)
-                wgmma_end(out[v]);
-            stream.done(PANELS);
+            for (int v = 0; v < OUT; v++)
+                multiply_weights<SPLIT>(out[v], high, low, stream.b_panel(slot, v));
+            if (!SPLIT)
+                wgmma_end(out);
+            stream.done(slot);
         } else
 #pragma unroll
-            for (int v = 0; v < VALUES; v++)
+            for (int v = 0; v < OUT; v++)
                 if (v < values) {
                     const int now = stream.next();
-                    wgmma_begin(out[v]);
+                    if (!SPLIT)
+                        wgmma_begin(out[v]);
                     multiply_weights<SPLIT>(out[v], high, low, stream.b_panel(now));
-                    wgmma_end(out[v]);
-                    stream.done(1);
+                    if (!SPLIT)
+                        wgmma_end(out[v]);
+                    stream.done(now);
                 }
     }
 
     float *partial = (float *)r.partial;
+    const float back[2] = {1 / unit[0], 1 / unit[1]}; // powers of two
     const int64_t first = block.part.first_row - block.part.row0;
 #pragma unroll
-    for (int v = 0; v < VALUES; v++)
+    for (int v = 0; v < OUT; v++)
 #pragma unroll
         for (int n = 0; n < 8; n++)
 #pragma unroll
@@ -244,13 +248,13 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
                                 (block.slice * r.parts.rows + first + places.row[h]) *
                                     r.unit.width +
                                 (value0 + v) * PANEL + 8 * n + 2 * t) =
-                        make_float2(out[v][n][2 * h] / unit[h], out[v][n][2 * h + 1] / unit[h]);
+                        make_float2(out[v][n][2 * h] * back[h], out[v][n][2 * h + 1] * back[h]);
 }
 
 template <int WARPS, bool SPLIT, int PANELS, bool KEEP>
 static const char *launch(const hex_problem &p, const hex_run &r)
 {
-    const hex_fit fit = fit_of(r, WARPS, KEEP, PANELS > 0, 0, SIDE_BYTES);
+    const hex_fit fit = fit_of(r, WARPS, PANELS, KEEP, 0, SIDE_BYTES);
     const int64_t chunks = PANELS > 0 ? 1 : (r.unit.width / PANEL + VALUES - 1) / VALUES;
     const auto kernel = gather_tiles<WARPS, SPLIT, PANELS, KEEP>;
     if (allow_shared_memory(kernel, r, fit))
@@ -266,7 +270,7 @@ template <int PANELS> static const char *held(const hex_problem &p, const hex_ru
         return launch<12, false, PANELS, false>(p, r);
     if (!r.unit.split)
         return launch<8, false, PANELS, true>(p, r);
-    return fit_of(r, 8, false, true, 0, SIDE_BYTES).at.bytes <= r.shared_limit
+    return fit_of(r, 8, PANELS, false, 0, SIDE_BYTES).at.bytes <= r.shared_limit
                ? launch<8, true, PANELS, false>(p, r)
                : launch<8, true, 0, false>(p, r);
 }

@@ -38,8 +38,8 @@ struct hex_parts {
     int64_t blocks, row_blocks, rows; // of all parts
 };
 
-// The coefficients of every unit row, times its grad_output; 0 where it is no anchor. The last
-// three of K_ROWS are those before, on a scale that all rows share (backward.cu).
+// The coefficients of every unit row, times its grad_output; 0 where it is no anchor. Those that end
+// in 0 are those before on a scale that all rows share (backward.cu), COMMON further on.
 enum {
     K_EPS,
     K_SHIFT,
@@ -50,6 +50,7 @@ enum {
     K_HARD_E0,
     K_HARD0,
     K_ROWS,
+    K_COMMON = K_REST0 - K_REST,
     K_POSITIVE = K_ROWS,
     K_ALL
 };

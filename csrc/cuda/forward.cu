@@ -241,7 +241,7 @@ template <int WARPS, bool SPLIT, int PANELS>
 static const char *launch(const hex_problem &p, const hex_run &r, double *rows, void *loss,
                           void *stats)
 {
-    const hex_fit fit = fit_of(r, WARPS, PANELS != 0, false, 2 * COLUMN * 32 * WARPS * (int64_t)sizeof(float));
+    const hex_fit fit = fit_of(r, WARPS, PANELS, PANELS != 0, 2 * COLUMN * 32 * WARPS * (int64_t)sizeof(float));
     const auto kernel = forward_tiles<WARPS, SPLIT, PANELS>;
     if (allow_shared_memory(kernel, r, fit))
         HEX_LAUNCH(kernel, dim3((unsigned)r.parts.blocks), dim3(32 * WARPS), (int)fit.at.bytes,

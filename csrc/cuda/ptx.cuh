@@ -95,14 +95,8 @@ DEVICE void copy_async(void *to, const void *from)
                  : "memory");
 }
 
-// Ends a group of this thread's copies.
-DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Waits for the copies of this thread but those of its `PENDING` newest groups.
-template <int PENDING> DEVICE void copy_wait()
-{
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
+// Waits for all copies of this thread.
+DEVICE void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 #ifdef HEX_WGMMA
 // ---- barriers in shared memory that count arrivals and bytes ----
@@ -161,69 +155,91 @@ DEVICE void copy_bulk(void *to, const void *from, int bytes, uint64_t *barrier)
 
 // ---- warpgroup products ----
 
-// A panel of 64 rows of 128 bytes, chunks swizzled by the row, 8 rows to 1024 bytes. As an operand
-// whose rows are the product's rows or columns, 16 features are 2 units further on.
-DEVICE uint64_t wgmma_panel(const void *p)
+// A panel of 64 rows of 128 bytes, chunks swizzled by the row, 8 rows to 1024 bytes: the low half of
+// its descriptor. The high half, the same for all, has the 1024 bytes and the swizzle. As an
+// operand whose rows are the product's rows or columns, 16 features are 2 units further on.
+DEVICE uint32_t wgmma_panel(const void *p)
 {
-    return (uint64_t)((shared_address(p) & 0x3ffff) >> 4) | (uint64_t)1 << 16 | (uint64_t)64 << 32 |
-           (uint64_t)1 << 62;
+    return (shared_address(p) & 0x3ffff) >> 4 | 1 << 16;
 }
+#define PANEL_HIGH 0x40000040
 
 // The accumulator, for the products below and for what stands around them: the compiler knows not
 // that it is being written from the first product to wgmma_end, and would otherwise be free to set
 // it after wgmma_begin, or to use it before the products are done.
-#define ROW(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
-#define ROWS_OF_C ROW(0), ROW(1), ROW(2), ROW(3), ROW(4), ROW(5), ROW(6), ROW(7)
+#define ROW(c, n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
+#define ROWS_OF(c)                                                                                 \
+    ROW(c, 0), ROW(c, 1), ROW(c, 2), ROW(c, 3), ROW(c, 4), ROW(c, 5), ROW(c, 6), ROW(c, 7)
 #define C_IN_REGISTERS                                                                             \
     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                                      \
     "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
 
 DEVICE void wgmma_begin(float (&c)[8][4])
 {
-    asm volatile("wgmma.fence.sync.aligned;" : ROWS_OF_C : : "memory");
+    asm volatile("wgmma.fence.sync.aligned;" : ROWS_OF(c) : : "memory");
 }
 
 DEVICE void wgmma_end(float (&c)[8][4])
 {
     asm volatile("wgmma.commit_group.sync.aligned;\n\twgmma.wait_group.sync.aligned 0;"
-                 : ROWS_OF_C
+                 : ROWS_OF(c)
+                 :
+                 : "memory");
+}
+
+// The same for one or two accumulators at a time.
+DEVICE void wgmma_begin(float (&c)[1][8][4]) { wgmma_begin(c[0]); }
+DEVICE void wgmma_end(float (&c)[1][8][4]) { wgmma_end(c[0]); }
+DEVICE void wgmma_begin(float (&c)[2][8][4])
+{
+    asm volatile("wgmma.fence.sync.aligned;" : ROWS_OF(c[0]), ROWS_OF(c[1]) : : "memory");
+}
+DEVICE void wgmma_end(float (&c)[2][8][4])
+{
+    asm volatile("wgmma.commit_group.sync.aligned;\n\twgmma.wait_group.sync.aligned 0;"
+                 : ROWS_OF(c[0]), ROWS_OF(c[1])
                  :
                  : "memory");
 }
 
 // c (64 x 64 over four warps, each like mma_f16's) += a b; FRESH: c = a b. Both from panels,
-template <bool FRESH> DEVICE void wgmma_f16(float (&c)[8][4], uint64_t a, uint64_t b)
+template <bool FRESH> DEVICE void wgmma_f16(float (&c)[8][4], uint32_t a, uint32_t b)
 {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " C_IN_REGISTERS
-                 "%32, %33, %34, 1, 1, 0, 0;"
-                 : ROWS_OF_C
-                 : "l"(a), "l"(b), "n"(FRESH ? 0 : 1)
+    asm volatile("{\n\t.reg .b64 a, b;\n\tmov.b64 a, {%32, %34};\n\tmov.b64 b, {%33, %34};\n\t"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " C_IN_REGISTERS
+                 "a, b, %35, 1, 1, 0, 0;\n\t}"
+                 : ROWS_OF(c)
+                 : "r"(a), "r"(b), "n"(PANEL_HIGH), "n"(FRESH ? 0 : 1)
                  : "memory");
 }
 
 // a from registers, as mma_f16 has it,
 template <bool FRESH>
-DEVICE void wgmma_f16(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b)
+DEVICE void wgmma_f16(float (&c)[8][4], const uint32_t (&a)[4], uint32_t b)
 {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " C_IN_REGISTERS
-                 "{%32,%33,%34,%35}, %36, %37, 1, 1, 0;"
-                 : ROWS_OF_C
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(FRESH ? 0 : 1)
+    asm volatile("{\n\t.reg .b64 b;\n\tmov.b64 b, {%36, %37};\n\t"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " C_IN_REGISTERS
+                 "{%32,%33,%34,%35}, b, %38, 1, 1, 0;\n\t}"
+                 : ROWS_OF(c)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(PANEL_HIGH),
+                   "n"(FRESH ? 0 : 1)
                  : "memory");
 }
 
 // and with b transposed: 16 rows of a panel are the product's inner dimension, its 64 features the
 // product's columns. The next 16 rows are 128 units further on.
-DEVICE void wgmma_f16_transposed(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b)
+DEVICE void wgmma_f16_transposed(float (&c)[8][4], const uint32_t (&a)[4], uint32_t b)
 {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " C_IN_REGISTERS
-                 "{%32,%33,%34,%35}, %36, 1, 1, 1, 1;"
-                 : ROWS_OF_C
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
+    asm volatile("{\n\t.reg .b64 b;\n\tmov.b64 b, {%36, %37};\n\t"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " C_IN_REGISTERS
+                 "{%32,%33,%34,%35}, b, 1, 1, 1, 1;\n\t}"
+                 : ROWS_OF(c)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(PANEL_HIGH)
                  : "memory");
 }
+#undef PANEL_HIGH
 #undef C_IN_REGISTERS
-#undef ROWS_OF_C
+#undef ROWS_OF
 #undef ROW
 #endif
 #endif

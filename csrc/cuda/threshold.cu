@@ -241,7 +241,7 @@ template <int PANELS, class Kernel, class... Rest>
 static const char *launch(const char *name, Kernel kernel, int64_t more, const hex_problem &p,
                           const hex_run &r, Rest... rest)
 {
-    const hex_fit fit = fit_of(r, WARPS, PANELS != 0, false, more);
+    const hex_fit fit = fit_of(r, WARPS, PANELS, PANELS != 0, more);
     if (allow_shared_memory(kernel, r, fit))
         HEX_LAUNCH(kernel, dim3((unsigned)r.parts.blocks), dim3(THREADS), (int)fit.at.bytes,
                    r.stream, p, r, fit, rest...);

@@ -35,7 +35,7 @@ DEVICE void clear(float (&acc)[8][4])
 template <bool FRESH> DEVICE void multiply_panel(float (&acc)[8][4], const uint16_t *a, const uint16_t *b)
 {
 #ifdef HEX_WGMMA
-    const uint64_t pa = wgmma_panel(a), pb = wgmma_panel(b);
+    const uint32_t pa = wgmma_panel(a), pb = wgmma_panel(b);
 #pragma unroll
     for (int k = 0; k < PANEL / 16; k++) // 16 halves are two units of 16 bytes
         if (FRESH && k == 0)
@@ -75,7 +75,7 @@ DEVICE void load_fragments(uint32_t (&to)[4][4], const uint16_t *a)
 template <bool FRESH> DEVICE void multiply_panel(float (&acc)[8][4], const uint32_t (&a)[4][4], const uint16_t *b)
 {
 #ifdef HEX_WGMMA
-    const uint64_t pb = wgmma_panel(b);
+    const uint32_t pb = wgmma_panel(b);
 #pragma unroll
     for (int k = 0; k < PANEL / 16; k++)
         if (FRESH && k == 0)
@@ -104,7 +104,7 @@ template <bool FRESH> DEVICE void multiply_panel(float (&acc)[8][4], const uint3
 DEVICE void multiply_transposed(float (&acc)[8][4], const uint32_t (&a)[4][4], const uint16_t *b)
 {
 #ifdef HEX_WGMMA
-    const uint64_t pb = wgmma_panel(b);
+    const uint32_t pb = wgmma_panel(b);
 #pragma unroll
     for (int k = 0; k < BN / 16; k++) // 16 rows are 128 units of 16 bytes
         wgmma_f16_transposed(acc, a[k], pb + 128 * k);
@@ -123,8 +123,8 @@ DEVICE void multiply_transposed(float (&acc)[8][4], const uint32_t (&a)[4][4], c
 }
 
 #ifndef HEX_WGMMA
-DEVICE void wgmma_begin(float (&)[8][4]) {}
-DEVICE void wgmma_end(float (&)[8][4]) {}
+template <class Accumulators> DEVICE void wgmma_begin(Accumulators &) {}
+template <class Accumulators> DEVICE void wgmma_end(Accumulators &) {}
 #endif
 
 // ---- shared memory of a block ----
@@ -135,18 +135,15 @@ struct hex_layout {
     int64_t ring, barriers, more, bytes;
 };
 
-// Tiles whose side may be in use or on its way. Without HOLD each of a tile's panels has a slot of
-// its own: four or more a tile, three of them sent for before the tile before is done with.
-SHARED_DEVICE __host__ int sides_of(bool hold, int slots) { return hold ? slots : slots > 2 ? 4 : 1; }
-
 #define RING_BARRIERS 32 // bytes for each slot: two barriers, and room for one of the rows'
 
+// `wide` panels a slot.
 SHARED_DEVICE __host__ hex_layout layout_of(int warps, bool split, bool resident, bool over,
-                                            int64_t panels, int slots, int64_t more)
+                                            int64_t panels, int wide, int slots, int64_t more)
 {
     const int64_t panel = 2 * HALVES * (split ? 2 : 1), blocks = warps / 4;
     const int64_t rows = (resident ? panels : 0) * blocks * panel;
-    const int64_t slot = panel * (resident ? 1 : 1 + blocks);
+    const int64_t slot = panel * (resident ? wide : 1 + blocks);
     hex_layout at;
     at.ring = over && more > rows ? (more + 1023) / 1024 * 1024 : rows;
     at.barriers = at.ring + slots * slot;
@@ -154,6 +151,10 @@ SHARED_DEVICE __host__ hex_layout layout_of(int warps, bool split, bool resident
     at.bytes = at.barriers + slots * RING_BARRIERS + (over ? 0 : more);
     return at;
 }
+
+// Tiles whose side may be in use or on its way. Where each of a tile's panels has a slot of its
+// own, they are four or more a tile, and on Hopper eight at most are sent for.
+SHARED_DEVICE __host__ int sides_of(bool tiles, int slots) { return tiles || slots > 2 ? slots : 1; }
 
 // How a kernel runs: whether all of the rows' panels stay, the slots, where things are.
 struct hex_fit {
@@ -164,56 +165,53 @@ struct hex_fit {
 
 // ---- the panels of a block's tiles, in the order of their use ----
 
-// For each tile the `panels` of its cosines, then, where a second product cannot read those (not
-// HOLD), `values` more of the columns alone, from panel `value0` on. Beside a tile's first panel
-// may travel `side_bytes` of its own, from `side_from` on, a multiple of 16.
+// A slot of the ring holds all panels of a tile, where their number is known (PANELS), else one.
+// Then, and where the second product cannot read those of the first, `values` more follow the
+// panels of a tile's cosines, from panel `value0` on. Beside a tile's first panel may travel
+// `side_bytes` of its own, a multiple of 16.
 //
-// The calls, by all threads: start, then for each panel `next`, and `done(n)` when the warp needs
-// its n oldest panels no more. HOLD: at most two are in use at a time, else one.
-template <int WARPS, bool SPLIT, int PANELS, bool KEEP, bool HOLD> struct hex_stream {
-    static_assert(PANELS > 0 || !(KEEP || HOLD), "registers have constant indices");
-    static constexpr int ROWS = 16 * WARPS, THREADS = 32 * WARPS, PARTS = SPLIT ? 2 : 1;
-    static constexpr int MOST_IN_USE = HOLD || KEEP ? 2 : 1;
+// The calls, by all threads: start, take_... , fill; then for each slot `next`, and `done` when the
+// warp has read it. One slot at a time is in use.
+template <int WARPS, bool SPLIT, int PANELS, bool KEEP> struct hex_stream {
+    static_assert(PANELS > 0 || !KEEP, "registers have constant indices");
+    static constexpr int ROWS = 16 * WARPS, THREADS = 32 * WARPS, BLOCKS = WARPS / 4;
+    static constexpr int PIECE = (SPLIT ? 2 : 1) * HALVES; // of a panel
+    static constexpr int WIDE = PANELS ? PANELS : 1;
     uint16_t *a, *ring;
     const uint16_t *tiles;
     unsigned char *side;
     const unsigned char *side_from;
-    int64_t col_end, next_col, row_block, row_blocks;
+    int row_block, row_blocks, next_tile, end_tile; // of 64 rows
     int any_panels, values, value0, slots, side_bytes, side_pitch;
     bool resident;
-    int slot, next_panel, next_slot, tile, next_tile, sides;
+    int slot, next_slot, next_panel, side_slot, next_side, sides;
     uint32_t kept[KEEP ? PANELS : 1][4][4];
 #ifdef HEX_WGMMA
     uint64_t *full, *empty;
-    unsigned parity;
-    int ahead; // panels that may be sent for
-    int wrapped;
+    unsigned parity, next_parity;
+    int ahead; // slots that may be sent for
 #endif
 
     __device__ __forceinline__ int panels() const { return PANELS ? PANELS : any_panels; }
-    // Halves of a slot, which holds the rows' panel too where that travels.
-    __device__ __forceinline__ int slot_halves() const
+    // The columns' panels in a slot, where the rows' follow them if they travel.
+    __device__ __forceinline__ uint16_t *b_panel(int in_slot, int panel = 0) const
     {
-        return PARTS * HALVES * (KEEP || resident ? 1 : 1 + WARPS / 4);
-    }
-    __device__ __forceinline__ const uint16_t *b_panel(int in_slot) const
-    {
-        return ring + in_slot * slot_halves();
+        return ring + (in_slot * (PANELS || resident ? WIDE : 1 + BLOCKS) + panel) * PIECE;
     }
     // The rows' panel, of the 64 rows that hold the warp's.
     __device__ __forceinline__ const uint16_t *a_panel(int panel, int in_slot) const
     {
         const int block = (int)threadIdx.x >> 7;
-        return resident ? a + (block * panels() + panel) * PARTS * HALVES
-                        : b_panel(in_slot) + (1 + block) * PARTS * HALVES;
+        return PANELS || resident ? a + (block * panels() + panel) * PIECE
+                                  : b_panel(in_slot, 1 + block);
     }
-    // The panels of 64 rows follow one another, so they are one piece of memory.
-    __device__ __forceinline__ const uint16_t *place(int64_t block, int64_t panel) const
+    // The panels of 64 rows follow one another, and those of the next 64 rows follow them.
+    __device__ __forceinline__ const uint16_t *place(int block, int panel) const
     {
-        return tiles + (block * panels() + panel) * PARTS * HALVES;
+        return tiles + ((int64_t)block * panels() + panel) * PIECE;
     }
 
-    // Copies halves into shared memory, a multiple of 8 for each thread of the block.
+    // Copies into shared memory, by the copy engine or by all threads.
     __device__ __forceinline__ void bring(void *to, const void *from, int bytes, int in_slot) const
     {
 #ifdef HEX_WGMMA
@@ -229,56 +227,47 @@ template <int WARPS, bool SPLIT, int PANELS, bool KEEP, bool HOLD> struct hex_st
 #endif
     }
 
-    // Sends for the next panel, if there is one, into the next slot.
+    // Sends for what comes next, if there is more, into the next slot.
     __device__ __forceinline__ void request()
     {
-        if (next_col < col_end) {
-            const bool cosines = next_panel < panels(), first = next_panel == 0;
-            const int panel = cosines ? next_panel : value0 + next_panel - panels();
-            const bool rows = cosines && !KEEP && !resident;
-            const int bytes = 2 * PARTS * HALVES;
-            uint16_t *to = ring + next_slot * slot_halves();
+        if (next_tile >= end_tile)
+            return;
+        const bool first = PANELS || next_panel == 0, cosines = PANELS || next_panel < panels();
+        const int panel = PANELS ? 0 : cosines ? next_panel : value0 + next_panel - panels();
+        const int bytes = 2 * WIDE * PIECE, beside = first ? side_bytes : 0;
+        int blocks = PANELS || resident || !cosines ? 0 : row_blocks - row_block;
+        blocks = blocks < BLOCKS ? blocks : BLOCKS; // the last block of rows may have fewer
 #ifdef HEX_WGMMA
-            int64_t blocks = rows ? row_blocks - row_block : 0; // the last may have fewer
-            blocks = blocks < WARPS / 4 ? blocks : WARPS / 4;
-            barrier_expect(full + next_slot,
-                           bytes * (int)(1 + blocks) + (first ? side_bytes : 0));
-#else
-            const int64_t blocks = rows ? WARPS / 4 : 0;
+        barrier_expect(full + next_slot, bytes * (1 + blocks) + beside);
 #endif
-            bring(to, place(next_col / BN, panel), bytes, next_slot);
-            for (int k = 0; k < blocks; k++)
-                if (row_block + k < row_blocks)
-                    bring(to + (1 + k) * PARTS * HALVES, place(row_block + k, panel), bytes,
-                          next_slot);
-            if (first && side_bytes)
-                bring(side + next_tile * side_bytes, side_from + next_col / BN * side_pitch,
-                      side_bytes, next_slot);
-            if (++next_panel == panels() + values) {
-                next_panel = 0;
-                next_col += BN;
-                next_tile = next_tile + 1 == sides ? 0 : next_tile + 1;
-            }
-            next_slot = next_slot + 1 == slots ? 0 : next_slot + 1;
+        bring(b_panel(next_slot), place(next_tile, panel), bytes, next_slot);
+        for (int k = 0; k < blocks; k++)
+            bring(b_panel(next_slot, 1 + k), place(row_block + k, panel), bytes, next_slot);
+        if (beside)
+            bring(side + next_side * side_bytes, side_from + (int64_t)next_tile * side_pitch,
+                  beside, next_slot);
+        next_slot = next_slot + 1 == slots ? 0 : next_slot + 1;
+        if (PANELS || ++next_panel == panels() + values) {
+            next_panel = 0;
+            next_tile++;
+            next_side = next_side + 1 == sides ? 0 : next_side + 1;
         }
-#ifndef HEX_WGMMA
-        copy_commit();
-#endif
     }
 
+    // Tiles [tile0, tile1) of columns against the rows from row0 on.
     __device__ __forceinline__ void start(const hex_unit &u, const hex_fit &fit,
-                                          unsigned char *shared, int64_t row0, int64_t cols_from,
-                                          int64_t cols_to)
+                                          unsigned char *shared, int64_t row0, int64_t tile0,
+                                          int64_t tile1)
     {
         tiles = u.tiles;
         any_panels = (int)(u.width / PANEL);
-        row_block = row0 / BN, row_blocks = (u.count + BN - 1) / BN;
+        row_block = (int)(row0 / BN), row_blocks = (int)((u.count + BN - 1) / BN);
+        next_tile = (int)tile0, end_tile = (int)tile1;
         slots = fit.slots;
         resident = fit.resident;
         a = (uint16_t *)shared;
         ring = (uint16_t *)(shared + fit.at.ring);
-        next_col = cols_from, col_end = cols_to;
-        next_panel = next_slot = next_tile = tile = slot = 0;
+        slot = next_slot = next_panel = side_slot = next_side = 0;
         values = value0 = side_bytes = side_pitch = 0, sides = 1;
 #ifdef HEX_WGMMA
         full = (uint64_t *)(shared + fit.at.barriers);
@@ -291,32 +280,31 @@ template <int WARPS, bool SPLIT, int PANELS, bool KEEP, bool HOLD> struct hex_st
             barrier_start(empty + slots, 1); // the rows'
             barrier_fence();
         }
-        parity = 0, ahead = slots, wrapped = 0;
+        parity = next_parity = 0, ahead = 0;
         __syncthreads();
 #endif
     }
 
-    // A second product's panels, and what travels beside a tile.
     __device__ __forceinline__ void take_values(int count, int from) { values = count, value0 = from; }
     __device__ __forceinline__ void take_side(void *to, const void *from, int bytes, int pitch)
     {
         side = (unsigned char *)to, side_from = (const unsigned char *)from;
         side_bytes = bytes, side_pitch = pitch;
-        sides = sides_of(HOLD, slots);
+        sides = sides_of(PANELS > 0, slots);
     }
 
-    // The rows' panels, and the first panels of the columns.
+    // The rows' panels, and the first of the columns'.
     __device__ __forceinline__ void fill()
     {
-        int blocks = row_blocks - row_block < WARPS / 4 ? (int)(row_blocks - row_block) : WARPS / 4;
-        const int bytes = KEEP || resident ? 2 * blocks * panels() * PARTS * HALVES : 0;
+        const int blocks = row_blocks - row_block < BLOCKS ? row_blocks - row_block : BLOCKS;
+        const int bytes = PANELS || resident ? 2 * blocks * panels() * PIECE : 0;
 #ifdef HEX_WGMMA
         if (threadIdx.x == 0) {
             if (bytes) {
                 barrier_expect(empty + slots, bytes);
                 copy_bulk(a, place(row_block, 0), bytes, empty + slots);
             }
-            for (; ahead > 0; ahead--)
+            for (int k = 0; k < slots; k++)
                 request();
         }
         __syncwarp();
@@ -324,10 +312,9 @@ template <int WARPS, bool SPLIT, int PANELS, bool KEEP, bool HOLD> struct hex_st
             barrier_wait(empty + slots, 0);
 #else
         bring(a, place(row_block, 0), bytes, 0);
-        for (int k = 0; k < MOST_IN_USE; k++)
-            request();
+        request();
         if (KEEP) {
-            copy_wait<MOST_IN_USE - 1>();
+            copy_wait();
             __syncthreads();
         }
 #endif
@@ -335,151 +322,148 @@ template <int WARPS, bool SPLIT, int PANELS, bool KEEP, bool HOLD> struct hex_st
             const int block = (int)threadIdx.x >> 7;
 #pragma unroll
             for (int k = 0; k < (KEEP ? PANELS : 0); k++)
-                load_fragments(kept[k], a + (block * PANELS + k) * HALVES);
+                load_fragments(kept[k], a + (block * PANELS + k) * PIECE);
             __syncthreads(); // the place is free for the kernel
         }
     }
 
-    // Waits for the next panel; its slot.
+    // Waits for the next slot to be full.
     __device__ __forceinline__ int next()
     {
         const int now = slot;
+        slot = slot + 1 == slots ? 0 : slot + 1;
 #ifdef HEX_WGMMA
         barrier_wait(full + now, parity);
-        if (slot + 1 == slots)
-            parity ^= 1;
+        parity ^= slot == 0;
 #else
-        copy_wait<MOST_IN_USE - 1>();
-        __syncthreads(); // all warps are done with the slots that were in use before
+        copy_wait();
+        __syncthreads(); // all warps are done with the other slot
         request();
 #endif
-        slot = slot + 1 == slots ? 0 : slot + 1;
         return now;
     }
 
-    // The warp needs its `count` oldest panels no more, the last of which was in slot - 1.
-    __device__ __forceinline__ void done(int count)
+    // The warp has read the slot. One thread sends for more, into the slot before it, which the
+    // other warps have left by now or soon will.
+    __device__ __forceinline__ void done(int in_slot)
     {
 #ifdef HEX_WGMMA
         __syncwarp();
         if ((threadIdx.x & 31) == 0)
-            for (int k = count; k > 0; k--)
-                barrier_arrive(empty + (slot >= k ? slot - k : slot - k + slots));
-        // Sends again into the slots that were let go a tile ago, which all have left by now or
-        // soon will.
+            barrier_arrive(empty + in_slot);
         if (threadIdx.x == 0) {
-            for (; ahead > 0 && next_col < col_end; ahead--) {
-                barrier_wait(empty + next_slot, (unsigned)wrapped);
-                if (next_slot + 1 == slots)
-                    wrapped ^= 1;
+            if (ahead && next_tile < end_tile) {
+                barrier_wait(empty + next_slot, next_parity);
                 request();
+                next_parity ^= next_slot == 0;
             }
-            ahead += count;
+            ahead = 1;
         }
         __syncwarp();
 #else
-        (void)count;
+        (void)in_slot;
 #endif
     }
 
     // What came beside the tile whose cosines were computed last.
     __device__ __forceinline__ const unsigned char *side_of_tile()
     {
-        const unsigned char *now = side + tile * side_bytes;
-        tile = tile + 1 == sides ? 0 : tile + 1;
+        const unsigned char *now = side + side_slot * side_bytes;
+        side_slot = side_slot + 1 == sides ? 0 : side_slot + 1;
         return now;
     }
 
-    // acc += the cosines' share of a panel that is in a slot.
-    __device__ __forceinline__ void add_cosines(float (&acc)[8][4], int panel, int in_slot) const
+    // acc += the cosines' share of a panel, in three products. A panel by itself, the small ones
+    // first: tensor cores cut off what they add.
+    __device__ __forceinline__ void add_split(float (&acc)[8][4], const uint16_t *x,
+                                              const uint16_t *y) const
     {
-        const uint16_t *y = b_panel(in_slot);
-        if (SPLIT) {
-            // A panel by itself, the small products first: tensor cores cut off what they add.
-            const uint16_t *x = a_panel(panel, in_slot);
-            float part[8][4];
-            wgmma_begin(part);
-            multiply_panel<true>(part, x + HALVES, y);
-            multiply_panel<false>(part, x, y + HALVES);
-            multiply_panel<false>(part, x, y);
-            wgmma_end(part);
+        float part[8][4];
+        wgmma_begin(part);
+        multiply_panel<true>(part, x + HALVES, y);
+        multiply_panel<false>(part, x, y + HALVES);
+        multiply_panel<false>(part, x, y);
+        wgmma_end(part);
 #pragma unroll
-            for (int n = 0; n < 8; n++)
+        for (int n = 0; n < 8; n++)
 #pragma unroll
-                for (int q = 0; q < 4; q++)
-                    acc[n][q] += part[n][q];
-        } else {
-            wgmma_begin(acc);
-            multiply_panel<false>(acc, a_panel(panel, in_slot), y);
-            wgmma_end(acc);
-        }
+            for (int q = 0; q < 4; q++)
+                acc[n][q] += part[n][q];
     }
 
-    // The cosines of a tile. Its panels stay in use with HOLD; the first one's slot.
+    // The cosines of a tile. With PANELS its slot, which is returned, stays in use.
     __device__ __forceinline__ int cosines(float (&acc)[8][4])
     {
-        int first = 0;
-        if (KEEP || (HOLD && !SPLIT)) {
-            first = next();
-            const int second = PANELS > 1 ? next() : first;
+        if (PANELS && !SPLIT) {
+            const int now = next();
             wgmma_begin(acc);
             if (KEEP)
-                multiply_panel<true>(acc, kept[0], b_panel(first));
+                multiply_panel<true>(acc, kept[0], b_panel(now));
             else
-                multiply_panel<true>(acc, a_panel(0, first), b_panel(first));
+                multiply_panel<true>(acc, a_panel(0, now), b_panel(now));
             if (KEEP && PANELS > 1)
-                multiply_panel<false>(acc, kept[KEEP && PANELS > 1 ? 1 : 0], b_panel(second));
+                multiply_panel<false>(acc, kept[KEEP && PANELS > 1 ? 1 : 0], b_panel(now, 1));
             else if (PANELS > 1)
-                multiply_panel<false>(acc, a_panel(1, second), b_panel(second));
+                multiply_panel<false>(acc, a_panel(1, now), b_panel(now, 1));
             wgmma_end(acc);
-            if (!HOLD)
-                done(PANELS);
-            return first;
+            return now;
         }
+        int now = 0;
         clear(acc);
+        if (PANELS)
+            now = next();
 #pragma unroll 1
         for (int panel = 0; panel < panels(); panel++) {
-            const int now = next();
-            if (panel == 0)
-                first = now;
-            add_cosines(acc, panel, now);
-            if (!HOLD)
-                done(1);
+            if (!PANELS)
+                now = next();
+            const uint16_t *x = a_panel(panel, now), *y = b_panel(now, PANELS ? panel : 0);
+            if (SPLIT)
+                add_split(acc, x, y);
+            else {
+                wgmma_begin(acc);
+                multiply_panel<false>(acc, x, y);
+                wgmma_end(acc);
+            }
+            if (!PANELS)
+                done(now);
         }
-        return first;
+        return now;
     }
 };
 
 // ---- which elements of a tile are no negatives ----
 
 // The thread's two rows, 8 apart, and where in a tile they and their partners stand (-1: not in
-// it).
+// it). A row's number is less than 2^31: its unit row alone takes 128 bytes.
 struct hex_places {
-    int64_t row[2], partner[2];
+    int row[2], partner[2];
     int own[2], positive[2], from, valid;
 
     __device__ __forceinline__ void start(int64_t row0, int64_t B)
     {
         const int lane = (int)threadIdx.x & 31;
         for (int h = 0; h < 2; h++) {
-            row[h] = row0 + ((int)threadIdx.x >> 5) * 16 + (lane >> 2) + 8 * h;
-            partner[h] = row[h] < 2 * B ? partner_of(row[h], B) : -1; // the queue has none
+            row[h] = (int)row0 + ((int)threadIdx.x >> 5) * 16 + (lane >> 2) + 8 * h;
+            // the queue has none
+            partner[h] = row[h] < 2 * B ? (int)partner_of(row[h], B) : -1;
         }
     }
-    // Whether the warp's part of the tile holds any such element, or any before col0 or from
-    // col_end on.
-    __device__ __forceinline__ bool enter(int64_t col, int64_t col0, int64_t col_end)
+    // Whether the warp's part of a tile holds any such element, or any outside of [col0, col1).
+    __device__ __forceinline__ bool enter(int tile, int col0, int col1)
     {
-        bool edge = col_end - col < BN || col < col0;
-        valid = col_end - col < BN ? (int)(col_end - col) : BN;
-        from = col < col0 ? (int)(col0 - col) : 0;
+        const int col = tile * BN;
+        const bool edge = tile == row[0] / BN || tile == partner[0] / BN ||
+                          tile == partner[1] / BN || col < col0 || col + BN > col1;
+        if (!__any_sync(~0u, edge))
+            return false;
+        valid = col1 - col < BN ? col1 - col : BN;
+        from = col < col0 ? col0 - col : 0;
         for (int h = 0; h < 2; h++) {
-            const int64_t o = row[h] - col, q = partner[h] - col;
-            own[h] = (uint64_t)o < BN ? (int)o : -1;
-            positive[h] = (uint64_t)q < BN ? (int)q : -1;
-            edge |= own[h] >= 0 || positive[h] >= 0;
+            const int o = row[h] - col, q = partner[h] - col;
+            own[h] = (unsigned)o < BN ? o : -1;
+            positive[h] = (unsigned)q < BN ? q : -1;
         }
-        return __any_sync(~0u, edge);
+        return true;
     }
     __device__ __forceinline__ bool leaves_out(int h, int col) const
     {
@@ -492,21 +476,20 @@ struct hex_places {
 // The rows and columns of this block, as unit rows; the first of either is a multiple of 64.
 struct hex_block {
     hex_part part;
-    int64_t row_block, slice, row0, col0, col1;
-    int64_t ticket;
+    int64_t slice, row0, ticket;
+    int tile0, tile1; // of columns
 
     __device__ __forceinline__ void start(const hex_parts &parts, int rows, int64_t number)
     {
         const int k = part_of_block(parts, number);
         part = parts.part[k];
         const int64_t b = number - part.first_block;
-        row_block = (unsigned)b % (unsigned)part.row_blocks; // a grid has less than 2^31 blocks
+        ticket = (unsigned)b % (unsigned)part.row_blocks; // a grid has less than 2^31 blocks
         slice = (unsigned)b / (unsigned)part.row_blocks;
-        row0 = part.row0 / BN * BN + row_block * rows;
-        col0 = part.col0 / BN * BN + slice * part.tiles * BN;
-        const int64_t end = col0 + part.tiles * BN;
-        col1 = end < part.col1 ? end : part.col1;
-        ticket = row_block;
+        row0 = part.row0 / BN * BN + ticket * rows;
+        const int64_t end = (part.col1 + BN - 1) / BN;
+        tile0 = (int)(part.col0 / BN + slice * part.tiles);
+        tile1 = (int)(tile0 + part.tiles < end ? tile0 + part.tiles : end);
         for (int i = 0; i < k; i++)
             ticket += parts.part[i].row_blocks;
     }
@@ -518,17 +501,20 @@ template <int WARPS, bool SPLIT, int PANELS, class Fold>
 DEVICE void for_each_tile(const hex_block &block, const hex_unit &unit, int64_t B,
                           const hex_fit &fit, unsigned char *shared, Fold &fold)
 {
-    hex_stream<WARPS, SPLIT, PANELS, PANELS != 0, false> stream;
+    hex_stream<WARPS, SPLIT, PANELS, PANELS != 0> stream;
     hex_places places;
-    stream.start(unit, fit, shared, block.row0, block.col0, block.col1);
+    stream.start(unit, fit, shared, block.row0, block.tile0, block.tile1);
     stream.fill();
     fold.start();
     __syncthreads();
     places.start(block.row0, B);
-    for (int64_t col = block.col0; col < block.col1; col += BN) {
+    const int col0 = (int)block.part.col0, col1 = (int)block.part.col1;
+    for (int tile = block.tile0; tile < block.tile1; tile++) {
         float acc[8][4];
-        stream.cosines(acc);
-        if (places.enter(col, block.part.col0, block.col1))
+        const int slot = stream.cosines(acc);
+        if (PANELS)
+            stream.done(slot);
+        if (places.enter(tile, col0, col1))
             fold.template tile<true>(acc, places);
         else
             fold.template tile<false>(acc, places);
@@ -551,19 +537,20 @@ template <class F> static inline const char *with_kind(const hex_unit &u, F f)
                                   : f(constant<false>{}, constant<0>{});
 }
 
-// For so many warps and `more` bytes. The more slots, the more panels are on their way. `side`
-// bytes are for what travels beside a tile, and come first in the kernel's own.
-static inline hex_fit fit_of(const hex_run &r, int warps, bool keep, bool hold, int64_t more,
+// For so many warps, with PANELS or not, and `more` bytes. The more slots, the more is on its way;
+// small blocks share a processor. `side` bytes are for what travels beside a tile, and come first
+// in the kernel's own; without them these may lie over the rows' panels, if they go to registers.
+static inline hex_fit fit_of(const hex_run &r, int warps, int panels, bool keep, int64_t more,
                              int64_t side = 0)
 {
-    const int64_t panels = r.unit.width / PANEL;
-    const int least = hold || keep ? 4 : 2, most = r.hopper ? 8 : least;
+    const int most = !r.hopper ? 2 : panels == 2 && warps == 4 ? 2 : panels == 1 ? 8 : 4;
     hex_fit fit = {};
-    for (int stays = 1; stays >= 0; stays--)
-        for (int slots = most; slots >= least; slots -= 2) {
-            const int64_t bytes = more + side * sides_of(hold, slots);
+    for (int stays = 1; stays >= (panels ? 1 : 0); stays--)
+        for (int slots = most; slots >= 2; slots--) {
+            const int64_t bytes = more + side * sides_of(panels > 0, slots);
             fit = {stays != 0, slots,
-                   layout_of(warps, r.unit.split, stays != 0, keep && !side, panels, slots, bytes)};
+                   layout_of(warps, r.unit.split, stays != 0, keep && !side, r.unit.width / PANEL,
+                             panels ? panels : 1, slots, bytes)};
             if (fit.at.bytes <= r.shared_limit)
                 return fit;
         }

@@ -80,7 +80,7 @@ struct Warp {
     Barrier bar, group; // group: of four warps, kept by the first
     Lane lane[32];
 };
-struct Copy { // of 16 bytes; or, without a target, the end of a group
+struct Copy { // of 16 bytes
     void *to;
     const void *from;
 };
@@ -515,21 +515,11 @@ static inline void copy_async(void *to, const void *from)
     else
         emu::S.current->copies.push_back({to, from});
 }
-static inline void copy_commit() { emu::S.current->copies.push_back({nullptr, nullptr}); }
-template <int PENDING> static inline void copy_wait()
+static inline void copy_wait()
 {
-    auto &copies = emu::S.current->copies;
-    size_t groups = 0, done = 0;
-    for (const emu::Copy &c : copies)
-        groups += c.to == nullptr;
-    for (; done < copies.size() && groups > PENDING; done++) {
-        const emu::Copy &c = copies[done];
-        if (c.to)
-            memcpy(c.to, c.from, 16);
-        else
-            groups--;
-    }
-    copies.erase(copies.begin(), copies.begin() + (long)done);
+    for (const emu::Copy &c : emu::S.current->copies)
+        memcpy(c.to, c.from, 16);
+    emu::S.current->copies.clear();
 }
 
 #ifdef HEX_WGMMA
@@ -580,19 +570,20 @@ static inline void copy_bulk(void *to, const void *from, int bytes, uint64_t *ba
         emu::S.bulk.push_back(b);
 }
 
-// A descriptor is the address in units of 16 bytes; the swizzle is undone here.
-static inline uint64_t wgmma_panel(const void *p)
+// A descriptor is the place in shared memory in units of 16 bytes, and a bit; the swizzle is undone
+// here.
+static inline uint32_t wgmma_panel(const void *p)
 {
     if ((uintptr_t)p & 1023 || !emu::is_shared(p))
         emu::fail("wgmma: the panel is not at a multiple of 1024 in shared memory");
-    return (uint64_t)(uintptr_t)p >> 4;
+    return (uint32_t)((const unsigned char *)p - emu::S.shared) >> 4 | 1 << 16;
 }
-static inline void wgmma_begin(float (&)[8][4]) {}
-static inline void wgmma_end(float (&)[8][4]) {}
+template <class Accumulators> static inline void wgmma_begin(Accumulators &) {}
+template <class Accumulators> static inline void wgmma_end(Accumulators &) {}
 // Half k of a panel's row, from the descriptor's place on.
-static inline float hex_emu_half(uint64_t d, int row, int k)
+static inline float hex_emu_half(uint32_t d, int row, int k)
 {
-    const char *panel = (const char *)((d & ~(uint64_t)63) << 4);
+    const unsigned char *panel = emu::S.shared + ((d & 0xffc0) << 4);
     const int chunk = (int)(d & 63) + (k >> 3);
     const uint16_t *p = (const uint16_t *)(panel + row * 128 + ((chunk ^ row) & 7) * 16);
     return hex_f16_to_float(p[k & 7]);
@@ -600,7 +591,7 @@ static inline float hex_emu_half(uint64_t d, int row, int k)
 // A from a panel, where `a` is not 0, else from the threads' registers; B from a panel's rows, or
 // TRANSPOSED from its columns.
 template <bool FRESH, bool TRANSPOSED>
-static inline void hex_emu_wgmma(float (&c)[8][4], const uint32_t *left, uint64_t a, uint64_t b)
+static inline void hex_emu_wgmma(float (&c)[8][4], const uint32_t *left, uint32_t a, uint32_t b)
 {
     emu::Warp *first = &emu::S.warps[(size_t)(emu::S.current->warp - emu::S.warps.data()) / 4 * 4];
     emu::S.current->acc = &c[0][0];
@@ -638,16 +629,16 @@ static inline void hex_emu_wgmma(float (&c)[8][4], const uint32_t *left, uint64_
         });
     });
 }
-template <bool FRESH> static inline void wgmma_f16(float (&c)[8][4], uint64_t a, uint64_t b)
+template <bool FRESH> static inline void wgmma_f16(float (&c)[8][4], uint32_t a, uint32_t b)
 {
     hex_emu_wgmma<FRESH, false>(c, nullptr, a, b);
 }
 template <bool FRESH>
-static inline void wgmma_f16(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b)
+static inline void wgmma_f16(float (&c)[8][4], const uint32_t (&a)[4], uint32_t b)
 {
     hex_emu_wgmma<FRESH, false>(c, a, 0, b);
 }
-static inline void wgmma_f16_transposed(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b)
+static inline void wgmma_f16_transposed(float (&c)[8][4], const uint32_t (&a)[4], uint32_t b)
 {
     hex_emu_wgmma<false, true>(c, a, 0, b);
 }
