@@ -28,6 +28,13 @@ template <int KIND> struct histogram {
             all[k] = 0;
     }
 
+    __device__ __forceinline__ void tile(float (&acc)[8][4], const hex_places &places, bool edge)
+    {
+        if (edge)
+            tile<true>(acc, places);
+        else
+            tile<false>(acc, places);
+    }
     template <bool EDGE>
     __device__ __forceinline__ void tile(float (&acc)[8][4], const hex_places &places)
     {
@@ -52,6 +59,13 @@ struct bounds {
 
     __device__ __forceinline__ void start() {}
 
+    __device__ __forceinline__ void tile(float (&acc)[8][4], const hex_places &places, bool edge)
+    {
+        if (edge)
+            tile<true>(acc, places);
+        else
+            tile<false>(acc, places);
+    }
     template <bool EDGE>
     __device__ __forceinline__ void tile(float (&acc)[8][4], const hex_places &places)
     {

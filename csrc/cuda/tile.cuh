@@ -469,6 +469,17 @@ struct hex_places {
     {
         return col == own[h] || col == positive[h] || col >= valid || col < from;
     }
+    // Puts `value` in the place of all that is no negative.
+    __device__ __forceinline__ void blank(float (&acc)[8][4], float value) const
+    {
+        const int t = (int)threadIdx.x & 3;
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+#pragma unroll
+            for (int q = 0; q < 4; q++)
+                if (leaves_out(q >> 1, 8 * n + 2 * t + (q & 1)))
+                    acc[n][q] = value;
+    }
 };
 
 // ---- every tile of a block, handed to `fold` ----
@@ -514,10 +525,7 @@ DEVICE void for_each_tile(const hex_block &block, const hex_unit &unit, int64_t 
         const int slot = stream.cosines(acc);
         if (PANELS)
             stream.done(slot);
-        if (places.enter(tile, col0, col1))
-            fold.template tile<true>(acc, places);
-        else
-            fold.template tile<false>(acc, places);
+        fold.tile(acc, places, places.enter(tile, col0, col1));
     }
     __syncthreads(); // the shared memory is free again
 }
