@@ -15,7 +15,7 @@
 #define HEX_LOG2E 1.4426950408889634
 #define HEX_LOWEST (-2.f) // below every cosine
 
-struct hex_unit { // rows of length one; see ../hex.h for their order
+struct hex_unit {         // rows of length one; see ../hex.h for their order
     int64_t count, width; // width = D rounded up to 64
     uint16_t *tiles;      // fp16, laid out by place_of; rows up to a multiple of 64 are zeros
     bool split;           // with the low parts too: for three products
@@ -38,8 +38,8 @@ struct hex_parts {
     int64_t blocks, row_blocks, rows; // of all parts
 };
 
-// The coefficients of every unit row, times its grad_output; 0 where it is no anchor. Those that end
-// in 0 are those before on a scale that all rows share (backward.cu), COMMON further on.
+// The coefficients of every unit row, times its grad_output; 0 where it is no anchor. Those that
+// end in 0 are those before on a scale that all rows share (backward.cu), COMMON further on.
 enum {
     K_EPS,
     K_SHIFT,

@@ -191,8 +191,8 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) // 128 register
     const int64_t i = block.row0 + threadIdx.x;
     double value = 0;
     if (threadIdx.x < ROWS && block.has(i)) {
-        // Two passes: the largest of the shifts first, so that each slice is rescaled once. Reads of
-        // several slices are on their way at a time, or a small batch would wait for each.
+        // Two passes: the largest of the shifts first, so that each slice is rescaled once. Reads
+        // of several slices are on their way at a time, or a small batch would wait for each.
         float top = HEX_LOWEST, hard_top = HEX_LOWEST;
 #pragma unroll 8
         for (int64_t slice = 0; slice < block.part.slices; slice++) {
@@ -235,7 +235,8 @@ template <int WARPS, bool SPLIT, int PANELS>
 static const char *launch(const hex_problem &p, const hex_run &r, double *rows, void *loss,
                           void *stats)
 {
-    const hex_fit fit = fit_of(r, WARPS, PANELS, PANELS != 0, 2 * COLUMN * 32 * WARPS * (int64_t)sizeof(float));
+    const hex_fit fit =
+        fit_of(r, WARPS, PANELS, PANELS != 0, 2 * COLUMN * 32 * WARPS * (int64_t)sizeof(float));
     const auto kernel = forward_tiles<WARPS, SPLIT, PANELS>;
     if (allow_shared_memory(kernel, r, fit))
         HEX_LAUNCH(kernel, dim3((unsigned)r.parts.blocks), dim3(32 * WARPS), (int)fit.at.bytes,

@@ -336,12 +336,13 @@ static const char *backward(const hex_problem *p, const hex_device *d, const hex
     const int64_t chunks = plan.plain ? 1 : cut(r.unit.width, 2 * TILE);
     const int64_t most = r.block_rows * (2 * r.processors > chunks ? 2 * r.processors / chunks : 1);
     const int64_t rows = plan.plain || r.unit.count < most ? r.unit.count : most;
-    auto cut_band = [&](int64_t first) { // the sums of a band's slices take no more than a full band
-        const int64_t n = r.unit.count - first < rows ? r.unit.count - first : rows;
-        r.parts = band_of(all, first, rows);
-        slice_parts(r.parts, r.block_rows, (int64_t)1 << 40, plan.plain ? 0 : r.processors,
-                    most / n < 32 ? most / n : 32);
-    };
+    auto cut_band =
+        [&](int64_t first) { // the sums of a band's slices take no more than a full band
+            const int64_t n = r.unit.count - first < rows ? r.unit.count - first : rows;
+            r.parts = band_of(all, first, rows);
+            slice_parts(r.parts, r.block_rows, (int64_t)1 << 40, plan.plain ? 0 : r.processors,
+                        most / n < 32 ? most / n : 32);
+        };
     int64_t gradients = 0;
     for (int64_t first = 0; first < r.unit.count; first += rows) {
         cut_band(first);

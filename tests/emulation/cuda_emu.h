@@ -84,7 +84,7 @@ struct Copy { // of 16 bytes
     void *to;
     const void *from;
 };
-struct Counter { // a barrier in shared memory, 8 bytes
+struct Counter {              // a barrier in shared memory, 8 bytes
     uint16_t wanted, missing; // arrivals
     uint32_t phase : 1, bytes : 31;
 };
