@@ -239,28 +239,25 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
                         stream.done(now);
                     }
         }
-    }
-    // To the slice's sums in memory.
-    const float back[2] = {1 / unit[0], 1 / unit[1]}; // powers of two
-    const int64_t first = block.part.first_row - block.part.row0 + block.slice * r.parts.rows;
-    float *to = (float *)r.partial + value0 * PANEL + 2 * t;
+        // To the slice's sums in memory.
+        const float back[2] = {1 / unit[0], 1 / unit[1]}; // powers of two
+        const int64_t first = block.part.first_row - block.part.row0 + block.slice * r.parts.rows;
+        float *to = (float *)r.partial + value0 * PANEL + 2 * t;
 #pragma unroll
-    for (int v = 0; v < OUT; v++)
+        for (int v = 0; v < OUT; v++)
 #pragma unroll
-        for (int n = 0; n < 8; n++)
+            for (int n = 0; n < 8; n++)
 #pragma unroll
-            for (int h = 0; h < 2; h++)
-                if (v < values && block.has(places.row[h])) {
-                    float2 *at =
-                        (float2 *)(to + (first + places.row[h]) * r.unit.width + v * PANEL + 8 * n);
-                    const float2 old = more ? *at : make_float2(0, 0);
-                    *at = make_float2(old.x + out[v][n][2 * h] * back[h],
-                                      old.y + out[v][n][2 * h + 1] * back[h]);
-                    out[v][n][2 * h] = out[v][n][2 * h + 1] = 0;
-                }
-}
-while (tile < block.tile1)
-    ;
+                for (int h = 0; h < 2; h++)
+                    if (v < values && block.has(places.row[h])) {
+                        float2 *at = (float2 *)(to + (first + places.row[h]) * r.unit.width +
+                                                v * PANEL + 8 * n);
+                        const float2 old = more ? *at : make_float2(0, 0);
+                        *at = make_float2(old.x + out[v][n][2 * h] * back[h],
+                                          old.y + out[v][n][2 * h + 1] * back[h]);
+                        out[v][n][2 * h] = out[v][n][2 * h + 1] = 0;
+                    }
+    } while (tile < block.tile1);
 }
 
 template <int WARPS, bool SPLIT, int PANELS, bool KEEP>
