@@ -10,11 +10,26 @@ import math
 import emulator
 import pytest
 import torch
-from conftest import Problem, check_gradients, check_loss, eps_of_each_row, problem
+from conftest import (
+    NAMES,
+    Problem,
+    check_gradients,
+    check_loss,
+    cuda_tensor,
+    eps_of_each_row,
+    problem,
+)
 from data import KINDS, f64
-from emulator import HOPPER, SMALL, assert_half_is_right, assert_threshold_is_right
+from emulator import (
+    HOPPER,
+    ROUNDED,
+    SMALL,
+    TRUNCATED,
+    assert_half_is_right,
+    assert_threshold_is_right,
+)
 
-from hex import HEXLoss, ThresholdTracker, ops, reference
+from hex import HEXLoss, ThresholdTracker, _load, ops, reference
 
 MODES = ("ntxent", "query", "cross", "shared", "own")
 LIBRARIES = {"mma": (), "wgmma": ("-DHEX_WGMMA",)}
@@ -283,6 +298,34 @@ def test_a_launch_that_fails_is_an_exception_that_names_the_kernel(mma):
         p.loss(*p.inputs)
     mma.device(*HOPPER)
     check(p)  # and nothing stays behind
+
+
+def test_a_gpu_that_the_library_has_no_code_for_is_composed_with_a_warning(libraries, fresh_cuda):
+    library = libraries["mma"]
+    fresh_cuda((9, 0), library.path)
+    library.no_code(0)
+    try:
+        with pytest.warns(
+            RuntimeWarning, match=r"\(hex/_cuda.so has no code for this GPU, of comp"
+        ):
+            assert not ops._has_kernel(cuda_tensor(0), "forward")
+        assert not ops._has_kernel(cuda_tensor(0), "threshold")  # and is silent from now on
+        assert "HEX_CUDA=1 HEX_CUDA_ARCH=90a pip install" in _load.cuda_problem(0)
+        assert ops._has_kernel(cuda_tensor(1), "forward")  # another GPU, for which there is
+        with library.in_use(), pytest.raises(RuntimeError, match="CUDA error 209, no kernel"):
+            check_loss(problem(dtype=torch.float32))  # what it would have come to
+    finally:
+        library.no_code()
+        _load._C.load_cuda(None)
+
+
+def test_asking_a_gpu_for_code_leaves_the_current_device_and_no_error(libraries):
+    library = libraries["mma"]
+    with library.in_use():
+        library.no_code(1)
+        assert _load._C.probe_cuda(1) == 209 and _load._C.probe_cuda(0) == 0
+        check(problem(dtype=torch.float32))
+        library.no_code()
 
 
 def test_the_cpus_kernels_are_back_when_the_emulation_is_over(libraries):

@@ -359,10 +359,28 @@ static int driver(void)
     return (int)cudaGetDeviceCount(&devices);
 }
 
+// Code is loaded when it is first asked for, which a capture in its strict mode takes for an error.
+static int probe(int device)
+{
+    int before = 0;
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    cudaError_t error = cudaGetDevice(&before);
+    if (error == cudaSuccess)
+        error = cudaSetDevice(device);
+    if (error == cudaSuccess) {
+        cudaThreadExchangeStreamCaptureMode(&mode);
+        error = hex_find_code();
+        cudaThreadExchangeStreamCaptureMode(&mode);
+        cudaSetDevice(before);
+    }
+    cudaGetLastError(); // it is reported here, not by the next launch
+    return (int)error;
+}
+
 #ifdef HEX_EMULATION
 #define EMULATED true
 #else
 #define EMULATED false
 #endif
 extern "C" __attribute__((visibility("default"))) const hex_cuda_table hex_cuda_core = {
-    HEX_CUDA_VERSION, EMULATED, forward, backward, threshold, adaptive, row_range, driver};
+    HEX_CUDA_VERSION, EMULATED, forward, backward, threshold, adaptive, row_range, driver, probe};

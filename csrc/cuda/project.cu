@@ -101,3 +101,9 @@ const char *hex_project(const hex_problem &p, const hex_run &r, const hex_gradie
                    r, wanted, row0, end);
     return hex_launched("backward projection");
 }
+
+cudaError_t hex_find_code(void)
+{
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, project_rows<float>);
+}
