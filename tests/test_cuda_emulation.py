@@ -182,6 +182,75 @@ def test_many_rows_take_blocks_of_128(mma):
     assert_half_is_right(problem("cluster", 100, 66, dtype=torch.bfloat16))
 
 
+def test_rows_in_several_bands_are_right_whole_and_sliced(mma):
+    mma.device(1, HOPPER[1])  # bands of 256 rows
+    p = problem("cluster", 150, 30, dtype=torch.float32)
+    check(p)
+    assert_half_is_right(p.with_(inputs=tuple(z.bfloat16() for z in p.inputs)))
+    check(problem("cluster", 150, 30, "cross", dtype=torch.float32))
+    check(problem("cluster", 30, 30, "shared", K=300, dtype=torch.float32))
+
+
+def launches_of_a_backward(library, B, D=8, mode="ntxent", K=0, wanted="z0 z1 tau"):
+    """(kernel's file, blocks) of each launch of the backward, which is not run."""
+    z0, z1, negatives = (torch.zeros(n, D, dtype=torch.bfloat16) for n in (B, B, K))
+    rows = 2 * B if mode in ("ntxent", "cross") else B
+    needs = sum(1 << k for k, name in enumerate(NAMES) if name in wanted.split())
+    empty = torch.zeros(0)
+    return library.launches_of(
+        lambda: torch.ops.hex.backward(
+            torch.zeros(rows), z0, z1, negatives, f64(0.1), torch.zeros(9, rows), empty,
+            ops.MODES[mode], ops.REDUCTIONS["none"], 1.0, needs,
+        )
+    )  # fmt: skip
+
+
+QUEUE = {"mode": "shared", "K": 65536}
+
+
+@pytest.mark.parametrize(
+    "batch",
+    (
+        {"B": 256, **QUEUE},
+        {"B": 4096, **QUEUE},
+        {"B": 256, **QUEUE, "wanted": "z0 z1 negatives tau"},
+        {"B": 17000},  # the last of the bands has 208 rows
+        {"B": 20000},
+        {"B": 32768},
+        {"B": 20000, "mode": "query"},
+        {"B": 20000, "mode": "cross"},
+        {"B": 2048, "D": 500},
+        {"B": 4500, "D": 500},
+    ),
+    ids=str,
+)
+def test_every_launch_of_the_gather_fills_the_device(mma, batch):
+    grids = [n for kernel, n in launches_of_a_backward(mma, **batch) if kernel == "backward"]
+    assert min(grids) >= HOPPER[0], grids
+    assert max(grids) <= 3 * HOPPER[0], grids  # whose sums are 26 MB
+
+
+def test_the_anchors_before_a_queue_are_cut_finely_though_the_queue_learns_too(mma):
+    def first(wanted):
+        launched = launches_of_a_backward(mma, B=256, **QUEUE, wanted=wanted)
+        return next(n for kernel, n in launched if kernel == "backward")
+
+    assert first("z0 z1 negatives") == first("z0 z1") >= HOPPER[0]
+
+
+def test_the_projection_is_launched_for_the_rows_whose_gradient_is_wanted(mma):
+    def rows(wanted, **batch):
+        launched = launches_of_a_backward(mma, wanted=wanted, **batch)
+        return [4 * n for kernel, n in launched if kernel == "project"]  # a warp each
+
+    assert rows("z0", B=256, **QUEUE) == [256]
+    assert rows("z0 z1", B=256, **QUEUE) == [512]
+    assert rows("z1", B=20000) == [20000 - 6208, 6208]  # 33792 rows a band
+    assert sum(rows("negatives", B=256, **QUEUE)) == 65536
+    assert rows("tau", B=20000) == [4]  # the block that adds up dL/dtau
+    assert rows("", B=20000) == []
+
+
 def test_wide_features_do_not_stay_in_shared_memory(mma):
     p = problem("cluster", 20, 1100, dtype=torch.float32)
     check(p)

@@ -87,11 +87,13 @@ MUTANTS = {
         ("slice * step + d", "slice + d"),
         ("partial[d] = (real)sum;", ""),
         ("row0 + block * (THREADS / 32)", "block * (THREADS / 32)"),
+        ("from < first ? from : first", "from"),
+        ("end = to;", "end = from;"),
     ],
     "launch.cu": [
         ("r.tickets += tickets;", ""),
         ("r.partial = r.counts;", "r.partial = r.tickets;"),
-        ("first + rows", "first + rows - 1"),
+        ("hex_project(*p, r, rest, first, end)", "hex_project(*p, r, rest, first, end - 1)"),
     ],
     "unit.cu": [("v - (double)f16_to_float(high)", "0.")],
     "plain.cu": [
