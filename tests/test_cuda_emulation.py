@@ -52,6 +52,7 @@ def kernels(libraries, request):
         library.device(*HOPPER)
         library.seed(1)
         yield library
+        library.truncate(ROUNDED)
 
 
 @pytest.fixture
@@ -76,12 +77,28 @@ def check(p: Problem) -> None:
 
 
 @pytest.mark.parametrize("seed, device", tuple(zip(emulator.SEEDS, (SMALL, HOPPER), strict=True)))
-def test_a_battery_of_problems_is_right_in_any_order_of_the_warps(kernels, seed, device):
+@pytest.mark.parametrize("extra_bits", (ROUNDED, TRUNCATED))
+def test_a_battery_of_problems_is_right_in_any_order_of_the_warps(
+    kernels, seed, device, extra_bits
+):
     kernels.seed(seed)
     kernels.device(*device)
+    kernels.truncate(extra_bits)
     before = kernels.conflicts
     emulator.battery()
     assert kernels.conflicts == before
+
+
+@pytest.mark.parametrize("D", (256, 500, 2048))
+def test_float32_is_as_good_as_torch_though_additions_are_cut_off(kernels, D):
+    kernels.truncate(TRUNCATED)
+    check(problem("cluster", 20, D, dtype=torch.float32))
+
+
+def test_a_long_sum_of_the_gradient_is_as_good_as_torch_though_additions_are_cut_off(kernels):
+    kernels.truncate(TRUNCATED)
+    kernels.device(1, HOPPER[1])  # the 3000 columns in two slices
+    check(problem("cluster", 4, 16, "shared", K=3000, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("mode", MODES)
