@@ -107,6 +107,19 @@ class Emulator:
         return self.library.hex_emu_count(1)
 
 
+def conformance_on_a_gpu(folder: Path) -> Path:
+    """emulation/conformance.cu for the current GPU: HEX_CONFORMANCE, the path of what was built
+    elsewhere, or built here by nvcc."""
+    if built := os.environ.get("HEX_CONFORMANCE"):
+        return Path(built)
+    major, minor = torch.cuda.get_device_capability()
+    arch = f"sm_{major}{minor}" + ("a" if major == 9 else "")
+    library, source = folder / "conform.so", ROOT / "tests/emulation/conformance.cu"
+    command = ["nvcc", "-std=c++17", "-arch", arch, "-shared", "-Xcompiler", "-fPIC", "-o", library]
+    subprocess.run([*command, source], check=True)
+    return library
+
+
 # ---- what is right ------------------------------------------------------------------------------
 
 BIN = 1 / 65535 + 1e-6  # of the threshold: half a bin, and the rounding of float32

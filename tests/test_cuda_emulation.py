@@ -71,6 +71,12 @@ def test_the_primitives_do_what_plain_arithmetic_does(flags, tmp_path):
     emulator.assert_conforms(emulator.compile(tmp_path / "conform.so", *flags, sources=[source]))
 
 
+def test_primitives_that_were_built_elsewhere_need_no_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("HEX_CONFORMANCE", str(tmp_path / "built.so"))
+    monkeypatch.setattr(emulator.subprocess, "run", None)
+    assert emulator.conformance_on_a_gpu(tmp_path) == tmp_path / "built.so"
+
+
 def check(p: Problem) -> None:
     check_loss(p)
     check_gradients(p)
