@@ -10,76 +10,205 @@
 
 #define THREADS 128
 
+// What a row is made of; the reads here do not wait for one another.
+template <class real> struct owner {
+    void *dz; // NULL: there is nothing to do
+    const hex_rows *x, *y;
+    int64_t at, there, to;  // where the row, its partner and its gradient start
+    double inverse, theirs; // 1 / |z|, the partner's: 0 without
+    double weight;          // g_op + g_po
+    real *partial;
+    int64_t slices, step; // from slice to slice
+
+    __device__ __forceinline__ owner(const hex_problem &p, const hex_run &r, const hex_gradient &g,
+                                     int64_t o)
+    {
+        const int input = o < p.B ? 0 : o < 2 * p.B ? 1 : 2;
+        dz = input == 0 ? g.dz[0] : input == 1 ? g.dz[1] : g.dz[2]; // no index: no local memory
+        if (!dz)
+            return;
+        x = &p.input[input], y = &p.input[input < 2 ? 1 - input : 2];
+        at = row_start(*x, o - input * p.B);
+        to = (o - input * p.B) * p.D;
+        inverse = r.unit.inverse[o];
+        partial = NULL, slices = 0, step = r.parts.rows * r.unit.width;
+        for (int k = 0; k < r.parts.count; k++) {
+            const hex_part &part = r.parts.part[k];
+            if (o >= part.row0 && o < part.row1) {
+                partial = (real *)r.partial + (part.first_row + o - part.row0) * r.unit.width;
+                slices = part.slices;
+            }
+        }
+        there = 0, theirs = weight = 0;
+        if (input < 2) {
+            const real *k = (const real *)r.coefficients;
+            const int64_t q = partner_of(o, p.B);
+            there = row_start(*y, image_of(o, p.B));
+            theirs = r.unit.inverse[q];
+            weight = (double)k[coefficient(K_POSITIVE, o)] + (double)k[coefficient(K_POSITIVE, q)];
+        }
+    }
+};
+
+// dL/dtau from the parts that unit.cu left.
+static __device__ void sum_dtau(const hex_problem &p, const hex_run &r, const hex_gradient &g,
+                                double *scratch)
+{
+    const int64_t anchors = anchors_of(p);
+    const double sum =
+        block_sum_of(r.unit.positive, (anchors + HEX_SUMMED - 1) / HEX_SUMMED, scratch);
+    if (threadIdx.x == 0)
+        write_number(g.dtau, p.tau.dtype, 0,
+                     p.reduction == HEX_MEAN && anchors ? sum / (double)anchors : sum);
+}
+
+// ---- rows that are read four features at a time ----
+
+// z / |z| in double, or in float where all inputs have 16 bits and so has the gradient.
+static __device__ double over_length(double z, double inverse) { return z * inverse; }
+static __device__ float over_length(float z, hex_inverse by) { return z * by.scale * by.high; }
+static __device__ double inverse_as(double inverse, double) { return inverse; }
+static __device__ hex_inverse inverse_as(double inverse, float)
+{
+    return inverse_in_floats(inverse);
+}
+
+// Adds up to N of the slices that are left, all on their way at once.
+template <int N, int QUADS, class number>
+static __device__ __forceinline__ void add_slices(number (&sum)[QUADS][4], const float *partial,
+                                                  int64_t step, int64_t left, int64_t D)
+{
+    const int lane = (int)threadIdx.x & 31;
+    uint4 got[N][QUADS];
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int q = 0; q < QUADS; q++)
+            got[n][q] = n < left && 4 * (lane + 32 * q) < D
+                            ? load_four(partial, HEX_F32, n * step + 4 * (lane + 32 * q))
+                            : make_uint4(0, 0, 0, 0);
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int q = 0; q < QUADS; q++) {
+            float v[4];
+            widen_four(v, got[n][q], HEX_F32);
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+                sum[q][k] += (number)v[k];
+        }
+}
+
+// Lane l has features 4 (l + 32 q) to those + 3. Every row is read once, du stays in registers.
+template <int QUADS, class number>
+static __global__ void __launch_bounds__(THREADS, QUADS > 1 ? 4 : 8)
+    project_fours(hex_problem p, hex_run r, hex_gradient g, int64_t row0, int64_t row1)
+{
+    HEX_SHARED_MEMORY(shared);
+    const int lane = (int)threadIdx.x & 31;
+    const int64_t block = (int64_t)blockIdx.x - (g.dtau ? 1 : 0);
+    if (block < 0) {
+        sum_dtau(p, r, g, (double *)shared);
+        return;
+    }
+    const int64_t o = row0 + block * (THREADS / 32) + (threadIdx.x >> 5);
+    if (o >= row1)
+        return;
+    const owner<float> own(p, r, g, o);
+    if (!own.dz)
+        return;
+    const hex_dtype dtype = own.x->dtype, other = own.y->dtype;
+    uint4 mine[QUADS], partner[QUADS];
+#pragma unroll
+    for (int q = 0; q < QUADS; q++) {
+        const int d = 4 * (lane + 32 * q);
+        mine[q] = partner[q] = make_uint4(0, 0, 0, 0);
+        if (d < p.D) {
+            mine[q] = load_four(own.x->data, dtype, own.at + d);
+            if (o < 2 * p.B)
+                partner[q] = load_four(own.y->data, other, own.there + d);
+        }
+    }
+    number du[QUADS][4] = {}, u[QUADS][4], along = 0;
+    if (own.slices > 0) // most rows of a large batch have one
+        add_slices<1>(du, own.partial, own.step, 1, p.D);
+    for (int64_t n = 1; n < own.slices; n += 8 / QUADS)
+        add_slices<8 / QUADS>(du, own.partial + n * own.step, own.step, own.slices - n, p.D);
+
+    const auto by = inverse_as(own.inverse, number()), theirs = inverse_as(own.theirs, number());
+    const number weight = (number)own.weight;
+#pragma unroll
+    for (int q = 0; q < QUADS; q++) {
+        float x[4], y[4];
+        widen_four(x, mine[q], dtype);
+        widen_four(y, partner[q], other);
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            u[q][k] = over_length((number)x[k], by);
+            if (o < 2 * p.B)
+                du[q][k] += weight * over_length((number)y[k], theirs);
+            along += du[q][k] * u[q][k];
+        }
+    }
+    along = warp_sum(along);
+#pragma unroll
+    for (int q = 0; q < QUADS; q++) {
+        const int d = 4 * (lane + 32 * q);
+        float out[4];
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            out[k] = own.inverse == 0
+                         ? 0
+                         : (float)over_length(du[q][k] - along * u[q][k], by);
+        if (d < p.D)
+            store_four(own.dz, dtype, own.to + d, out);
+    }
+}
+
+// ---- and any others ----
+
 template <class real>
 static __global__ void __launch_bounds__(THREADS, 1)
     project_rows(hex_problem p, hex_run r, hex_gradient g, int64_t row0, int64_t row1)
 {
     HEX_SHARED_MEMORY(shared);
     const int lane = (int)threadIdx.x & 31;
-    const int64_t anchors = anchors_of(p);
     const int64_t block = (int64_t)blockIdx.x - (g.dtau ? 1 : 0);
     if (block < 0) {
-        double sum = 0;
-        const real *stats = (const real *)g.stats + HEX_STAT_DTAU * anchors;
-        for (int64_t i = threadIdx.x; i < anchors; i += THREADS)
-            sum += read_vector(g.grad, i) * (double)stats[i];
-        sum = block_sum(sum, (double *)shared);
-        if (threadIdx.x == 0)
-            write_number(g.dtau, p.tau.dtype, 0,
-                         p.reduction == HEX_MEAN && anchors ? sum / (double)anchors : sum);
+        sum_dtau(p, r, g, (double *)shared);
         return;
     }
     const int64_t o = row0 + block * (THREADS / 32) + (threadIdx.x >> 5);
     if (o >= row1)
         return;
-    const int input = o < p.B ? 0 : o < 2 * p.B ? 1 : 2;
-    void *dz = input == 0 ? g.dz[0] : input == 1 ? g.dz[1] : g.dz[2]; // no index: no local memory
-    if (!dz)
+    const owner<real> own(p, r, g, o);
+    if (!own.dz)
         return;
-    const hex_rows &x = p.input[input];
-    const int64_t at = row_start(x, o - input * p.B);
-    const double inverse = r.unit.inverse[o];
-
-    real *partial = NULL;
-    int64_t slices = 0;
-    for (int k = 0; k < r.parts.count; k++) {
-        const hex_part &part = r.parts.part[k];
-        if (o >= part.row0 && o < part.row1) {
-            partial = (real *)r.partial + (part.first_row + o - part.row0) * r.unit.width;
-            slices = part.slices;
-        }
-    }
-    const int64_t q = input < 2 ? partner_of(o, p.B) : o;
-    const hex_rows &y = p.input[input < 2 ? 1 - input : 2];
-    const int64_t there = row_start(y, input < 2 ? image_of(o, p.B) : o - 2 * p.B);
-    double weight = 0;
-    if (input < 2) {
-        const real *k = (const real *)r.coefficients;
-        weight = ((double)k[coefficient(K_POSITIVE, o)] + (double)k[coefficient(K_POSITIVE, q)]) *
-                 r.unit.inverse[q];
-    }
-    const int64_t step = r.parts.rows * r.unit.width; // from slice to slice
+    const hex_rows &x = *own.x, &y = *own.y;
+    const double weight = own.weight * own.theirs;
     auto du = [&](int64_t d) {
-        double sum = input < 2 ? weight * read_number(y.data, y.dtype, there + d * y.col) : 0;
-        return slices > 0 ? sum + (double)partial[d] : sum;
+        double sum = o < 2 * p.B ? weight * read_number(y.data, y.dtype, own.there + d * y.col) : 0;
+        return own.slices > 0 ? sum + (double)own.partial[d] : sum;
     };
     double along = 0;
     for (int64_t d = lane; d < p.D; d += 32) {
         double sum = 0;
 #pragma unroll 8 // as many reads on their way
-        for (int64_t slice = 0; slice < slices; slice++)
-            sum += (double)partial[slice * step + d];
-        if (slices > 1)
-            partial[d] = (real)sum; // for this very thread, below
-        along += du(d) * (read_number(x.data, x.dtype, at + d * x.col) * inverse);
+        for (int64_t slice = 0; slice < own.slices; slice++)
+            sum += (double)own.partial[slice * own.step + d];
+        if (own.slices > 1)
+            own.partial[d] = (real)sum; // for this very thread, below
+        along += du(d) * (read_number(x.data, x.dtype, own.at + d * x.col) * own.inverse);
     }
     along = warp_sum(along);
     for (int64_t d = lane; d < p.D; d += 32) {
-        const double u = read_number(x.data, x.dtype, at + d * x.col) * inverse;
-        write_number(dz, x.dtype, (o - input * p.B) * p.D + d,
-                     inverse == 0 ? 0 : (du(d) - along * u) * inverse);
+        const double u = read_number(x.data, x.dtype, own.at + d * x.col) * own.inverse;
+        write_number(own.dz, x.dtype, own.to + d,
+                     own.inverse == 0 ? 0 : (du(d) - along * u) * own.inverse);
     }
 }
+
+// ---- launching ----
 
 const char *hex_project(const hex_problem &p, const hex_run &r, const hex_gradient &g, int64_t row0,
                         int64_t row1)
@@ -94,11 +223,24 @@ const char *hex_project(const hex_problem &p, const hex_run &r, const hex_gradie
     hex_gradient wanted = g;
     if (p.mode != HEX_SHARED)
         wanted.dz[2] = NULL;
-    if (p.wide)
-        HEX_LAUNCH(project_rows<double>, dim3((unsigned)blocks), dim3(THREADS), bytes, r.stream, p,
-                   r, wanted, row0, end);
+    bool fours = hex_in_fours(p), narrow = true;
+    for (int k = 0; k < (p.mode == HEX_SHARED ? 3 : 2); k++) {
+        fours &= (uintptr_t)wanted.dz[k] % 16 == 0;
+        narrow &= p.input[k].dtype != HEX_F32;
+    }
+    auto launch = [&](auto kernel) {
+        HEX_LAUNCH(kernel, dim3((unsigned)blocks), dim3(THREADS), bytes, r.stream, p, r, wanted,
+                   row0, end);
+    };
+    if (!fours && p.wide)
+        launch(project_rows<double>);
+    else if (!fours)
+        launch(project_rows<float>);
+    else if (p.D <= 128)
+        narrow ? launch(project_fours<1, float>) : launch(project_fours<1, double>);
+    else if (p.D <= 256)
+        narrow ? launch(project_fours<2, float>) : launch(project_fours<2, double>);
     else
-        HEX_LAUNCH(project_rows<float>, dim3((unsigned)blocks), dim3(THREADS), bytes, r.stream, p,
-                   r, wanted, row0, end);
+        narrow ? launch(project_fours<4, float>) : launch(project_fours<4, double>);
     return hex_launched("backward projection");
 }
