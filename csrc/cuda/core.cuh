@@ -157,14 +157,14 @@ SHARED_DEVICE int swizzle(int row, int chunk) { return row * 64 + (((chunk ^ row
 // 64 rows follow one another.
 SHARED_DEVICE int64_t place_of(const hex_unit &u, int64_t i, int64_t d)
 {
-    const int64_t panel = i / 64 * (u.width / 64) + d / 64;
-    return panel * (u.split ? 2 : 1) * 4096 + swizzle((int)(i % 64), (int)(d % 64) >> 3) + d % 8;
+    const int64_t panel = (i >> 6) * (u.width >> 6) + (d >> 6);
+    return (panel << (u.split ? 13 : 12)) + swizzle((int)i & 63, (int)(d & 63) >> 3) + (d & 7);
 }
 
 SHARED_DEVICE __host__ int64_t padded(int64_t count) { return (count + 63) / 64 * 64; }
 
 // Where coefficient k of unit row i stands.
-SHARED_DEVICE int64_t coefficient(int k, int64_t i) { return (i / 64 * K_ALL + k) * 64 + i % 64; }
+SHARED_DEVICE int64_t coefficient(int k, int64_t i) { return ((i >> 6) * K_ALL + k) * 64 + (i & 63); }
 
 // Where row j stands, of set i if there are sets (the per-anchor negatives).
 SHARED_DEVICE int64_t row_start(const hex_rows &x, int64_t j, int64_t i = 0)
@@ -201,32 +201,40 @@ static inline bool hex_in_fours(const hex_problem &p)
 SHARED_DEVICE uint4 load_four(const void *data, hex_dtype dtype, int64_t at)
 {
     if (dtype == HEX_F32)
-        return ((const uint4 *)data)[at / 4];
-    const uint2 v = ((const uint2 *)data)[at / 4];
+        return *(const uint4 *)((const uint32_t *)data + at);
+    const uint2 v = *(const uint2 *)((const uint16_t *)data + at);
     return make_uint4(v.x, v.y, 0, 0);
 }
 
 SHARED_DEVICE void widen_four(float (&v)[4], uint4 raw, hex_dtype dtype)
 {
     const uint32_t w[4] = {raw.x, raw.y, raw.z, raw.w};
+    if (dtype == HEX_F32) {
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
-        const uint16_t half = (uint16_t)(w[k / 2] >> 16 * (k & 1));
-        v[k] = dtype == HEX_F32   ? __uint_as_float(w[k])
-               : dtype == HEX_F16 ? f16_to_float(half)
-                                  : bf16_to_float(half);
+        for (int k = 0; k < 4; k++)
+            v[k] = __uint_as_float(w[k]);
+    } else if (dtype == HEX_F16) {
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            v[k] = f16_to_float((uint16_t)(w[k / 2] >> 16 * (k & 1)));
+    } else {
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            v[k] = bf16_to_float((uint16_t)(w[k / 2] >> 16 * (k & 1)));
     }
 }
 
 SHARED_DEVICE void store_four(void *data, hex_dtype dtype, int64_t at, const float (&v)[4])
 {
     if (dtype == HEX_F32)
-        ((uint4 *)data)[at / 4] = make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]),
-                                             __float_as_uint(v[2]), __float_as_uint(v[3]));
+        *(uint4 *)((uint32_t *)data + at) =
+            make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
+                       __float_as_uint(v[3]));
     else if (dtype == HEX_F16)
-        ((uint2 *)data)[at / 4] = make_uint2(pack_f16(v[0], v[1]), pack_f16(v[2], v[3]));
+        *(uint2 *)((uint16_t *)data + at) =
+            make_uint2(pack_f16(v[0], v[1]), pack_f16(v[2], v[3]));
     else
-        ((uint2 *)data)[at / 4] =
+        *(uint2 *)((uint16_t *)data + at) =
             make_uint2(float_to_bf16(v[0]) | (uint32_t)float_to_bf16(v[1]) << 16,
                        float_to_bf16(v[2]) | (uint32_t)float_to_bf16(v[3]) << 16);
 }

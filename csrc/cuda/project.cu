@@ -10,13 +10,13 @@
 
 #define THREADS 128
 
-// What a row is made of; the reads here do not wait for one another.
+// What a row is made of. The reads here do not wait for one another.
 template <class real> struct owner {
     void *dz; // NULL: there is nothing to do
     const hex_rows *x, *y;
     int64_t at, there, to;  // where the row, its partner and its gradient start
     double inverse, theirs; // 1 / |z|, the partner's: 0 without
-    double weight;          // g_op + g_po
+    real given, taken;      // g_op, g_po
     real *partial;
     int64_t slices, step; // from slice to slice
 
@@ -25,27 +25,30 @@ template <class real> struct owner {
     {
         const int input = o < p.B ? 0 : o < 2 * p.B ? 1 : 2;
         dz = input == 0 ? g.dz[0] : input == 1 ? g.dz[1] : g.dz[2]; // no index: no local memory
-        if (!dz)
-            return;
         x = &p.input[input], y = &p.input[input < 2 ? 1 - input : 2];
         at = row_start(*x, o - input * p.B);
         to = (o - input * p.B) * p.D;
         inverse = r.unit.inverse[o];
+        there = 0, theirs = 0, given = taken = 0;
+        if (input < 2) {
+            const real *k = (const real *)r.coefficients;
+            const int64_t q = partner_of(o, p.B);
+            there = row_start(*y, image_of(o, p.B));
+            theirs = r.unit.inverse[q];
+            given = k[coefficient(K_POSITIVE, o)], taken = k[coefficient(K_POSITIVE, q)];
+        }
+    }
+
+    __device__ __forceinline__ void find_slices(const hex_run &r, int64_t o)
+    {
         partial = NULL, slices = 0, step = r.parts.rows * r.unit.width;
+#pragma unroll 1
         for (int k = 0; k < r.parts.count; k++) {
             const hex_part &part = r.parts.part[k];
             if (o >= part.row0 && o < part.row1) {
                 partial = (real *)r.partial + (part.first_row + o - part.row0) * r.unit.width;
                 slices = part.slices;
             }
-        }
-        there = 0, theirs = weight = 0;
-        if (input < 2) {
-            const real *k = (const real *)r.coefficients;
-            const int64_t q = partner_of(o, p.B);
-            there = row_start(*y, image_of(o, p.B));
-            theirs = r.unit.inverse[q];
-            weight = (double)k[coefficient(K_POSITIVE, o)] + (double)k[coefficient(K_POSITIVE, q)];
         }
     }
 };
@@ -73,19 +76,18 @@ static __device__ hex_inverse inverse_as(double inverse, float)
     return inverse_in_floats(inverse);
 }
 
-// Adds up to N of the slices that are left, all on their way at once.
-template <int N, int QUADS, class number>
+// Adds up to N of the slices that are left, all on their way at once, from the lane's place on.
+template <int N, int LANES, int QUADS, class number>
 static __device__ __forceinline__ void add_slices(number (&sum)[QUADS][4], const float *partial,
-                                                  int64_t step, int64_t left, int64_t D)
+                                                  int64_t step, int left, int features)
 {
-    const int lane = (int)threadIdx.x & 31;
     uint4 got[N][QUADS];
 #pragma unroll
-    for (int n = 0; n < N; n++)
+    for (int n = 0; n < N; n++, partial += step)
 #pragma unroll
         for (int q = 0; q < QUADS; q++)
-            got[n][q] = n < left && 4 * (lane + 32 * q) < D
-                            ? load_four(partial, HEX_F32, n * step + 4 * (lane + 32 * q))
+            got[n][q] = n < left && 4 * LANES * q < features
+                            ? load_four(partial, HEX_F32, 4 * LANES * q)
                             : make_uint4(0, 0, 0, 0);
 #pragma unroll
     for (int n = 0; n < N; n++)
@@ -99,44 +101,48 @@ static __device__ __forceinline__ void add_slices(number (&sum)[QUADS][4], const
         }
 }
 
-// Lane l has features 4 (l + 32 q) to those + 3. Every row is read once, du stays in registers.
-template <int QUADS, class number>
-static __global__ void __launch_bounds__(THREADS, QUADS > 1 ? 4 : 8)
+// A row has LANES lanes; lane l has features 4 (l + LANES q) to those + 3. Every row is read once,
+// du stays in registers.
+template <int LANES, int QUADS, class number>
+static __global__ void __launch_bounds__(THREADS, QUADS > 2 ? 3 : 4)
     project_fours(hex_problem p, hex_run r, hex_gradient g, int64_t row0, int64_t row1)
 {
+    constexpr int BATCH = QUADS > 2 ? 2 : 8; // slices, as many as registers allow
     HEX_SHARED_MEMORY(shared);
-    const int lane = (int)threadIdx.x & 31;
     const int64_t block = (int64_t)blockIdx.x - (g.dtau ? 1 : 0);
     if (block < 0) {
         sum_dtau(p, r, g, (double *)shared);
         return;
     }
-    const int64_t o = row0 + block * (THREADS / 32) + (threadIdx.x >> 5);
-    if (o >= row1)
-        return;
-    const owner<float> own(p, r, g, o);
-    if (!own.dz)
+    const int64_t row = row0 + block * (THREADS / LANES) + threadIdx.x / LANES;
+    const int64_t o = row < row1 ? row : row1 - 1; // all lanes of a warp add up together
+    owner<float> own(p, r, g, o);
+    if (!__any_sync(~0u, own.dz != NULL))
         return;
     const hex_dtype dtype = own.x->dtype, other = own.y->dtype;
+    const int first = 4 * ((int)threadIdx.x % LANES), features = (int)p.D - first;
+    const bool partners = o < 2 * p.B;
     uint4 mine[QUADS], partner[QUADS];
 #pragma unroll
     for (int q = 0; q < QUADS; q++) {
-        const int d = 4 * (lane + 32 * q);
-        mine[q] = partner[q] = make_uint4(0, 0, 0, 0);
-        if (d < p.D) {
-            mine[q] = load_four(own.x->data, dtype, own.at + d);
-            if (o < 2 * p.B)
-                partner[q] = load_four(own.y->data, other, own.there + d);
-        }
+        const int64_t d = first + 4 * LANES * q;
+        const bool there = 4 * LANES * q < features;
+        mine[q] = there ? load_four(own.x->data, dtype, own.at + d) : make_uint4(0, 0, 0, 0);
+        partner[q] = partners && there ? load_four(own.y->data, other, own.there + d)
+                                       : make_uint4(0, 0, 0, 0);
     }
+    own.find_slices(r, o);
+    const int slices = (int)own.slices;
+    const float *partial = own.partial + first;
     number du[QUADS][4] = {}, u[QUADS][4], along = 0;
-    if (own.slices > 0) // most rows of a large batch have one
-        add_slices<1>(du, own.partial, own.step, 1, p.D);
-    for (int64_t n = 1; n < own.slices; n += 8 / QUADS)
-        add_slices<8 / QUADS>(du, own.partial + n * own.step, own.step, own.slices - n, p.D);
+    if (slices < 2) // as of most rows of a large batch
+        add_slices<1, LANES>(du, partial, own.step, slices, features);
+    else
+        for (int n = 0; n < slices; n += BATCH)
+            add_slices<BATCH, LANES>(du, partial + n * own.step, own.step, slices - n, features);
 
     const auto by = inverse_as(own.inverse, number()), theirs = inverse_as(own.theirs, number());
-    const number weight = (number)own.weight;
+    const number weight = (number)own.given + (number)own.taken;
 #pragma unroll
     for (int q = 0; q < QUADS; q++) {
         float x[4], y[4];
@@ -145,23 +151,23 @@ static __global__ void __launch_bounds__(THREADS, QUADS > 1 ? 4 : 8)
 #pragma unroll
         for (int k = 0; k < 4; k++) {
             u[q][k] = over_length((number)x[k], by);
-            if (o < 2 * p.B)
+            if (partners)
                 du[q][k] += weight * over_length((number)y[k], theirs);
             along += du[q][k] * u[q][k];
         }
     }
-    along = warp_sum(along);
+#pragma unroll
+    for (int k = LANES / 2; k > 0; k >>= 1)
+        along += __shfl_xor_sync(~0u, along, k);
 #pragma unroll
     for (int q = 0; q < QUADS; q++) {
-        const int d = 4 * (lane + 32 * q);
         float out[4];
 #pragma unroll
         for (int k = 0; k < 4; k++)
-            out[k] = own.inverse == 0
-                         ? 0
-                         : (float)over_length(du[q][k] - along * u[q][k], by);
-        if (d < p.D)
-            store_four(own.dz, dtype, own.to + d, out);
+            out[k] =
+                own.inverse == 0 ? 0 : (float)over_length(du[q][k] - along * u[q][k], by);
+        if (own.dz && row < row1 && 4 * LANES * q < features)
+            store_four(own.dz, dtype, own.to + first + 4 * LANES * q, out);
     }
 }
 
@@ -181,11 +187,12 @@ static __global__ void __launch_bounds__(THREADS, 1)
     const int64_t o = row0 + block * (THREADS / 32) + (threadIdx.x >> 5);
     if (o >= row1)
         return;
-    const owner<real> own(p, r, g, o);
+    owner<real> own(p, r, g, o);
     if (!own.dz)
         return;
+    own.find_slices(r, o);
     const hex_rows &x = *own.x, &y = *own.y;
-    const double weight = own.weight * own.theirs;
+    const double weight = ((double)own.given + (double)own.taken) * own.theirs;
     auto du = [&](int64_t d) {
         double sum = o < 2 * p.B ? weight * read_number(y.data, y.dtype, own.there + d * y.col) : 0;
         return own.slices > 0 ? sum + (double)own.partial[d] : sum;
@@ -215,9 +222,8 @@ const char *hex_project(const hex_problem &p, const hex_run &r, const hex_gradie
 {
     const bool rows = g.dz[0] || g.dz[1] || (g.dz[2] && p.mode == HEX_SHARED);
     const int64_t end = row1 < r.unit.count ? row1 : r.unit.count;
-    const int64_t row_blocks = rows ? (end - row0 + THREADS / 32 - 1) / (THREADS / 32) : 0;
-    const int64_t blocks = row_blocks + (g.dtau ? 1 : 0);
-    if (blocks == 0)
+    const int64_t count = rows && end > row0 ? end - row0 : 0;
+    if (count == 0 && !g.dtau)
         return NULL;
     const int bytes = THREADS / 32 * (int)sizeof(double);
     hex_gradient wanted = g;
@@ -228,19 +234,24 @@ const char *hex_project(const hex_problem &p, const hex_run &r, const hex_gradie
         fours &= (uintptr_t)wanted.dz[k] % 16 == 0;
         narrow &= p.input[k].dtype != HEX_F32;
     }
-    auto launch = [&](auto kernel) {
+    auto launch = [&](auto kernel, int lanes) {
+        const int64_t a_block = THREADS / lanes;
+        const int64_t blocks = (count + a_block - 1) / a_block + (g.dtau ? 1 : 0);
         HEX_LAUNCH(kernel, dim3((unsigned)blocks), dim3(THREADS), bytes, r.stream, p, r, wanted,
                    row0, end);
     };
     if (!fours && p.wide)
-        launch(project_rows<double>);
+        launch(project_rows<double>, 32);
     else if (!fours)
-        launch(project_rows<float>);
+        launch(project_rows<float>, 32);
     else if (p.D <= 128)
-        narrow ? launch(project_fours<1, float>) : launch(project_fours<1, double>);
+        narrow ? launch(project_fours<16, 2, float>, 16)
+               : launch(project_fours<16, 2, double>, 16);
     else if (p.D <= 256)
-        narrow ? launch(project_fours<2, float>) : launch(project_fours<2, double>);
+        narrow ? launch(project_fours<32, 2, float>, 32)
+               : launch(project_fours<32, 2, double>, 32);
     else
-        narrow ? launch(project_fours<4, float>) : launch(project_fours<4, double>);
+        narrow ? launch(project_fours<32, 4, float>, 32)
+               : launch(project_fours<32, 4, double>, 32);
     return hex_launched("backward projection");
 }

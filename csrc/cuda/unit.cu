@@ -20,10 +20,12 @@ struct unit_work {
     int64_t coefficient_blocks;
 };
 
-static __device__ void set_zeros(const unit_work &work)
+// By the blocks that are not of coefficients.
+static __device__ void set_zeros(const unit_work &work, int64_t block)
 {
-    const int64_t threads = gridDim.x * (int64_t)THREADS;
-    for (int64_t k = blockIdx.x * (int64_t)THREADS + threadIdx.x; k < work.zero_count; k += threads)
+    const int64_t threads = (gridDim.x - work.coefficient_blocks) * THREADS;
+#pragma unroll 1 // or the compiler divides to find how often
+    for (int64_t k = block * THREADS + threadIdx.x; k < work.zero_count; k += threads)
         work.zeros[k] = make_uint4(0, 0, 0, 0);
 }
 
@@ -88,11 +90,10 @@ static __global__ void __launch_bounds__(THREADS, QUADS > 2 ? 4 : 8)
     HEX_SHARED_MEMORY(shared);
     const int64_t block = (int64_t)blockIdx.x - work.coefficient_blocks;
     if (block < 0) {
-        set_zeros(work);
         coefficient_block<float>(p, u, work, (double *)shared);
         return;
     }
-    const int lane = (int)threadIdx.x % LANES;
+    const int lane = (int)threadIdx.x % LANES, D = (int)p.D, width = (int)u.width;
     const int64_t item = block * (THREADS / LANES) + threadIdx.x / LANES;
     const bool pair = item < p.B;
     const int64_t row[2] = {pair ? item : item + p.B, item + p.B};
@@ -106,10 +107,10 @@ static __global__ void __launch_bounds__(THREADS, QUADS > 2 ? 4 : 8)
         for (int q = 0; q < QUADS; q++) {
             const int d = 4 * (lane + LANES * q);
             const hex_rows &of = h ? y : x;
-            raw[h][q] = full[h] && d < p.D ? load_four(of.data, of.dtype, at[h] + d)
+            raw[h][q] = full[h] && d < D ? load_four(of.data, of.dtype, at[h] + d)
                                            : make_uint4(0, 0, 0, 0);
         }
-    set_zeros(work); // while the rows are on their way
+    set_zeros(work, block); // while the rows are on their way
 
     float v[2][QUADS][4];
     double sum[3] = {}; // |z0|^2, |z1|^2, z0 . z1
@@ -139,7 +140,7 @@ static __global__ void __launch_bounds__(THREADS, QUADS > 2 ? 4 : 8)
 #pragma unroll
         for (int q = 0; q < QUADS; q++) {
             const int d = 4 * (lane + LANES * q);
-            if (d >= u.width)
+            if (d >= width)
                 continue;
             float z[4], low[4];
             uint32_t high[2];
@@ -181,7 +182,6 @@ static __global__ void __launch_bounds__(THREADS, 1)
     HEX_SHARED_MEMORY(shared);
     const int lane = (int)threadIdx.x & 31;
     const int64_t block = (int64_t)blockIdx.x - work.coefficient_blocks;
-    set_zeros(work);
     if (block < 0) {
         if (p.wide)
             coefficient_block<double>(p, u, work, (double *)shared);
@@ -189,6 +189,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
             coefficient_block<float>(p, u, work, (double *)shared);
         return;
     }
+    set_zeros(work, block);
     const int64_t i = block * (THREADS / 32) + (threadIdx.x >> 5);
     if (i >= u.count) { // up to the end of the last 64 rows
         for (int64_t d = lane; u.tiles && d < u.width; d += 32) {
