@@ -107,7 +107,7 @@ template <int LANES, int QUADS, class number>
 static __global__ void __launch_bounds__(THREADS, QUADS > 2 ? 3 : 4)
     project_fours(hex_problem p, hex_run r, hex_gradient g, int64_t row0, int64_t row1)
 {
-    constexpr int BATCH = QUADS > 2 ? 2 : 8; // slices, as many as registers allow
+    constexpr int BATCH = QUADS > 2 ? 2 : sizeof(number) > 4 ? 4 : 8; // as registers allow
     HEX_SHARED_MEMORY(shared);
     const int64_t block = (int64_t)blockIdx.x - (g.dtau ? 1 : 0);
     if (block < 0) {
