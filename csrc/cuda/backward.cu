@@ -24,6 +24,9 @@
 #include "tile.cuh"
 
 #define SIDE_BYTES (K_ROWS * BN * (int)sizeof(float)) // of the coefficients of a tile's columns
+// Tensor cores cut off what they add to a sum, so it drifts; after so many tiles it goes to memory.
+// By 16,384 columns it has lost less than the weights have by their rounding to fp16.
+#define MOST_TILES 256
 #define VALUES 2 // panels of the gradient that a block has in its registers
 
 // Coefficients of the two rows of a thread, at the common scale unless `apart`, and of the tile's
@@ -47,8 +50,8 @@ struct weights {
     {
         const float *k = column + col;
         const float b = beta == 1 ? e : ex2(beta * c * scale);
-        const float x = c > row[h][K_EPS] ? b * fmaf(row[h][K_HARD_E], e, -row[h][K_HARD])
-                                          : row[h][K_REST] * e;
+        const float x =
+            c > row[h][K_EPS] ? b * fmaf(row[h][K_HARD_E], e, -row[h][K_HARD]) : row[h][K_REST] * e;
         const float y = c > k[K_EPS * BN] ? b * fmaf(k[K_HARD_E0 * BN], e, -k[K_HARD0 * BN])
                                           : k[K_REST0 * BN] * e;
         return x + y;
@@ -148,8 +151,7 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
     hex_stream<WARPS, SPLIT, PANELS, KEEP> stream;
     hex_places places;
     stream.start(r.unit, fit, shared, block.row0, block.tile0, block.tile1);
-    stream.take_side(shared + fit.at.more, coefficients, SIDE_BYTES,
-                     SIDE_BYTES / K_ROWS * K_ALL);
+    stream.take_side(shared + fit.at.more, coefficients, SIDE_BYTES, SIDE_BYTES / K_ROWS * K_ALL);
     if (!HOLD)
         stream.take_values(values, value0);
     stream.fill();
@@ -170,85 +172,92 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
     constexpr int OUT = HOLD ? PANELS : VALUES;
     float out[OUT][8][4] = {}, unit[2] = {0x1p100f, 0x1p100f}; // out is du times unit
     const int col0 = (int)block.part.col0, col1 = (int)block.part.col1;
-    for (int tile = block.tile0; tile < block.tile1; tile++) {
-        float acc[8][4], top[2];
-        const int slot = stream.cosines(acc);
-        w.column = (const float *)stream.side_of_tile();
-        w.tile(acc, places, places.enter(tile, col0, col1), top);
+    int tile = block.tile0;
+    do {
+        const int end = block.tile1 - tile > MOST_TILES ? tile + MOST_TILES : block.tile1;
+        const bool more = tile > block.tile0;
+        for (; tile < end; tile++) {
+            float acc[8][4], top[2];
+            const int slot = stream.cosines(acc);
+            w.column = (const float *)stream.side_of_tile();
+            w.tile(acc, places, places.enter(tile, col0, col1), top);
 
-        bool larger = false;
-        float factor[2];
-        for (int h = 0; h < 2; h++) {
-            for (int k = 1; k < 4 /* lanes of a row */; k <<= 1)
-                top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], k));
-            const float wanted = weight_scale(top[h]);
-            factor[h] = 1;
-            if (wanted < unit[h]) {
-                factor[h] = wanted / unit[h];
-                unit[h] = wanted;
-                larger = true;
-            }
-        }
-        if (__any_sync(~0u, larger))
-#pragma unroll
-            for (int v = 0; v < OUT; v++)
-#pragma unroll
-                for (int n = 0; n < 8; n++)
-#pragma unroll
-                    for (int q = 0; q < 4; q++)
-                        out[v][n][q] *= factor[q >> 1];
-
-        // Two neighbouring 8-column pieces of the accumulator are a left operand.
-        uint32_t high[4][4], low[4][4];
-#pragma unroll
-        for (int k = 0; k < 4; k++)
-#pragma unroll
-            for (int q = 0; q < 4; q++) {
-                const float *x = acc[2 * k + (q >> 1)] + 2 * (q & 1);
-                const float x0 = x[0] * unit[q & 1], x1 = x[1] * unit[q & 1];
-                high[k][q] = pack_f16(x0, x1);
-                low[k][q] = SPLIT ? pack_f16(x0 - f16_to_float((uint16_t)high[k][q]),
-                                             x1 - f16_to_float((uint16_t)(high[k][q] >> 16)))
-                                  : 0;
-            }
-        if (HOLD) {
-            if (!SPLIT)
-                wgmma_begin(out);
-#pragma unroll
-            for (int v = 0; v < OUT; v++)
-                multiply_weights<SPLIT>(out[v], high, low, stream.b_panel(slot, v));
-            if (!SPLIT)
-                wgmma_end(out);
-            stream.done(slot);
-        } else
-#pragma unroll
-            for (int v = 0; v < OUT; v++)
-                if (v < values) {
-                    const int now = stream.next();
-                    if (!SPLIT)
-                        wgmma_begin(out[v]);
-                    multiply_weights<SPLIT>(out[v], high, low, stream.b_panel(now));
-                    if (!SPLIT)
-                        wgmma_end(out[v]);
-                    stream.done(now);
+            bool larger = false;
+            float factor[2];
+            for (int h = 0; h < 2; h++) {
+                for (int k = 1; k < 4 /* lanes of a row */; k <<= 1)
+                    top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], k));
+                const float wanted = weight_scale(top[h]);
+                factor[h] = 1;
+                if (wanted < unit[h]) {
+                    factor[h] = wanted / unit[h];
+                    unit[h] = wanted;
+                    larger = true;
                 }
-    }
+            }
+            if (__any_sync(~0u, larger))
+#pragma unroll
+                for (int v = 0; v < OUT; v++)
+#pragma unroll
+                    for (int n = 0; n < 8; n++)
+#pragma unroll
+                        for (int q = 0; q < 4; q++)
+                            out[v][n][q] *= factor[q >> 1];
 
-    float *partial = (float *)r.partial;
-    const float back[2] = {1 / unit[0], 1 / unit[1]}; // powers of two
-    const int64_t first = block.part.first_row - block.part.row0;
+            // Two neighbouring 8-column pieces of the accumulator are a left operand.
+            uint32_t high[4][4], low[4][4];
 #pragma unroll
-    for (int v = 0; v < OUT; v++)
+            for (int k = 0; k < 4; k++)
 #pragma unroll
-        for (int n = 0; n < 8; n++)
+                for (int q = 0; q < 4; q++) {
+                    const float *x = acc[2 * k + (q >> 1)] + 2 * (q & 1);
+                    const float x0 = x[0] * unit[q & 1], x1 = x[1] * unit[q & 1];
+                    high[k][q] = pack_f16(x0, x1);
+                    low[k][q] = SPLIT ? pack_f16(x0 - f16_to_float((uint16_t)high[k][q]),
+                                                 x1 - f16_to_float((uint16_t)(high[k][q] >> 16)))
+                                      : 0;
+                }
+            if (HOLD) {
+                if (!SPLIT)
+                    wgmma_begin(out);
 #pragma unroll
-            for (int h = 0; h < 2; h++)
-                if (v < values && block.has(places.row[h]))
-                    *(float2 *)(partial +
-                                (block.slice * r.parts.rows + first + places.row[h]) *
-                                    r.unit.width +
-                                (value0 + v) * PANEL + 8 * n + 2 * t) =
-                        make_float2(out[v][n][2 * h] * back[h], out[v][n][2 * h + 1] * back[h]);
+                for (int v = 0; v < OUT; v++)
+                    multiply_weights<SPLIT>(out[v], high, low, stream.b_panel(slot, v));
+                if (!SPLIT)
+                    wgmma_end(out);
+                stream.done(slot);
+            } else
+#pragma unroll
+                for (int v = 0; v < OUT; v++)
+                    if (v < values) {
+                        const int now = stream.next();
+                        if (!SPLIT)
+                            wgmma_begin(out[v]);
+                        multiply_weights<SPLIT>(out[v], high, low, stream.b_panel(now));
+                        if (!SPLIT)
+                            wgmma_end(out[v]);
+                        stream.done(now);
+                    }
+        }
+        // To the slice's sums in memory.
+        const float back[2] = {1 / unit[0], 1 / unit[1]}; // powers of two
+        const int64_t first = block.part.first_row - block.part.row0 + block.slice * r.parts.rows;
+        float *to = (float *)r.partial + value0 * PANEL + 2 * t;
+#pragma unroll
+        for (int v = 0; v < OUT; v++)
+#pragma unroll
+            for (int n = 0; n < 8; n++)
+#pragma unroll
+                for (int h = 0; h < 2; h++)
+                    if (v < values && block.has(places.row[h])) {
+                        float2 *at = (float2 *)(to + (first + places.row[h]) * r.unit.width +
+                                                v * PANEL + 8 * n);
+                        const float2 old = more ? *at : make_float2(0, 0);
+                        *at = make_float2(old.x + out[v][n][2 * h] * back[h],
+                                          old.y + out[v][n][2 * h + 1] * back[h]);
+                        out[v][n][2 * h] = out[v][n][2 * h + 1] = 0;
+                    }
+    } while (tile < block.tile1);
 }
 
 template <int WARPS, bool SPLIT, int PANELS, bool KEEP>

@@ -15,7 +15,7 @@
 #define HEX_LOG2E 1.4426950408889634
 #define HEX_LOWEST (-2.f) // below every cosine
 
-struct hex_unit { // rows of length one; see ../hex.h for their order
+struct hex_unit {         // rows of length one; see ../hex.h for their order
     int64_t count, width; // width = D rounded up to 64
     uint16_t *tiles;      // fp16, laid out by place_of; rows up to a multiple of 64 are zeros
     bool split;           // with the low parts too: for three products
@@ -41,8 +41,8 @@ struct hex_parts {
     int64_t blocks, row_blocks, rows; // of all parts
 };
 
-// The coefficients of every unit row, times its grad_output; 0 where it is no anchor. Those that end
-// in 0 are those before on a scale that all rows share (backward.cu), COMMON further on.
+// The coefficients of every unit row, times its grad_output; 0 where it is no anchor. Those that
+// end in 0 are those before on a scale that all rows share (backward.cu), COMMON further on.
 enum {
     K_EPS,
     K_SHIFT,
@@ -94,6 +94,7 @@ const char *hex_tile_range(const hex_problem &p, const hex_run &r, void *low, vo
 const char *hex_tile_gather(const hex_problem &p, const hex_run &r);
 const char *hex_project(const hex_problem &p, const hex_run &r, const hex_gradient &g, int64_t row0,
                         int64_t row1);
+cudaError_t hex_find_code(void); // of one kernel, and so of all, on the current device
 const char *hex_plain_forward(const hex_problem &p, const hex_run &r, double *rows, void *loss,
                               void *stats);
 const char *hex_plain_threshold(const hex_problem &p, const hex_run &r, const hex_choice &choice,

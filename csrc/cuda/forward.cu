@@ -63,22 +63,21 @@ template <int WARPS> struct statistics {
         __syncwarp(); // together again before the next tile's products
     }
 
-    template <bool EDGE>
-    __device__ __forceinline__ void tile(float (&acc)[8][4], const hex_places &places)
+    __device__ __forceinline__ void tile(float (&acc)[8][4], const hex_places &places, bool edge)
     {
+        if (edge)
+            places.blank(acc, -1e30f); // its exponential is 0
         if (shared_shift)
-            add_at_one<EDGE>(acc, places);
+            add_at_one(acc);
         else
-            add_at_largest<EDGE>(acc, places);
+            add_at_largest(acc);
         const bool full = end[0] > list(0) + FEW * THREADS || end[1] > list(1) + FEW * THREADS;
         if (__any_sync(~0u, full))
             add_lists();
     }
 
-    template <bool EDGE>
-    __device__ __forceinline__ void add_at_one(float (&acc)[8][4], const hex_places &places)
+    __device__ __forceinline__ void add_at_one(const float (&acc)[8][4])
     {
-        const int t = (int)threadIdx.x & 3;
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const float limit = eps[h];
@@ -87,10 +86,7 @@ template <int WARPS> struct statistics {
             for (int n = 0; n < 8; n++)
 #pragma unroll
                 for (int q = 0; q < 2; q++) {
-                    float c = acc[n][2 * h + q];
-                    if (EDGE && places.leaves_out(h, 8 * n + 2 * t + q))
-                        c = -1e30f; // its exponential is 0
-                    const float x = fmaf(c, scale, -scale), e = ex2(x);
+                    const float c = acc[n][2 * h + q], x = fmaf(c, scale, -scale), e = ex2(x);
                     if (c > limit) {
                         *to = c;
                         to += THREADS;
@@ -105,10 +101,8 @@ template <int WARPS> struct statistics {
         }
     }
 
-    template <bool EDGE>
-    __device__ __forceinline__ void add_at_largest(float (&acc)[8][4], const hex_places &places)
+    __device__ __forceinline__ void add_at_largest(float (&acc)[8][4])
     {
-        const int t = (int)threadIdx.x & 3;
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const float limit = eps[h];
@@ -118,8 +112,6 @@ template <int WARPS> struct statistics {
 #pragma unroll
                 for (int q = 0; q < 2; q++) {
                     float c = acc[n][2 * h + q];
-                    if (EDGE && places.leaves_out(h, 8 * n + 2 * t + q))
-                        c = -1e30f;
                     if (c > limit) {
                         *to = c;
                         to += THREADS;
@@ -199,8 +191,10 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) // 128 register
     const int64_t i = block.row0 + threadIdx.x;
     double value = 0;
     if (threadIdx.x < ROWS && block.has(i)) {
-        // Two passes: the largest of the shifts first, so that each slice is rescaled once.
+        // Two passes: the largest of the shifts first, so that each slice is rescaled once. Reads
+        // of several slices are on their way at a time, or a small batch would wait for each.
         float top = HEX_LOWEST, hard_top = HEX_LOWEST;
+#pragma unroll 8
         for (int64_t slice = 0; slice < block.part.slices; slice++) {
             top = fmaxf(top, __ldcg(partial + (slice * SUMS + SUM_TOP) * anchors + i));
             hard_top =
@@ -208,7 +202,7 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) // 128 register
         }
         hex_sums<double> all;
         all.clear();
-#pragma unroll 1 // its nine reads are enough at a time; more take registers
+#pragma unroll 4
         for (int64_t slice = 0; slice < block.part.slices; slice++) {
             hex_sums<float> other;
             for (int n = 0; n < SUMS; n++)
@@ -241,7 +235,8 @@ template <int WARPS, bool SPLIT, int PANELS>
 static const char *launch(const hex_problem &p, const hex_run &r, double *rows, void *loss,
                           void *stats)
 {
-    const hex_fit fit = fit_of(r, WARPS, PANELS, PANELS != 0, 2 * COLUMN * 32 * WARPS * (int64_t)sizeof(float));
+    const hex_fit fit =
+        fit_of(r, WARPS, PANELS, PANELS != 0, 2 * COLUMN * 32 * WARPS * (int64_t)sizeof(float));
     const auto kernel = forward_tiles<WARPS, SPLIT, PANELS>;
     if (allow_shared_memory(kernel, r, fit))
         HEX_LAUNCH(kernel, dim3((unsigned)r.parts.blocks), dim3(32 * WARPS), (int)fit.at.bytes,

@@ -307,14 +307,14 @@ static const char *adaptive(const hex_problem *p, const hex_device *d, const hex
     return of_anchors(*p, *d, &choice, loss, stats);
 }
 
-// Of all parts what lies in rows [first, first + n).
-static hex_parts band_of(const hex_parts &all, int64_t first, int64_t n)
+// Of all parts what lies in rows [first, end).
+static hex_parts band_of(const hex_parts &all, int64_t first, int64_t end)
 {
     hex_parts band = {};
     for (int k = 0; k < all.count; k++) {
         const hex_part &part = all.part[k];
         const int64_t row0 = part.row0 > first ? part.row0 : first;
-        const int64_t row1 = part.row1 < first + n ? part.row1 : first + n;
+        const int64_t row1 = part.row1 < end ? part.row1 : end;
         add_part(band, row0, row1, part.col0, part.col1);
     }
     return band;
@@ -332,19 +332,29 @@ static const char *backward(const hex_problem *p, const hex_device *d, const hex
     const bool held = r.unit.width <= 2 * TILE; // a tile's panels, for both products
     r.block_rows = r.hopper && held && !plan.plain && one_product(*p, *d) ? HOPPER_GATHER : 128;
     // Many rows go in bands that fill the device twice, so that the partial sums of one are all
-    // that is in memory; few rows in slices of columns.
+    // that is in memory. A band of fewer rows goes in slices of columns; the anchors before a queue
+    // are such a band by themselves, for each of theirs meets many more columns.
     const int64_t chunks = plan.plain ? 1 : cut(r.unit.width, 2 * TILE);
-    const int64_t most = r.block_rows * (2 * r.processors > chunks ? 2 * r.processors / chunks : 1);
-    const int64_t rows = plan.plain || r.unit.count < most ? r.unit.count : most;
-    auto cut_band = [&](int64_t first) { // the sums of a band's slices take no more than a full band
-        const int64_t n = r.unit.count - first < rows ? r.unit.count - first : rows;
-        r.parts = band_of(all, first, rows);
-        slice_parts(r.parts, r.block_rows, (int64_t)1 << 40, plan.plain ? 0 : r.processors,
-                    most / n < 32 ? most / n : 32);
+    const int64_t enough = 2 * r.processors > chunks ? 2 * r.processors / chunks : 1;
+    auto band_from = [&](int64_t first) { // its parts become r.parts, its end is returned
+        int64_t end = r.unit.count;
+        if (!plan.plain) {
+            const int64_t queue = p->mode == HEX_SHARED && first < 2 * p->B ? 2 * p->B : end;
+            end = queue < end ? queue : end;
+            end = end - first > r.block_rows * enough ? first + r.block_rows * enough : end;
+        }
+        r.parts = band_of(all, first, end);
+        // The sums of a band's slices take no more memory than a whole band; of a batch that is one
+        // band, twice as much.
+        const int64_t rows = end - first, alone = rows == r.unit.count ? 2 : 1;
+        const int64_t limit = alone * r.block_rows * enough / rows;
+        slice_parts(r.parts, r.block_rows, (int64_t)1 << 40,
+                    plan.plain ? 0 : cut(r.processors, chunks), limit < 128 ? limit : 128);
+        return end;
     };
     int64_t gradients = 0;
-    for (int64_t first = 0; first < r.unit.count; first += rows) {
-        cut_band(first);
+    for (int64_t first = 0; first < r.unit.count;) {
+        first = band_from(first);
         const int64_t n = most_slices(r.parts) * r.parts.rows * r.unit.width;
         gradients = n > gradients ? n : gradients;
     }
@@ -352,11 +362,11 @@ static const char *backward(const hex_problem *p, const hex_device *d, const hex
     if (!plan.error)
         plan.error = hex_unit_rows(*p, r, plan.zeros, g);
     hex_gradient rest = *g;
-    for (int64_t first = 0; first < r.unit.count && !plan.error; first += rows) {
-        cut_band(first);
+    for (int64_t first = 0, end; first < r.unit.count && !plan.error; first = end) {
+        end = band_from(first);
         plan.error = plan.plain ? hex_plain_gather(*p, r, rest) : hex_tile_gather(*p, r);
         if (!plan.error)
-            plan.error = hex_project(*p, r, rest, first, first + rows);
+            plan.error = hex_project(*p, r, rest, first, end);
         rest.dtau = NULL; // is there
     }
     if (!plan.error && r.unit.count == 0)
@@ -372,7 +382,7 @@ static const char *row_range(const hex_problem *p, const hex_device *d, void *lo
     if (plan.error || anchors_of(*p) == 0)
         return plan.error;
     anchor_parts(*p, r.parts);
-    slice_parts(r.parts, 64, (int64_t)1 << 40, r.processors);
+    slice_parts(r.parts, 64, (int64_t)1 << 40, 2 * r.processors);
     const int64_t bounds = most_slices(r.parts) * 3 * anchors_of(*p) * (int64_t)sizeof(float);
     prepare(*p, *d, {r.parts.row_blocks, 0, bounds, 0, false}, plan);
     if (!plan.error)
@@ -388,10 +398,28 @@ static int driver(void)
     return (int)cudaGetDeviceCount(&devices);
 }
 
+// Code is loaded when it is first asked for, which a capture in its strict mode takes for an error.
+static int probe(int device)
+{
+    int before = 0;
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    cudaError_t error = cudaGetDevice(&before);
+    if (error == cudaSuccess)
+        error = cudaSetDevice(device);
+    if (error == cudaSuccess) {
+        cudaThreadExchangeStreamCaptureMode(&mode);
+        error = hex_find_code();
+        cudaThreadExchangeStreamCaptureMode(&mode);
+        cudaSetDevice(before);
+    }
+    cudaGetLastError(); // it is reported here, not by the next launch
+    return (int)error;
+}
+
 #ifdef HEX_EMULATION
 #define EMULATED true
 #else
 #define EMULATED false
 #endif
 extern "C" __attribute__((visibility("default"))) const hex_cuda_table hex_cuda_core = {
-    HEX_CUDA_VERSION, EMULATED, forward, backward, threshold, adaptive, row_range, driver};
+    HEX_CUDA_VERSION, EMULATED, forward, backward, threshold, adaptive, row_range, driver, probe};

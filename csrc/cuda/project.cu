@@ -220,15 +220,24 @@ static __global__ void __launch_bounds__(THREADS, 1)
 const char *hex_project(const hex_problem &p, const hex_run &r, const hex_gradient &g, int64_t row0,
                         int64_t row1)
 {
-    const bool rows = g.dz[0] || g.dz[1] || (g.dz[2] && p.mode == HEX_SHARED);
-    const int64_t end = row1 < r.unit.count ? row1 : r.unit.count;
-    const int64_t count = rows && end > row0 ? end - row0 : 0;
-    if (count == 0 && !g.dtau)
-        return NULL;
-    const int bytes = THREADS / 32 * (int)sizeof(double);
     hex_gradient wanted = g;
     if (p.mode != HEX_SHARED)
         wanted.dz[2] = NULL;
+    // Of the band's rows those from the first to the last that is wanted.
+    const int64_t input[] = {0, p.B, 2 * p.B, r.unit.count};
+    int64_t first = row1, end = row0;
+    for (int k = 0; k < 3; k++) {
+        const int64_t from = input[k] > row0 ? input[k] : row0;
+        const int64_t to = input[k + 1] < row1 ? input[k + 1] : row1;
+        if (!wanted.dz[k] || from >= to)
+            continue;
+        first = from < first ? from : first;
+        end = to;
+    }
+    const int64_t count = first < end ? end - first : 0;
+    if (count == 0 && !g.dtau)
+        return NULL;
+    const int bytes = THREADS / 32 * (int)sizeof(double);
     bool fours = hex_in_fours(p), narrow = true;
     for (int k = 0; k < (p.mode == HEX_SHARED ? 3 : 2); k++) {
         fours &= (uintptr_t)wanted.dz[k] % 16 == 0;
@@ -238,7 +247,7 @@ const char *hex_project(const hex_problem &p, const hex_run &r, const hex_gradie
         const int64_t a_block = THREADS / lanes;
         const int64_t blocks = (count + a_block - 1) / a_block + (g.dtau ? 1 : 0);
         HEX_LAUNCH(kernel, dim3((unsigned)blocks), dim3(THREADS), bytes, r.stream, p, r, wanted,
-                   row0, end);
+                   first, end);
     };
     if (!fours && p.wide)
         launch(project_rows<double>, 32);
@@ -254,4 +263,10 @@ const char *hex_project(const hex_problem &p, const hex_run &r, const hex_gradie
         narrow ? launch(project_fours<32, 4, float>, 32)
                : launch(project_fours<32, 4, double>, 32);
     return hex_launched("backward projection");
+}
+
+cudaError_t hex_find_code(void)
+{
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, project_rows<float>);
 }

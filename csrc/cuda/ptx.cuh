@@ -124,10 +124,10 @@ DEVICE void barrier_arrive(uint64_t *barrier)
 // Arrives, and has the phase wait for so many bytes of copy_bulk besides.
 DEVICE void barrier_expect(uint64_t *barrier, int bytes)
 {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                     shared_address(barrier)),
-                 "r"(bytes)
-                 : "memory");
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+        "r"(bytes)
+        : "memory");
 }
 
 // Waits for the end of the phase of this parity; the first phase has parity 0.
@@ -155,13 +155,10 @@ DEVICE void copy_bulk(void *to, const void *from, int bytes, uint64_t *barrier)
 
 // ---- warpgroup products ----
 
-// A panel of 64 rows of 128 bytes, chunks swizzled by the row, 8 rows to 1024 bytes: the low half of
-// its descriptor. The high half, the same for all, has the 1024 bytes and the swizzle. As an
+// A panel of 64 rows of 128 bytes, chunks swizzled by the row, 8 rows to 1024 bytes: the low half
+// of its descriptor. The high half, the same for all, has the 1024 bytes and the swizzle. As an
 // operand whose rows are the product's rows or columns, 16 features are 2 units further on.
-DEVICE uint32_t wgmma_panel(const void *p)
-{
-    return (shared_address(p) & 0x3ffff) >> 4 | 1 << 16;
-}
+DEVICE uint32_t wgmma_panel(const void *p) { return (shared_address(p) & 0x3ffff) >> 4 | 1 << 16; }
 #define PANEL_HIGH 0x40000040
 
 // The accumulator, for the products below and for what stands around them: the compiler knows not
@@ -214,8 +211,7 @@ template <bool FRESH> DEVICE void wgmma_f16(float (&c)[8][4], uint32_t a, uint32
 }
 
 // a from registers, as mma_f16 has it,
-template <bool FRESH>
-DEVICE void wgmma_f16(float (&c)[8][4], const uint32_t (&a)[4], uint32_t b)
+template <bool FRESH> DEVICE void wgmma_f16(float (&c)[8][4], const uint32_t (&a)[4], uint32_t b)
 {
     asm volatile("{\n\t.reg .b64 b;\n\tmov.b64 b, {%36, %37};\n\t"
                  "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " C_IN_REGISTERS

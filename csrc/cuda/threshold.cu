@@ -28,6 +28,13 @@ template <int KIND> struct histogram {
             all[k] = 0;
     }
 
+    __device__ __forceinline__ void tile(float (&acc)[8][4], const hex_places &places, bool edge)
+    {
+        if (edge)
+            tile<true>(acc, places);
+        else
+            tile<false>(acc, places);
+    }
     template <bool EDGE>
     __device__ __forceinline__ void tile(float (&acc)[8][4], const hex_places &places)
     {
@@ -52,6 +59,13 @@ struct bounds {
 
     __device__ __forceinline__ void start() {}
 
+    __device__ __forceinline__ void tile(float (&acc)[8][4], const hex_places &places, bool edge)
+    {
+        if (edge)
+            tile<true>(acc, places);
+        else
+            tile<false>(acc, places);
+    }
     template <bool EDGE>
     __device__ __forceinline__ void tile(float (&acc)[8][4], const hex_places &places)
     {
@@ -266,8 +280,8 @@ const char *hex_tile_threshold(const hex_problem &p, const hex_run &r, const hex
         const char *error =
             launch<PANELS>("coarse histogram", count_tiles<COARSE, SPLIT, PANELS>, words, p, r, s);
         return error ? error
-                     : launch<PANELS>("fine histogram", count_tiles<FINE, SPLIT, PANELS>, words, p, r,
-                                    s);
+                     : launch<PANELS>("fine histogram", count_tiles<FINE, SPLIT, PANELS>, words, p,
+                                      r, s);
     };
     return with_kind(r.unit, both);
 }
@@ -278,7 +292,7 @@ const char *hex_tile_range(const hex_problem &p, const hex_run &r, void *low, vo
         constexpr bool SPLIT = decltype(split)::value;
         constexpr int PANELS = decltype(panels)::value;
         return launch<PANELS>("row bounds", bound_tiles<SPLIT, PANELS>, 0, p, r, (float *)low,
-                            (float *)high);
+                              (float *)high);
     };
     return with_kind(r.unit, bound);
 }

@@ -32,7 +32,8 @@ DEVICE void clear(float (&acc)[8][4])
 }
 
 // acc += 16 rows a warp of the panel a times the 64 rows of the panel b; FRESH: acc is set.
-template <bool FRESH> DEVICE void multiply_panel(float (&acc)[8][4], const uint16_t *a, const uint16_t *b)
+template <bool FRESH>
+DEVICE void multiply_panel(float (&acc)[8][4], const uint16_t *a, const uint16_t *b)
 {
 #ifdef HEX_WGMMA
     const uint32_t pa = wgmma_panel(a), pb = wgmma_panel(b);
@@ -72,7 +73,8 @@ DEVICE void load_fragments(uint32_t (&to)[4][4], const uint16_t *a)
 }
 
 // The same with a as fragments.
-template <bool FRESH> DEVICE void multiply_panel(float (&acc)[8][4], const uint32_t (&a)[4][4], const uint16_t *b)
+template <bool FRESH>
+DEVICE void multiply_panel(float (&acc)[8][4], const uint32_t (&a)[4][4], const uint16_t *b)
 {
 #ifdef HEX_WGMMA
     const uint32_t pb = wgmma_panel(b);
@@ -99,8 +101,8 @@ template <bool FRESH> DEVICE void multiply_panel(float (&acc)[8][4], const uint3
 #endif
 }
 
-// acc (16 rows a warp, 64 features) += the weights a (16 rows a warp, 64 columns) times the panel b,
-// whose 64 rows are those columns.
+// acc (16 rows a warp, 64 features) += the weights a (16 rows a warp, 64 columns) times the panel
+// b, whose 64 rows are those columns.
 DEVICE void multiply_transposed(float (&acc)[8][4], const uint32_t (&a)[4][4], const uint16_t *b)
 {
 #ifdef HEX_WGMMA
@@ -154,7 +156,10 @@ SHARED_DEVICE __host__ hex_layout layout_of(int warps, bool split, bool resident
 
 // Tiles whose side may be in use or on its way. Where each of a tile's panels has a slot of its
 // own, they are four or more a tile, and on Hopper eight at most are sent for.
-SHARED_DEVICE __host__ int sides_of(bool tiles, int slots) { return tiles || slots > 2 ? slots : 1; }
+SHARED_DEVICE __host__ int sides_of(bool tiles, int slots)
+{
+    return tiles || slots > 2 ? slots : 1;
+}
 
 // How a kernel runs: whether all of the rows' panels stay, the slots, where things are.
 struct hex_fit {
@@ -285,7 +290,10 @@ template <int WARPS, bool SPLIT, int PANELS, bool KEEP> struct hex_stream {
 #endif
     }
 
-    __device__ __forceinline__ void take_values(int count, int from) { values = count, value0 = from; }
+    __device__ __forceinline__ void take_values(int count, int from)
+    {
+        values = count, value0 = from;
+    }
     __device__ __forceinline__ void take_side(void *to, const void *from, int bytes, int pitch)
     {
         side = (unsigned char *)to, side_from = (const unsigned char *)from;
@@ -469,6 +477,17 @@ struct hex_places {
     {
         return col == own[h] || col == positive[h] || col >= valid || col < from;
     }
+    // Puts `value` in the place of all that is no negative.
+    __device__ __forceinline__ void blank(float (&acc)[8][4], float value) const
+    {
+        const int t = (int)threadIdx.x & 3;
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+#pragma unroll
+            for (int q = 0; q < 4; q++)
+                if (leaves_out(q >> 1, 8 * n + 2 * t + (q & 1)))
+                    acc[n][q] = value;
+    }
 };
 
 // ---- every tile of a block, handed to `fold` ----
@@ -514,18 +533,15 @@ DEVICE void for_each_tile(const hex_block &block, const hex_unit &unit, int64_t 
         const int slot = stream.cosines(acc);
         if (PANELS)
             stream.done(slot);
-        if (places.enter(tile, col0, col1))
-            fold.template tile<true>(acc, places);
-        else
-            fold.template tile<false>(acc, places);
+        fold.tile(acc, places, places.enter(tile, col0, col1));
     }
     __syncthreads(); // the shared memory is free again
 }
 
 // ---- launching ----
 
-// Calls f(SPLIT, PANELS), two constants: for three products or one; and the panels whose fragments of
-// the rows stay in registers, 0 where there are too many of them.
+// Calls f(SPLIT, PANELS), two constants: for three products or one; and the panels whose fragments
+// of the rows stay in registers, 0 where there are too many of them.
 template <int VALUE> struct constant {
     static constexpr int value = VALUE;
 };
