@@ -245,6 +245,9 @@ def battery(device: str = "cpu") -> None:
         assert_threshold_is_right(p)
     assert_one_call_is_two(problem("cluster", 70, 30, dtype=single))
     assert_half_is_right(problem("cluster", 40, 70, "query", dtype=torch.float16))
+    # rows that are read four features at a time
+    assert_half_is_right(problem("cluster", 20, 132, "shared", K=70, dtype=torch.bfloat16))
+    check_gradients(problem("cluster", 9, 264, dtype=single))
     for p in (
         problem("cluster", 4, 37, "own", K=150, dtype=single),
         problem("cluster", 9, 37, dtype=torch.float64),

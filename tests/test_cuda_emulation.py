@@ -186,6 +186,21 @@ def test_a_row_that_is_not_finite_reaches_exactly_the_rows_that_see_it(mma, dtyp
         assert torch.equal(low.isnan(), truth.loss.isnan()) and low.isnan().equal(high.isnan())
 
 
+@pytest.mark.parametrize("D", (40, 66, 132, 260))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_rows_of_any_length_keep_their_direction(mma, dtype, D):
+    """A power of two changes no bit but the exponents', where none of them is out of range."""
+    p = problem("cluster", 20, D, "shared", K=30, dtype=dtype)
+    length = torch.ones(20, 1, dtype=torch.float64)
+    length[3], length[4] = 2.0**66, 2.0**-76  # 1e20 and 1e-23
+    z0, z1, queue = p.inputs
+    q = p.with_(inputs=((z0 * length).to(dtype), (z1 * length.flip(0)).to(dtype), queue))
+    a, b = p.ours(), q.ours()
+    assert torch.equal(a.loss, b.loss) and torch.equal(a.grads["negatives"], b.grads["negatives"])
+    assert torch.equal(a.grads["z0"].double(), b.grads["z0"] * length)
+    assert torch.equal(a.grads["z1"].double(), b.grads["z1"] * length.flip(0))
+
+
 def test_the_bits_are_the_same_in_any_order_of_warps_and_blocks(mma):
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         p = problem("cluster", 70, 70, dtype=dtype)

@@ -10,76 +10,212 @@
 
 #define THREADS 128
 
+// What a row is made of. The reads here do not wait for one another.
+template <class real> struct owner {
+    void *dz; // NULL: there is nothing to do
+    const hex_rows *x, *y;
+    int64_t at, there, to;  // where the row, its partner and its gradient start
+    double inverse, theirs; // 1 / |z|, the partner's: 0 without
+    real given, taken;      // g_op, g_po
+    real *partial;
+    int64_t slices, step; // from slice to slice
+
+    __device__ __forceinline__ owner(const hex_problem &p, const hex_run &r, const hex_gradient &g,
+                                     int64_t o)
+    {
+        const int input = o < p.B ? 0 : o < 2 * p.B ? 1 : 2;
+        dz = input == 0 ? g.dz[0] : input == 1 ? g.dz[1] : g.dz[2]; // no index: no local memory
+        x = &p.input[input], y = &p.input[input < 2 ? 1 - input : 2];
+        at = row_start(*x, o - input * p.B);
+        to = (o - input * p.B) * p.D;
+        inverse = r.unit.inverse[o];
+        there = 0, theirs = 0, given = taken = 0;
+        if (input < 2) {
+            const real *k = (const real *)r.coefficients;
+            const int64_t q = partner_of(o, p.B);
+            there = row_start(*y, image_of(o, p.B));
+            theirs = r.unit.inverse[q];
+            given = k[coefficient(K_POSITIVE, o)], taken = k[coefficient(K_POSITIVE, q)];
+        }
+    }
+
+    __device__ __forceinline__ void find_slices(const hex_run &r, int64_t o)
+    {
+        partial = NULL, slices = 0, step = r.parts.rows * r.unit.width;
+#pragma unroll 1
+        for (int k = 0; k < r.parts.count; k++) {
+            const hex_part &part = r.parts.part[k];
+            if (o >= part.row0 && o < part.row1) {
+                partial = (real *)r.partial + (part.first_row + o - part.row0) * r.unit.width;
+                slices = part.slices;
+            }
+        }
+    }
+};
+
+// dL/dtau from the parts that unit.cu left.
+static __device__ void sum_dtau(const hex_problem &p, const hex_run &r, const hex_gradient &g,
+                                double *scratch)
+{
+    const int64_t anchors = anchors_of(p);
+    const double sum =
+        block_sum_of(r.unit.positive, (anchors + HEX_SUMMED - 1) / HEX_SUMMED, scratch);
+    if (threadIdx.x == 0)
+        write_number(g.dtau, p.tau.dtype, 0,
+                     p.reduction == HEX_MEAN && anchors ? sum / (double)anchors : sum);
+}
+
+// ---- rows that are read four features at a time ----
+
+// z / |z| in double, or in float where all inputs have 16 bits and so has the gradient.
+static __device__ double over_length(double z, double inverse) { return z * inverse; }
+static __device__ float over_length(float z, hex_inverse by) { return z * by.scale * by.high; }
+static __device__ double inverse_as(double inverse, double) { return inverse; }
+static __device__ hex_inverse inverse_as(double inverse, float)
+{
+    return inverse_in_floats(inverse);
+}
+
+// Adds up to N of the slices that are left, all on their way at once, from the lane's place on.
+template <int N, int LANES, int QUADS, class number>
+static __device__ __forceinline__ void add_slices(number (&sum)[QUADS][4], const float *partial,
+                                                  int64_t step, int left, int features)
+{
+    uint4 got[N][QUADS];
+#pragma unroll
+    for (int n = 0; n < N; n++, partial += step)
+#pragma unroll
+        for (int q = 0; q < QUADS; q++)
+            got[n][q] = n < left && 4 * LANES * q < features
+                            ? load_four(partial, HEX_F32, 4 * LANES * q)
+                            : make_uint4(0, 0, 0, 0);
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int q = 0; q < QUADS; q++) {
+            float v[4];
+            widen_four(v, got[n][q], HEX_F32);
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+                sum[q][k] += (number)v[k];
+        }
+}
+
+// A row has LANES lanes; lane l has features 4 (l + LANES q) to those + 3. Every row is read once,
+// du stays in registers.
+template <int LANES, int QUADS, class number>
+static __global__ void __launch_bounds__(THREADS, QUADS > 2 ? 3 : 4)
+    project_fours(hex_problem p, hex_run r, hex_gradient g, int64_t row0, int64_t row1)
+{
+    constexpr int BATCH = QUADS > 2 ? 2 : sizeof(number) > 4 ? 4 : 8; // as registers allow
+    HEX_SHARED_MEMORY(shared);
+    const int64_t block = (int64_t)blockIdx.x - (g.dtau ? 1 : 0);
+    if (block < 0) {
+        sum_dtau(p, r, g, (double *)shared);
+        return;
+    }
+    const int64_t row = row0 + block * (THREADS / LANES) + threadIdx.x / LANES;
+    const int64_t o = row < row1 ? row : row1 - 1; // all lanes of a warp add up together
+    owner<float> own(p, r, g, o);
+    if (!__any_sync(~0u, own.dz != NULL))
+        return;
+    const hex_dtype dtype = own.x->dtype, other = own.y->dtype;
+    const int first = 4 * ((int)threadIdx.x % LANES), features = (int)p.D - first;
+    const bool partners = o < 2 * p.B;
+    uint4 mine[QUADS], partner[QUADS];
+#pragma unroll
+    for (int q = 0; q < QUADS; q++) {
+        const int64_t d = first + 4 * LANES * q;
+        const bool there = 4 * LANES * q < features;
+        mine[q] = there ? load_four(own.x->data, dtype, own.at + d) : make_uint4(0, 0, 0, 0);
+        partner[q] = partners && there ? load_four(own.y->data, other, own.there + d)
+                                       : make_uint4(0, 0, 0, 0);
+    }
+    own.find_slices(r, o);
+    const int slices = (int)own.slices;
+    const float *partial = own.partial + first;
+    number du[QUADS][4] = {}, u[QUADS][4], along = 0;
+    if (slices < 2) // as of most rows of a large batch
+        add_slices<1, LANES>(du, partial, own.step, slices, features);
+    else
+        for (int n = 0; n < slices; n += BATCH)
+            add_slices<BATCH, LANES>(du, partial + n * own.step, own.step, slices - n, features);
+
+    const auto by = inverse_as(own.inverse, number()), theirs = inverse_as(own.theirs, number());
+    const number weight = (number)own.given + (number)own.taken;
+#pragma unroll
+    for (int q = 0; q < QUADS; q++) {
+        float x[4], y[4];
+        widen_four(x, mine[q], dtype);
+        widen_four(y, partner[q], other);
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            u[q][k] = over_length((number)x[k], by);
+            if (partners)
+                du[q][k] += weight * over_length((number)y[k], theirs);
+            along += du[q][k] * u[q][k];
+        }
+    }
+#pragma unroll
+    for (int k = LANES / 2; k > 0; k >>= 1)
+        along += __shfl_xor_sync(~0u, along, k);
+#pragma unroll
+    for (int q = 0; q < QUADS; q++) {
+        float out[4];
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            out[k] =
+                own.inverse == 0 ? 0 : (float)over_length(du[q][k] - along * u[q][k], by);
+        if (own.dz && row < row1 && 4 * LANES * q < features)
+            store_four(own.dz, dtype, own.to + first + 4 * LANES * q, out);
+    }
+}
+
+// ---- and any others ----
+
 template <class real>
 static __global__ void __launch_bounds__(THREADS, 1)
     project_rows(hex_problem p, hex_run r, hex_gradient g, int64_t row0, int64_t row1)
 {
     HEX_SHARED_MEMORY(shared);
     const int lane = (int)threadIdx.x & 31;
-    const int64_t anchors = anchors_of(p);
     const int64_t block = (int64_t)blockIdx.x - (g.dtau ? 1 : 0);
     if (block < 0) {
-        double sum = 0;
-        const real *stats = (const real *)g.stats + HEX_STAT_DTAU * anchors;
-        for (int64_t i = threadIdx.x; i < anchors; i += THREADS)
-            sum += read_vector(g.grad, i) * (double)stats[i];
-        sum = block_sum(sum, (double *)shared);
-        if (threadIdx.x == 0)
-            write_number(g.dtau, p.tau.dtype, 0,
-                         p.reduction == HEX_MEAN && anchors ? sum / (double)anchors : sum);
+        sum_dtau(p, r, g, (double *)shared);
         return;
     }
     const int64_t o = row0 + block * (THREADS / 32) + (threadIdx.x >> 5);
     if (o >= row1)
         return;
-    const int input = o < p.B ? 0 : o < 2 * p.B ? 1 : 2;
-    void *dz = input == 0 ? g.dz[0] : input == 1 ? g.dz[1] : g.dz[2]; // no index: no local memory
-    if (!dz)
+    owner<real> own(p, r, g, o);
+    if (!own.dz)
         return;
-    const hex_rows &x = p.input[input];
-    const int64_t at = row_start(x, o - input * p.B);
-    const double inverse = r.unit.inverse[o];
-
-    real *partial = NULL;
-    int64_t slices = 0;
-    for (int k = 0; k < r.parts.count; k++) {
-        const hex_part &part = r.parts.part[k];
-        if (o >= part.row0 && o < part.row1) {
-            partial = (real *)r.partial + (part.first_row + o - part.row0) * r.unit.width;
-            slices = part.slices;
-        }
-    }
-    const int64_t q = input < 2 ? partner_of(o, p.B) : o;
-    const hex_rows &y = p.input[input < 2 ? 1 - input : 2];
-    const int64_t there = row_start(y, input < 2 ? image_of(o, p.B) : o - 2 * p.B);
-    double weight = 0;
-    if (input < 2) {
-        const real *k = (const real *)r.coefficients;
-        weight = ((double)k[coefficient(K_POSITIVE, o)] + (double)k[coefficient(K_POSITIVE, q)]) *
-                 r.unit.inverse[q];
-    }
-    const int64_t step = r.parts.rows * r.unit.width; // from slice to slice
+    own.find_slices(r, o);
+    const hex_rows &x = *own.x, &y = *own.y;
+    const double weight = ((double)own.given + (double)own.taken) * own.theirs;
     auto du = [&](int64_t d) {
-        double sum = input < 2 ? weight * read_number(y.data, y.dtype, there + d * y.col) : 0;
-        return slices > 0 ? sum + (double)partial[d] : sum;
+        double sum = o < 2 * p.B ? weight * read_number(y.data, y.dtype, own.there + d * y.col) : 0;
+        return own.slices > 0 ? sum + (double)own.partial[d] : sum;
     };
     double along = 0;
     for (int64_t d = lane; d < p.D; d += 32) {
         double sum = 0;
 #pragma unroll 8 // as many reads on their way
-        for (int64_t slice = 0; slice < slices; slice++)
-            sum += (double)partial[slice * step + d];
-        if (slices > 1)
-            partial[d] = (real)sum; // for this very thread, below
-        along += du(d) * (read_number(x.data, x.dtype, at + d * x.col) * inverse);
+        for (int64_t slice = 0; slice < own.slices; slice++)
+            sum += (double)own.partial[slice * own.step + d];
+        if (own.slices > 1)
+            own.partial[d] = (real)sum; // for this very thread, below
+        along += du(d) * (read_number(x.data, x.dtype, own.at + d * x.col) * own.inverse);
     }
     along = warp_sum(along);
     for (int64_t d = lane; d < p.D; d += 32) {
-        const double u = read_number(x.data, x.dtype, at + d * x.col) * inverse;
-        write_number(dz, x.dtype, (o - input * p.B) * p.D + d,
-                     inverse == 0 ? 0 : (du(d) - along * u) * inverse);
+        const double u = read_number(x.data, x.dtype, own.at + d * x.col) * own.inverse;
+        write_number(own.dz, x.dtype, own.to + d,
+                     own.inverse == 0 ? 0 : (du(d) - along * u) * own.inverse);
     }
 }
+
+// ---- launching ----
 
 const char *hex_project(const hex_problem &p, const hex_run &r, const hex_gradient &g, int64_t row0,
                         int64_t row1)
@@ -98,17 +234,34 @@ const char *hex_project(const hex_problem &p, const hex_run &r, const hex_gradie
         first = from < first ? from : first;
         end = to;
     }
-    const int64_t row_blocks = first < end ? (end - first + THREADS / 32 - 1) / (THREADS / 32) : 0;
-    const int64_t blocks = row_blocks + (g.dtau ? 1 : 0);
-    if (blocks == 0)
+    const int64_t count = first < end ? end - first : 0;
+    if (count == 0 && !g.dtau)
         return NULL;
     const int bytes = THREADS / 32 * (int)sizeof(double);
-    if (p.wide)
-        HEX_LAUNCH(project_rows<double>, dim3((unsigned)blocks), dim3(THREADS), bytes, r.stream, p,
-                   r, wanted, first, end);
+    bool fours = hex_in_fours(p), narrow = true;
+    for (int k = 0; k < (p.mode == HEX_SHARED ? 3 : 2); k++) {
+        fours &= (uintptr_t)wanted.dz[k] % 16 == 0;
+        narrow &= p.input[k].dtype != HEX_F32;
+    }
+    auto launch = [&](auto kernel, int lanes) {
+        const int64_t a_block = THREADS / lanes;
+        const int64_t blocks = (count + a_block - 1) / a_block + (g.dtau ? 1 : 0);
+        HEX_LAUNCH(kernel, dim3((unsigned)blocks), dim3(THREADS), bytes, r.stream, p, r, wanted,
+                   first, end);
+    };
+    if (!fours && p.wide)
+        launch(project_rows<double>, 32);
+    else if (!fours)
+        launch(project_rows<float>, 32);
+    else if (p.D <= 128)
+        narrow ? launch(project_fours<16, 2, float>, 16)
+               : launch(project_fours<16, 2, double>, 16);
+    else if (p.D <= 256)
+        narrow ? launch(project_fours<32, 2, float>, 32)
+               : launch(project_fours<32, 2, double>, 32);
     else
-        HEX_LAUNCH(project_rows<float>, dim3((unsigned)blocks), dim3(THREADS), bytes, r.stream, p,
-                   r, wanted, first, end);
+        narrow ? launch(project_fours<32, 4, float>, 32)
+               : launch(project_fours<32, 4, double>, 32);
     return hex_launched("backward projection");
 }
 

@@ -48,10 +48,14 @@ struct dim3 {
 struct float2 {
     float x, y;
 };
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
 static inline float2 make_float2(float x, float y) { return {x, y}; }
+static inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w)
 {
     return {x, y, z, w};
@@ -452,6 +456,7 @@ static inline long long __double_as_longlong(double x)
 }
 static inline double __dmul_rn(double x, double y) { return x * y; } // x86-64 fuses nothing
 static inline double __dadd_rn(double x, double y) { return x + y; }
+static inline double rsqrt(double x) { return 1 / sqrt(x); }
 static inline float __saturatef(float x) { return x > 0 ? (x < 1 ? x : 1) : 0; } // NaN: 0
 static inline int __ffs(unsigned v) { return __builtin_ffs((int)v); }
 template <class T> static inline T atomicAdd(T *p, T v)
