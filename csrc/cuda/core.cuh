@@ -40,6 +40,13 @@ struct hex_parts {
 // The coefficients of every unit row, times its grad_output; 0 where it is no anchor.
 enum { K_EPS, K_SHIFT, K_REST, K_HARD_E, K_HARD, K_REST0, K_ROWS, K_POSITIVE = K_ROWS, K_ALL };
 
+// The threshold in about one pass (bracket.cu): a sample of the columns gives every row a bracket.
+struct hex_bracket {
+    int warps, step, depth; // 0: two passes; every step-th tile is sampled; places for each thread
+    int64_t most;           // elements of a row's bracket, where its columns are in slices
+    hex_parts sample, tiles;
+};
+
 // ---- kernels, each launched by a function that returns NULL or the text of an error ----
 
 struct hex_run {
@@ -53,6 +60,7 @@ struct hex_run {
     uint32_t *counts;   // threshold: anchors x 256, 0; two to a word where `narrow`
     bool narrow;        // no row has more negatives than 16 bits can count
     void *partial;
+    hex_bracket bracket;
 };
 
 // What is chosen of each row, and what becomes of the rows' mean.
@@ -70,6 +78,9 @@ const char *hex_tile_forward(const hex_problem &p, const hex_run &r, double *row
                              void *stats);
 const char *hex_tile_threshold(const hex_problem &p, const hex_run &r, const hex_choice &choice,
                                double *rows);
+hex_bracket hex_plan_bracket(const hex_problem &p, const hex_run &r, const hex_choice &choice);
+const char *hex_bracket_tiles(const hex_problem &p, const hex_run &r, const hex_choice &choice,
+                              const uint32_t *brackets, int *chosen, uint16_t *lists);
 const char *hex_threshold_of_nothing(const hex_run &r, const hex_choice &choice);
 const char *hex_tile_range(const hex_problem &p, const hex_run &r, void *low, void *high);
 const char *hex_tile_gather(const hex_problem &p, const hex_run &r);

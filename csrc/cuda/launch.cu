@@ -166,13 +166,19 @@ static void lay_out(const hex_problem &p, plan &plan, const wants &w, bool split
     r.partial = space.take<char>(w.partial);
 }
 
-// The parts are there; takes the memory for the rest.
-static void prepare(const hex_problem &p, const hex_device &d, const wants &w, plan &plan)
+// Whether cosines are three products, of high and low halves.
+static bool split_of(const hex_problem &p, const hex_device &d)
 {
     bool narrow = true; // all inputs in 16 bits
     for (int k = 0; k < (p.mode >= HEX_SHARED ? 3 : 2); k++)
         narrow &= p.input[k].dtype == HEX_F16 || p.input[k].dtype == HEX_BF16;
-    const bool split = !narrow && !d.one_product;
+    return !narrow && !d.one_product;
+}
+
+// The parts are there; takes the memory for the rest.
+static void prepare(const hex_problem &p, const hex_device &d, const wants &w, plan &plan)
+{
+    const bool split = split_of(p, d);
     workspace size = {}, space = {};
     lay_out(p, plan, w, split, size);
     space.at = (char *)d.allocate(d.context, size.bytes);
@@ -224,6 +230,19 @@ static const char *of_anchors(hex_problem p, const hex_device &d, const hex_choi
         r.narrow = negatives_of_a_row(p) <= 0xffff;
         w.counts = plan.plain ? 0 : anchors * (r.narrow ? HEX_BINS / 2 : HEX_BINS);
         w.partial = anchors * (int64_t)(sizeof(int64_t) + sizeof(int));
+        if (!plan.plain && !split_of(p, d))
+            r.bracket = hex_plan_bracket(p, r, *choice);
+        if (r.bracket.warps) {
+            hex_bracket &b = r.bracket;
+            b.sample = b.tiles = r.parts;
+            slice_parts(b.sample, 64, 512 * b.step, r.processors);
+            slice_parts(b.tiles, 16 * b.warps, (int64_t)1 << 40, cut(r.processors, 2));
+            slice_parts(counted, 64, 128, r.processors); // what is done again is seldom many rows
+            const bool sliced = most_slices(b.tiles) > 1;
+            w.tickets += b.sample.row_blocks + b.tiles.row_blocks + (sliced ? 2 * anchors : 0);
+            w.partial += anchors * (int64_t)(sizeof(int) +
+                                             (sliced ? b.most * (int64_t)sizeof(uint16_t) : 0));
+        }
     }
     const int64_t tickets = w.tickets;
     if (loss) {

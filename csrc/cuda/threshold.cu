@@ -16,7 +16,7 @@
 #define THREADS (32 * WARPS)
 #define PITCH (HEX_BINS / 2 + 1) // words a row; odd, so that rows start in different banks
 
-enum { COARSE, FINE };
+enum { SAMPLE, COARSE, FINE };
 
 template <int KIND> struct histogram {
     uint32_t *words[2]; // of the thread's two rows
@@ -34,8 +34,8 @@ template <int KIND> struct histogram {
                 if (EDGE && places.leaves_out(h, 8 * n + 2 * t + (q & 1)))
                     continue;
                 const int bin = bin_of(acc[n][q]);
-                const int at = KIND == COARSE ? bin >> 8 : bin & 255;
-                if (KIND == COARSE || bin >> 8 == coarse[h])
+                const int at = KIND == FINE ? bin & 255 : bin >> 8;
+                if (KIND != FINE || bin >> 8 == coarse[h])
                     atomicAdd(words[h] + (at >> 1), at & 1 ? 65536u : 1u);
             }
     }
@@ -68,7 +68,108 @@ struct selection {
     int *coarse;    // of each row
     int64_t *ranks; // left within the coarse bin
     double *sums;   // of each block of rows
+    int *chosen;    // each row's bin as bracket.cu found it, -1 where it did not; NULL: nobody looked
 };
+
+// Whether a row of the block has still to be counted, for all threads.
+static __device__ bool is_left(const selection &s, const hex_block &block, unsigned *flag)
+{
+    if (!s.chosen)
+        return true;
+    const int64_t i = block.row0 + threadIdx.x;
+    const bool mine = threadIdx.x < ROWS && i < block.part.row1 && s.chosen[i] < 0;
+    if (threadIdx.x == 0)
+        *flag = 0;
+    __syncthreads();
+    if (mine)
+        *flag = 1;
+    __syncthreads();
+    const bool left = *flag != 0;
+    __syncthreads(); // the shared memory is free again
+    return left;
+}
+
+// The last of the threshold: the block's sum, by one block for each block of rows, and the mean.
+static __device__ void add_up(const hex_problem &p, const hex_run &r, const selection &s,
+                              const hex_block &block, double sum, unsigned char *shared)
+{
+    // A batch that is not finite has no threshold: each block looks at its share of the unit rows.
+    double *scratch = (double *)shared + 1;
+    const int64_t share = (r.unit.count + r.parts.row_blocks - 1) / r.parts.row_blocks;
+    for (int64_t k = threadIdx.x; k < share; k += THREADS)
+        if (block.ticket * share + k < r.unit.count)
+            sum += r.unit.inverse[block.ticket * share + k] * 0;
+    sum = block_sum(sum, scratch);
+    if (threadIdx.x == 0)
+        s.sums[block.ticket] = sum;
+    if (!last_to_arrive(r.tickets + 2 * r.parts.row_blocks + 1, r.parts.row_blocks,
+                        (unsigned *)shared))
+        return;
+    sum = block_sum_of(s.sums, r.parts.row_blocks, scratch);
+    if (threadIdx.x == 0)
+        settle(s.choice, sum / (double)anchors_of(p));
+}
+
+// What a thread adds of the rows that are not left, in the order of those that are.
+static __device__ double chosen_sum(const selection &s, const hex_block &block)
+{
+    double sum = 0;
+    for (int row = (int)threadIdx.x >> 5; row < ROWS; row += WARPS)
+        if ((threadIdx.x & 31) == 0 && block.row0 + row < block.part.row1)
+            sum += bin_middle(s.chosen[block.row0 + row]);
+    return sum;
+}
+
+// What a block samples: of its part's tiles those that stand `offset` behind a multiple of `step`,
+// another offset for each block of rows.
+struct sampled {
+    int64_t first, step, all; // columns; in all slices
+
+    __device__ __forceinline__ void start(const hex_block &block, int tiles)
+    {
+        const int64_t width = block.part.col1 - block.part.col0, rows = block.row_block;
+        const int64_t offset = rows * 5 % tiles * BN, from = block.col0 - block.part.col0;
+        step = (int64_t)tiles * BN;
+        first = block.part.col0 + (from + step - 1 - offset) / step * step + offset;
+        all = 0;
+        if (offset < width) {
+            const int64_t whole = (width - offset) / step, rest = (width - offset) % step;
+            all = whole * BN + (rest < BN ? rest : BN);
+        }
+    }
+};
+
+// By one warp, whose lane has the sample's counts of coarse bins 8 lane to 8 lane + 7: the fine
+// bins, first | last << 16, that hold the row's element unless the sample is off by SIGMAS. Within
+// a coarse bin it goes by proportion. `above`: how many elements of the row are larger than it, of
+// which `extra` may be no negatives.
+#define SIGMAS 4.f
+static __device__ uint32_t bracket_of(uint32_t (&count)[8], float share, float above, int extra)
+{
+    const int lane = (int)threadIdx.x & 31;
+    uint32_t all = 0;
+    for (int k = 0; k < 8; k++)
+        all += count[k];
+    all = warp_sum(all);
+    const float sigma = sqrtf((above + 1) * share * (1 - share) + 1);
+    uint32_t ends[2] = {0, 0xffff};
+    for (int k = 0; k < 2; k++) { // how many of the sample are above this end
+        const float n = k ? (above - (float)extra) * share - SIGMAS * sigma
+                          : (above + 1) * share + SIGMAS * sigma + 1;
+        int64_t rank = (int64_t)all - (int64_t)n - (k ? 1 : 0);
+        if (n < 0 || rank < 0)
+            continue;
+        const int bin = pick_bin(count, -1, -1, &rank);
+        uint32_t within = 0;
+        for (int b = 0; b < 8; b++)
+            within = 8 * lane + b == bin ? count[b] : within;
+        within = __shfl_sync(~0u, within, bin >> 3);
+        if (within)
+            ends[k] = 256 * bin + (uint32_t)(k ? (256 * (rank + 1) - 1) / within
+                                               : 256 * rank / within);
+    }
+    return ends[0] | ends[1] << 16;
+}
 
 template <int KIND, bool SPLIT>
 static __global__ void __launch_bounds__(THREADS, 4)
@@ -80,6 +181,11 @@ static __global__ void __launch_bounds__(THREADS, 4)
     const int warp = (int)threadIdx.x >> 5, lane = (int)threadIdx.x & 31;
     hex_block block;
     block.start(r.parts, ROWS, blockIdx.x);
+    if (KIND != SAMPLE && !is_left(s, block, (unsigned *)shared)) {
+        if (KIND == FINE && block.slice == 0)
+            add_up(p, r, s, block, chosen_sum(s, block), shared);
+        return;
+    }
     for (int k = (int)threadIdx.x; k < ROWS * PITCH; k += THREADS)
         words[k] = 0;
     histogram<KIND> fold;
@@ -89,7 +195,17 @@ static __global__ void __launch_bounds__(THREADS, 4)
         fold.coarse[h] =
             KIND == FINE && block.row0 + row < block.part.row1 ? s.coarse[block.row0 + row] : 0;
     }
-    for_each_tile<WARPS, SPLIT>(block, r.unit, p.B, resident, shared, fold); // has barriers
+    sampled sample;
+    sample.start(block, KIND == SAMPLE ? r.bracket.step : 1);
+    if (KIND == SAMPLE) {
+        hex_block one = block;
+        for (int64_t col = sample.first; col < block.col1; col += sample.step) {
+            one.col0 = col, one.col1 = col + BN < block.col1 ? col + BN : block.col1;
+            for_each_tile<WARPS, SPLIT>(one, r.unit, p.B, resident, shared, fold);
+        }
+        __syncthreads(); // where there was none
+    } else
+        for_each_tile<WARPS, SPLIT>(block, r.unit, p.B, resident, shared, fold); // has barriers
     const int pitch = r.narrow ? HEX_BINS / 2 : HEX_BINS;
     for (int k = (int)threadIdx.x; k < ROWS * HEX_BINS / 2; k += THREADS) {
         const int row = k / (HEX_BINS / 2), pair = k % (HEX_BINS / 2);
@@ -127,7 +243,8 @@ static __global__ void __launch_bounds__(THREADS, 4)
     static_assert(ROWS <= 32 * WARPS, "a lane for each row of a warp");
     int extra[2] = {-1, -1}, coarse_of = 0;
     int64_t rank_of = s.choice.rank;
-    if (warp + WARPS * lane < rows) {
+    const int extras = s.choice.negatives ? 0 : p.mode == HEX_NTXENT ? 2 : 1;
+    if (KIND != SAMPLE && warp + WARPS * lane < rows) {
         const int64_t i = block.row0 + warp + WARPS * lane;
         if (KIND == FINE)
             coarse_of = s.coarse[i], rank_of = s.ranks[i];
@@ -153,6 +270,17 @@ static __global__ void __launch_bounds__(THREADS, 4)
         for (int k = 0; k < 8; k++)
             mine[k] = r.narrow ? words[row * PITCH + 4 * lane + k / 2] >> 16 * (k & 1) & 0xffff
                                : __ldcg(counts + 8 * lane + k);
+        if (KIND == SAMPLE) {
+            const int64_t negatives = negatives_of_a_row(p);
+            const uint32_t bracket =
+                bracket_of(mine, (float)sample.all / (float)(block.part.col1 - block.part.col0),
+                           (float)(negatives + extras - 1 - rank), extras);
+            if (lane == 0)
+                s.coarse[i] = (int)bracket;
+            for (int k = lane; k < pitch; k += 32)
+                counts[k] = 0;
+            continue;
+        }
         const int bin = pick_bin(mine, extra0, extra1, &rank);
         if (KIND == FINE) {
             if (lane == 0)
@@ -164,22 +292,9 @@ static __global__ void __launch_bounds__(THREADS, 4)
                 counts[k] = 0;
         }
     }
-    if (KIND == COARSE)
+    if (KIND != FINE)
         return;
-    // A batch that is not finite has no threshold: each block looks at its share of the unit rows.
-    double *scratch = (double *)shared + 1;
-    const int64_t share = (r.unit.count + r.parts.row_blocks - 1) / r.parts.row_blocks;
-    for (int64_t k = threadIdx.x; k < share; k += THREADS)
-        if (block.ticket * share + k < r.unit.count)
-            sum += r.unit.inverse[block.ticket * share + k] * 0;
-    sum = block_sum(sum, scratch);
-    if (threadIdx.x == 0)
-        s.sums[block.ticket] = sum;
-    if (!last_to_arrive(r.tickets + 2 * r.parts.row_blocks + 1, r.parts.row_blocks, flag))
-        return;
-    sum = block_sum_of(s.sums, r.parts.row_blocks, scratch);
-    if (threadIdx.x == 0)
-        settle(s.choice, sum / (double)anchors_of(p));
+    add_up(p, r, s, block, sum, shared);
 }
 
 static __global__ void settle_alone(hex_choice choice) { settle(choice, (double)NAN); }
@@ -253,9 +368,25 @@ const char *hex_tile_threshold(const hex_problem &p, const hex_run &r, const hex
                                double *rows)
 {
     const int64_t anchors = anchors_of(p), words = ROWS * PITCH * (int64_t)sizeof(uint32_t);
-    const selection s = {choice, (int *)((int64_t *)r.partial + anchors), (int64_t *)r.partial,
-                         rows};
+    selection s = {choice, (int *)((int64_t *)r.partial + anchors), (int64_t *)r.partial, rows,
+                   NULL};
     const bool split = r.unit.low;
+    if (r.bracket.warps) {
+        hex_run run = r;
+        int *chosen = s.coarse + anchors;
+        run.parts = r.bracket.sample;
+        run.tickets += 2 * r.parts.row_blocks + 2;
+        const char *error =
+            launch<false>("sample histogram", count_tiles<SAMPLE, false>, words, p, run, s);
+        run.parts = r.bracket.tiles;
+        run.tickets += r.bracket.sample.row_blocks;
+        if (!error)
+            error = hex_bracket_tiles(p, run, choice, (const uint32_t *)s.coarse, chosen,
+                                      (uint16_t *)(chosen + anchors));
+        if (error)
+            return error;
+        s.chosen = chosen; // what follows looks first whether there is anything left to do
+    }
     const char *error =
         split ? launch<true>("coarse histogram", count_tiles<COARSE, true>, words, p, r, s)
               : launch<false>("coarse histogram", count_tiles<COARSE, false>, words, p, r, s);

@@ -1,0 +1,308 @@
+// SPDX-License-Identifier: MIT
+// The quantile of every row in one pass over the tiles, where a sample of the columns
+// (threshold.cu) has said in which bins, first to last, it must be looked for.
+//
+// Nearly all cosines are below the bracket, and a comparison is all that they cost. On its way
+// through a tile a thread sets aside, in shared memory, the pairs of which one is not; then it
+// counts those above and keeps the bins of those within, which are the fine bins of threshold.cu,
+// 16 bits each, in a list of its own for each of its two rows. A row's element of a rank among what
+// its four threads kept is its quantile: to the bit that of the two passes.
+//
+// A row whose rank is not in its bracket, or whose list was too short, is left: -1 instead of its
+// bin. threshold.cu is launched behind this and counts such rows as ever.
+#include "tile.cuh"
+
+#define BINS_OF_SCRATCH (HEX_BINS * (int)sizeof(uint32_t))
+
+template <int WARPS> struct kept {
+    float low[2];        // what is not larger is below the bracket
+    uint32_t bracket[2]; // first bin | last bin << 16
+    uint32_t found[2];   // how many are in the bracket | above it << 16
+    float2 *aside;       // 8 x threads, this thread's column
+    uint16_t *list;      // 2 x depth x threads, this thread's column
+    int depth;
+
+    __device__ __forceinline__ void add(int h, float c)
+    {
+        const int bin = bin_of(c), at = (int)(found[h] & 0xffff);
+        if (!(c > low[h]) || bin < (int)(bracket[h] & 0xffff))
+            return;
+        if (bin > (int)(bracket[h] >> 16)) {
+            found[h] += 65536;
+            return;
+        }
+        if (at < depth)
+            list[(h * depth + at) * 32 * WARPS] = (uint16_t)bin;
+        found[h]++;
+    }
+
+    template <bool EDGE>
+    __device__ __forceinline__ void tile(float (&acc)[8][4], const hex_places &places)
+    {
+        const int t = (int)threadIdx.x & 3;
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const float limit = low[h];
+            float2 *end = aside;
+#pragma unroll
+            for (int n = 0; n < 8; n++) {
+                float2 c = make_float2(acc[n][2 * h], acc[n][2 * h + 1]);
+                if (EDGE && places.leaves_out(h, 8 * n + 2 * t))
+                    c.x = -4; // below every limit
+                if (EDGE && places.leaves_out(h, 8 * n + 2 * t + 1))
+                    c.y = -4;
+                if (fmaxf(c.x, c.y) > limit) {
+                    *end = c;
+                    end += 32 * WARPS;
+                }
+            }
+#pragma unroll 1
+            for (const float2 *c = aside; c < end; c += 32 * WARPS) {
+                add(h, c->x);
+                add(h, c->y);
+            }
+        }
+        __syncwarp(); // together again before the next tile's products
+    }
+};
+
+// By one warp: counts the bins of a list by their high byte, or by their low one where the high one
+// is `coarse`. The list has four parts, of the row's threads, or is one.
+struct entries {
+    const uint16_t *shared; // of lane 4 g
+    int depth_step;         // from one entry of a thread to the next
+    uint32_t count[4];
+    const uint16_t *global; // instead
+    uint32_t all;
+
+    __device__ __forceinline__ void one(uint32_t *bins, int bin, int coarse) const
+    {
+        if (coarse < 0 || bin >> 8 == coarse)
+            atomicAdd(bins + (coarse < 0 ? bin >> 8 : bin & 255), 1u);
+    }
+    __device__ __forceinline__ void histogram(uint32_t *bins, int coarse) const
+    {
+        const int lane = (int)threadIdx.x & 31;
+        for (int k = lane; k < HEX_BINS; k += 32)
+            bins[k] = 0;
+        __syncwarp();
+        if (global)
+            for (uint32_t k = (uint32_t)lane; k < all; k += 32)
+                one(bins, __ldcg(global + k), coarse);
+        else
+            for (uint32_t k = (uint32_t)lane >> 2; k < count[lane & 3]; k += 8)
+                one(bins, shared[k * depth_step + (lane & 3)], coarse);
+        __syncwarp();
+    }
+};
+
+// By one warp: the bin of row i's element, or -1. `above` of its negatives are above the bracket.
+static __device__ int find_bin(const hex_problem &p, const hex_run &r, const hex_choice &choice,
+                               int64_t i, uint32_t bracket, const entries &in, uint32_t above,
+                               uint32_t *bins)
+{
+    const int lane = (int)threadIdx.x & 31, first = (int)(bracket & 0xffff);
+    const int last = (int)(bracket >> 16);
+    int64_t all = negatives_of_a_row(p);
+    int extra[2] = {-1, -1}, inside = (int)in.all;
+    if (!choice.negatives) {
+        extra[0] = bin_of((float)r.unit.positive[image_of(i, p.B)]);
+        if (p.mode == HEX_NTXENT)
+            extra[1] = bin_of(r.unit.inverse[i] == 0 ? 0.f : 1.f);
+    }
+    for (int k = 0; k < 2; k++) {
+        all += extra[k] >= 0;
+        above += extra[k] > last;
+        if (extra[k] < first || extra[k] > last)
+            extra[k] = -1;
+        inside += extra[k] >= 0;
+    }
+    int64_t rank = choice.rank - (all - (int64_t)above - inside);
+    if (rank < 0 || rank >= inside)
+        return -1;
+    int bin = -1;
+    for (int pass = 0; pass < 2; pass++) {
+        in.histogram(bins, bin);
+        uint32_t mine[8];
+        int at[2];
+        for (int k = 0; k < 8; k++)
+            mine[k] = bins[8 * lane + k];
+        for (int k = 0; k < 2; k++)
+            at[k] = extra[k] < 0           ? -1
+                    : pass == 0            ? extra[k] >> 8
+                    : extra[k] >> 8 == bin ? extra[k] & 255
+                                           : -1;
+        __syncwarp(); // before the bins are 0 again
+        const int picked = pick_bin(mine, at[0], at[1], &rank);
+        bin = pass == 0 ? picked : 256 * bin + picked;
+    }
+    return bin;
+}
+
+template <int WARPS>
+static __global__ void __launch_bounds__(32 * WARPS, 1)
+    bracket_tiles(hex_problem p, hex_run r, bool resident, hex_choice choice,
+                  const uint32_t *brackets, int *chosen, uint16_t *lists)
+{
+    constexpr int THREADS = 32 * WARPS, ROWS = 16 * WARPS;
+    HEX_SHARED_MEMORY(shared);
+    unsigned char *more = shared + tile_bytes(WARPS, false, r.unit.width / PANEL, resident);
+    const int warp = (int)threadIdx.x >> 5, lane = (int)threadIdx.x & 31;
+    hex_block block;
+    block.start(r.parts, ROWS, blockIdx.x);
+    const int depth = r.bracket.depth;
+    const int64_t mine = block.row0 + warp * 16 + (lane >> 2);
+    uint32_t *bins = (uint32_t *)(more + 8 * THREADS * sizeof(float2)) + warp * HEX_BINS;
+    uint16_t *all_lists = (uint16_t *)(more + 8 * THREADS * sizeof(float2)) +
+                          WARPS * BINS_OF_SCRATCH / (int)sizeof(uint16_t);
+    kept<WARPS> fold;
+    fold.aside = (float2 *)more + threadIdx.x;
+    fold.list = all_lists + threadIdx.x;
+    fold.depth = depth;
+    for (int h = 0; h < 2; h++) {
+        const int64_t i = mine + 8 * h;
+        const uint32_t bracket = i < block.part.row1 ? brackets[i] : 0;
+        const int first = (int)(bracket & 0xffff);
+        fold.bracket[h] = bracket;
+        fold.found[h] = 0;
+        // Half a bin lower, and more than bin_of and this round.
+        fold.low[h] = i >= block.part.row1 ? INFINITY
+                      : first == 0         ? -3.f
+                                           : ((float)first - 0.5f) / 32767.5f - 1 - 1e-6f;
+    }
+    for_each_tile<WARPS, false>(block, r.unit, p.B, resident, shared, fold);
+
+    // A row of a warp after the other. Of several slices each adds its list to the row's, in any
+    // order: what is found in it is the same.
+    const bool sliced = block.part.slices > 1;
+    unsigned *counts = r.tickets + r.parts.row_blocks; // in the bracket, above; of each row
+    for (int row = 0; row < 16; row++) {
+        const int h = row >> 3, from = 4 * (row & 7);
+        const int64_t i = block.row0 + warp * 16 + row;
+        if (i >= block.part.row1)
+            break;
+        entries in = {all_lists + h * depth * THREADS + 32 * warp + from, THREADS, {}, NULL, 0};
+        uint32_t above = 0;
+        bool fits = true;
+        for (int t = 0; t < 4; t++) {
+            const uint32_t found = __shfl_sync(~0u, fold.found[h], from + t);
+            in.count[t] = found & 0xffff;
+            in.all += in.count[t];
+            above += found >> 16;
+            fits &= (int)in.count[t] <= depth;
+        }
+        if (!sliced) {
+            const uint32_t bracket = __shfl_sync(~0u, fold.bracket[h], from);
+            const int bin =
+                fits ? find_bin(p, r, choice, i, bracket, in, above, bins) : -1;
+            if (lane == 0)
+                chosen[i] = bin;
+            continue;
+        }
+        const int64_t most = r.bracket.most;
+        uint32_t to = 0;
+        if (lane == 0) { // too many for a thread are too many for all
+            to = atomicAdd(counts + 2 * i, fits ? in.all : (uint32_t)most + 1);
+            atomicAdd(counts + 2 * i + 1, above);
+        }
+        to = __shfl_sync(~0u, to, 0);
+        for (int t = 0; t < 4; t++) {
+            for (uint32_t k = (uint32_t)lane; fits && k < in.count[t]; k += 32)
+                if (to + k < most)
+                    lists[i * most + to + k] = in.shared[k * THREADS + t];
+            to += in.count[t];
+        }
+    }
+    if (!sliced ||
+        !last_to_arrive(r.tickets + block.ticket, block.part.slices, (unsigned *)shared))
+        return;
+    for (int row = 0; row < 16; row++) {
+        const int64_t i = block.row0 + warp * 16 + row;
+        if (i >= block.part.row1)
+            break;
+        const uint32_t all = __ldcg(counts + 2 * i), above = __ldcg(counts + 2 * i + 1);
+        const entries in = {NULL, 0, {}, lists + i * r.bracket.most, all};
+        const int bin = all <= r.bracket.most
+                            ? find_bin(p, r, choice, i, brackets[i], in, above, bins)
+                            : -1;
+        if (lane == 0)
+            chosen[i] = bin;
+    }
+}
+
+// ---- whether, and how ----
+
+// From how many anchors times candidates on it is worth a kernel more, and how many columns are a
+// sample. A test lowers them.
+static int64_t least_cosines = (int64_t)8192 * 8192, least_sample = 2048;
+
+static int64_t bytes_beside(int warps, int depth)
+{
+    return 32 * warps * (int64_t)(8 * sizeof(float2) + 2 * depth * sizeof(uint16_t)) +
+           warps * (int64_t)BINS_OF_SCRATCH;
+}
+
+// The smallest sample for which a thread's list is long enough, given that the row's element is
+// looked for `sigmas` deviations of the sample's count on either side.
+hex_bracket hex_plan_bracket(const hex_problem &p, const hex_run &r, const hex_choice &choice)
+{
+    hex_bracket plan = {};
+    const int64_t columns = negatives_of_a_row(p), extras = choice.negatives      ? 0
+                                                            : p.mode == HEX_NTXENT ? 2
+                                                                                   : 1;
+    const int64_t above = columns + extras - 1 - choice.rank;
+    if (choice.rank < 0 || anchors_of(p) * columns < least_cosines || columns > 250000 ||
+        above * 20 > columns + 19 * extras)
+        return plan;
+    const int64_t panels = r.unit.width / PANEL;
+    for (int warps = 8; warps >= 4; warps -= 4) {
+        const int64_t stay = tile_bytes(warps, false, panels, true);
+        const int64_t move = tile_bytes(warps, false, panels, false);
+        const int64_t room = r.shared_limit - (stay < move ? stay : move) - bytes_beside(warps, 0);
+        const int64_t depth = room / (32 * warps * 2 * (int64_t)sizeof(uint16_t));
+        for (int step = 8; step > 1; step--) {
+            if (columns / step < least_sample)
+                continue;
+            const double width = 4 * sqrt(((double)above + 1) * (step - 1) + 1); // of a half
+            const double mean = width / 2, spread = sqrt(mean + width * width / 128);
+            if (mean + (double)extras + 3.75 * spread + 1 > (double)depth)
+                continue;
+            plan.warps = warps, plan.step = step;
+            plan.depth = (int)(depth < 256 ? depth : 256);
+            plan.most = 4 * plan.depth;
+            return plan;
+        }
+    }
+    return plan;
+}
+
+template <int WARPS>
+static const char *launch(const hex_problem &p, const hex_run &r, const hex_choice &choice,
+                          const uint32_t *brackets, int *chosen, uint16_t *lists)
+{
+    const int64_t panels = r.unit.width / PANEL, more = bytes_beside(WARPS, r.bracket.depth);
+    const bool resident = tile_bytes(WARPS, false, panels, true) + more <= r.shared_limit;
+    const int bytes = (int)(tile_bytes(WARPS, false, panels, resident) + more);
+    const auto kernel = bracket_tiles<WARPS>;
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) ==
+        cudaSuccess)
+        HEX_LAUNCH(kernel, dim3((unsigned)r.parts.blocks), dim3(32 * WARPS), bytes, r.stream, p, r,
+                   resident, choice, brackets, chosen, lists);
+    return hex_launched("brackets");
+}
+
+const char *hex_bracket_tiles(const hex_problem &p, const hex_run &r, const hex_choice &choice,
+                              const uint32_t *brackets, int *chosen, uint16_t *lists)
+{
+    return r.bracket.warps == 8 ? launch<8>(p, r, choice, brackets, chosen, lists)
+                                : launch<4>(p, r, choice, brackets, chosen, lists);
+}
+
+#ifdef HEX_EMULATION
+// What is large, and how many columns are a sample of it. Returns the rows left by the last call.
+extern "C" __attribute__((visibility("default"))) void hex_emu_bracket(int64_t cosines,
+                                                                       int64_t sample)
+{
+    least_cosines = cosines, least_sample = sample;
+}
+#endif
