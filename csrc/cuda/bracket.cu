@@ -14,6 +14,39 @@
 
 #define BINS_OF_SCRATCH (HEX_BINS * (int)sizeof(uint32_t))
 
+// What is kept of a row: a list in four parts, of its threads, or one that is in global memory.
+struct entries {
+    const uint16_t *shared; // of the first of the threads
+    int step;               // from one entry of a thread to the next
+    uint32_t count[4];
+    const uint16_t *global; // instead
+    uint32_t all, above;    // in the bracket, above it
+    bool fits;
+
+    // By one warp: counts the bins by their high byte, or by their low one where that is `coarse`.
+    __device__ __forceinline__ void one(uint32_t *bins, int bin, int coarse) const
+    {
+        if (coarse < 0 || bin >> 8 == coarse)
+            atomicAdd(bins + (coarse < 0 ? bin >> 8 : bin & 255), 1u);
+    }
+    __device__ __forceinline__ void histogram(uint32_t *bins, int coarse) const
+    {
+        const int lane = (int)threadIdx.x & 31;
+        for (int k = lane; k < HEX_BINS; k += 32)
+            bins[k] = 0;
+        __syncwarp();
+        if (global)
+            for (uint32_t k = (uint32_t)lane; k < all; k += 32)
+                one(bins, __ldcg(global + k), coarse);
+        else
+#pragma unroll
+            for (int t = 0; t < 4; t++)
+                for (uint32_t k = (uint32_t)lane; k < count[t]; k += 32)
+                    one(bins, shared[(int)k * step + t], coarse);
+        __syncwarp();
+    }
+};
+
 template <int WARPS> struct kept {
     float low[2];        // what is not larger is below the bracket
     uint32_t bracket[2]; // first bin | last bin << 16
@@ -64,47 +97,34 @@ template <int WARPS> struct kept {
         }
         __syncwarp(); // together again before the next tile's products
     }
-};
 
-// By one warp: counts the bins of a list by their high byte, or by their low one where the high one
-// is `coarse`. The list has four parts, of the row's threads, or is one.
-struct entries {
-    const uint16_t *shared; // of lane 4 g
-    int depth_step;         // from one entry of a thread to the next
-    uint32_t count[4];
-    const uint16_t *global; // instead
-    uint32_t all;
-
-    __device__ __forceinline__ void one(uint32_t *bins, int bin, int coarse) const
+    // By one warp: its row of this number.
+    __device__ __forceinline__ entries of_row(int row) const
     {
-        if (coarse < 0 || bin >> 8 == coarse)
-            atomicAdd(bins + (coarse < 0 ? bin >> 8 : bin & 255), 1u);
-    }
-    __device__ __forceinline__ void histogram(uint32_t *bins, int coarse) const
-    {
-        const int lane = (int)threadIdx.x & 31;
-        for (int k = lane; k < HEX_BINS; k += 32)
-            bins[k] = 0;
-        __syncwarp();
-        if (global)
-            for (uint32_t k = (uint32_t)lane; k < all; k += 32)
-                one(bins, __ldcg(global + k), coarse);
-        else
-            for (uint32_t k = (uint32_t)lane >> 2; k < count[lane & 3]; k += 8)
-                one(bins, shared[k * depth_step + (lane & 3)], coarse);
-        __syncwarp();
+        const int h = row >> 3, from = 4 * (row & 7), lane = (int)threadIdx.x & 31;
+        entries in = {list - lane + from + h * depth * 32 * WARPS, 32 * WARPS, {}, NULL, 0, 0, true};
+#pragma unroll
+        for (int t = 0; t < 4; t++) {
+            const uint32_t n = __shfl_sync(~0u, h ? found[1] : found[0], from + t);
+            in.count[t] = n & 0xffff;
+            in.all += in.count[t];
+            in.above += n >> 16;
+            in.fits &= (int)in.count[t] <= depth;
+        }
+        return in;
     }
 };
 
-// By one warp: the bin of row i's element, or -1. `above` of its negatives are above the bracket.
-static __device__ int find_bin(const hex_problem &p, const hex_run &r, const hex_choice &choice,
-                               int64_t i, uint32_t bracket, const entries &in, uint32_t above,
-                               uint32_t *bins)
+// By one warp: the bin of row i's element, or -1.
+static __device__ __forceinline__ int find_bin(const hex_problem &p, const hex_run &r,
+                                               const hex_choice &choice, int64_t i,
+                                               uint32_t bracket, const entries &in, uint32_t *bins)
 {
     const int lane = (int)threadIdx.x & 31, first = (int)(bracket & 0xffff);
     const int last = (int)(bracket >> 16);
     int64_t all = negatives_of_a_row(p);
-    int extra[2] = {-1, -1}, inside = (int)in.all;
+    int extra[2] = {-1, -1};
+    uint32_t inside = in.all, above = in.above;
     if (!choice.negatives) {
         extra[0] = bin_of((float)r.unit.positive[image_of(i, p.B)]);
         if (p.mode == HEX_NTXENT)
@@ -117,8 +137,8 @@ static __device__ int find_bin(const hex_problem &p, const hex_run &r, const hex
             extra[k] = -1;
         inside += extra[k] >= 0;
     }
-    int64_t rank = choice.rank - (all - (int64_t)above - inside);
-    if (rank < 0 || rank >= inside)
+    int64_t rank = choice.rank - (all - above - inside);
+    if (!in.fits || rank < 0 || rank >= inside)
         return -1;
     int bin = -1;
     for (int pass = 0; pass < 2; pass++) {
@@ -150,15 +170,13 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
     const int warp = (int)threadIdx.x >> 5, lane = (int)threadIdx.x & 31;
     hex_block block;
     block.start(r.parts, ROWS, blockIdx.x);
-    const int depth = r.bracket.depth;
     const int64_t mine = block.row0 + warp * 16 + (lane >> 2);
     uint32_t *bins = (uint32_t *)(more + 8 * THREADS * sizeof(float2)) + warp * HEX_BINS;
-    uint16_t *all_lists = (uint16_t *)(more + 8 * THREADS * sizeof(float2)) +
-                          WARPS * BINS_OF_SCRATCH / (int)sizeof(uint16_t);
     kept<WARPS> fold;
     fold.aside = (float2 *)more + threadIdx.x;
-    fold.list = all_lists + threadIdx.x;
-    fold.depth = depth;
+    fold.list = (uint16_t *)(more + 8 * THREADS * sizeof(float2) + WARPS * BINS_OF_SCRATCH) +
+                threadIdx.x;
+    fold.depth = r.bracket.depth;
     for (int h = 0; h < 2; h++) {
         const int64_t i = mine + 8 * h;
         const uint32_t bracket = i < block.part.row1 ? brackets[i] : 0;
@@ -172,59 +190,42 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
     }
     for_each_tile<WARPS, false>(block, r.unit, p.B, resident, shared, fold);
 
-    // A row of a warp after the other. Of several slices each adds its list to the row's, in any
-    // order: what is found in it is the same.
+    // Of several slices each adds its list to the row's, in any order: what is found in it is the
+    // same. Too many for a thread are too many for all.
     const bool sliced = block.part.slices > 1;
+    const int64_t most = r.bracket.most;
     unsigned *counts = r.tickets + r.parts.row_blocks; // in the bracket, above; of each row
-    for (int row = 0; row < 16; row++) {
-        const int h = row >> 3, from = 4 * (row & 7);
+    for (int row = 0; sliced && row < 16; row++) {
         const int64_t i = block.row0 + warp * 16 + row;
         if (i >= block.part.row1)
             break;
-        entries in = {all_lists + h * depth * THREADS + 32 * warp + from, THREADS, {}, NULL, 0};
-        uint32_t above = 0;
-        bool fits = true;
-        for (int t = 0; t < 4; t++) {
-            const uint32_t found = __shfl_sync(~0u, fold.found[h], from + t);
-            in.count[t] = found & 0xffff;
-            in.all += in.count[t];
-            above += found >> 16;
-            fits &= (int)in.count[t] <= depth;
-        }
-        if (!sliced) {
-            const uint32_t bracket = __shfl_sync(~0u, fold.bracket[h], from);
-            const int bin =
-                fits ? find_bin(p, r, choice, i, bracket, in, above, bins) : -1;
-            if (lane == 0)
-                chosen[i] = bin;
-            continue;
-        }
-        const int64_t most = r.bracket.most;
+        const entries in = fold.of_row(row);
         uint32_t to = 0;
-        if (lane == 0) { // too many for a thread are too many for all
-            to = atomicAdd(counts + 2 * i, fits ? in.all : (uint32_t)most + 1);
-            atomicAdd(counts + 2 * i + 1, above);
+        if (lane == 0) {
+            to = atomicAdd(counts + 2 * i, in.fits ? in.all : (uint32_t)most + 1);
+            atomicAdd(counts + 2 * i + 1, in.above);
         }
         to = __shfl_sync(~0u, to, 0);
         for (int t = 0; t < 4; t++) {
-            for (uint32_t k = (uint32_t)lane; fits && k < in.count[t]; k += 32)
+            for (uint32_t k = (uint32_t)lane; in.fits && k < in.count[t]; k += 32)
                 if (to + k < most)
                     lists[i * most + to + k] = in.shared[k * THREADS + t];
             to += in.count[t];
         }
     }
-    if (!sliced ||
-        !last_to_arrive(r.tickets + block.ticket, block.part.slices, (unsigned *)shared))
+    if (sliced && !last_to_arrive(r.tickets + block.ticket, block.part.slices, (unsigned *)shared))
         return;
     for (int row = 0; row < 16; row++) {
         const int64_t i = block.row0 + warp * 16 + row;
         if (i >= block.part.row1)
             break;
-        const uint32_t all = __ldcg(counts + 2 * i), above = __ldcg(counts + 2 * i + 1);
-        const entries in = {NULL, 0, {}, lists + i * r.bracket.most, all};
-        const int bin = all <= r.bracket.most
-                            ? find_bin(p, r, choice, i, brackets[i], in, above, bins)
-                            : -1;
+        entries in = fold.of_row(row);
+        if (sliced) {
+            in.global = lists + i * most;
+            in.all = __ldcg(counts + 2 * i), in.above = __ldcg(counts + 2 * i + 1);
+            in.fits = in.all <= most;
+        }
+        const int bin = find_bin(p, r, choice, i, brackets[i], in, bins);
         if (lane == 0)
             chosen[i] = bin;
     }
