@@ -48,25 +48,22 @@ struct entries {
 };
 
 template <int WARPS> struct kept {
-    float low[2];        // what is not larger is below the bracket
-    uint32_t bracket[2]; // first bin | last bin << 16
-    uint32_t found[2];   // how many are in the bracket | above it << 16
-    float2 *aside;       // 8 x threads, this thread's column
-    uint16_t *list;      // 2 x depth x threads, this thread's column
-    int depth;
+    static constexpr int THREADS = 32 * WARPS;
+    float low[2];            // what is not larger is below the bracket
+    float first[2], last[2]; // its bins, as above_bin0 gives them
+    uint32_t above[2];
+    float2 *aside; // 8 x threads, this thread's column
+    uint16_t *list[2], *end[2];
+    int depth; // of a list
 
     __device__ __forceinline__ void add(int h, float c)
     {
-        const int bin = bin_of(c), at = (int)(found[h] & 0xffff);
-        if (!(c > low[h]) || bin < (int)(bracket[h] & 0xffff))
-            return;
-        if (bin > (int)(bracket[h] >> 16)) {
-            found[h] += 65536;
-            return;
+        const float bin = above_bin0(c);
+        if (bin >= first[h] && bin <= last[h] && end[h] < list[h] + depth * THREADS) {
+            *end[h] = (uint16_t)__float_as_uint(bin);
+            end[h] += THREADS;
         }
-        if (at < depth)
-            list[(h * depth + at) * 32 * WARPS] = (uint16_t)bin;
-        found[h]++;
+        above[h] += bin > last[h];
     }
 
     template <bool EDGE>
@@ -76,40 +73,41 @@ template <int WARPS> struct kept {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const float limit = low[h];
-            float2 *end = aside;
+            float2 *pairs = aside;
 #pragma unroll
             for (int n = 0; n < 8; n++) {
                 float2 c = make_float2(acc[n][2 * h], acc[n][2 * h + 1]);
                 if (EDGE && places.leaves_out(h, 8 * n + 2 * t))
-                    c.x = -4; // below every limit
+                    c.x = -4; // bin 0, where no bracket begins
                 if (EDGE && places.leaves_out(h, 8 * n + 2 * t + 1))
                     c.y = -4;
                 if (fmaxf(c.x, c.y) > limit) {
-                    *end = c;
-                    end += 32 * WARPS;
+                    *pairs = c;
+                    pairs += THREADS;
                 }
             }
 #pragma unroll 1
-            for (const float2 *c = aside; c < end; c += 32 * WARPS) {
-                add(h, c->x);
-                add(h, c->y);
+            for (const float2 *at = aside; at < pairs; at += THREADS) {
+                const float2 c = *at;
+                add(h, c.x);
+                add(h, c.y);
             }
         }
         __syncwarp(); // together again before the next tile's products
     }
 
-    // By one warp: its row of this number.
+    // By one warp: its row of this number. A list that is full was too short.
     __device__ __forceinline__ entries of_row(int row) const
     {
         const int h = row >> 3, from = 4 * (row & 7), lane = (int)threadIdx.x & 31;
-        entries in = {list - lane + from + h * depth * 32 * WARPS, 32 * WARPS, {}, NULL, 0, 0, true};
+        const uint32_t kept_here = (uint32_t)((h ? end[1] - list[1] : end[0] - list[0]) / THREADS);
+        entries in = {list[0] - lane + from + h * depth * THREADS, THREADS, {}, NULL, 0, 0, true};
 #pragma unroll
         for (int t = 0; t < 4; t++) {
-            const uint32_t n = __shfl_sync(~0u, h ? found[1] : found[0], from + t);
-            in.count[t] = n & 0xffff;
+            in.count[t] = __shfl_sync(~0u, kept_here, from + t);
             in.all += in.count[t];
-            in.above += n >> 16;
-            in.fits &= (int)in.count[t] <= depth;
+            in.above += __shfl_sync(~0u, h ? above[1] : above[0], from + t);
+            in.fits &= (int)in.count[t] < depth;
         }
         return in;
     }
@@ -174,19 +172,18 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
     uint32_t *bins = (uint32_t *)(more + 8 * THREADS * sizeof(float2)) + warp * HEX_BINS;
     kept<WARPS> fold;
     fold.aside = (float2 *)more + threadIdx.x;
-    fold.list = (uint16_t *)(more + 8 * THREADS * sizeof(float2) + WARPS * BINS_OF_SCRATCH) +
-                threadIdx.x;
     fold.depth = r.bracket.depth;
     for (int h = 0; h < 2; h++) {
         const int64_t i = mine + 8 * h;
         const uint32_t bracket = i < block.part.row1 ? brackets[i] : 0;
-        const int first = (int)(bracket & 0xffff);
-        fold.bracket[h] = bracket;
-        fold.found[h] = 0;
-        // Half a bin lower, and more than bin_of and this round.
-        fold.low[h] = i >= block.part.row1 ? INFINITY
-                      : first == 0         ? -3.f
-                                           : ((float)first - 0.5f) / 32767.5f - 1 - 1e-6f;
+        const float first = (float)(bracket & 0xffff), last = (float)(bracket >> 16);
+        // Half a bin lower, and more than above_bin0 and this round.
+        fold.low[h] = i < block.part.row1 ? (first - 0.5f) / 32767.5f - 1 - 1e-6f : INFINITY;
+        fold.first[h] = first + HEX_BIN0, fold.last[h] = last + HEX_BIN0;
+        fold.above[h] = 0;
+        fold.list[h] = fold.end[h] =
+            (uint16_t *)(more + 8 * THREADS * sizeof(float2) + WARPS * BINS_OF_SCRATCH) +
+            threadIdx.x + h * fold.depth * THREADS;
     }
     for_each_tile<WARPS, false>(block, r.unit, p.B, resident, shared, fold);
 

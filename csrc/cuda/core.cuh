@@ -435,11 +435,9 @@ SHARED_DEVICE void settle(const hex_choice &choice, double candidate)
 // Cosines in 65536 bins around k / 32767.5 - 1: -1 and 1 are the middle of the first and the last,
 // no cosine is further than 1.5e-5 from its bin's middle. The high byte is the coarse bin.
 #define HEX_BINS 256
-SHARED_DEVICE int bin_of(float c) // NaN: 0
-{
-    // Adding 2^23 rounds to an integer, which then stands in the low bits.
-    return (int)(__float_as_uint(__saturatef(c * 0.5f + 0.5f) * 65535.f + 8388608.f) & 0xffff);
-}
+#define HEX_BIN0 8388608.f // adding 2^23 rounds to an integer, which then stands in the low bits
+SHARED_DEVICE float above_bin0(float c) { return __saturatef(c * 0.5f + 0.5f) * 65535.f + HEX_BIN0; }
+SHARED_DEVICE int bin_of(float c) { return (int)(__float_as_uint(above_bin0(c)) & 0xffff); } // NaN: 0
 SHARED_DEVICE double bin_middle(int bin) { return bin / 32767.5 - 1; }
 
 // By one warp, whose lane holds the counts of bins 8 lane to 8 lane + 7: the bin, of 256, that has

@@ -152,7 +152,7 @@ static __device__ uint32_t bracket_of(uint32_t (&count)[8], float share, float a
         all += count[k];
     all = warp_sum(all);
     const float sigma = sqrtf((above + 1) * share * (1 - share) + 1);
-    uint32_t ends[2] = {0, 0xffff};
+    uint32_t ends[2] = {1, 0xffff}; // bin 0 is that of what is left out
     for (int k = 0; k < 2; k++) { // how many of the sample are above this end
         const float n = k ? (above - (float)extra) * share - SIGMAS * sigma
                           : (above + 1) * share + SIGMAS * sigma + 1;
@@ -168,7 +168,7 @@ static __device__ uint32_t bracket_of(uint32_t (&count)[8], float share, float a
             ends[k] = 256 * bin + (uint32_t)(k ? (256 * (rank + 1) - 1) / within
                                                : 256 * rank / within);
     }
-    return ends[0] | ends[1] << 16;
+    return (ends[0] ? ends[0] : 1) | ends[1] << 16;
 }
 
 template <int KIND, bool SPLIT>
