@@ -52,16 +52,16 @@ template <int WARPS> struct kept {
     float low[2];            // what is not larger is below the bracket
     float first[2], last[2]; // its bins, as above_bin0 gives them
     uint32_t above[2];
-    float2 *aside; // 8 x threads, this thread's column
-    uint16_t *list[2], *end[2];
-    int depth; // of a list
+    float2 *aside;  // 8 x threads, this thread's column
+    uint16_t *list; // 2 x depth x threads, this thread's column
+    int at[2], end[2]; // in it: the next place, the end
 
     __device__ __forceinline__ void add(int h, float c)
     {
         const float bin = above_bin0(c);
-        if (bin >= first[h] && bin <= last[h] && end[h] < list[h] + depth * THREADS) {
-            *end[h] = (uint16_t)__float_as_uint(bin);
-            end[h] += THREADS;
+        if (bin >= first[h] && bin <= last[h] && at[h] < end[h]) {
+            list[at[h]] = (uint16_t)__float_as_uint(bin);
+            at[h] += THREADS;
         }
         above[h] += bin > last[h];
     }
@@ -87,8 +87,8 @@ template <int WARPS> struct kept {
                 }
             }
 #pragma unroll 1
-            for (const float2 *at = aside; at < pairs; at += THREADS) {
-                const float2 c = *at;
+            for (const float2 *pair = aside; pair < pairs; pair += THREADS) {
+                const float2 c = *pair;
                 add(h, c.x);
                 add(h, c.y);
             }
@@ -100,11 +100,12 @@ template <int WARPS> struct kept {
     __device__ __forceinline__ entries of_row(int row) const
     {
         const int h = row >> 3, from = 4 * (row & 7), lane = (int)threadIdx.x & 31;
-        const uint32_t kept_here = (uint32_t)((h ? end[1] - list[1] : end[0] - list[0]) / THREADS);
-        entries in = {list[0] - lane + from + h * depth * THREADS, THREADS, {}, NULL, 0, 0, true};
+        const int begin = h ? end[0] : 0, depth = end[0] / THREADS;
+        const uint32_t mine = (uint32_t)((h ? at[1] : at[0]) - begin) / THREADS;
+        entries in = {list - lane + from + begin, THREADS, {}, NULL, 0, 0, true};
 #pragma unroll
         for (int t = 0; t < 4; t++) {
-            in.count[t] = __shfl_sync(~0u, kept_here, from + t);
+            in.count[t] = __shfl_sync(~0u, mine, from + t);
             in.all += in.count[t];
             in.above += __shfl_sync(~0u, h ? above[1] : above[0], from + t);
             in.fits &= (int)in.count[t] < depth;
@@ -172,7 +173,8 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
     uint32_t *bins = (uint32_t *)(more + 8 * THREADS * sizeof(float2)) + warp * HEX_BINS;
     kept<WARPS> fold;
     fold.aside = (float2 *)more + threadIdx.x;
-    fold.depth = r.bracket.depth;
+    fold.list = (uint16_t *)(more + 8 * THREADS * sizeof(float2) + WARPS * BINS_OF_SCRATCH) +
+                threadIdx.x;
     for (int h = 0; h < 2; h++) {
         const int64_t i = mine + 8 * h;
         const uint32_t bracket = i < block.part.row1 ? brackets[i] : 0;
@@ -181,9 +183,8 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
         fold.low[h] = i < block.part.row1 ? (first - 0.5f) / 32767.5f - 1 - 1e-6f : INFINITY;
         fold.first[h] = first + HEX_BIN0, fold.last[h] = last + HEX_BIN0;
         fold.above[h] = 0;
-        fold.list[h] = fold.end[h] =
-            (uint16_t *)(more + 8 * THREADS * sizeof(float2) + WARPS * BINS_OF_SCRATCH) +
-            threadIdx.x + h * fold.depth * THREADS;
+        fold.at[h] = h * r.bracket.depth * THREADS;
+        fold.end[h] = fold.at[h] + r.bracket.depth * THREADS;
     }
     for_each_tile<WARPS, false>(block, r.unit, p.B, resident, shared, fold);
 
