@@ -76,6 +76,15 @@ class Emulator:
     def device(self, processors: int, shared: int) -> None:
         self.library.hex_emu_device(processors, shared)
 
+    @contextlib.contextmanager
+    def brackets(self, cosines: int = 0, sample: int = 1):
+        """The threshold in one pass from so many cosines on, of a sample of so many columns."""
+        self.library.hex_emu_bracket(ctypes.c_int64(cosines), ctypes.c_int64(sample))
+        try:
+            yield
+        finally:
+            self.library.hex_emu_bracket(ctypes.c_int64(8192 * 8192), ctypes.c_int64(2048))
+
     @property
     def launches(self) -> int:
         return self.library.hex_emu_count(0)
@@ -83,6 +92,11 @@ class Emulator:
     @property
     def conflicts(self) -> int:
         return self.library.hex_emu_count(1)
+
+    @property
+    def products(self) -> int:
+        """Matrix products of the tensor cores."""
+        return self.library.hex_emu_count(2)
 
 
 # ---- what is right ------------------------------------------------------------------------------
@@ -134,6 +148,61 @@ def assert_threshold_is_right(
         ops.row_range(*padded, code), reference.row_range(*wide, code), strict=True
     ):
         assert (got.double() - want).abs().max() <= cosine, p
+
+
+def assert_one_pass_is_two(
+    library: Emulator, p: Problem, repeated: bool | None, quantile: float = 0.99, over: str = "all"
+) -> None:
+    """The threshold by brackets is the one by two passes to the bit; `repeated`: whether any row was
+    left to those, so that there were three and a bit (None: either)."""
+    padded = (*p.inputs, p.inputs[0].new_empty((0, p.inputs[0].shape[1])))[:3]
+    results, products, launches = [], [], []
+    for cosines in (1 << 60, 0):
+        before = library.products, library.launches
+        with library.brackets(cosines):
+            results.append(ops.threshold(*padded, ops.MODES[p.mode], quantile, over))
+        products.append(library.products - before[0])
+        launches.append(library.launches - before[1])
+    what = f"{results}, {products} products, quantile {quantile} over {over}, {p}"
+    assert launches == [3, 5], what
+    assert torch.equal(*(r.nan_to_num(7) for r in results)), what
+    assert repeated is None or repeated == (products[1] > products[0]), what
+
+
+def periodic(B: int, K: int, D: int, seed: int = 0) -> Problem:
+    """Anchors all alike, and a queue of which every eighth tile of 64, from the first on, is near
+    them: a sample of these tiles sees that alone, one of others sees none of it."""
+    r = torch.Generator().manual_seed(seed)
+    direction = torch.randn(D, generator=r, dtype=torch.float64)
+    direction /= direction.norm()
+    noise = [torch.randn(n, D, generator=r, dtype=torch.float64) / D**0.5 for n in (B, B, K)]
+    near = (torch.arange(K) // 64 % 8 == 0)[:, None]
+    z = (direction + 0.3 * noise[0], direction + 0.3 * noise[1], noise[2] + 1.5 * near * direction)
+    return Problem(tuple(x.bfloat16() for x in z), "shared", f"periodic {B} x {K} x {D}")
+
+
+def sorted_classes(B: int, D: int, classes: int, mode: str, seed: int = 0) -> Problem:
+    """A batch in the order of its classes."""
+    r = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, D, generator=r, dtype=torch.float64)
+    of_each = centres[torch.arange(B) * classes // B]
+    z = [of_each + 0.7 * torch.randn(B, D, generator=r, dtype=torch.float64) for _ in range(2)]
+    return Problem(tuple(x.bfloat16() for x in z), mode, f"{classes} sorted classes, {B} x {D}")
+
+
+def battery_of_brackets(library: Emulator) -> None:
+    """Problems that between them go through every line of the one-pass threshold."""
+    half = torch.float16
+    with library.brackets():
+        assert_one_call_is_two(conftest.problem("cluster", 70, 30, dtype=half))
+    for p, repeated, rule in (
+        (conftest.problem("gauss", 150, 70, dtype=half), False, (0.99, "all")),
+        (conftest.problem("cluster", 100, 9, "shared", K=1500, dtype=half), None, (0.96, "negatives")),
+        (conftest.problem("gauss", 220, 9, "cross", dtype=half), None, (0.97, "all")),
+        (periodic(70, 3000, 9), True, (0.951, "negatives")),
+        (conftest.problem("collapsed", 30, 9, "shared", K=1300, dtype=half), True, (0.99, "all")),
+    ):
+        assert_one_pass_is_two(library, p, repeated, *rule)
 
 
 def assert_one_call_is_two(p: Problem) -> None:
