@@ -154,7 +154,8 @@ def assert_one_pass_is_two(
     library: Emulator, p: Problem, repeated: bool | None, quantile: float = 0.99, over: str = "all"
 ) -> None:
     """The threshold by brackets is the one by two passes to the bit; `repeated`: whether any row was
-    left to those, so that there were three and a bit (None: either)."""
+    left to those, which takes more products than two passes do if the rows fill their blocks (None:
+    either)."""
     padded = (*p.inputs, p.inputs[0].new_empty((0, p.inputs[0].shape[1])))[:3]
     results, products, launches = [], [], []
     for cosines in (1 << 60, 0):
@@ -169,16 +170,27 @@ def assert_one_pass_is_two(
     assert repeated is None or repeated == (products[1] > products[0]), what
 
 
-def periodic(B: int, K: int, D: int, seed: int = 0) -> Problem:
-    """Anchors all alike, and a queue of which every eighth tile of 64, from the first on, is near
-    them: a sample of these tiles sees that alone, one of others sees none of it."""
-    r = torch.Generator().manual_seed(seed)
+def near_some(B: int, D: int, near: Tensor, seed: int = 0) -> Problem:
+    """Anchors all alike, and a queue of which those rows (bool) are near them."""
+    r, K = torch.Generator().manual_seed(seed), len(near)
     direction = torch.randn(D, generator=r, dtype=torch.float64)
     direction /= direction.norm()
     noise = [torch.randn(n, D, generator=r, dtype=torch.float64) / D**0.5 for n in (B, B, K)]
-    near = (torch.arange(K) // 64 % 8 == 0)[:, None]
-    z = (direction + 0.3 * noise[0], direction + 0.3 * noise[1], noise[2] + 1.5 * near * direction)
-    return Problem(tuple(x.bfloat16() for x in z), "shared", f"periodic {B} x {K} x {D}")
+    queue = noise[2] + 1.5 * near[:, None] * direction
+    z = (direction + 0.3 * noise[0], direction + 0.3 * noise[1], queue)
+    return Problem(tuple(x.bfloat16() for x in z), "shared", f"{int(near.sum())} of {K} near")
+
+
+def periodic(B: int, K: int, D: int) -> Problem:
+    """Near is every eighth tile of 64, from the first on: a sample of these tiles sees that alone,
+    one of others sees none of it."""
+    return near_some(B, D, torch.arange(K) // 64 % 8 == 0)
+
+
+def lopsided(B: int, K: int, D: int) -> Problem:
+    """Near are 64, all in the columns of the first thread of a row and within one slice."""
+    k = torch.arange(K)
+    return near_some(B, D, (k % 8 < 2) & (k // 64 >= 6) & (k // 64 < 10))
 
 
 def sorted_classes(B: int, D: int, classes: int, mode: str, seed: int = 0) -> Problem:
@@ -199,10 +211,13 @@ def battery_of_brackets(library: Emulator) -> None:
         (conftest.problem("gauss", 150, 70, dtype=half), False, (0.99, "all")),
         (conftest.problem("cluster", 100, 9, "shared", K=1500, dtype=half), None, (0.96, "negatives")),
         (conftest.problem("gauss", 220, 9, "cross", dtype=half), None, (0.97, "all")),
-        (periodic(70, 3000, 9), True, (0.951, "negatives")),
-        (conftest.problem("collapsed", 30, 9, "shared", K=1300, dtype=half), True, (0.99, "all")),
+        (conftest.problem("gauss", 120, 9, "shared", K=3300, dtype=half), False, (0.951, "all")),
+        (periodic(120, 3000, 9), True, (0.951, "negatives")),
+        (conftest.problem("collapsed", 120, 9, "shared", K=1300, dtype=half), True, (0.99, "all")),
     ):
         assert_one_pass_is_two(library, p, repeated, *rule)
+    library.device(3, SMALL[1])  # short lists, and slices
+    assert_one_pass_is_two(library, lopsided(120, 1300, 9), True, 0.9692, "negatives")
 
 
 def assert_one_call_is_two(p: Problem) -> None:

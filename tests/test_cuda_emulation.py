@@ -163,7 +163,7 @@ def test_rows_that_the_sample_deceives_are_counted_in_two_passes(mma, processors
 def test_lists_that_are_too_short_are_noticed(mma):
     for processors in (1, 132):
         mma.device(processors, HOPPER[1])
-        p = problem("collapsed", 30, 9, "shared", K=1500, dtype=torch.float16)
+        p = problem("collapsed", 120, 9, "shared", K=1500, dtype=torch.float16)
         assert_one_pass_is_two(mma, p, True)
 
 

@@ -270,18 +270,13 @@ static __global__ void __launch_bounds__(THREADS, 4)
         for (int k = 0; k < 8; k++)
             mine[k] = r.narrow ? words[row * PITCH + 4 * lane + k / 2] >> 16 * (k & 1) & 0xffff
                                : __ldcg(counts + 8 * lane + k);
-        if (KIND == SAMPLE) {
-            const int64_t negatives = negatives_of_a_row(p);
-            const uint32_t bracket =
-                bracket_of(mine, (float)sample.all / (float)(block.part.col1 - block.part.col0),
-                           (float)(negatives + extras - 1 - rank), extras);
-            if (lane == 0)
-                s.coarse[i] = (int)bracket;
-            for (int k = lane; k < pitch; k += 32)
-                counts[k] = 0;
-            continue;
-        }
-        const int bin = pick_bin(mine, extra0, extra1, &rank);
+        int bin;
+        if (KIND == SAMPLE) // its ends
+            bin = (int)bracket_of(
+                mine, (float)sample.all / (float)(block.part.col1 - block.part.col0),
+                (float)(negatives_of_a_row(p) + extras - 1 - rank), extras);
+        else
+            bin = pick_bin(mine, extra0, extra1, &rank);
         if (KIND == FINE) {
             if (lane == 0)
                 sum += s.choice.rank < 0 ? (double)NAN : bin_middle(256 * coarse + bin);
