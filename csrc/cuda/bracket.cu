@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The quantile of every row in one pass over the tiles, where a sample of the columns
-// (threshold.cu) has said in which bins, first to last, it must be looked for.
+// (sample.cu) has said in which bins, first to last, it must be looked for.
 //
 // Nearly all cosines are below the bracket, and a comparison is all that they cost. On its way
 // through a tile a thread sets aside, in shared memory, the pairs of which one is not; then it
@@ -11,8 +11,6 @@
 // A row whose rank is not in its bracket, or whose list was too short, is left: -1 instead of its
 // bin. threshold.cu is launched behind this and counts such rows as ever.
 #include "tile.cuh"
-
-#define BINS_OF_SCRATCH (HEX_BINS * (int)sizeof(uint32_t))
 
 // What is kept of a row: a list in four parts, of its threads, or one that is in global memory.
 struct entries {
@@ -168,13 +166,15 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
     unsigned char *more = shared + tile_bytes(WARPS, false, r.unit.width / PANEL, resident);
     const int warp = (int)threadIdx.x >> 5, lane = (int)threadIdx.x & 31;
     hex_block block;
-    block.start(r.parts, ROWS, blockIdx.x);
+    block.start(r.bracket.tiles, ROWS, blockIdx.x);
+    unsigned *tickets = r.bracket.tickets + r.bracket.sample.row_blocks;
     const int64_t mine = block.row0 + warp * 16 + (lane >> 2);
-    uint32_t *bins = (uint32_t *)(more + 8 * THREADS * sizeof(float2)) + warp * HEX_BINS;
+    // Where the panels were: a flag, then what find_bin counts in.
+    static_assert(WARPS * HEX_BINS * sizeof(uint32_t) + 16 <= 2 * 2 * B_HALVES, "in two slots");
+    uint32_t *bins = (uint32_t *)(shared + 16) + warp * HEX_BINS;
     kept<WARPS> fold;
     fold.aside = (float2 *)more + threadIdx.x;
-    fold.list = (uint16_t *)(more + 8 * THREADS * sizeof(float2) + WARPS * BINS_OF_SCRATCH) +
-                threadIdx.x;
+    fold.list = (uint16_t *)(more + 8 * THREADS * sizeof(float2)) + threadIdx.x;
     for (int h = 0; h < 2; h++) {
         const int64_t i = mine + 8 * h;
         const uint32_t bracket = i < block.part.row1 ? brackets[i] : 0;
@@ -192,7 +192,7 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
     // same. Too many for a thread are too many for all.
     const bool sliced = block.part.slices > 1;
     const int64_t most = r.bracket.most;
-    unsigned *counts = r.tickets + r.parts.row_blocks; // in the bracket, above; of each row
+    unsigned *counts = tickets + r.bracket.tiles.row_blocks; // in the bracket, above; of each row
     for (int row = 0; sliced && row < 16; row++) {
         const int64_t i = block.row0 + warp * 16 + row;
         if (i >= block.part.row1)
@@ -211,7 +211,7 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
             to += in.count[t];
         }
     }
-    if (sliced && !last_to_arrive(r.tickets + block.ticket, block.part.slices, (unsigned *)shared))
+    if (sliced && !last_to_arrive(tickets + block.ticket, block.part.slices, (unsigned *)shared))
         return;
     for (int row = 0; row < 16; row++) {
         const int64_t i = block.row0 + warp * 16 + row;
@@ -237,8 +237,7 @@ static int64_t least_cosines = (int64_t)8192 * 8192, least_sample = 2048;
 
 static int64_t bytes_beside(int warps, int depth)
 {
-    return 32 * warps * (int64_t)(8 * sizeof(float2) + 2 * depth * sizeof(uint16_t)) +
-           warps * (int64_t)BINS_OF_SCRATCH;
+    return 32 * warps * (int64_t)(8 * sizeof(float2) + 2 * depth * sizeof(uint16_t));
 }
 
 // The smallest sample for which a thread's list is long enough, given that the row's element is
@@ -260,7 +259,8 @@ hex_bracket hex_plan_bracket(const hex_problem &p, const hex_run &r, const hex_c
         const int64_t room = r.shared_limit - (stay < move ? stay : move) - bytes_beside(warps, 0);
         const int64_t depth = room / (32 * warps * 2 * (int64_t)sizeof(uint16_t));
         for (int step = 8; step > 1; step--) {
-            if (columns < step * (least_sample > BN ? least_sample : BN))
+            const int64_t sample = columns / step;
+            if (sample < least_sample || sample < HEX_RUN || sample > 0xffff)
                 continue;
             const double width = 4 * sqrt(((double)above + 1) * (step - 1) + 1); // of a half
             const double mean = width / 2, spread = sqrt(mean + width * width / 128);
@@ -285,7 +285,7 @@ static const char *launch(const hex_problem &p, const hex_run &r, const hex_choi
     const auto kernel = bracket_tiles<WARPS>;
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) ==
         cudaSuccess)
-        HEX_LAUNCH(kernel, dim3((unsigned)r.parts.blocks), dim3(32 * WARPS), bytes, r.stream, p, r,
+        HEX_LAUNCH(kernel, dim3((unsigned)r.bracket.tiles.blocks), dim3(32 * WARPS), bytes, r.stream, p, r,
                    resident, choice, brackets, chosen, lists);
     return hex_launched("brackets");
 }

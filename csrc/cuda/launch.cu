@@ -235,7 +235,7 @@ static const char *of_anchors(hex_problem p, const hex_device &d, const hex_choi
         if (r.bracket.warps) {
             hex_bracket &b = r.bracket;
             b.sample = b.tiles = r.parts;
-            slice_parts(b.sample, 64, 512 * b.step, r.processors);
+            slice_parts(b.sample, 16 * b.warps, (int64_t)1 << 40, r.processors);
             slice_parts(b.tiles, 16 * b.warps, (int64_t)1 << 40, cut(r.processors, 2));
             slice_parts(counted, 64, 128, r.processors); // what is done again is seldom many rows
             const bool sliced = most_slices(b.tiles) > 1;
@@ -261,6 +261,7 @@ static const char *of_anchors(hex_problem p, const hex_device &d, const hex_choi
     if (choice && !plan.error) {
         hex_run counting = r;
         counting.parts = counted;
+        counting.bracket.tickets = r.tickets + 2 * counted.row_blocks + 2;
         plan.error = (plan.plain ? hex_plain_threshold : hex_tile_threshold)(p, counting, *choice,
                                                                              plan.rows);
         r.tickets += tickets;

@@ -16,7 +16,7 @@
 #define THREADS (32 * WARPS)
 #define PITCH (HEX_BINS / 2 + 1) // words a row; odd, so that rows start in different banks
 
-enum { SAMPLE, COARSE, FINE };
+enum { COARSE, FINE };
 
 template <int KIND> struct histogram {
     uint32_t *words[2]; // of the thread's two rows
@@ -34,8 +34,8 @@ template <int KIND> struct histogram {
                 if (EDGE && places.leaves_out(h, 8 * n + 2 * t + (q & 1)))
                     continue;
                 const int bin = bin_of(acc[n][q]);
-                const int at = KIND == FINE ? bin & 255 : bin >> 8;
-                if (KIND != FINE || bin >> 8 == coarse[h])
+                const int at = KIND == COARSE ? bin >> 8 : bin & 255;
+                if (KIND == COARSE || bin >> 8 == coarse[h])
                     atomicAdd(words[h] + (at >> 1), at & 1 ? 65536u : 1u);
             }
     }
@@ -120,57 +120,6 @@ static __device__ double chosen_sum(const selection &s, const hex_block &block)
     return sum;
 }
 
-// What a block samples: of its part's tiles those that stand `offset` behind a multiple of `step`,
-// another offset for each block of rows.
-struct sampled {
-    int64_t first, step, all; // columns; in all slices
-
-    __device__ __forceinline__ void start(const hex_block &block, int tiles)
-    {
-        const int64_t width = block.part.col1 - block.part.col0, rows = block.row_block;
-        const int64_t offset = rows * 5 % tiles * BN, from = block.col0 - block.part.col0;
-        step = (int64_t)tiles * BN;
-        first = block.part.col0 + (from + step - 1 - offset) / step * step + offset;
-        all = 0;
-        if (offset < width) {
-            const int64_t whole = (width - offset) / step, rest = (width - offset) % step;
-            all = whole * BN + (rest < BN ? rest : BN);
-        }
-    }
-};
-
-// By one warp, whose lane has the sample's counts of coarse bins 8 lane to 8 lane + 7: the fine
-// bins, first | last << 16, that hold the row's element unless the sample is off by SIGMAS. Within
-// a coarse bin it goes by proportion. `above`: how many elements of the row are larger than it, of
-// which `extra` may be no negatives.
-#define SIGMAS 4.f
-static __device__ uint32_t bracket_of(uint32_t (&count)[8], float share, float above, int extra)
-{
-    const int lane = (int)threadIdx.x & 31;
-    uint32_t all = 0;
-    for (int k = 0; k < 8; k++)
-        all += count[k];
-    all = warp_sum(all);
-    const float sigma = sqrtf((above + 1) * share * (1 - share) + 1);
-    uint32_t ends[2] = {1, 0xffff}; // bin 0 is that of what is left out
-    for (int k = 0; k < 2; k++) { // how many of the sample are above this end
-        const float n = k ? (above - (float)extra) * share - SIGMAS * sigma
-                          : (above + 1) * share + SIGMAS * sigma + 1;
-        int64_t rank = (int64_t)all - (int64_t)n - (k ? 1 : 0);
-        if (n < 0 || rank < 0)
-            continue;
-        const int bin = pick_bin(count, -1, -1, &rank);
-        uint32_t within = 0;
-        for (int b = 0; b < 8; b++)
-            within = 8 * lane + b == bin ? count[b] : within;
-        within = __shfl_sync(~0u, within, bin >> 3);
-        if (within)
-            ends[k] = 256 * bin + (uint32_t)(k ? (256 * (rank + 1) - 1) / within
-                                               : 256 * rank / within);
-    }
-    return (ends[0] ? ends[0] : 1) | ends[1] << 16;
-}
-
 template <int KIND, bool SPLIT>
 static __global__ void __launch_bounds__(THREADS, 4)
     count_tiles(hex_problem p, hex_run r, bool resident, selection s)
@@ -181,7 +130,7 @@ static __global__ void __launch_bounds__(THREADS, 4)
     const int warp = (int)threadIdx.x >> 5, lane = (int)threadIdx.x & 31;
     hex_block block;
     block.start(r.parts, ROWS, blockIdx.x);
-    if (KIND != SAMPLE && !is_left(s, block, (unsigned *)shared)) {
+    if (!is_left(s, block, (unsigned *)shared)) {
         if (KIND == FINE && block.slice == 0)
             add_up(p, r, s, block, chosen_sum(s, block), shared);
         return;
@@ -195,17 +144,7 @@ static __global__ void __launch_bounds__(THREADS, 4)
         fold.coarse[h] =
             KIND == FINE && block.row0 + row < block.part.row1 ? s.coarse[block.row0 + row] : 0;
     }
-    sampled sample;
-    sample.start(block, KIND == SAMPLE ? r.bracket.step : 1);
-    if (KIND == SAMPLE) {
-        hex_block one = block;
-        for (int64_t col = sample.first; col < block.col1; col += sample.step) {
-            one.col0 = col, one.col1 = col + BN < block.col1 ? col + BN : block.col1;
-            for_each_tile<WARPS, SPLIT>(one, r.unit, p.B, resident, shared, fold);
-        }
-        __syncthreads(); // where there was none
-    } else
-        for_each_tile<WARPS, SPLIT>(block, r.unit, p.B, resident, shared, fold); // has barriers
+    for_each_tile<WARPS, SPLIT>(block, r.unit, p.B, resident, shared, fold); // has barriers
     const int pitch = r.narrow ? HEX_BINS / 2 : HEX_BINS;
     for (int k = (int)threadIdx.x; k < ROWS * HEX_BINS / 2; k += THREADS) {
         const int row = k / (HEX_BINS / 2), pair = k % (HEX_BINS / 2);
@@ -243,8 +182,7 @@ static __global__ void __launch_bounds__(THREADS, 4)
     static_assert(ROWS <= 32 * WARPS, "a lane for each row of a warp");
     int extra[2] = {-1, -1}, coarse_of = 0;
     int64_t rank_of = s.choice.rank;
-    const int extras = s.choice.negatives ? 0 : p.mode == HEX_NTXENT ? 2 : 1;
-    if (KIND != SAMPLE && warp + WARPS * lane < rows) {
+    if (warp + WARPS * lane < rows) {
         const int64_t i = block.row0 + warp + WARPS * lane;
         if (KIND == FINE)
             coarse_of = s.coarse[i], rank_of = s.ranks[i];
@@ -270,13 +208,7 @@ static __global__ void __launch_bounds__(THREADS, 4)
         for (int k = 0; k < 8; k++)
             mine[k] = r.narrow ? words[row * PITCH + 4 * lane + k / 2] >> 16 * (k & 1) & 0xffff
                                : __ldcg(counts + 8 * lane + k);
-        int bin;
-        if (KIND == SAMPLE) // its ends
-            bin = (int)bracket_of(
-                mine, (float)sample.all / (float)(block.part.col1 - block.part.col0),
-                (float)(negatives_of_a_row(p) + extras - 1 - rank), extras);
-        else
-            bin = pick_bin(mine, extra0, extra1, &rank);
+        const int bin = pick_bin(mine, extra0, extra1, &rank);
         if (KIND == FINE) {
             if (lane == 0)
                 sum += s.choice.rank < 0 ? (double)NAN : bin_middle(256 * coarse + bin);
@@ -287,7 +219,7 @@ static __global__ void __launch_bounds__(THREADS, 4)
                 counts[k] = 0;
         }
     }
-    if (KIND != FINE)
+    if (KIND == COARSE)
         return;
     add_up(p, r, s, block, sum, shared);
 }
@@ -367,17 +299,11 @@ const char *hex_tile_threshold(const hex_problem &p, const hex_run &r, const hex
                    NULL};
     const bool split = r.unit.low;
     if (r.bracket.warps) {
-        hex_run run = r;
+        uint32_t *brackets = (uint32_t *)s.coarse;
         int *chosen = s.coarse + anchors;
-        run.parts = r.bracket.sample;
-        run.tickets += 2 * r.parts.row_blocks + 2;
-        const char *error =
-            launch<false>("sample histogram", count_tiles<SAMPLE, false>, words, p, run, s);
-        run.parts = r.bracket.tiles;
-        run.tickets += r.bracket.sample.row_blocks;
+        const char *error = hex_sample_tiles(p, r, choice, brackets);
         if (!error)
-            error = hex_bracket_tiles(p, run, choice, (const uint32_t *)s.coarse, chosen,
-                                      (uint16_t *)(chosen + anchors));
+            error = hex_bracket_tiles(p, r, choice, brackets, chosen, (uint16_t *)(chosen + anchors));
         if (error)
             return error;
         s.chosen = chosen; // what follows looks first whether there is anything left to do
