@@ -154,6 +154,12 @@ def test_one_pass_is_enough_where_the_classes_are_in_order(mma, mode):
     assert_one_pass_is_two(mma, p, None, 0.98, "negatives")
 
 
+@pytest.mark.parametrize("width", (0.1, 0.3, 1.0))
+def test_one_pass_is_enough_for_cosines_that_lie_close_together(mma, width):
+    p = emulator.cone(300, 20, width, "ntxent")
+    assert_one_pass_is_two(mma, p, False)
+
+
 @pytest.mark.parametrize("processors", (1, 132))
 def test_rows_that_the_sample_deceives_are_counted_in_two_passes(mma, processors):
     mma.device(processors, HOPPER[1])

@@ -234,6 +234,9 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
 // From how many anchors times candidates on it is worth a kernel more, and how many columns are a
 // sample. A test lowers them.
 static int64_t least_cosines = (int64_t)8192 * 8192, least_sample = 2048;
+#ifdef HEX_EMULATION
+static int64_t rows_left;
+#endif
 
 static int64_t bytes_beside(int warps, int depth)
 {
@@ -256,11 +259,13 @@ hex_bracket hex_plan_bracket(const hex_problem &p, const hex_run &r, const hex_c
     for (int warps = 8; warps >= 4; warps -= 4) {
         const int64_t stay = tile_bytes(warps, false, panels, true);
         const int64_t move = tile_bytes(warps, false, panels, false);
-        const int64_t room = r.shared_limit - (stay < move ? stay : move) - bytes_beside(warps, 0);
-        const int64_t depth = room / (32 * warps * 2 * (int64_t)sizeof(uint16_t));
+        const int64_t room = r.shared_limit - (stay < move ? stay : move);
+        if (room < hex_sample_bytes(warps))
+            continue;
+        const int64_t depth = (room - bytes_beside(warps, 0)) / (32 * warps * 2 * (int64_t)sizeof(uint16_t));
         for (int step = 8; step > 1; step--) {
             const int64_t sample = columns / step;
-            if (sample < least_sample || sample < HEX_RUN || sample > 0xffff)
+            if (sample < least_sample || sample < BN || sample > 0xffff)
                 continue;
             const double width = 4 * sqrt(((double)above + 1) * (step - 1) + 1); // of a half
             const double mean = width / 2, spread = sqrt(mean + width * width / 128);
@@ -293,15 +298,21 @@ static const char *launch(const hex_problem &p, const hex_run &r, const hex_choi
 const char *hex_bracket_tiles(const hex_problem &p, const hex_run &r, const hex_choice &choice,
                               const uint32_t *brackets, int *chosen, uint16_t *lists)
 {
-    return r.bracket.warps == 8 ? launch<8>(p, r, choice, brackets, chosen, lists)
-                                : launch<4>(p, r, choice, brackets, chosen, lists);
+    const auto launch_it = r.bracket.warps == 8 ? launch<8> : launch<4>;
+    const char *error = launch_it(p, r, choice, brackets, chosen, lists);
+#ifdef HEX_EMULATION
+    for (int64_t i = rows_left = 0; i < anchors_of(p); i++)
+        rows_left += chosen[i] < 0;
+#endif
+    return error;
 }
 
 #ifdef HEX_EMULATION
-// What is large, and how many columns are a sample of it. Returns the rows left by the last call.
-extern "C" __attribute__((visibility("default"))) void hex_emu_bracket(int64_t cosines,
-                                                                       int64_t sample)
+// What is large, and how many columns are a sample of it. Returns the rows that the last call left.
+extern "C" __attribute__((visibility("default"))) int64_t hex_emu_bracket(int64_t cosines,
+                                                                          int64_t sample)
 {
     least_cosines = cosines, least_sample = sample;
+    return rows_left;
 }
 #endif

@@ -40,12 +40,11 @@ struct hex_parts {
 // The coefficients of every unit row, times its grad_output; 0 where it is no anchor.
 enum { K_EPS, K_SHIFT, K_REST, K_HARD_E, K_HARD, K_REST0, K_ROWS, K_POSITIVE = K_ROWS, K_ALL };
 
-// The threshold in about one pass (bracket.cu): a sample of the columns (sample.cu), in runs of so
-// many, gives every row a bracket.
-#define HEX_RUN 128
+// The threshold in about one pass (bracket.cu): a sample of the columns (sample.cu) gives every row
+// a bracket.
 struct hex_bracket {
     int warps;              // 0: two passes
-    int step;               // one column of so many is sampled
+    int step;               // one tile of so many is sampled
     int depth;              // the places in a thread's list
     int64_t most;           // those in a row's, where its columns are in slices
     hex_parts sample, tiles;
@@ -84,6 +83,7 @@ const char *hex_tile_forward(const hex_problem &p, const hex_run &r, double *row
 const char *hex_tile_threshold(const hex_problem &p, const hex_run &r, const hex_choice &choice,
                                double *rows);
 hex_bracket hex_plan_bracket(const hex_problem &p, const hex_run &r, const hex_choice &choice);
+int64_t hex_sample_bytes(int warps); // of shared memory, beside the panels
 const char *hex_sample_tiles(const hex_problem &p, const hex_run &r, const hex_choice &choice,
                              uint32_t *brackets);
 const char *hex_bracket_tiles(const hex_problem &p, const hex_run &r, const hex_choice &choice,

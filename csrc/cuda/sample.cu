@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
 // In which bins bracket.cu has to look for each row's quantile: a histogram of a sample of its
-// columns, runs of HEX_RUN that stand evenly over the matrix, elsewhere for each block of rows, so
-// that classes in order do not mislead it.
+// columns, tiles that stand evenly over the matrix, elsewhere for each block of rows, so that
+// classes in order do not mislead it.
 //
-// 256 bins are too few for [-1, 1]: cosines of an untrained network lie within a hundredth. So two
+// 256 bins are too few for [-1, 1]: cosines of an untrained network lie within a hundredth. So some
 // tiles go ahead, and say for each row where its large cosines begin and how far they spread: the
 // bins are fine there and coarser beyond. What is smaller is not counted.
 #include "tile.cuh"
@@ -96,29 +96,29 @@ struct sample_histogram {
 
 // ---- the columns ----
 
-// Every `step`-th column of the block's part, in runs, those that begin in the block's slice.
+// Every `one_of`-th tile of the block's part, those in the block's slice.
 struct sampled {
     int64_t first, step, all; // all: columns, over the slices
 
     __device__ __forceinline__ void start(const hex_block &block, int one_of)
     {
         const int64_t width = block.part.col1 - block.part.col0;
-        const int64_t offset = block.row_block * 5 % one_of * HEX_RUN;
+        const int64_t offset = block.row_block * 5 % one_of * BN;
         const int64_t from = block.col0 - block.part.col0;
-        step = (int64_t)one_of * HEX_RUN;
+        step = (int64_t)one_of * BN;
         first = block.part.col0 + (from + step - 1 - offset) / step * step + offset;
         const int64_t whole = width > offset ? (width - offset) / step : 0;
         const int64_t rest = width - offset - whole * step;
-        all = whole * HEX_RUN + (rest < 0 ? 0 : rest < HEX_RUN ? rest : HEX_RUN);
+        all = whole * BN + (rest < 0 ? 0 : rest < BN ? rest : BN);
     }
 };
 
-static __device__ hex_block columns_of(const hex_block &block, int64_t col, int64_t n)
+static __device__ hex_block tile_of(const hex_block &block, int64_t col)
 {
-    hex_block some = block;
-    some.col0 = col;
-    some.col1 = col + n < block.part.col1 ? col + n : block.part.col1;
-    return some;
+    hex_block one = block;
+    one.col0 = col;
+    one.col1 = col + BN < block.part.col1 ? col + BN : block.part.col1;
+    return one;
 }
 
 // ---- the bracket ----
@@ -170,12 +170,13 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS)
     block.start(r.bracket.sample, ROWS, blockIdx.x);
     for (int k = (int)threadIdx.x; k < ROWS * PITCH; k += THREADS)
         words[k] = 0;
-    // The same two tiles in every slice, so that all have the same bins.
+    // The same tiles in every slice, so that all have the same bins.
     const int64_t tiles = (block.part.col1 - block.part.col0 + BN - 1) / BN;
+    const int some = block.part.slices > 1 ? 2 : 4;
     pilot ahead = {{0, 0}, {0, 0}, {0, 0}};
-    for (int k = 1; k < 4; k += 2) {
-        const int64_t tile = (tiles * k / 4 + block.row_block * 5) % tiles;
-        for_each_tile<WARPS, false>(columns_of(block, block.part.col0 + tile * BN, BN), r.unit, p.B,
+    for (int k = 0; k < some; k++) {
+        const int64_t tile = ((2 * k + 1) * tiles / (2 * some) + block.row_block * 5) % tiles;
+        for_each_tile<WARPS, false>(tile_of(block, block.part.col0 + tile * BN), r.unit, p.B,
                                     resident, shared, ahead);
     }
     sample_histogram fold;
@@ -189,8 +190,7 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS)
     sampled sample;
     sample.start(block, r.bracket.step);
     for (int64_t col = sample.first; col < block.col1; col += sample.step)
-        for_each_tile<WARPS, false>(columns_of(block, col, HEX_RUN), r.unit, p.B, resident, shared,
-                                    fold);
+        for_each_tile<WARPS, false>(tile_of(block, col), r.unit, p.B, resident, shared, fold);
     __syncthreads(); // where there was no column
 
     // Slices add their counts to the row's.
@@ -226,12 +226,16 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS)
     }
 }
 
+int64_t hex_sample_bytes(int warps)
+{
+    return 16 * warps * (int64_t)(PITCH * sizeof(uint32_t) + sizeof(scale_of_row));
+}
+
 template <int WARPS>
 static const char *launch(const hex_problem &p, const hex_run &r, const hex_choice &choice,
                           uint32_t *brackets)
 {
-    const int64_t panels = r.unit.width / PANEL;
-    const int64_t more = 16 * WARPS * (int64_t)(PITCH * sizeof(uint32_t) + sizeof(scale_of_row));
+    const int64_t panels = r.unit.width / PANEL, more = hex_sample_bytes(WARPS);
     const bool resident = tile_bytes(WARPS, false, panels, true) + more <= r.shared_limit;
     const int bytes = (int)(tile_bytes(WARPS, false, panels, resident) + more);
     const auto kernel = sample_tiles<WARPS>;
