@@ -77,11 +77,11 @@ MUTANTS = {
     ],
     "sample.cu": [
         ("words[k] = 0;", ""),
-        ("scales[row] = fold.scale[h];", ""),
-        ("near < far ? near : far", "far"),
+        ("bins[row] = fold.bins[h];", ""),
+        ("0.3f * reach", "1.3f * reach"),
         ("tiles / (2 * some) + block.row_block * 5", "tiles / (2 * some) + block.slice"),
         ("*(uint4 *)(counts + k) = make_uint4(0, 0, 0, 0);", ""),
-        ("row * PITCH + 4 * lane + k / 2", "row * PITCH + lane + k / 2"),
+        ("row * PITCH + 8 * lane + k", "row * PITCH + 4 * lane + k"),
     ],
     "bracket.cu": [
         ("r.bracket.tickets + r.bracket.sample.row_blocks", "r.bracket.tickets"),

@@ -265,7 +265,7 @@ hex_bracket hex_plan_bracket(const hex_problem &p, const hex_run &r, const hex_c
         const int64_t depth = (room - bytes_beside(warps, 0)) / (32 * warps * 2 * (int64_t)sizeof(uint16_t));
         for (int step = 8; step > 1; step--) {
             const int64_t sample = columns / step;
-            if (sample < least_sample || sample < BN || sample > 0xffff)
+            if (sample < least_sample || sample < BN)
                 continue;
             const double width = 4 * sqrt(((double)above + 1) * (step - 1) + 1); // of a half
             const double mean = width / 2, spread = sqrt(mean + width * width / 128);

@@ -3,40 +3,39 @@
 // columns, tiles that stand evenly over the matrix, elsewhere for each block of rows, so that
 // classes in order do not mislead it.
 //
-// 256 bins are too few for [-1, 1]: cosines of an untrained network lie within a hundredth. So some
-// tiles go ahead, and say for each row where its large cosines begin and how far they spread: the
+// Bins over [-1, 1] would be too coarse: cosines of an untrained network lie within a hundredth. So
+// some tiles go ahead, and say for each row where its large cosines begin and how far they spread: the
 // bins are fine there and coarser beyond. What is smaller is not counted.
 #include "tile.cuh"
 
-#define PITCH (HEX_BINS / 2 + 1) // words a row, as in threshold.cu
-#define SIGMAS 4.f               // of the sample's count, to either side
-#define FINE_BINS 192            // of about one width; the rest are 1024 of bin_of's wide
+#define BINS 128
+#define PITCH (BINS + 1) // words a row; odd, so that rows start in different banks
+#define SIGMAS 4.f       // of the sample's count, to either side
+#define NEAR 64          // fine bins
+#define FAR_BINS 31.f    // in 1 of cosine; two of it are less than the rest
 
-// ---- how the bins of a row lie, in those of bin_of: the first, and the width as a power of 2 ----
+// ---- the bins of a row: NEAR and the rest, each even, from one cosine on ----
 
-struct scale_of_row {
-    int base, shift;
+struct row_bins {
+    float near, near0, far0; // near bins in 1; where bins 0 and NEAR are, in bins; integers
 
-    // The sum and the largest of some of its cosines, as bins; NaN is passed over.
-    __device__ __forceinline__ void set(float sum, float count, float largest)
+    __device__ __forceinline__ void set(float mean, float largest)
     {
-        const float mean = count > 0 ? sum / count : 0, reach = fmaxf(largest - mean, 0.f);
-        base = (int)(mean + 0.2f * reach);
-        shift = 0;
-        while ((float)(FINE_BINS << shift) < 1.5f * reach && shift < 9)
-            shift++;
+        const float reach = largest - mean, from = mean + 0.3f * reach;
+        near = fminf(NEAR / (1.2f * reach), 32767.5f); // no finer than those of bin_of
+        near0 = rintf(from * near), far0 = rintf(from * FAR_BINS);
     }
-    // Of a bin, from 0 to 255; negative below all.
-    __device__ __forceinline__ int at(int bin) const
+    // HEX_BIN0 + the bin of c, which is from 0 to 127; less than HEX_BIN0 for what is not counted.
+    __device__ __forceinline__ float at(float c) const
     {
-        const int x = bin - base, near = x >> shift, far = FINE_BINS + (x >> 10);
-        return near < far ? near : far;
+        return fminf(fmaf(c, near, HEX_BIN0 - near0), fmaf(c, FAR_BINS, HEX_BIN0 + NEAR - far0));
     }
-    // The first bin of one.
-    __device__ __forceinline__ int begin(int at_) const
+    // Where a bin begins, in bins of bin_of.
+    __device__ __forceinline__ float begin(int bin) const
     {
-        const int near = at_ << shift, far = (at_ - FINE_BINS) * 1024;
-        return base + (near > far ? near : far);
+        const float in_near = ((float)bin - 0.5f + near0) / near;
+        const float in_far = ((float)(bin - NEAR) - 0.5f + far0) / FAR_BINS;
+        return (fmaxf(in_near, in_far) + 1) * 32767.5f;
     }
 };
 
@@ -54,28 +53,28 @@ struct pilot {
                 const int h = q >> 1;
                 if (EDGE && places.leaves_out(h, 8 * n + 2 * t + (q & 1)))
                     continue;
-                const float bin = (float)bin_of(acc[n][q]);
-                sum[h] += bin, count[h] += 1;
-                largest[h] = fmaxf(largest[h], bin);
+                sum[h] += acc[n][q], count[h] += 1;
+                largest[h] = fmaxf(largest[h], acc[n][q]);
             }
     }
 
-    __device__ __forceinline__ scale_of_row of_row(int h)
+    __device__ __forceinline__ row_bins of_row(int h)
     {
         for (int k = 1; k < 4; k <<= 1) { // the four threads of a row
             sum[h] += __shfl_xor_sync(~0u, sum[h], k);
             count[h] += __shfl_xor_sync(~0u, count[h], k);
             largest[h] = fmaxf(largest[h], __shfl_xor_sync(~0u, largest[h], k));
         }
-        scale_of_row scale;
-        scale.set(sum[h], count[h], largest[h]);
-        return scale;
+        row_bins bins;
+        bins.set(sum[h] / count[h], largest[h]);
+        return bins;
     }
 };
 
 struct sample_histogram {
-    uint32_t *words[2]; // of the thread's two rows
-    scale_of_row scale[2];
+    uint32_t *counts; // of all rows
+    int row[2];       // where the thread's two rows are in it, less the bits of HEX_BIN0
+    row_bins bins[2];
 
     template <bool EDGE>
     __device__ __forceinline__ void tile(float (&acc)[8][4], const hex_places &places)
@@ -85,11 +84,13 @@ struct sample_histogram {
         for (int n = 0; n < 8; n++)
 #pragma unroll
             for (int q = 0; q < 4; q++) {
-                const int h = q >> 1, at = scale[h].at(bin_of(acc[n][q]));
+                const int h = q >> 1;
+                const float at = bins[h].at(acc[n][q]);
+                uint32_t *count = counts + (row[h] + (int)__float_as_uint(at));
                 if (EDGE && places.leaves_out(h, 8 * n + 2 * t + (q & 1)))
                     continue;
-                if (at >= 0)
-                    atomicAdd(words[h] + (at >> 1), at & 1 ? 65536u : 1u);
+                if (at >= HEX_BIN0)
+                    atomicAdd(count, 1u);
             }
     }
 };
@@ -127,7 +128,7 @@ static __device__ hex_block tile_of(const hex_block &block, int64_t col)
 // last << 16, that hold the row's element unless the sample is off by SIGMAS. Within a bin it goes
 // by proportion. `above`: how many elements of the row are larger than it, of which `extra` may be
 // no negatives.
-static __device__ uint32_t bracket_of(uint32_t (&count)[8], const scale_of_row &scale, float share,
+static __device__ uint32_t bracket_of(uint32_t (&count)[8], const row_bins &bins, float share,
                                       float above, int extra)
 {
     const int lane = (int)threadIdx.x & 31;
@@ -136,7 +137,7 @@ static __device__ uint32_t bracket_of(uint32_t (&count)[8], const scale_of_row &
         all += count[k];
     all = warp_sum(all);
     const float sigma = sqrtf((above + 1) * share * (1 - share) + 1);
-    int ends[2] = {1, 0xffff}; // bin 0 is that of what is left out
+    float ends[2] = {bins.begin(0), 0xffff};
     for (int k = 0; k < 2; k++) { // how many of the sample are above this end
         const float n = k ? (above - (float)extra) * share - SIGMAS * sigma
                           : (above + 1) * share + SIGMAS * sigma + 1;
@@ -148,23 +149,23 @@ static __device__ uint32_t bracket_of(uint32_t (&count)[8], const scale_of_row &
         for (int b = 0; b < 8; b++)
             within = 8 * lane + b == bin ? count[b] : within;
         within = __shfl_sync(~0u, within, bin >> 3);
-        const int begin = scale.begin(bin), width = scale.begin(bin + 1) - begin;
-        const float part = (float)(rank + k) / (float)(within ? within : 1);
-        const int end = begin + (int)(part * (float)width) + k;
-        ends[k] = end < 1 ? 1 : end > 0xffff ? 0xffff : end;
+        const float begin = bins.begin(bin), part = (float)(rank + k) / (float)within;
+        ends[k] = begin + part * (bins.begin(bin + 1) - begin);
     }
-    return (uint32_t)ends[0] | (uint32_t)ends[1] << 16;
+    // Bin 0 is that of what is left out. A NaN becomes 1.
+    const uint32_t first = (uint32_t)rintf(fminf(fmaxf(ends[0], 1.f), 65535.f));
+    return first | (uint32_t)rintf(fminf(fmaxf(ends[1], 1.f), 65535.f)) << 16;
 }
 
 template <int WARPS>
 static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS)
     sample_tiles(hex_problem p, hex_run r, bool resident, hex_choice choice, uint32_t *brackets)
 {
-    constexpr int THREADS = 32 * WARPS, ROWS = 16 * WARPS, WORDS = HEX_BINS / 2;
+    constexpr int THREADS = 32 * WARPS, ROWS = 16 * WARPS;
     HEX_SHARED_MEMORY(shared);
     uint32_t *words =
         (uint32_t *)(shared + tile_bytes(WARPS, false, r.unit.width / PANEL, resident));
-    scale_of_row *scales = (scale_of_row *)(words + ROWS * PITCH);
+    row_bins *bins = (row_bins *)(words + ROWS * PITCH);
     const int warp = (int)threadIdx.x >> 5, lane = (int)threadIdx.x & 31;
     hex_block block;
     block.start(r.bracket.sample, ROWS, blockIdx.x);
@@ -173,19 +174,20 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS)
     // The same tiles in every slice, so that all have the same bins.
     const int64_t tiles = (block.part.col1 - block.part.col0 + BN - 1) / BN;
     const int some = block.part.slices > 1 ? 2 : 4;
-    pilot ahead = {{0, 0}, {0, 0}, {0, 0}};
+    pilot ahead = {{0, 0}, {0, 0}, {HEX_LOWEST, HEX_LOWEST}};
     for (int k = 0; k < some; k++) {
         const int64_t tile = ((2 * k + 1) * tiles / (2 * some) + block.row_block * 5) % tiles;
         for_each_tile<WARPS, false>(tile_of(block, block.part.col0 + tile * BN), r.unit, p.B,
                                     resident, shared, ahead);
     }
     sample_histogram fold;
+    fold.counts = words;
     for (int h = 0; h < 2; h++) {
         const int row = warp * 16 + (lane >> 2) + 8 * h;
-        fold.words[h] = words + row * PITCH;
-        fold.scale[h] = ahead.of_row(h);
+        fold.row[h] = row * PITCH - (int)__float_as_uint(HEX_BIN0);
+        fold.bins[h] = ahead.of_row(h);
         if ((lane & 3) == 0)
-            scales[row] = fold.scale[h];
+            bins[row] = fold.bins[h];
     }
     sampled sample;
     sample.start(block, r.bracket.step);
@@ -196,18 +198,18 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS)
     // Slices add their counts to the row's.
     const int64_t ends = block.part.row1 - block.row0;
     const int rows = ends < ROWS ? (int)ends : ROWS;
-    uint32_t *counts = r.counts + block.row0 * WORDS;
+    uint32_t *counts = r.counts + block.row0 * BINS;
     if (block.part.slices > 1) {
-        for (int k = (int)threadIdx.x; k < rows * WORDS; k += THREADS)
-            if (const uint32_t word = words[k / WORDS * PITCH + k % WORDS])
+        for (int k = (int)threadIdx.x; k < rows * BINS; k += THREADS)
+            if (const uint32_t word = words[k / BINS * PITCH + k % BINS])
                 atomicAdd(counts + k, word);
         if (!last_to_arrive(r.bracket.tickets + block.ticket, block.part.slices,
                             (unsigned *)shared))
             return;
 #pragma unroll 4
-        for (int k = 4 * (int)threadIdx.x; k < rows * WORDS; k += 4 * THREADS) {
+        for (int k = 4 * (int)threadIdx.x; k < rows * BINS; k += 4 * THREADS) {
             const uint4 v = __ldcg((const uint4 *)(counts + k));
-            uint32_t *to = words + k / WORDS * PITCH + k % WORDS;
+            uint32_t *to = words + k / BINS * PITCH + k % BINS;
             to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
             *(uint4 *)(counts + k) = make_uint4(0, 0, 0, 0); // for the two passes
         }
@@ -217,10 +219,10 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS)
     const float above = (float)(negatives_of_a_row(p) + extras - 1 - choice.rank);
     const float share = (float)sample.all / (float)(block.part.col1 - block.part.col0);
     for (int row = warp; row < rows; row += WARPS) {
-        uint32_t mine[8]; // counts of the lane's bins
+        uint32_t mine[8]; // counts of the lane's bins, of twice as many
         for (int k = 0; k < 8; k++)
-            mine[k] = words[row * PITCH + 4 * lane + k / 2] >> 16 * (k & 1) & 0xffff;
-        const uint32_t bracket = bracket_of(mine, scales[row], share, above, extras);
+            mine[k] = lane < BINS / 8 ? words[row * PITCH + 8 * lane + k] : 0;
+        const uint32_t bracket = bracket_of(mine, bins[row], share, above, extras);
         if (lane == 0)
             brackets[block.row0 + row] = bracket;
     }
@@ -228,7 +230,7 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS)
 
 int64_t hex_sample_bytes(int warps)
 {
-    return 16 * warps * (int64_t)(PITCH * sizeof(uint32_t) + sizeof(scale_of_row));
+    return 16 * warps * (int64_t)(PITCH * sizeof(uint32_t) + sizeof(row_bins));
 }
 
 template <int WARPS>
