@@ -219,7 +219,11 @@ def battery_of_brackets(library: Emulator) -> None:
         assert_one_call_is_two(conftest.problem("cluster", 70, 30, dtype=half))
     for p, left, rule in (
         (conftest.problem("gauss", 150, 70, dtype=half), False, (0.99, "all")),
-        (conftest.problem("cluster", 100, 9, "shared", K=1500, dtype=half), None, (0.96, "negatives")),
+        (
+            conftest.problem("cluster", 100, 9, "shared", K=1500, dtype=half),
+            None,
+            (0.96, "negatives"),
+        ),
         (conftest.problem("gauss", 220, 9, "cross", dtype=half), None, (0.97, "all")),
         (conftest.problem("gauss", 120, 9, "shared", K=3300, dtype=half), False, (0.951, "all")),
         (cone(400, 30, 0.2, "query"), False, (0.98, "all")),

@@ -50,8 +50,8 @@ template <int WARPS> struct kept {
     float low[2];            // what is not larger is below the bracket
     float first[2], last[2]; // its bins, as above_bin0 gives them
     uint32_t above[2];
-    float2 *aside;  // 8 x threads, this thread's column
-    uint16_t *list; // 2 x depth x threads, this thread's column
+    float2 *aside;     // 8 x threads, this thread's column
+    uint16_t *list;    // 2 x depth x threads, this thread's column
     int at[2], end[2]; // in it: the next place, the end
 
     __device__ __forceinline__ void add(int h, float c)
@@ -248,7 +248,7 @@ static int64_t bytes_beside(int warps, int depth)
 hex_bracket hex_plan_bracket(const hex_problem &p, const hex_run &r, const hex_choice &choice)
 {
     hex_bracket plan = {};
-    const int64_t columns = negatives_of_a_row(p), extras = choice.negatives      ? 0
+    const int64_t columns = negatives_of_a_row(p), extras = choice.negatives       ? 0
                                                             : p.mode == HEX_NTXENT ? 2
                                                                                    : 1;
     const int64_t above = columns + extras - 1 - choice.rank;
@@ -262,7 +262,8 @@ hex_bracket hex_plan_bracket(const hex_problem &p, const hex_run &r, const hex_c
         const int64_t room = r.shared_limit - (stay < move ? stay : move);
         if (room < hex_sample_bytes(warps))
             continue;
-        const int64_t depth = (room - bytes_beside(warps, 0)) / (32 * warps * 2 * (int64_t)sizeof(uint16_t));
+        const int64_t depth =
+            (room - bytes_beside(warps, 0)) / (32 * warps * 2 * (int64_t)sizeof(uint16_t));
         for (int step = 8; step > 1; step--) {
             const int64_t sample = columns / step;
             if (sample < least_sample || sample < BN)
@@ -290,8 +291,8 @@ static const char *launch(const hex_problem &p, const hex_run &r, const hex_choi
     const auto kernel = bracket_tiles<WARPS>;
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) ==
         cudaSuccess)
-        HEX_LAUNCH(kernel, dim3((unsigned)r.bracket.tiles.blocks), dim3(32 * WARPS), bytes, r.stream, p, r,
-                   resident, choice, brackets, chosen, lists);
+        HEX_LAUNCH(kernel, dim3((unsigned)r.bracket.tiles.blocks), dim3(32 * WARPS), bytes,
+                   r.stream, p, r, resident, choice, brackets, chosen, lists);
     return hex_launched("brackets");
 }
 

@@ -43,10 +43,10 @@ enum { K_EPS, K_SHIFT, K_REST, K_HARD_E, K_HARD, K_REST0, K_ROWS, K_POSITIVE = K
 // The threshold in about one pass (bracket.cu): a sample of the columns (sample.cu) gives every row
 // a bracket.
 struct hex_bracket {
-    int warps;              // 0: two passes
-    int step;               // one tile of so many is sampled
-    int depth;              // the places in a thread's list
-    int64_t most;           // those in a row's, where its columns are in slices
+    int warps;    // 0: two passes
+    int step;     // one tile of so many is sampled
+    int depth;    // the places in a thread's list
+    int64_t most; // those in a row's, where its columns are in slices
     hex_parts sample, tiles;
     unsigned *tickets; // of the sample, of the tiles, two counts of each row where in slices
 };
@@ -443,8 +443,14 @@ SHARED_DEVICE void settle(const hex_choice &choice, double candidate)
 // no cosine is further than 1.5e-5 from its bin's middle. The high byte is the coarse bin.
 #define HEX_BINS 256
 #define HEX_BIN0 8388608.f // adding 2^23 rounds to an integer, which then stands in the low bits
-SHARED_DEVICE float above_bin0(float c) { return __saturatef(c * 0.5f + 0.5f) * 65535.f + HEX_BIN0; }
-SHARED_DEVICE int bin_of(float c) { return (int)(__float_as_uint(above_bin0(c)) & 0xffff); } // NaN: 0
+SHARED_DEVICE float above_bin0(float c)
+{
+    return __saturatef(c * 0.5f + 0.5f) * 65535.f + HEX_BIN0;
+}
+SHARED_DEVICE int bin_of(float c)
+{
+    return (int)(__float_as_uint(above_bin0(c)) & 0xffff);
+} // NaN: 0
 SHARED_DEVICE double bin_middle(int bin) { return bin / 32767.5 - 1; }
 
 // By one warp, whose lane holds the counts of bins 8 lane to 8 lane + 7: the bin, of 256, that has

@@ -240,8 +240,8 @@ static const char *of_anchors(hex_problem p, const hex_device &d, const hex_choi
             slice_parts(counted, 64, 128, r.processors); // what is done again is seldom many rows
             const bool sliced = most_slices(b.tiles) > 1;
             w.tickets += b.sample.row_blocks + b.tiles.row_blocks + (sliced ? 2 * anchors : 0);
-            w.partial += anchors * (int64_t)(sizeof(int) +
-                                             (sliced ? b.most * (int64_t)sizeof(uint16_t) : 0));
+            w.partial += anchors *
+                         (int64_t)(sizeof(int) + (sliced ? b.most * (int64_t)sizeof(uint16_t) : 0));
         }
     }
     const int64_t tickets = w.tickets;

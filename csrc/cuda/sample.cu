@@ -4,8 +4,8 @@
 // classes in order do not mislead it.
 //
 // Bins over [-1, 1] would be too coarse: cosines of an untrained network lie within a hundredth. So
-// some tiles go ahead, and say for each row where its large cosines begin and how far they spread: the
-// bins are fine there and coarser beyond. What is smaller is not counted.
+// some tiles go ahead, and say for each row where its large cosines begin and how far they spread:
+// the bins are fine there and coarser beyond. What is smaller is not counted.
 #include "tile.cuh"
 
 #define BINS 128

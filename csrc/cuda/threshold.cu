@@ -68,7 +68,7 @@ struct selection {
     int *coarse;    // of each row
     int64_t *ranks; // left within the coarse bin
     double *sums;   // of each block of rows
-    int *chosen;    // each row's bin as bracket.cu found it, -1 where it did not; NULL: nobody looked
+    int *chosen; // each row's bin as bracket.cu found it, -1 where it did not; NULL: nobody looked
 };
 
 // Whether a row of the block has still to be counted, for all threads.
@@ -303,7 +303,8 @@ const char *hex_tile_threshold(const hex_problem &p, const hex_run &r, const hex
         int *chosen = s.coarse + anchors;
         const char *error = hex_sample_tiles(p, r, choice, brackets);
         if (!error)
-            error = hex_bracket_tiles(p, r, choice, brackets, chosen, (uint16_t *)(chosen + anchors));
+            error =
+                hex_bracket_tiles(p, r, choice, brackets, chosen, (uint16_t *)(chosen + anchors));
         if (error)
             return error;
         s.chosen = chosen; // what follows looks first whether there is anything left to do
