@@ -153,8 +153,8 @@ def assert_threshold_is_right(
 def assert_one_pass_is_two(
     library: Emulator, p: Problem, left: bool | None, quantile: float = 0.99, over: str = "all"
 ) -> None:
-    """The threshold by brackets is the one by two passes to the bit; `left`: whether any row was left
-    to those (None: either)."""
+    """The threshold by brackets is the one by two passes to the bit; `left`: whether any row was
+    left to those (None: either)."""
     padded = (*p.inputs, p.inputs[0].new_empty((0, p.inputs[0].shape[1])))[:3]
 
     def threshold() -> tuple[Tensor, int]:

@@ -68,7 +68,7 @@ MUTANTS = {
         ("extra[k] >> 8 == coarse_of", "true"),
         ("row * PITCH + 4 * lane + k / 2", "row * PITCH + lane + k / 2"),
         ("k / WORDS * PITCH + k % WORDS", "k"),
-        ("s.chosen[i] < 0", "false"),
+        ("s.chosen[block.row0 + k] < 0", "false"),
         ("KIND == FINE && block.slice == 0", "KIND == FINE"),
         (
             "sum += bin_middle(s.chosen[block.row0 + row]);",

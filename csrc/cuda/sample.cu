@@ -73,7 +73,7 @@ struct pilot {
 
 struct sample_histogram {
     uint32_t *counts; // of all rows
-    int row[2];       // where the thread's two rows are in it, less the bits of HEX_BIN0
+    uint32_t row[2];  // where the thread's two rows are in it, less the bits of HEX_BIN0
     row_bins bins[2];
 
     template <bool EDGE>
@@ -86,11 +86,11 @@ struct sample_histogram {
             for (int q = 0; q < 4; q++) {
                 const int h = q >> 1;
                 const float at = bins[h].at(acc[n][q]);
-                uint32_t *count = counts + (row[h] + (int)__float_as_uint(at));
+                const uint32_t word = row[h] + __float_as_uint(at);
                 if (EDGE && places.leaves_out(h, 8 * n + 2 * t + (q & 1)))
                     continue;
                 if (at >= HEX_BIN0)
-                    atomicAdd(count, 1u);
+                    atomicAdd(counts + word, 1u);
             }
     }
 };
@@ -184,7 +184,7 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS)
     fold.counts = words;
     for (int h = 0; h < 2; h++) {
         const int row = warp * 16 + (lane >> 2) + 8 * h;
-        fold.row[h] = row * PITCH - (int)__float_as_uint(HEX_BIN0);
+        fold.row[h] = (uint32_t)(row * PITCH) - __float_as_uint(HEX_BIN0);
         fold.bins[h] = ahead.of_row(h);
         if ((lane & 3) == 0)
             bins[row] = fold.bins[h];

@@ -71,22 +71,13 @@ struct selection {
     int *chosen; // each row's bin as bracket.cu found it, -1 where it did not; NULL: nobody looked
 };
 
-// Whether a row of the block has still to be counted, for all threads.
-static __device__ bool is_left(const selection &s, const hex_block &block, unsigned *flag)
+// Whether a row of the block has still to be counted: each warp looks for itself.
+static __device__ bool is_left(const selection &s, const hex_block &block)
 {
-    if (!s.chosen)
-        return true;
-    const int64_t i = block.row0 + threadIdx.x;
-    const bool mine = threadIdx.x < ROWS && i < block.part.row1 && s.chosen[i] < 0;
-    if (threadIdx.x == 0)
-        *flag = 0;
-    __syncthreads();
-    if (mine)
-        *flag = 1;
-    __syncthreads();
-    const bool left = *flag != 0;
-    __syncthreads(); // the shared memory is free again
-    return left;
+    bool left = false;
+    for (int k = (int)threadIdx.x & 31; s.chosen && k < ROWS; k += 32)
+        left |= block.row0 + k < block.part.row1 && s.chosen[block.row0 + k] < 0;
+    return !s.chosen || __any_sync(~0u, left);
 }
 
 // The last of the threshold: the block's sum, by one block for each block of rows, and the mean.
@@ -130,7 +121,7 @@ static __global__ void __launch_bounds__(THREADS, 4)
     const int warp = (int)threadIdx.x >> 5, lane = (int)threadIdx.x & 31;
     hex_block block;
     block.start(r.parts, ROWS, blockIdx.x);
-    if (!is_left(s, block, (unsigned *)shared)) {
+    if (!is_left(s, block)) {
         if (KIND == FINE && block.slice == 0)
             add_up(p, r, s, block, chosen_sum(s, block), shared);
         return;
