@@ -77,7 +77,7 @@ MUTANTS = {
     ],
     "sample.cu": [
         ("words[k] = 0;", ""),
-        ("bins[row] = fold.bins[h];", ""),
+        ("bins[warp * 16 + (lane >> 2) + 8 * h] = fold.bins[h];", ""),
         ("0.3f * reach", "1.3f * reach"),
         ("tiles / (2 * some) + block.row_block * 5", "tiles / (2 * some) + block.slice"),
         ("*(uint4 *)(counts + k) = make_uint4(0, 0, 0, 0);", ""),

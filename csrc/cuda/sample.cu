@@ -165,7 +165,7 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS)
     HEX_SHARED_MEMORY(shared);
     uint32_t *words =
         (uint32_t *)(shared + tile_bytes(WARPS, false, r.unit.width / PANEL, resident));
-    row_bins *bins = (row_bins *)(words + ROWS * PITCH);
+    row_bins *bins = (row_bins *)(shared + 16); // where the panels were, behind a flag
     const int warp = (int)threadIdx.x >> 5, lane = (int)threadIdx.x & 31;
     hex_block block;
     block.start(r.bracket.sample, ROWS, blockIdx.x);
@@ -186,14 +186,15 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS)
         const int row = warp * 16 + (lane >> 2) + 8 * h;
         fold.row[h] = (uint32_t)(row * PITCH) - __float_as_uint(HEX_BIN0);
         fold.bins[h] = ahead.of_row(h);
-        if ((lane & 3) == 0)
-            bins[row] = fold.bins[h];
     }
     sampled sample;
     sample.start(block, r.bracket.step);
     for (int64_t col = sample.first; col < block.col1; col += sample.step)
         for_each_tile<WARPS, false>(tile_of(block, col), r.unit, p.B, resident, shared, fold);
-    __syncthreads(); // where there was no column
+    for (int h = 0; h < 2; h++)
+        if ((lane & 3) == 0)
+            bins[warp * 16 + (lane >> 2) + 8 * h] = fold.bins[h];
+    __syncthreads(); // the counts are there too
 
     // Slices add their counts to the row's.
     const int64_t ends = block.part.row1 - block.row0;
@@ -230,7 +231,7 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS)
 
 int64_t hex_sample_bytes(int warps)
 {
-    return 16 * warps * (int64_t)(PITCH * sizeof(uint32_t) + sizeof(row_bins));
+    return 16 * warps * (int64_t)(PITCH * sizeof(uint32_t));
 }
 
 template <int WARPS>
