@@ -189,8 +189,8 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS)
     }
     sampled sample;
     sample.start(block, r.bracket.step);
-    for (int64_t col = sample.first; col < block.col1; col += sample.step)
-        for_each_tile<WARPS, false>(tile_of(block, col), r.unit, p.B, resident, shared, fold);
+    block.col0 = sample.first, block.stride = sample.step;
+    for_each_tile<WARPS, false>(block, r.unit, p.B, resident, shared, fold);
     for (int h = 0; h < 2; h++)
         if ((lane & 3) == 0)
             bins[warp * 16 + (lane >> 2) + 8 * h] = fold.bins[h];

@@ -81,7 +81,7 @@ template <int WARPS, bool SPLIT> struct hex_stream {
     int panels, values, value0;
     bool resident;
     int slot, next_panel; // of the panel in use; the next one's place in its tile
-    int64_t next_col, first_col;
+    int64_t next_col, first_col, stride; // from one tile's columns to the next one's
 
     __device__ __forceinline__ uint16_t *a_panel(int panel, int in_slot) const
     {
@@ -111,7 +111,7 @@ template <int WARPS, bool SPLIT> struct hex_stream {
         }
         if (++next_panel == panels + values) {
             next_panel = 0;
-            next_col += BN;
+            next_col += stride;
         }
         return first;
     }
@@ -127,7 +127,7 @@ template <int WARPS, bool SPLIT> struct hex_stream {
         a = (uint16_t *)shared;
         b = a + (SPLIT ? 2 : 1) * (resident ? panels : 2) * ROWS * PANEL;
         row0 = rows_from, row_end = rows_to, col_end = cols_to;
-        next_col = first_col = cols_from;
+        next_col = first_col = cols_from, stride = BN;
         next_panel = 0, slot = 1;
     }
 
@@ -192,6 +192,7 @@ struct hex_places {
 struct hex_block {
     hex_part part;
     int64_t row_block, slice, row0, col0, col1; // row0 and the columns as unit rows
+    int64_t stride;                             // BN, or more for some of the tiles
     int64_t ticket;
 
     __device__ __forceinline__ void start(const hex_parts &parts, int rows, int64_t number)
@@ -205,6 +206,7 @@ struct hex_block {
         col0 = part.col0 + slice * part.tiles * BN;
         const int64_t end = col0 + part.tiles * BN;
         col1 = end < part.col1 ? end : part.col1;
+        stride = BN;
         ticket = row_block;
         for (int i = 0; i < k; i++)
             ticket += parts.part[i].row_blocks;
@@ -219,8 +221,9 @@ DEVICE void for_each_tile(const hex_block &block, const hex_unit &unit, int64_t 
     hex_places places;
     stream.start(unit, shared, block.row0, block.part.row1, block.col0, block.col1, resident, 0, 0);
     places.start(block.row0, B);
+    stream.stride = block.stride;
     stream.request(0);
-    for (int64_t col = block.col0; col < block.col1; col += BN) {
+    for (int64_t col = block.col0; col < block.col1; col += block.stride) {
         float acc[8][4] = {};
 #pragma unroll 1
         for (int panel = 0; panel < stream.panels; panel++) {
