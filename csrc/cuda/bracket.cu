@@ -233,7 +233,7 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
 
 // From how many anchors times candidates on it is worth a kernel more, and how many columns are a
 // sample. A test lowers them.
-static int64_t least_cosines = (int64_t)8192 * 8192, least_sample = 2048;
+static int64_t least_cosines = 64000000, least_sample = 2000;
 #ifdef HEX_EMULATION
 static int64_t rows_left;
 #endif
@@ -264,7 +264,7 @@ hex_bracket hex_plan_bracket(const hex_problem &p, const hex_run &r, const hex_c
             continue;
         const int64_t depth =
             (room - bytes_beside(warps, 0)) / (32 * warps * 2 * (int64_t)sizeof(uint16_t));
-        for (int step = 8; step > 1; step--) {
+        for (int step = 8; step > (warps == 8 ? 2 : 1); step--) {
             const int64_t sample = columns / step;
             if (sample < least_sample || sample < BN)
                 continue;

@@ -204,6 +204,25 @@ static void start(const hex_problem &p, const hex_device &d, plan &plan)
         plan.error = hex_launched("(looking at the device)");
 }
 
+// The threshold in one pass: its parts, and what it takes beside the two passes.
+static void bracket_parts(hex_run &r, int64_t anchors, hex_parts &counted, wants &w)
+{
+    const int64_t all = (int64_t)1 << 40;
+    hex_bracket &b = r.bracket;
+    b.sample = b.tiles = r.parts;
+    slice_parts(b.sample, 16 * b.warps, all, r.processors);
+    slice_parts(b.tiles, 16 * b.warps, all, 0);
+    if (const int64_t slices = r.processors / b.tiles.row_blocks) // a block fills a processor
+        slice_parts(b.tiles, 16 * b.warps, cut(b.tiles.part[0].tiles, slices), 0);
+    slice_parts(counted, 64, 128, r.processors); // what is left for them is seldom many rows
+    w.tickets += b.sample.row_blocks + b.tiles.row_blocks;
+    w.partial += anchors * (int64_t)sizeof(int);
+    if (most_slices(b.tiles) > 1) {
+        w.tickets += 2 * anchors;
+        w.partial += anchors * b.most * (int64_t)sizeof(uint16_t);
+    }
+}
+
 // ---- the entry points ----
 
 // The threshold of the batch, the loss, or the first and at it the second.
@@ -232,17 +251,8 @@ static const char *of_anchors(hex_problem p, const hex_device &d, const hex_choi
         w.partial = anchors * (int64_t)(sizeof(int64_t) + sizeof(int));
         if (!plan.plain && !split_of(p, d))
             r.bracket = hex_plan_bracket(p, r, *choice);
-        if (r.bracket.warps) {
-            hex_bracket &b = r.bracket;
-            b.sample = b.tiles = r.parts;
-            slice_parts(b.sample, 16 * b.warps, (int64_t)1 << 40, r.processors);
-            slice_parts(b.tiles, 16 * b.warps, (int64_t)1 << 40, cut(r.processors, 2));
-            slice_parts(counted, 64, 128, r.processors); // what is done again is seldom many rows
-            const bool sliced = most_slices(b.tiles) > 1;
-            w.tickets += b.sample.row_blocks + b.tiles.row_blocks + (sliced ? 2 * anchors : 0);
-            w.partial += anchors *
-                         (int64_t)(sizeof(int) + (sliced ? b.most * (int64_t)sizeof(uint16_t) : 0));
-        }
+        if (r.bracket.warps)
+            bracket_parts(r, anchors, counted, w);
     }
     const int64_t tickets = w.tickets;
     if (loss) {

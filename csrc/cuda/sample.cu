@@ -229,10 +229,7 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS)
     }
 }
 
-int64_t hex_sample_bytes(int warps)
-{
-    return 16 * warps * (int64_t)(PITCH * sizeof(uint32_t));
-}
+int64_t hex_sample_bytes(int warps) { return 16 * warps * (int64_t)(PITCH * sizeof(uint32_t)); }
 
 template <int WARPS>
 static const char *launch(const hex_problem &p, const hex_run &r, const hex_choice &choice,

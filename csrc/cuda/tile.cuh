@@ -80,7 +80,7 @@ template <int WARPS, bool SPLIT> struct hex_stream {
     int64_t width, row0, row_end, col_end;
     int panels, values, value0;
     bool resident;
-    int slot, next_panel; // of the panel in use; the next one's place in its tile
+    int slot, next_panel;                // of the panel in use; the next one's place in its tile
     int64_t next_col, first_col, stride; // from one tile's columns to the next one's
 
     __device__ __forceinline__ uint16_t *a_panel(int panel, int in_slot) const
