@@ -9,7 +9,8 @@
 //     row_range   unit rows, row bounds                                              2
 //     backward    unit rows, backward gather, backward projection                    3
 //
-// (for per-anchor negatives one more: their norms, or two: their gradient).
+// (for per-anchor negatives one more: their norms, or two: their gradient; for the threshold of a
+// large batch in 16 bits two more, before the coarse histogram: sample histogram, brackets).
 #include <stdio.h>
 
 #include "core.cuh"

@@ -17,24 +17,25 @@
 // ---- the bins of a row: NEAR and the rest, each even, from one cosine on ----
 
 struct row_bins {
-    float near, near0, far0; // near bins in 1; where bins 0 and NEAR are, in bins; integers
+    float near, near_add, far_add; // c near + near_add is HEX_BIN0 + a near bin
 
     __device__ __forceinline__ void set(float mean, float largest)
     {
         const float reach = largest - mean, from = mean + 0.3f * reach;
         near = fminf(NEAR / (1.2f * reach), 32767.5f); // no finer than those of bin_of
-        near0 = rintf(from * near), far0 = rintf(from * FAR_BINS);
+        near_add = HEX_BIN0 - rintf(from * near),
+        far_add = HEX_BIN0 + NEAR - rintf(from * FAR_BINS);
     }
     // HEX_BIN0 + the bin of c, which is from 0 to 127; less than HEX_BIN0 for what is not counted.
     __device__ __forceinline__ float at(float c) const
     {
-        return fminf(fmaf(c, near, HEX_BIN0 - near0), fmaf(c, FAR_BINS, HEX_BIN0 + NEAR - far0));
+        return fminf(fmaf(c, near, near_add), fmaf(c, FAR_BINS, far_add));
     }
     // Where a bin begins, in bins of bin_of.
     __device__ __forceinline__ float begin(int bin) const
     {
-        const float in_near = ((float)bin - 0.5f + near0) / near;
-        const float in_far = ((float)(bin - NEAR) - 0.5f + far0) / FAR_BINS;
+        const float in_near = ((float)bin - 0.5f + (HEX_BIN0 - near_add)) / near;
+        const float in_far = ((float)bin - 0.5f + (HEX_BIN0 - far_add)) / FAR_BINS;
         return (fmaxf(in_near, in_far) + 1) * 32767.5f;
     }
 };
@@ -158,7 +159,7 @@ static __device__ uint32_t bracket_of(uint32_t (&count)[8], const row_bins &bins
 }
 
 template <int WARPS>
-static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS)
+static __global__ void __launch_bounds__(32 * WARPS, 8 / WARPS)
     sample_tiles(hex_problem p, hex_run r, bool resident, hex_choice choice, uint32_t *brackets)
 {
     constexpr int THREADS = 32 * WARPS, ROWS = 16 * WARPS;
