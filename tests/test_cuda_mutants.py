@@ -71,6 +71,45 @@ MUTANTS = {
         ("extra[k] >> 8 == coarse_of", "true"),
         ("row * PITCH + 4 * lane + k / 2", "row * PITCH + lane + k / 2"),
         ("k / WORDS * PITCH + k % WORDS", "k"),
+        ("s.chosen[block.row0 + k] < 0", "false"),
+        ("KIND == FINE && block.slice == 0", "KIND == FINE"),
+        (
+            "sum += bin_middle(s.chosen[block.row0 + row]);",
+            "sum = bin_middle(s.chosen[block.row0 + row]);",
+        ),
+    ],
+    "sample.cu": [
+        ("words[k] = 0;", ""),
+        ("bins[warp * 16 + (lane >> 2) + 8 * h] = fold.bins[h];", ""),
+        ("0.3f * reach", "1.3f * reach"),
+        ("tiles / (2 * some) + block.row_block * 5", "tiles / (2 * some) + block.slice"),
+        ("*(uint4 *)(counts + k) = make_uint4(0, 0, 0, 0);", ""),
+        ("row * PITCH + 8 * lane + k", "row * PITCH + 4 * lane + k"),
+    ],
+    "bracket.cu": [
+        ("r.bracket.tickets + r.bracket.sample.row_blocks", "r.bracket.tickets"),
+        ("fmaxf(c.x, c.y) > limit", "c.x > limit"),
+        ("c.x = -4;", ""),
+        ("c.y = -4;", ""),
+        ("bin >= first[h] && bin <= last[h]", "bin >= first[h]"),
+        ("bin >= first[h] && bin <= last[h]", "bin <= last[h]"),
+        ("above[h] += bin > last[h];", ""),
+        ("at[h] += THREADS;", ""),
+        ("h * r.bracket.depth * THREADS", "0"),
+        ("4 * (row & 7)", "4 * (row >> 1)"),
+        ("!in.fits || rank < 0 || rank >= inside", "!in.fits || rank < 0"),
+        ("!in.fits || rank < 0 || rank >= inside", "!in.fits || rank >= inside"),
+        ("!in.fits || rank < 0 || rank >= inside", "rank < 0 || rank >= inside"),
+        ("bins[k] = 0;", ""),
+        ("bin >> 8 == coarse", "true"),
+        ("all += extra[k] >= 0;", ""),
+        ("above += extra[k] > last;", ""),
+        ("inside += extra[k] >= 0;", ""),
+        ("extra[k] < first || extra[k] > last", "false"),
+        ("to = __shfl_sync(~0u, to, 0);", ""),
+        ("to += in.count[t];", ""),
+        ("atomicAdd(counts + 2 * i + 1, in.above);", ""),
+        ("in.fits ? in.all : (uint32_t)most + 1", "in.all"),
     ],
     "backward.cu": [
         ("acc[2 * k + (q >> 1)] + 2 * (q & 1)", "acc[2 * k + (q & 1)] + 2 * (q >> 1)"),
@@ -169,7 +208,9 @@ def outcome(mutants, number):
             mutants.device(*device)
             before = mutants.conflicts
             try:
-                emulator.battery()
+                if number == 0 or NUMBERED[number - 1][0] not in ("sample.cu", "bracket.cu"):
+                    emulator.battery()
+                emulator.battery_of_brackets(mutants)
             except (AssertionError, RuntimeError):
                 return "wrong"
             if mutants.conflicts > before:
