@@ -6,7 +6,7 @@
 //
 // Unit rows are taken from the inputs again, not from their fp16 form. One block more, the first,
 // adds up dL/dtau.
-#include "core.cuh"
+#include "fours.cuh"
 
 #define THREADS 128
 
@@ -164,8 +164,7 @@ static __global__ void __launch_bounds__(THREADS, QUADS > 2 ? 3 : 4)
         float out[4];
 #pragma unroll
         for (int k = 0; k < 4; k++)
-            out[k] =
-                own.inverse == 0 ? 0 : (float)over_length(du[q][k] - along * u[q][k], by);
+            out[k] = own.inverse == 0 ? 0 : (float)over_length(du[q][k] - along * u[q][k], by);
         if (own.dz && row < row1 && 4 * LANES * q < features)
             store_four(own.dz, dtype, own.to + first + 4 * LANES * q, out);
     }
@@ -254,14 +253,11 @@ const char *hex_project(const hex_problem &p, const hex_run &r, const hex_gradie
     else if (!fours)
         launch(project_rows<float>, 32);
     else if (p.D <= 128)
-        narrow ? launch(project_fours<16, 2, float>, 16)
-               : launch(project_fours<16, 2, double>, 16);
+        narrow ? launch(project_fours<16, 2, float>, 16) : launch(project_fours<16, 2, double>, 16);
     else if (p.D <= 256)
-        narrow ? launch(project_fours<32, 2, float>, 32)
-               : launch(project_fours<32, 2, double>, 32);
+        narrow ? launch(project_fours<32, 2, float>, 32) : launch(project_fours<32, 2, double>, 32);
     else
-        narrow ? launch(project_fours<32, 4, float>, 32)
-               : launch(project_fours<32, 4, double>, 32);
+        narrow ? launch(project_fours<32, 4, float>, 32) : launch(project_fours<32, 4, double>, 32);
     return hex_launched("backward projection");
 }
 

@@ -6,7 +6,7 @@
 // A row of zeros gives u = 0 and 1 / |z| = 0, a row with NaN or Inf NaN throughout. Rows of 1e-23
 // or 1e20 keep their direction: the sums are in double, where the square of no float leaves the
 // range; of other rows, the sum is of the row scaled by a power of two.
-#include "core.cuh"
+#include "fours.cuh"
 
 #define THREADS 128
 
@@ -81,8 +81,8 @@ static __device__ void coefficient_block(const hex_problem &p, const hex_unit &u
 // ---- rows that are read four features at a time ----
 
 // A group of LANES lanes for each image's two views, then for each other row, then for the rows of
-// zeros up to the end of the last 64. Lane l has features 4 (l + LANES q) to those + 3 of each. Every
-// row is read once.
+// zeros up to the end of the last 64. Lane l has features 4 (l + LANES q) to those + 3 of each.
+// Every row is read once.
 template <int LANES, int QUADS>
 static __global__ void __launch_bounds__(THREADS, QUADS > 2 ? 4 : 8)
     unit_fours(hex_problem p, hex_unit u, unit_work work)
@@ -107,8 +107,8 @@ static __global__ void __launch_bounds__(THREADS, QUADS > 2 ? 4 : 8)
         for (int q = 0; q < QUADS; q++) {
             const int d = 4 * (lane + LANES * q);
             const hex_rows &of = h ? y : x;
-            raw[h][q] = full[h] && d < D ? load_four(of.data, of.dtype, at[h] + d)
-                                           : make_uint4(0, 0, 0, 0);
+            raw[h][q] =
+                full[h] && d < D ? load_four(of.data, of.dtype, at[h] + d) : make_uint4(0, 0, 0, 0);
         }
     set_zeros(work, block); // while the rows are on their way
 
