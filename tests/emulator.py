@@ -189,30 +189,39 @@ def assert_one_call_is_two(p: Problem) -> None:
     torch.testing.assert_close(mean, two[0].mean(), rtol=1e-6, atol=0)
 
 
+def laid_out(x: Tensor) -> Tensor:
+    """Rows of 64 halves as the kernels want them: chunk c of row r of 64 stands at c ^ (r & 7)."""
+    chunks = x.view(-1, 64, 8, 8)
+    rows = torch.arange(64)[:, None]
+    return chunks[:, rows, torch.arange(8) ^ (rows & 7)].contiguous()
+
+
 def assert_conforms(path: Path, device: str = "cpu") -> None:
     """The primitives of emulation/conformance.cu, against plain arithmetic."""
     run = ctypes.CDLL(str(path)).hex_conformance
     run.argtypes = [ctypes.c_int] + [ctypes.c_void_p] * 3
     run.restype = ctypes.c_char_p
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(64, 64, generator=generator).half().to(device) for _ in range(2))
+    x, y = (torch.randn(n, 64, generator=generator).half() for n in (64, 11 * 64))
+    a, b = (laid_out(z).to(device) for z in (x, y))
+    x, y = x.double(), y.double()
 
-    def call(which: int, a: Tensor, b: Tensor, *shape: int) -> Tensor:
-        a, b = a.contiguous(), b.contiguous()
+    def call(which: int, *shape: int) -> Tensor:
         c = torch.full(shape, torch.nan, device=device)
         problem = run(which, a.data_ptr(), b.data_ptr(), c.data_ptr())
         assert problem is None, problem
         return c.double().cpu()
 
-    x, y = a.double().cpu(), b.double().cpu()
     # products of halves are exact in float32; their sum rounds, or truncates, at each step
     close = {"rtol": 0, "atol": 64 * 2**-22 * 16}
-    torch.testing.assert_close(
-        call(0, a[:16, :16], b[:8, :16], 16, 8), x[:16, :16] @ y[:8, :16].T, **close
-    )
-    torch.testing.assert_close(call(1, a, b, 64, 64), x @ y.T, **close)
-    assert torch.equal(call(2, a, b, 16, 64), x[:16])
-    lanes, v = call(3, a, b, 4, 32), x[0, :32]
+    torch.testing.assert_close(call(0, 16, 8), x[:16, :16] @ y[:8, :16].T, **close)
+    torch.testing.assert_close(call(1, 64, 64), x @ y[:64].T, **close)
+    assert torch.equal(call(2, 16, 64), x[:16])
+    torch.testing.assert_close(call(3, 64, 64), x @ y[:64].T, **close)
+    torch.testing.assert_close(call(4, 64, 64), x @ y[:64], **close)
+    tiles = sum((k + 1) * (x @ z.T) for k, z in enumerate(y.split(64)))
+    torch.testing.assert_close(call(5, 64, 64), tiles, rtol=0, atol=66 * close["atol"])
+    lanes, v = call(6, 4, 32), x[0, :32]
     torch.testing.assert_close(lanes[0], torch.exp2(v), rtol=2**-22, atol=0)
     torch.testing.assert_close(lanes[1], v.sum().expand(32), rtol=0, atol=1e-5)
     torch.testing.assert_close(lanes[2], v.cumsum(0), rtol=0, atol=1e-5)

@@ -156,9 +156,15 @@ DEVICE void copy_bulk(void *to, const void *from, int bytes, uint64_t *barrier)
 // ---- warpgroup products ----
 
 // A panel of 64 rows of 128 bytes, chunks swizzled by the row, 8 rows to 1024 bytes: the low half
-// of its descriptor. The high half, the same for all, has the 1024 bytes and the swizzle. As an
-// operand whose rows are the product's rows or columns, 16 features are 2 units further on.
+// of its descriptor, in units of 16 bytes. The high half, the same for all, has the 1024 bytes and
+// the swizzle. As an operand whose rows are the product's rows or columns; 16 features are 2 units.
 DEVICE uint32_t wgmma_panel(const void *p) { return (shared_address(p) & 0x3ffff) >> 4 | 1 << 16; }
+// As one whose rows are the product's inner dimension; 16 of them are 128 units. The next 64
+// features, of which no product here takes any, would be a panel further on.
+DEVICE uint32_t wgmma_panel_transposed(const void *p)
+{
+    return (shared_address(p) & 0x3ffff) >> 4 | (64 * 128 / 16) << 16;
+}
 #define PANEL_HIGH 0x40000040
 
 // The accumulator, for the products below and for what stands around them: the compiler knows not

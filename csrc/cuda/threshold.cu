@@ -124,7 +124,7 @@ static __global__ void __launch_bounds__(THREADS, 4)
             atomicAdd(to + 2 * pair + 1, word >> 16);
         }
     }
-    unsigned *flag = (unsigned *)shared;
+    unsigned *flag = (unsigned *)(shared + fit.at.ring); // the counts may lie at the beginning
     const int64_t other_tickets = KIND == FINE ? r.parts.row_blocks + 1 : 0;
     if (!last_to_arrive(r.tickets + other_tickets + block.ticket, block.part.slices, flag))
         return;
@@ -189,7 +189,7 @@ static __global__ void __launch_bounds__(THREADS, 4)
     if (KIND == COARSE)
         return;
     // A batch that is not finite has no threshold: each block looks at its share of the unit rows.
-    double *scratch = (double *)shared + 1;
+    double *scratch = (double *)(flag + 2);
     const int64_t share = (r.unit.count + r.parts.row_blocks - 1) / r.parts.row_blocks;
     for (int64_t k = threadIdx.x; k < share; k += THREADS)
         if (block.ticket * share + k < r.unit.count)

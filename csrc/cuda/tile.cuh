@@ -106,7 +106,7 @@ DEVICE void multiply_panel(float (&acc)[8][4], const uint32_t (&a)[4][4], const 
 DEVICE void multiply_transposed(float (&acc)[8][4], const uint32_t (&a)[4][4], const uint16_t *b)
 {
 #ifdef HEX_WGMMA
-    const uint32_t pb = wgmma_panel(b);
+    const uint32_t pb = wgmma_panel_transposed(b);
 #pragma unroll
     for (int k = 0; k < BN / 16; k++) // 16 rows are 128 units of 16 bytes
         wgmma_f16_transposed(acc, a[k], pb + 128 * k);

@@ -609,20 +609,20 @@ static inline void copy_bulk(void *to, const void *from, int bytes, uint64_t *ba
         emu::S.bulk.push_back(b);
 }
 
-// A descriptor is the place in shared memory in units of 16 bytes, and a bit; the swizzle is undone
-// here.
+// A descriptor is the place in shared memory in units of 16 bytes; the swizzle is undone here.
 static inline uint32_t wgmma_panel(const void *p)
 {
     if ((uintptr_t)p & 1023 || !emu::is_shared(p))
         emu::fail("wgmma: the panel is not at a multiple of 1024 in shared memory");
-    return (uint32_t)((const unsigned char *)p - emu::S.shared) >> 4 | 1 << 16;
+    return (uint32_t)((const unsigned char *)p - emu::S.shared) >> 4;
 }
+static inline uint32_t wgmma_panel_transposed(const void *p) { return wgmma_panel(p); }
 template <class Accumulators> static inline void wgmma_begin(Accumulators &) {}
 template <class Accumulators> static inline void wgmma_end(Accumulators &) {}
 // Half k of a panel's row, from the descriptor's place on.
 static inline float hex_emu_half(uint32_t d, int row, int k)
 {
-    const unsigned char *panel = emu::S.shared + ((d & 0xffc0) << 4);
+    const unsigned char *panel = emu::S.shared + ((d & 0x3fc0) << 4);
     const int chunk = (int)(d & 63) + (k >> 3);
     const uint16_t *p = (const uint16_t *)(panel + row * 128 + ((chunk ^ row) & 7) * 16);
     return hex_f16_to_float(p[k & 7]);
