@@ -243,6 +243,11 @@ def launches_of_a_backward(library, B, D=8, mode="ntxent", K=0, wanted="z0 z1 ta
     )  # fmt: skip
 
 
+def busy(blocks):
+    """The share of the processors that have a block, over the rounds that the blocks take."""
+    return blocks / HOPPER[0] / math.ceil(blocks / HOPPER[0])
+
+
 QUEUE = {"mode": "shared", "K": 65536}
 
 
@@ -264,8 +269,8 @@ QUEUE = {"mode": "shared", "K": 65536}
 )
 def test_every_launch_of_the_gather_fills_the_device(mma, batch):
     grids = [n for kernel, n in launches_of_a_backward(mma, **batch) if kernel == "backward"]
-    assert min(grids) >= HOPPER[0], grids
-    assert max(grids) <= 3 * HOPPER[0], grids  # whose sums are 26 MB
+    assert min(busy(n) for n in grids) >= 0.85, grids
+    assert max(grids) <= 4 * HOPPER[0], grids  # whose sums are 35 MB
 
 
 def test_the_anchors_before_a_queue_are_cut_finely_though_the_queue_learns_too(mma):
@@ -273,19 +278,20 @@ def test_the_anchors_before_a_queue_are_cut_finely_though_the_queue_learns_too(m
         launched = launches_of_a_backward(mma, B=256, **QUEUE, wanted=wanted)
         return next(n for kernel, n in launched if kernel == "backward")
 
-    assert first("z0 z1 negatives") == first("z0 z1") >= HOPPER[0]
+    assert first("z0 z1 negatives") == first("z0 z1")
+    assert busy(first("z0 z1")) >= 0.85
 
 
 def test_the_projection_is_launched_for_the_rows_whose_gradient_is_wanted(mma):
     def rows(wanted, **batch):
         launched = launches_of_a_backward(mma, wanted=wanted, **batch)
-        return [4 * n for kernel, n in launched if kernel == "project"]  # a warp each
+        return [8 * n for kernel, n in launched if kernel == "project"]  # two for each warp
 
     assert rows("z0", B=256, **QUEUE) == [256]
     assert rows("z0 z1", B=256, **QUEUE) == [512]
     assert rows("z1", B=20000) == [20000 - 6208, 6208]  # 33792 rows a band
     assert sum(rows("negatives", B=256, **QUEUE)) == 65536
-    assert rows("tau", B=20000) == [4]  # the block that adds up dL/dtau
+    assert rows("tau", B=20000) == [8]  # the block that adds up dL/dtau
     assert rows("", B=20000) == []
 
 

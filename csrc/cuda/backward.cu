@@ -217,7 +217,11 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
                                                  x1 - f16_to_float((uint16_t)(high[k][q] >> 16)))
                                       : 0;
                 }
+            // The same for all threads: then the tile is an edge for all warps.
+            const bool others = tile * BN < col0 || (tile + 1) * BN > col1;
             if (HOLD) {
+                if (others)
+                    stream.clear_others(slot, places.from, places.valid);
                 if (!SPLIT)
                     wgmma_begin(out);
 #pragma unroll
@@ -231,6 +235,8 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
                 for (int v = 0; v < OUT; v++)
                     if (v < values) {
                         const int now = stream.next();
+                        if (others)
+                            stream.clear_others(now, places.from, places.valid);
                         if (!SPLIT)
                             wgmma_begin(out[v]);
                         multiply_weights<SPLIT>(out[v], high, low, stream.b_panel(now));

@@ -165,7 +165,10 @@ SHARED_DEVICE int64_t place_of(const hex_unit &u, int64_t i, int64_t d)
 SHARED_DEVICE __host__ int64_t padded(int64_t count) { return (count + 63) / 64 * 64; }
 
 // Where coefficient k of unit row i stands.
-SHARED_DEVICE int64_t coefficient(int k, int64_t i) { return ((i >> 6) * K_ALL + k) * 64 + (i & 63); }
+SHARED_DEVICE int64_t coefficient(int k, int64_t i)
+{
+    return ((i >> 6) * K_ALL + k) * 64 + (i & 63);
+}
 
 // Where row j stands, of set i if there are sets (the per-anchor negatives).
 SHARED_DEVICE int64_t row_start(const hex_rows &x, int64_t j, int64_t i = 0)

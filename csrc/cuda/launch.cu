@@ -336,12 +336,14 @@ static const char *backward(const hex_problem *p, const hex_device *d, const hex
     // are such a band by themselves, for each of theirs meets many more columns.
     const int64_t chunks = plan.plain ? 1 : cut(r.unit.width, 2 * TILE);
     const int64_t enough = 2 * r.processors > chunks ? 2 * r.processors / chunks : 1;
+    // Blocks of rows begin at multiples of TILE, so that each part but the first may take one more.
+    const int64_t most = r.block_rows * (enough < all.count ? 1 : enough - all.count + 1);
     auto band_from = [&](int64_t first) { // its parts become r.parts, its end is returned
         int64_t end = r.unit.count;
         if (!plan.plain) {
             const int64_t queue = p->mode == HEX_SHARED && first < 2 * p->B ? 2 * p->B : end;
             end = queue < end ? queue : end;
-            end = end - first > r.block_rows * enough ? first + r.block_rows * enough : end;
+            end = end - first > most ? first + most : end;
         }
         r.parts = band_of(all, first, end);
         // The sums of a band's slices take no more memory than a whole band; of a batch that is one

@@ -153,6 +153,10 @@ DEVICE void copy_bulk(void *to, const void *from, int bytes, uint64_t *barrier)
                  : "memory");
 }
 
+// Makes what this thread wrote to shared memory visible to the tensor cores, which read it by
+// another path.
+DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // ---- warpgroup products ----
 
 // A panel of 64 rows of 128 bytes, chunks swizzled by the row, 8 rows to 1024 bytes: the low half
@@ -243,5 +247,7 @@ DEVICE void wgmma_f16_transposed(float (&c)[8][4], const uint32_t (&a)[4], uint3
 #undef C_IN_REGISTERS
 #undef ROWS_OF
 #undef ROW
+#else
+DEVICE void fence_async() {}
 #endif
 #endif

@@ -373,6 +373,20 @@ template <int WARPS, bool SPLIT, int PANELS, bool KEEP> struct hex_stream {
 #endif
     }
 
+    // For a tile that holds columns outside of [from, to), of which the block has nothing to do but
+    // which may hold NaN: makes 0 of them in a slot, when all warps have read it.
+    __device__ __forceinline__ void clear_others(int in_slot, int from, int to) const
+    {
+        __syncthreads();
+        for (int k = (int)threadIdx.x; k < WIDE * PIECE / 8; k += THREADS) {
+            const int row = k / (PANEL / 8) % BN;
+            if (row < from || row >= to)
+                *(uint4 *)(b_panel(in_slot) + 8 * k) = make_uint4(0, 0, 0, 0);
+        }
+        fence_async();
+        __syncthreads();
+    }
+
     // What came beside the tile whose cosines were computed last.
     __device__ __forceinline__ const unsigned char *side_of_tile()
     {

@@ -561,6 +561,7 @@ static inline void copy_wait()
     emu::S.current->copies.clear();
 }
 
+static inline void fence_async() {}
 #ifdef HEX_WGMMA
 static inline emu::Counter *hex_emu_counter(uint64_t *barrier)
 {
@@ -614,7 +615,7 @@ static inline uint32_t wgmma_panel(const void *p)
 {
     if ((uintptr_t)p & 1023 || !emu::is_shared(p))
         emu::fail("wgmma: the panel is not at a multiple of 1024 in shared memory");
-    return (uint32_t)((const unsigned char *)p - emu::S.shared) >> 4;
+    return (uint32_t)((const unsigned char *)p - emu::S.shared) >> 4 | 1 << 16; // never 0
 }
 static inline uint32_t wgmma_panel_transposed(const void *p) { return wgmma_panel(p); }
 template <class Accumulators> static inline void wgmma_begin(Accumulators &) {}
