@@ -59,9 +59,8 @@ MUTANTS = {
         ("upto > *rank", "upto >= *rank"),
         ("__dmul_rn(rule.momentum, stored - candidate)", "0."),
         ("updates == 0", "true"),
-        ("p.D % 4 == 0", "true"),
-        ("127 + e", "126 + e"),
     ],
+    "fours.cuh": [("127 + e", "126 + e")],
     "threshold.cu": [
         ("at & 1 ? 65536u : 1u", "1u"),
         ("words[k] = 0;", ""),
@@ -135,7 +134,7 @@ MUTANTS = {
     "project.cu": [
         ("(du(d) - along * u)", "du(d)"),
         ("slice * own.step + d", "slice + d"),
-        ("partial[d] = (real)sum;", ""),
+        ("own.partial[d] = (real)sum;", ""),
         ("row0 + block * (THREADS / 32)", "block * (THREADS / 32)"),
         ("from < first ? from : first", "from"),
         ("end = to;", "end = from;"),
@@ -159,7 +158,7 @@ MUTANTS = {
         ("sum[n] += __shfl_xor_sync(~0u, sum[n], k);", ";"),
         ("sum[2] * inverse[0] * inverse[1]", "sum[2] * inverse[0]"),
         ("along = block_sum(along, scratch);", ""),
-        ("work.zero_count; k += threads", "work.zero_count - 1; k += threads"),
+        ("work.zeros[k] = make_uint4(0, 0, 0, 0);", ""),
     ],
     "plain.cu": [
         ("lane == 0 && (pass == 0 || at >> 8 == coarse)", "pass == 0 || at >> 8 == coarse"),
