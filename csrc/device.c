@@ -45,6 +45,8 @@ const char *hex_load_cuda(const char *path)
     return NULL;
 }
 
+int hex_probe_cuda(int device) { return cuda ? cuda->probe(device) : -1; }
+
 bool hex_cuda_is_emulated(void) { return cuda && cuda->emulated; }
 
 bool hex_place_of(AtenTensorHandle t, hex_place *place)

@@ -35,5 +35,8 @@ const char *hex_cuda_adaptive(const hex_place *place, const hex_problem *p, cons
  * (tests/emulation) takes the place of the CPU's until NULL is loaded. */
 const char *hex_load_cuda(const char *path);
 bool hex_cuda_is_emulated(void);
+/* 0, or the CUDA error that keeps the core that is loaded from a device (209: it has no code for
+ * such a GPU); -1: none is loaded. */
+int hex_probe_cuda(int device);
 
 #endif

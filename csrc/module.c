@@ -112,6 +112,15 @@ static PyObject *load_cuda(PyObject *self, PyObject *path)
     Py_RETURN_NONE;
 }
 
+static PyObject *probe_cuda(PyObject *self, PyObject *index)
+{
+    const long device = PyLong_AsLong(index);
+    (void)self;
+    if (device == -1 && PyErr_Occurred())
+        return NULL;
+    return PyLong_FromLong(hex_probe_cuda((int)device));
+}
+
 static const char *isa;
 
 static PyObject *get_isa(PyObject *self, PyObject *unused)
@@ -125,6 +134,8 @@ static PyMethodDef methods[] = {
      "isa() -> str\n\nThe level of the CPU kernels in use: base, avx2, avx512 or avx512_bf16."},
     {"load_cuda", load_cuda, METH_O,
      "load_cuda(path) -> str | None\n\nTakes hex/_cuda.so into use; or says what is in the way."},
+    {"probe_cuda", probe_cuda, METH_O,
+     "probe_cuda(index) -> int\n\n0, or the CUDA error that keeps hex/_cuda.so from a device."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -33,10 +33,14 @@ except ModuleNotFoundError as error:
 __all__ = ["_C", "cuda_is_built", "cuda_problem"]
 
 _CUDA_LIBRARY = os.path.join(os.path.dirname(__file__), "_cuda.so")
-_HOW = (
-    "build hex-ssl where nvcc of CUDA 13 is installed: HEX_CUDA=1 pip install --no-binary hex-ssl "
-    "hex-ssl (docs/cuda.md)"
-)
+_NO_CODE = (98, 209)  # cudaErrorInvalidDeviceFunction, cudaErrorNoKernelImageForDevice
+
+
+def _how(options: str = "") -> str:
+    return (
+        f"build hex-ssl where nvcc of CUDA 13 is installed: HEX_CUDA=1 {options}pip install "
+        "--no-binary hex-ssl hex-ssl (docs/cuda.md)"
+    )
 
 
 def cuda_is_built() -> bool:
@@ -47,8 +51,13 @@ def cuda_is_built() -> bool:
 @functools.cache
 def _cuda_core_problem() -> str | None:
     """Loads hex/_cuda.so, once; None, or what is in the way."""
+    wanted = os.environ.get("HEX_CUDA_KERNELS") or "1"
+    if wanted not in ("0", "1"):
+        raise ValueError(f"HEX_CUDA_KERNELS: got {wanted!r}, wanted 0 or 1")
+    if wanted == "0":
+        return "HEX_CUDA_KERNELS=0 turns them off"
     if not cuda_is_built():
-        return f"this build of hex-ssl has none; {_HOW}"
+        return f"this build of hex-ssl has none; {_how()}"
     problem = _C.load_cuda(_CUDA_LIBRARY)
     return problem and f"hex/_cuda.so cannot be used: {problem}"
 
@@ -62,4 +71,14 @@ def cuda_problem(index: int) -> str | None:
     major, minor = torch.cuda.get_device_capability(index)
     if major < 8:
         return f"they need compute capability 8.0, and this GPU has {major}.{minor}"
-    return _cuda_core_problem()
+    problem = _cuda_core_problem()
+    error = 0 if problem else _C.probe_cuda(index)
+    if error in _NO_CODE:
+        arch = f"{major}{minor}{'a' if major == 9 else ''}"  # as nvcc names it
+        return (
+            f"hex/_cuda.so has no code for this GPU, of compute capability {major}.{minor}; "
+            f"{_how(f'HEX_CUDA_ARCH={arch} ')}"
+        )
+    if error:
+        return f"hex/_cuda.so cannot be used: this GPU answers with CUDA error {error}"
+    return problem

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import types
 from typing import Any, NamedTuple
 
 import hypothesis
@@ -18,7 +19,7 @@ import torch
 from data import batch, eps_in_a_gap, f64
 from torch import Tensor
 
-from hex import hex_loss, ops, reference
+from hex import _load, hex_loss, ops, reference
 
 try:
     import torchvision  # noqa: F401
@@ -58,6 +59,36 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+def cuda_tensor(index: int = 0) -> Any:
+    """What hex.ops asks a CUDA tensor about before it chooses its kernels; no GPU is needed."""
+    device = types.SimpleNamespace(type="cuda", index=index)
+    return types.SimpleNamespace(device=device, is_cpu=False, is_cuda=True)
+
+
+@pytest.fixture
+def fresh_cuda(monkeypatch):
+    """Nothing asked of a GPU yet, nothing warned of yet. Call it with the compute capability that
+    GPUs are to have and the library of the build; without: one that serves them is loaded."""
+
+    monkeypatch.delenv("HEX_CUDA_KERNELS", raising=False)
+
+    def forget():
+        _load.cuda_problem.cache_clear()
+        _load._cuda_core_problem.cache_clear()
+
+    def set_up(capability, library=None):
+        forget()
+        monkeypatch.setattr(ops, "_warned", set())
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        monkeypatch.setattr(_load, "_CUDA_LIBRARY", str(library or __file__))  # that exists
+        if library is None:
+            monkeypatch.setattr(_load._C, "load_cuda", lambda path: None)
+            monkeypatch.setattr(_load._C, "probe_cuda", lambda index: 0)
+
+    yield set_up
+    forget()
 
 
 class Result(NamedTuple):

@@ -11,6 +11,7 @@ import functools
 import math
 import os
 import subprocess
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,6 +28,8 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "csrc/cuda"
 # Some kinds of error show only where the warps' order is one way or the other: see cuda_emu.h.
 SEEDS = (1, 2)
+# How the tensor cores add: rounded as IEEE has it, and cut off as is believed of Hopper's.
+ROUNDED, TRUNCATED = -1, 2
 # Processors, shared memory of a block. With one processor a block goes through several tiles, and
 # the backward through several bands of rows.
 HOPPER, SMALL = (132, 227 * 1024), (1, 99 * 1024)
@@ -54,11 +57,12 @@ def compile(output: Path, *flags: str, sources: list[Path] | None = None) -> Pat
 
 
 class Emulator:
-    """The library in use; `seed` and `device` as in cuda_emu.h."""
+    """The library in use; what can be set is explained in cuda_emu.h."""
 
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))
         self.library.hex_emu_count.restype = ctypes.c_uint64
+        self.library.hex_emu_recorded.restype = ctypes.c_char_p
         self.path = path
 
     @contextlib.contextmanager
@@ -76,6 +80,24 @@ class Emulator:
     def device(self, processors: int, shared: int) -> None:
         self.library.hex_emu_device(processors, shared)
 
+    def truncate(self, extra_bits: int) -> None:
+        self.library.hex_emu_truncate(extra_bits)
+
+    def no_code(self, *devices: int) -> None:
+        self.library.hex_emu_no_code(sum(1 << d for d in devices))
+
+    def launches_of(self, call: Callable[[], object]) -> list[tuple[str, int]]:
+        """(file of the kernel, blocks) of each launch of the call; nothing is run."""
+        self.library.hex_emu_record(True)
+        try:
+            call()
+            found, blocks = [], ctypes.c_uint()
+            while file := self.library.hex_emu_recorded(len(found), ctypes.byref(blocks)):
+                found.append((Path(file.decode()).stem, blocks.value))
+            return found
+        finally:
+            self.library.hex_emu_record(False)
+
     @property
     def launches(self) -> int:
         return self.library.hex_emu_count(0)
@@ -83,6 +105,19 @@ class Emulator:
     @property
     def conflicts(self) -> int:
         return self.library.hex_emu_count(1)
+
+
+def conformance_on_a_gpu(folder: Path) -> Path:
+    """emulation/conformance.cu for the current GPU: HEX_CONFORMANCE, the path of what was built
+    elsewhere, or built here by nvcc."""
+    if built := os.environ.get("HEX_CONFORMANCE"):
+        return Path(built)
+    major, minor = torch.cuda.get_device_capability()
+    arch = f"sm_{major}{minor}" + ("a" if major == 9 else "")
+    library, source = folder / "conform.so", ROOT / "tests/emulation/conformance.cu"
+    command = ["nvcc", "-std=c++17", "-arch", arch, "-shared", "-Xcompiler", "-fPIC", "-o", library]
+    subprocess.run([*command, source], check=True)
+    return library
 
 
 # ---- what is right ------------------------------------------------------------------------------

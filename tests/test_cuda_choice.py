@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Whether the CUDA kernels are used, and what is said where they cannot be: no nvcc, no GPU."""
 
-import functools
 import os
 import subprocess
 import sys
-import types
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import cuda_tensor
 
 from hex import _load, ops
 
@@ -22,70 +21,88 @@ def test_what_is_no_cuda_library_is_refused(tmp_path):
     assert "_cuda.so" in _load._C.load_cuda(str(tmp_path / "_cuda.so"))
 
 
-def on_cuda(index=0):
-    device = types.SimpleNamespace(type="cuda", index=index)
-    return types.SimpleNamespace(device=device, is_cpu=False, is_cuda=True)
-
-
-@pytest.fixture
-def fresh(monkeypatch):
-    """Nothing asked yet, nothing warned of yet; set what the GPU and the build are."""
-
-    def set_up(capability, library):
-        _load.cuda_problem.cache_clear()
-        _load._cuda_core_problem.cache_clear()
-        monkeypatch.setattr(ops, "_warned", set())
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-        monkeypatch.setattr(_load, "_CUDA_LIBRARY", str(library))
-
-    yield set_up
-    _load.cuda_problem.cache_clear()
-    _load._cuda_core_problem.cache_clear()
-
-
-def test_a_build_without_kernels_warns_once_and_says_how_to_get_them(fresh, tmp_path):
-    fresh((9, 0), tmp_path / "none.so")
+def test_a_build_without_kernels_warns_once_and_says_how_to_get_them(fresh_cuda, tmp_path):
+    fresh_cuda((9, 0), tmp_path / "none.so")
     with pytest.warns(RuntimeWarning, match=r"'cuda:0' \(this build of hex-ssl has none; build .*"):
-        assert not ops._has_kernel(on_cuda(), "forward")
+        assert not ops._has_kernel(cuda_tensor(), "forward")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not ops._has_kernel(on_cuda(), "forward")
+        assert not ops._has_kernel(cuda_tensor(), "forward")
 
 
-def test_an_old_gpu_warns_with_its_capability(fresh, tmp_path):
-    fresh((7, 5), tmp_path / "none.so")
+def test_the_kernels_can_be_turned_off_when_a_program_is_started(fresh_cuda, monkeypatch):
+    fresh_cuda((9, 0))
+    assert ops._has_kernel(cuda_tensor(), "forward")
+    fresh_cuda((9, 0))
+    monkeypatch.setenv("HEX_CUDA_KERNELS", "0")
+    with pytest.warns(RuntimeWarning, match=r"'cuda:0' \(HEX_CUDA_KERNELS=0 turns them off\)"):
+        assert not ops._has_kernel(cuda_tensor(), "forward")
+    assert not ops._has_kernel(cuda_tensor(), "threshold")  # and is silent from now on
+    assert not ops.has_adaptive(cuda_tensor())
+
+
+@pytest.mark.parametrize("value", ("1", ""))
+def test_the_kernels_are_used_where_the_switch_does_not_say_otherwise(
+    fresh_cuda, monkeypatch, value
+):
+    monkeypatch.setenv("HEX_CUDA_KERNELS", value)
+    fresh_cuda((9, 0))
+    assert ops._has_kernel(cuda_tensor(), "forward")
+
+
+def test_a_switch_that_is_neither_on_nor_off_is_an_error(fresh_cuda, monkeypatch):
+    monkeypatch.setenv("HEX_CUDA_KERNELS", "no")
+    fresh_cuda((9, 0))
+    with pytest.raises(ValueError, match="HEX_CUDA_KERNELS: got 'no', wanted 0 or 1"):
+        ops._has_kernel(cuda_tensor(), "forward")
+
+
+@pytest.mark.parametrize(
+    "error, what",
+    (
+        (98, "no code for this GPU, of compute capability 8.6; .* HEX_CUDA_ARCH=86 pip install"),
+        (209, "no code for this GPU, of compute capability 8.6; .* HEX_CUDA_ARCH=86 pip install"),
+        (222, "cannot be used: this GPU answers with CUDA error 222"),
+    ),
+)
+def test_a_gpu_that_cannot_run_the_library_says_why(fresh_cuda, monkeypatch, error, what):
+    fresh_cuda((8, 6))
+    monkeypatch.setattr(_load._C, "probe_cuda", lambda index: error)
+    with pytest.warns(RuntimeWarning, match=what):
+        assert not ops._has_kernel(cuda_tensor(), "forward")
+
+
+def test_an_old_gpu_warns_with_its_capability(fresh_cuda, tmp_path):
+    fresh_cuda((7, 5), tmp_path / "none.so")
     with pytest.warns(RuntimeWarning, match="need compute capability 8.0, and this GPU has 7.5"):
-        assert not ops._has_kernel(on_cuda(), "forward")
+        assert not ops._has_kernel(cuda_tensor(), "forward")
 
 
-def test_an_operator_without_a_kernel_is_composed_though_others_have_one(fresh, monkeypatch):
-    fresh((9, 0), "")
-    monkeypatch.setattr(_load, "_cuda_core_problem", functools.cache(lambda: None))
-    assert ops._has_kernel(on_cuda(), "forward")
+def test_an_operator_without_a_kernel_is_composed_though_others_have_one(fresh_cuda, monkeypatch):
+    fresh_cuda((9, 0))
+    assert ops._has_kernel(cuda_tensor(), "forward")
     with pytest.warns(RuntimeWarning, match="'another' has none"):
-        assert not ops._has_kernel(on_cuda(), "another")
+        assert not ops._has_kernel(cuda_tensor(), "another")
 
 
-def test_torchs_switch_for_float32_products_is_passed_on(fresh, monkeypatch):
-    fresh((9, 0), "")
-    monkeypatch.setattr(_load, "_cuda_core_problem", functools.cache(lambda: None))
-    assert ops._mode(on_cuda(), 2) == 2
+def test_torchs_switch_for_float32_products_is_passed_on(fresh_cuda, monkeypatch):
+    fresh_cuda((9, 0))
+    assert ops._mode(cuda_tensor(), 2) == 2
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
-        assert ops._mode(on_cuda(), 2) == 2 | ops._ONE_PRODUCT
+        assert ops._mode(cuda_tensor(), 2) == 2 | ops._ONE_PRODUCT
     finally:
         torch.set_float32_matmul_precision(before)
     cpu = torch.zeros(2, 3)
     assert ops._mode(cpu, 2) == 2
 
 
-def test_loss_and_threshold_are_one_call_where_the_kernels_are(fresh, monkeypatch, tmp_path):
-    fresh((9, 0), tmp_path / "none.so")
-    assert not ops.has_adaptive(on_cuda())
-    fresh((9, 0), "")
-    monkeypatch.setattr(_load, "_cuda_core_problem", functools.cache(lambda: None))
-    assert ops.has_adaptive(on_cuda())
+def test_loss_and_threshold_are_one_call_where_the_kernels_are(fresh_cuda, monkeypatch, tmp_path):
+    fresh_cuda((9, 0), tmp_path / "none.so")
+    assert not ops.has_adaptive(cuda_tensor())
+    fresh_cuda((9, 0))
+    assert ops.has_adaptive(cuda_tensor())
 
 
 @pytest.mark.parametrize("value, complaint", [("2", "wanted auto, 0 or 1"), ("1", "nvcc is not")])

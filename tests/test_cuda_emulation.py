@@ -10,11 +10,26 @@ import math
 import emulator
 import pytest
 import torch
-from conftest import Problem, check_gradients, check_loss, eps_of_each_row, problem
+from conftest import (
+    NAMES,
+    Problem,
+    check_gradients,
+    check_loss,
+    cuda_tensor,
+    eps_of_each_row,
+    problem,
+)
 from data import KINDS, f64
-from emulator import HOPPER, SMALL, assert_half_is_right, assert_threshold_is_right
+from emulator import (
+    HOPPER,
+    ROUNDED,
+    SMALL,
+    TRUNCATED,
+    assert_half_is_right,
+    assert_threshold_is_right,
+)
 
-from hex import HEXLoss, ThresholdTracker, ops, reference
+from hex import HEXLoss, ThresholdTracker, _load, ops, reference
 
 MODES = ("ntxent", "query", "cross", "shared", "own")
 LIBRARIES = {"mma": (), "wgmma": ("-DHEX_WGMMA",)}
@@ -37,6 +52,7 @@ def kernels(libraries, request):
         library.device(*HOPPER)
         library.seed(1)
         yield library
+        library.truncate(ROUNDED)
 
 
 @pytest.fixture
@@ -55,18 +71,40 @@ def test_the_primitives_do_what_plain_arithmetic_does(flags, tmp_path):
     emulator.assert_conforms(emulator.compile(tmp_path / "conform.so", *flags, sources=[source]))
 
 
+def test_primitives_that_were_built_elsewhere_need_no_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("HEX_CONFORMANCE", str(tmp_path / "built.so"))
+    monkeypatch.setattr(emulator.subprocess, "run", None)
+    assert emulator.conformance_on_a_gpu(tmp_path) == tmp_path / "built.so"
+
+
 def check(p: Problem) -> None:
     check_loss(p)
     check_gradients(p)
 
 
 @pytest.mark.parametrize("seed, device", tuple(zip(emulator.SEEDS, (SMALL, HOPPER), strict=True)))
-def test_a_battery_of_problems_is_right_in_any_order_of_the_warps(kernels, seed, device):
+@pytest.mark.parametrize("extra_bits", (ROUNDED, TRUNCATED))
+def test_a_battery_of_problems_is_right_in_any_order_of_the_warps(
+    kernels, seed, device, extra_bits
+):
     kernels.seed(seed)
     kernels.device(*device)
+    kernels.truncate(extra_bits)
     before = kernels.conflicts
     emulator.battery()
     assert kernels.conflicts == before
+
+
+@pytest.mark.parametrize("D", (256, 500, 2048))
+def test_float32_is_as_good_as_torch_though_additions_are_cut_off(kernels, D):
+    kernels.truncate(TRUNCATED)
+    check(problem("cluster", 20, D, dtype=torch.float32))
+
+
+def test_a_long_sum_of_the_gradient_is_as_good_as_torch_though_additions_are_cut_off(kernels):
+    kernels.truncate(TRUNCATED)
+    kernels.device(1, HOPPER[1])  # the 3000 columns in two slices
+    check(problem("cluster", 4, 16, "shared", K=3000, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -165,6 +203,75 @@ def test_many_rows_take_blocks_of_128(mma):
     mma.device(1, 227 * 1024)
     check(problem("cluster", 100, 66, dtype=torch.float32))
     assert_half_is_right(problem("cluster", 100, 66, dtype=torch.bfloat16))
+
+
+def test_rows_in_several_bands_are_right_whole_and_sliced(mma):
+    mma.device(1, HOPPER[1])  # bands of 256 rows
+    p = problem("cluster", 150, 30, dtype=torch.float32)
+    check(p)
+    assert_half_is_right(p.with_(inputs=tuple(z.bfloat16() for z in p.inputs)))
+    check(problem("cluster", 150, 30, "cross", dtype=torch.float32))
+    check(problem("cluster", 30, 30, "shared", K=300, dtype=torch.float32))
+
+
+def launches_of_a_backward(library, B, D=8, mode="ntxent", K=0, wanted="z0 z1 tau"):
+    """(kernel's file, blocks) of each launch of the backward, which is not run."""
+    z0, z1, negatives = (torch.zeros(n, D, dtype=torch.bfloat16) for n in (B, B, K))
+    rows = 2 * B if mode in ("ntxent", "cross") else B
+    needs = sum(1 << k for k, name in enumerate(NAMES) if name in wanted.split())
+    empty = torch.zeros(0)
+    return library.launches_of(
+        lambda: torch.ops.hex.backward(
+            torch.zeros(rows), z0, z1, negatives, f64(0.1), torch.zeros(9, rows), empty,
+            ops.MODES[mode], ops.REDUCTIONS["none"], 1.0, needs,
+        )
+    )  # fmt: skip
+
+
+QUEUE = {"mode": "shared", "K": 65536}
+
+
+@pytest.mark.parametrize(
+    "batch",
+    (
+        {"B": 256, **QUEUE},
+        {"B": 4096, **QUEUE},
+        {"B": 256, **QUEUE, "wanted": "z0 z1 negatives tau"},
+        {"B": 17000},  # the last of the bands has 208 rows
+        {"B": 20000},
+        {"B": 32768},
+        {"B": 20000, "mode": "query"},
+        {"B": 20000, "mode": "cross"},
+        {"B": 2048, "D": 500},
+        {"B": 4500, "D": 500},
+    ),
+    ids=str,
+)
+def test_every_launch_of_the_gather_fills_the_device(mma, batch):
+    grids = [n for kernel, n in launches_of_a_backward(mma, **batch) if kernel == "backward"]
+    assert min(grids) >= HOPPER[0], grids
+    assert max(grids) <= 3 * HOPPER[0], grids  # whose sums are 26 MB
+
+
+def test_the_anchors_before_a_queue_are_cut_finely_though_the_queue_learns_too(mma):
+    def first(wanted):
+        launched = launches_of_a_backward(mma, B=256, **QUEUE, wanted=wanted)
+        return next(n for kernel, n in launched if kernel == "backward")
+
+    assert first("z0 z1 negatives") == first("z0 z1") >= HOPPER[0]
+
+
+def test_the_projection_is_launched_for_the_rows_whose_gradient_is_wanted(mma):
+    def rows(wanted, **batch):
+        launched = launches_of_a_backward(mma, wanted=wanted, **batch)
+        return [4 * n for kernel, n in launched if kernel == "project"]  # a warp each
+
+    assert rows("z0", B=256, **QUEUE) == [256]
+    assert rows("z0 z1", B=256, **QUEUE) == [512]
+    assert rows("z1", B=20000) == [20000 - 6208, 6208]  # 33792 rows a band
+    assert sum(rows("negatives", B=256, **QUEUE)) == 65536
+    assert rows("tau", B=20000) == [4]  # the block that adds up dL/dtau
+    assert rows("", B=20000) == []
 
 
 def test_wide_features_do_not_stay_in_shared_memory(mma):
@@ -283,6 +390,34 @@ def test_a_launch_that_fails_is_an_exception_that_names_the_kernel(mma):
         p.loss(*p.inputs)
     mma.device(*HOPPER)
     check(p)  # and nothing stays behind
+
+
+def test_a_gpu_that_the_library_has_no_code_for_is_composed_with_a_warning(libraries, fresh_cuda):
+    library = libraries["mma"]
+    fresh_cuda((9, 0), library.path)
+    library.no_code(0)
+    try:
+        with pytest.warns(
+            RuntimeWarning, match=r"\(hex/_cuda.so has no code for this GPU, of comp"
+        ):
+            assert not ops._has_kernel(cuda_tensor(0), "forward")
+        assert not ops._has_kernel(cuda_tensor(0), "threshold")  # and is silent from now on
+        assert "HEX_CUDA=1 HEX_CUDA_ARCH=90a pip install" in _load.cuda_problem(0)
+        assert ops._has_kernel(cuda_tensor(1), "forward")  # another GPU, for which there is
+        with library.in_use(), pytest.raises(RuntimeError, match="CUDA error 209, no kernel"):
+            check_loss(problem(dtype=torch.float32))  # what it would have come to
+    finally:
+        library.no_code()
+        _load._C.load_cuda(None)
+
+
+def test_asking_a_gpu_for_code_leaves_the_current_device_and_no_error(libraries):
+    library = libraries["mma"]
+    with library.in_use():
+        library.no_code(1)
+        assert _load._C.probe_cuda(1) == 209 and _load._C.probe_cuda(0) == 0
+        check(problem(dtype=torch.float32))
+        library.no_code()
 
 
 def test_the_cpus_kernels_are_back_when_the_emulation_is_over(libraries):

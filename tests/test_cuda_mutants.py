@@ -32,6 +32,7 @@ MUTANTS = {
         ("(chunk ^ row) & 7", "chunk & 7"),
         ("term == 2 ? ROWS * PANEL : 0", "0"),
         ("term == 1 ? B_HALVES : 0", "0"),
+        ("acc[n][q] += part[n][q];", "acc[n][q] = part[n][q];"),
         # tails and classes of tiles
         ("own[h] >= 0 || positive[h] >= 0", "own[h] >= 0"),
         ("own[h] >= 0 || positive[h] >= 0", "positive[h] >= 0"),
@@ -73,8 +74,16 @@ MUTANTS = {
         ("acc[2 * k + (q >> 1)] + 2 * (q & 1)", "acc[2 * k + (q & 1)] + 2 * (q >> 1)"),
         ("x[0] * unit[q & 1]", "x[0] * unit[q >> 1]"),
         ("ldmatrix_transposed(y, b + at);", "ldmatrix(y, b + at);"),
-        ("mma_f16(out[2 * d], low[k], y[0], y[1]);", ""),
-        ("16 * k + (lane & 15)", "16 * k + (lane & 7)"),
+        ("mma_f16(part[2 * d], low[k], y[0], y[1]);", ""),
+        (
+            "swizzle(16 * k + (lane & 15), 2 * d + (lane >> 4))",
+            "swizzle(16 * k + (lane & 7), 2 * d + (lane >> 4))",
+        ),
+        (
+            "swizzle(16 * k + (lane & 15), 4 * half + 2 * d + (lane >> 4))",
+            "swizzle(16 * k + (lane & 7), 4 * half + 2 * d + (lane >> 4))",
+        ),
+        ("out[4 * half + n][q] += part[n][q];", "out[4 * half + n][q] = part[n][q];"),
         ("acc[n][q] = 0;", ""),
         ("chunk * VALUES", "0"),
         ("bring_coefficients(col + BN);", "bring_coefficients(col);"),
@@ -87,11 +96,13 @@ MUTANTS = {
         ("slice * step + d", "slice + d"),
         ("partial[d] = (real)sum;", ""),
         ("row0 + block * (THREADS / 32)", "block * (THREADS / 32)"),
+        ("from < first ? from : first", "from"),
+        ("end = to;", "end = from;"),
     ],
     "launch.cu": [
         ("r.tickets += tickets;", ""),
         ("r.partial = r.counts;", "r.partial = r.tickets;"),
-        ("first + rows", "first + rows - 1"),
+        ("hex_project(*p, r, rest, first, end)", "hex_project(*p, r, rest, first, end - 1)"),
     ],
     "unit.cu": [("v - (double)f16_to_float(high)", "0.")],
     "plain.cu": [

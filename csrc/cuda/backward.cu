@@ -89,9 +89,7 @@ DEVICE float weight_scale(float top)
 }
 
 // out[16 rows][64 columns of the panel] += the weights times the tile's columns.
-template <bool SPLIT>
-DEVICE void multiply_weights(float (*out)[4], const uint32_t (&high)[4][4],
-                             const uint32_t (&low)[4][4], const uint16_t *b)
+DEVICE void multiply_weights(float (*out)[4], const uint32_t (&high)[4][4], const uint16_t *b)
 {
     const int lane = (int)threadIdx.x & 31;
 #pragma unroll
@@ -99,18 +97,42 @@ DEVICE void multiply_weights(float (*out)[4], const uint32_t (&high)[4][4],
 #pragma unroll
         for (int d = 0; d < PANEL / 16; d++) {
             uint32_t y[4];
-            const int at = swizzle(16 * k + (lane & 15), 2 * d + (lane >> 4));
-            ldmatrix_transposed(y, b + at);
+            ldmatrix_transposed(y, b + swizzle(16 * k + (lane & 15), 2 * d + (lane >> 4)));
             mma_f16(out[2 * d], high[k], y[0], y[1]);
             mma_f16(out[2 * d + 1], high[k], y[2], y[3]);
-            if (SPLIT) {
-                mma_f16(out[2 * d], low[k], y[0], y[1]);
-                mma_f16(out[2 * d + 1], low[k], y[2], y[3]);
-                ldmatrix_transposed(y, b + B_HALVES + at);
-                mma_f16(out[2 * d], high[k], y[0], y[1]);
-                mma_f16(out[2 * d + 1], high[k], y[2], y[3]);
-            }
         }
+}
+
+// The same by three products. A tile is summed by itself and then added, as in tile.cuh: tensor
+// cores cut off where they add. 32 columns at a time, for that many registers are free.
+DEVICE void multiply_split_weights(float (*out)[4], const uint32_t (&high)[4][4],
+                                   const uint32_t (&low)[4][4], const uint16_t *b)
+{
+    const int lane = (int)threadIdx.x & 31;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float part[4][4] = {};
+#pragma unroll
+        for (int k = 0; k < BN / 16; k++)
+#pragma unroll
+            for (int d = 0; d < 2; d++) {
+                uint32_t y[4];
+                const int at = swizzle(16 * k + (lane & 15), 4 * half + 2 * d + (lane >> 4));
+                ldmatrix_transposed(y, b + B_HALVES + at);
+                mma_f16(part[2 * d], high[k], y[0], y[1]);
+                mma_f16(part[2 * d + 1], high[k], y[2], y[3]);
+                ldmatrix_transposed(y, b + at);
+                mma_f16(part[2 * d], low[k], y[0], y[1]);
+                mma_f16(part[2 * d + 1], low[k], y[2], y[3]);
+                mma_f16(part[2 * d], high[k], y[0], y[1]);
+                mma_f16(part[2 * d + 1], high[k], y[2], y[3]);
+            }
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+#pragma unroll
+            for (int q = 0; q < 4; q++)
+                out[4 * half + n][q] += part[n][q];
+    }
 }
 
 // The gradient's columns are cut in chunks of VALUES panels, each with CUDA blocks of its own,
@@ -204,7 +226,11 @@ static __global__ void __launch_bounds__(THREADS, 1)
             if (v < values) {
                 if (stream.advance())
                     bring_coefficients(col + BN);
-                multiply_weights<SPLIT>(out + 8 * v, high, low, stream.b_panel(stream.slot));
+                const uint16_t *b = stream.b_panel(stream.slot);
+                if (SPLIT)
+                    multiply_split_weights(out + 8 * v, high, low, b);
+                else
+                    multiply_weights(out + 8 * v, high, b);
             }
     }
 

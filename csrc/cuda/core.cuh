@@ -75,6 +75,7 @@ const char *hex_tile_range(const hex_problem &p, const hex_run &r, void *low, vo
 const char *hex_tile_gather(const hex_problem &p, const hex_run &r);
 const char *hex_project(const hex_problem &p, const hex_run &r, const hex_gradient &g, int64_t row0,
                         int64_t row1);
+cudaError_t hex_find_code(void); // of one kernel, and so of all, on the current device
 const char *hex_plain_forward(const hex_problem &p, const hex_run &r, double *rows, void *loss,
                               void *stats);
 const char *hex_plain_threshold(const hex_problem &p, const hex_run &r, const hex_choice &choice,

@@ -7,7 +7,7 @@
 
 #include "../hex.h"
 
-#define HEX_CUDA_VERSION 2
+#define HEX_CUDA_VERSION 3
 
 /* What a call runs on. Device memory comes from `allocate` (NULL: there is none), 256-byte aligned;
  * the caller frees it when the call is back, which is right for an allocator that is ordered by the
@@ -41,6 +41,7 @@ typedef struct {
                             const hex_device_state *s, void *loss, void *stats);
     const char *(*row_range)(const hex_problem *p, const hex_device *d, void *low, void *high);
     int (*driver)(void); /* 0, or the CUDA error that there is without a launch (35: no driver) */
+    int (*probe)(int device); /* 0, or the CUDA error of every launch there (209: no code for it) */
 } hex_cuda_table;
 
 #endif

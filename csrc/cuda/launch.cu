@@ -38,13 +38,24 @@ static void add_part(hex_parts &parts, int64_t row0, int64_t row1, int64_t col0,
         parts.part[parts.count++] = {row0, row1, col0, col1, 0, 0, 0, 0, 0};
 }
 
-// Blocks of rows and slices: enough blocks for the device, no slice of more than `most` tiles.
-static void slice_parts(hex_parts &parts, int64_t rows, int64_t most, int64_t processors)
+static int64_t row_blocks_of(const hex_parts &parts, int64_t rows)
 {
     int64_t blocks = 0;
     for (int k = 0; k < parts.count; k++)
         blocks += cut(parts.part[k].row1 - parts.part[k].row0, rows);
-    const int64_t wanted = blocks ? cut(2 * processors, blocks) : 1;
+    return blocks;
+}
+
+// The slices of columns that give a device two blocks for each of its processors.
+static int64_t slices_to_fill(const hex_parts &parts, int64_t rows, int64_t processors)
+{
+    const int64_t blocks = row_blocks_of(parts, rows);
+    return blocks ? cut(2 * processors, blocks) : 1;
+}
+
+// Cuts in blocks of rows and in slices: `wanted` of them, none of more than `most` tiles.
+static void slice_parts(hex_parts &parts, int64_t rows, int64_t most, int64_t wanted)
+{
     parts.blocks = parts.row_blocks = parts.rows = 0;
     for (int k = 0; k < parts.count; k++) {
         hex_part &part = parts.part[k];
@@ -219,7 +230,7 @@ static const char *of_anchors(hex_problem p, const hex_device &d, const hex_choi
     anchor_parts(p, r.parts);
     hex_parts counted = r.parts;
     if (choice) { // 16-bit counts: at most 32768 columns a block
-        slice_parts(counted, 64, 512, r.processors);
+        slice_parts(counted, 64, 512, slices_to_fill(counted, 64, r.processors));
         w.tickets = 2 * counted.row_blocks + 2;
         r.narrow = negatives_of_a_row(p) <= 0xffff;
         w.counts = plan.plain ? 0 : anchors * (r.narrow ? HEX_BINS / 2 : HEX_BINS);
@@ -231,7 +242,7 @@ static const char *of_anchors(hex_problem p, const hex_device &d, const hex_choi
         // and need less shared memory.
         const bool many = anchors >= 128 * (int64_t)r.processors && r.shared_limit >= 120 * 1024;
         r.block_rows = many ? 128 : 64;
-        slice_parts(r.parts, r.block_rows, 64, r.processors);
+        slice_parts(r.parts, r.block_rows, 64, slices_to_fill(r.parts, r.block_rows, r.processors));
         const int64_t sums = most_slices(r.parts) * 9 * anchors * (int64_t)sizeof(float);
         w.tickets += r.parts.row_blocks + 1;
         (choice ? w.later : w.partial) = sums;
@@ -282,17 +293,33 @@ static const char *adaptive(const hex_problem *p, const hex_device *d, const hex
     return of_anchors(*p, *d, &choice, loss, stats);
 }
 
-// Of all parts what lies in rows [first, first + n).
-static hex_parts band_of(const hex_parts &all, int64_t first, int64_t n)
+// Of all parts what lies in rows [first, end).
+static hex_parts band_of(const hex_parts &all, int64_t first, int64_t end)
 {
     hex_parts band = {};
     for (int k = 0; k < all.count; k++) {
         const hex_part &part = all.part[k];
         const int64_t row0 = part.row0 > first ? part.row0 : first;
-        const int64_t row1 = part.row1 < first + n ? part.row1 : first + n;
+        const int64_t row1 = part.row1 < end ? part.row1 : end;
         add_part(band, row0, row1, part.col0, part.col1);
     }
     return band;
+}
+
+// The slices of columns for the blocks of rows of a band: as many as make `enough` blocks, or one
+// fewer where the device, which runs `processors` of chunks x blocks at a time, is done as soon.
+static int64_t band_slices(const hex_parts &band, int64_t rows, int64_t enough, int64_t chunks,
+                           int64_t processors)
+{
+    const int64_t blocks = row_blocks_of(band, rows);
+    int64_t tiles = 1;
+    for (int k = 0; k < band.count; k++) {
+        const int64_t n = cut(band.part[k].col1 - band.part[k].col0, TILE);
+        tiles = n > tiles ? n : tiles;
+    }
+    const int64_t slices = blocks ? cut(enough, blocks) : 1;
+    auto time = [&](int64_t n) { return cut(n * chunks * blocks, processors) * cut(tiles, n); };
+    return slices > 1 && time(slices - 1) <= time(slices) ? slices - 1 : slices;
 }
 
 static const char *backward(const hex_problem *p, const hex_device *d, const hex_gradient *g)
@@ -306,15 +333,26 @@ static const char *backward(const hex_problem *p, const hex_device *d, const hex
     owner_parts(*p, *g, all);
     r.block_rows = 128;
     // Many rows go in bands that fill the device twice, so that the partial sums of one are all
-    // that is in memory; few rows in slices of columns.
+    // that is in memory. A band of fewer rows goes in slices of columns; the anchors before a queue
+    // are such a band by themselves, for each of theirs meets many more columns.
     const int64_t chunks = plan.plain ? 1 : cut(r.unit.width, 2 * TILE);
-    const int64_t most = r.block_rows * (2 * r.processors > chunks ? 2 * r.processors / chunks : 1);
-    const int64_t rows = plan.plain || r.unit.count < most ? r.unit.count : most;
-    const bool sliced = !plan.plain && rows == r.unit.count;
+    const int64_t enough = 2 * r.processors > chunks ? 2 * r.processors / chunks : 1;
+    auto band_from = [&](int64_t first) { // its parts become r.parts, its end is returned
+        int64_t end = r.unit.count;
+        if (!plan.plain) {
+            const int64_t queue = p->mode == HEX_SHARED && first < 2 * p->B ? 2 * p->B : end;
+            end = queue < end ? queue : end;
+            end = end - first > r.block_rows * enough ? first + r.block_rows * enough : end;
+        }
+        r.parts = band_of(all, first, end);
+        slice_parts(r.parts, r.block_rows, (int64_t)1 << 40,
+                    plan.plain ? 1
+                               : band_slices(r.parts, r.block_rows, enough, chunks, r.processors));
+        return end;
+    };
     int64_t gradients = 0;
-    for (int64_t first = 0; first < r.unit.count; first += rows) {
-        r.parts = band_of(all, first, rows);
-        slice_parts(r.parts, r.block_rows, (int64_t)1 << 40, sliced ? r.processors : 0);
+    for (int64_t first = 0; first < r.unit.count;) {
+        first = band_from(first);
         const int64_t n = most_slices(r.parts) * r.parts.rows * r.unit.width;
         gradients = n > gradients ? n : gradients;
     }
@@ -322,12 +360,11 @@ static const char *backward(const hex_problem *p, const hex_device *d, const hex
     if (!plan.error)
         plan.error = hex_unit_rows(*p, r, plan.zeros, g);
     hex_gradient rest = *g;
-    for (int64_t first = 0; first < r.unit.count && !plan.error; first += rows) {
-        r.parts = band_of(all, first, rows);
-        slice_parts(r.parts, r.block_rows, (int64_t)1 << 40, sliced ? r.processors : 0);
+    for (int64_t first = 0, end; first < r.unit.count && !plan.error; first = end) {
+        end = band_from(first);
         plan.error = plan.plain ? hex_plain_gather(*p, r, rest) : hex_tile_gather(*p, r);
         if (!plan.error)
-            plan.error = hex_project(*p, r, rest, first, first + rows);
+            plan.error = hex_project(*p, r, rest, first, end);
         rest.dtau = NULL; // is there
     }
     if (!plan.error && r.unit.count == 0)
@@ -343,7 +380,7 @@ static const char *row_range(const hex_problem *p, const hex_device *d, void *lo
     if (plan.error || anchors_of(*p) == 0)
         return plan.error;
     anchor_parts(*p, r.parts);
-    slice_parts(r.parts, 64, (int64_t)1 << 40, r.processors);
+    slice_parts(r.parts, 64, (int64_t)1 << 40, slices_to_fill(r.parts, 64, r.processors));
     const int64_t bounds = most_slices(r.parts) * 3 * anchors_of(*p) * (int64_t)sizeof(float);
     prepare(*p, *d, {r.parts.row_blocks, 0, bounds, 0, false}, plan);
     if (!plan.error)
@@ -359,10 +396,28 @@ static int driver(void)
     return (int)cudaGetDeviceCount(&devices);
 }
 
+// Code is loaded when it is first asked for, which a capture in its strict mode takes for an error.
+static int probe(int device)
+{
+    int before = 0;
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    cudaError_t error = cudaGetDevice(&before);
+    if (error == cudaSuccess)
+        error = cudaSetDevice(device);
+    if (error == cudaSuccess) {
+        cudaThreadExchangeStreamCaptureMode(&mode);
+        error = hex_find_code();
+        cudaThreadExchangeStreamCaptureMode(&mode);
+        cudaSetDevice(before);
+    }
+    cudaGetLastError(); // it is reported here, not by the next launch
+    return (int)error;
+}
+
 #ifdef HEX_EMULATION
 #define EMULATED true
 #else
 #define EMULATED false
 #endif
 extern "C" __attribute__((visibility("default"))) const hex_cuda_table hex_cuda_core = {
-    HEX_CUDA_VERSION, EMULATED, forward, backward, threshold, adaptive, row_range, driver};
+    HEX_CUDA_VERSION, EMULATED, forward, backward, threshold, adaptive, row_range, driver, probe};

@@ -83,21 +83,36 @@ static __global__ void __launch_bounds__(THREADS, 1)
 const char *hex_project(const hex_problem &p, const hex_run &r, const hex_gradient &g, int64_t row0,
                         int64_t row1)
 {
-    const bool rows = g.dz[0] || g.dz[1] || (g.dz[2] && p.mode == HEX_SHARED);
-    const int64_t end = row1 < r.unit.count ? row1 : r.unit.count;
-    const int64_t row_blocks = rows ? (end - row0 + THREADS / 32 - 1) / (THREADS / 32) : 0;
+    hex_gradient wanted = g;
+    if (p.mode != HEX_SHARED)
+        wanted.dz[2] = NULL;
+    // Of the band's rows those from the first to the last that is wanted.
+    const int64_t input[] = {0, p.B, 2 * p.B, r.unit.count};
+    int64_t first = row1, end = row0;
+    for (int k = 0; k < 3; k++) {
+        const int64_t from = input[k] > row0 ? input[k] : row0;
+        const int64_t to = input[k + 1] < row1 ? input[k + 1] : row1;
+        if (!wanted.dz[k] || from >= to)
+            continue;
+        first = from < first ? from : first;
+        end = to;
+    }
+    const int64_t row_blocks = first < end ? (end - first + THREADS / 32 - 1) / (THREADS / 32) : 0;
     const int64_t blocks = row_blocks + (g.dtau ? 1 : 0);
     if (blocks == 0)
         return NULL;
     const int bytes = THREADS / 32 * (int)sizeof(double);
-    hex_gradient wanted = g;
-    if (p.mode != HEX_SHARED)
-        wanted.dz[2] = NULL;
     if (p.wide)
         HEX_LAUNCH(project_rows<double>, dim3((unsigned)blocks), dim3(THREADS), bytes, r.stream, p,
-                   r, wanted, row0, end);
+                   r, wanted, first, end);
     else
         HEX_LAUNCH(project_rows<float>, dim3((unsigned)blocks), dim3(THREADS), bytes, r.stream, p,
-                   r, wanted, row0, end);
+                   r, wanted, first, end);
     return hex_launched("backward projection");
+}
+
+cudaError_t hex_find_code(void)
+{
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, project_rows<float>);
 }

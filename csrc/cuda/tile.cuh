@@ -145,9 +145,22 @@ template <int WARPS, bool SPLIT> struct hex_stream {
     __device__ __forceinline__ void add_cosines(float (&acc)[8][4], int panel) const
     {
         const uint16_t *x = a_panel(panel, slot), *y = b_panel(slot);
+        if (!SPLIT) {
+            multiply_panel(acc, x, y);
+            return;
+        }
+        // Tensor cores cut off where they add, always towards 0, so that a long sum would not be as
+        // exact as float32: a panel is summed by itself, the small products first, and then added.
+        float part[8][4] = {};
 #pragma unroll 1
-        for (int term = 0; term < (SPLIT ? 3 : 1); term++)
-            multiply_panel(acc, x + (term == 2 ? ROWS * PANEL : 0), y + (term == 1 ? B_HALVES : 0));
+        for (int term = 2; term >= 0; term--)
+            multiply_panel(part, x + (term == 2 ? ROWS * PANEL : 0),
+                           y + (term == 1 ? B_HALVES : 0));
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+#pragma unroll
+            for (int q = 0; q < 4; q++)
+                acc[n][q] += part[n][q];
     }
 };
 

@@ -10,6 +10,7 @@
 //   copy_async      copies at once (odd seeds) or only at the wait (even seeds): so does a wait
 //   blocks          odd seeds run them from the last to the first
 //   ldmatrix        counts bank conflicts: a wrong swizzle is slow, not wrong
+//   tensor cores    round as IEEE does, or cut off as hardware does (tensor_cores.h)
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -19,6 +20,8 @@
 
 #include <utility>
 #include <vector>
+
+#include "tensor_cores.h"
 
 extern "C" {
 #include "../../csrc/cpu/convert.h"
@@ -32,7 +35,7 @@ extern "C" {
 #define DEVICE static inline __attribute__((unused))
 #define HEX_SHARED_MEMORY(name) unsigned char *name = emu::S.shared
 #define HEX_LAUNCH(kernel, grid, block, shared, stream, ...)                                       \
-    ((void)(stream), emu::launch(grid, block, shared, [&] { kernel(__VA_ARGS__); }))
+    ((void)(stream), emu::launch(__FILE__, grid, block, shared, [&] { kernel(__VA_ARGS__); }))
 
 struct uint3 {
     unsigned x, y, z;
@@ -55,9 +58,10 @@ static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w)
 
 typedef void *cudaStream_t;
 typedef int cudaError_t;
-enum { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorNoKernelImageForDevice = 209 };
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+struct cudaFuncAttributes {};
 
 namespace emu
 {
@@ -78,6 +82,10 @@ struct Warp {
 struct Copy {
     void *to;
     const void *from;
+};
+struct Launch {
+    const char *file; // that the kernel is in
+    unsigned blocks;
 };
 struct Fiber {
     void *sp = nullptr;
@@ -106,6 +114,10 @@ struct State {
     void *argument = nullptr;
     unsigned seed = 0;
     uint64_t launches = 0, conflicts = 0;
+    bool recording = false; // launches are noted and not run
+    std::vector<Launch> recorded;
+    int device = 0;       // the current one
+    unsigned no_code = 0; // bit d: the library has no code for device d
     int processors = 3, shared_limit = 227 * 1024;
     cudaError_t error = 0;
     int mutant = 0; // of tests/test_cuda_mutants.py, the error that is to be made
@@ -137,6 +149,8 @@ inline void yield() { hex_emu_switch(&S.current->sp, S.main_sp); }
     fflush(stderr);
     abort();
 }
+
+inline bool has_no_code(int device) { return S.no_code >> device & 1; }
 
 inline bool is_shared(const void *p)
 {
@@ -218,14 +232,23 @@ inline void run_block()
     S.current = nullptr;
 }
 
-template <class Body> inline void launch(dim3 grid, dim3 threads, size_t shared, Body body)
+template <class Body>
+inline void launch(const char *file, dim3 grid, dim3 threads, size_t shared, Body body)
 {
     const unsigned n = threads.x;
+    if (has_no_code(S.device)) {
+        S.error = cudaErrorNoKernelImageForDevice;
+        return;
+    }
     if (n % 32 || n == 0 || n > 1024 || grid.x == 0 || shared > (size_t)S.shared_limit) {
         S.error = cudaErrorInvalidValue;
         return;
     }
     S.launches++;
+    if (S.recording) {
+        S.recorded.push_back({file, grid.x});
+        return;
+    }
     for (Fiber &f : S.fibers)
         free(f.stack);
     S.fibers.clear();
@@ -270,10 +293,24 @@ template <class F> static inline cudaError_t cudaFuncSetAttribute(F, int, int by
 {
     return bytes <= emu::S.shared_limit ? cudaSuccess : emu::S.error = cudaErrorInvalidValue;
 }
+template <class F> static inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, F)
+{
+    return emu::S.error =
+               emu::has_no_code(emu::S.device) ? cudaErrorNoKernelImageForDevice : cudaSuccess;
+}
 static inline cudaError_t cudaGetLastError() { return std::exchange(emu::S.error, 0); }
-static inline const char *cudaGetErrorString(cudaError_t) { return "invalid argument"; }
-static inline cudaError_t cudaGetDevice(int *d) { return *d = 0, cudaSuccess; }
-static inline cudaError_t cudaGetDeviceCount(int *n) { return *n = 1, cudaSuccess; }
+static inline const char *cudaGetErrorString(cudaError_t error)
+{
+    return error == cudaErrorNoKernelImageForDevice ? "no kernel image" : "invalid argument";
+}
+enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
+static inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode *)
+{
+    return cudaSuccess;
+}
+static inline cudaError_t cudaGetDevice(int *d) { return *d = emu::S.device, cudaSuccess; }
+static inline cudaError_t cudaSetDevice(int d) { return emu::S.device = d, cudaSuccess; }
+static inline cudaError_t cudaGetDeviceCount(int *n) { return *n = 2, cudaSuccess; }
 static inline cudaError_t cudaDeviceGetAttribute(int *v, int which, int)
 {
     *v = which == cudaDevAttrMultiProcessorCount ? emu::S.processors : emu::S.shared_limit;
@@ -401,10 +438,7 @@ static inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, u
         for (int l = 0; l < 32; l++)
             for (int q = 0; q < 4; q++) {
                 const float *x = A[(l >> 2) + 8 * (q >> 1)], *y = B[2 * (l & 3) + (q & 1)];
-                float sum = 0;
-                for (int k = 0; k < 16; k++)
-                    sum += x[k] * y[k];
-                w->lane[l].f[q] += sum;
+                w->lane[l].f[q] = emu::add(w->lane[l].f[q], x, y);
             }
     });
     memcpy(c, emu::me().f, sizeof c);
@@ -494,10 +528,7 @@ static inline void wgmma_f16(float (&c)[8][4], uint64_t a, uint64_t b)
             for (int i = 0; i < 32; i++) {
                 const float *x = A[warp * 16 + (f.lane >> 2) + 8 * (i >> 1 & 1)];
                 const float *y = B[i / 4 * 8 + 2 * (f.lane & 3) + (i & 1)];
-                float sum = 0;
-                for (int k = 0; k < 16; k++)
-                    sum += x[k] * y[k];
-                f.acc[i] += sum;
+                f.acc[i] = emu::add(f.acc[i], x, y);
             }
         }
     });
@@ -519,8 +550,34 @@ inline __attribute__((used, visibility("default"))) void hex_emu_mutant(int muta
 {
     emu::S.mutant = mutant;
 }
+// The tensor cores' additions: tensor_cores.h.
+inline __attribute__((used, visibility("default"))) void hex_emu_truncate(int extra_bits)
+{
+    emu::extra = extra_bits;
+}
+// Bit d of the mask: the library has no code for device d.
+inline __attribute__((used, visibility("default"))) void hex_emu_no_code(unsigned devices)
+{
+    emu::S.no_code = devices;
+}
 inline __attribute__((used, visibility("default"))) uint64_t hex_emu_count(int which)
 {
     return which ? emu::S.conflicts : emu::S.launches;
+}
+// From now on launches are noted and not run; false: they run again.
+inline __attribute__((used, visibility("default"))) void hex_emu_record(bool record)
+{
+    emu::S.recording = record;
+    emu::S.recorded.clear();
+}
+// The file of the kernel of the launch number `which` that was noted, and its blocks; NULL: there
+// were fewer.
+inline __attribute__((used, visibility("default"))) const char *hex_emu_recorded(int which,
+                                                                                 unsigned *blocks)
+{
+    if ((size_t)which >= emu::S.recorded.size())
+        return nullptr;
+    *blocks = emu::S.recorded[(size_t)which].blocks;
+    return emu::S.recorded[(size_t)which].file;
 }
 }
