@@ -10,8 +10,9 @@ Another process does the work, case by case. A case that takes it down, or is no
 limit, has failed: the process is killed, with all that it started, and the next case has a new one.
 Each result is a line of FOLDER/results.jsonl as soon as it is there, under the card, torch and hex
 that it is of, and is not measured again there. The last step, report, makes of them tables,
-report.md, and pictures of time and memory against N; `--docs` puts these into docs/. What the cases
-are is in gpu_steps.py, what is measured in gpu_methods.py, how it is shown in gpu_report.py.
+report.md, and pictures of time and memory against N; `--docs` puts these into docs/. Where there
+are no results it takes those of the repository, benchmarks/gpu_results.jsonl. What the cases are is
+in gpu_steps.py, what is measured in gpu_methods.py, how it is shown in gpu_report.py.
 """
 
 from __future__ import annotations
@@ -56,11 +57,7 @@ class Results:
             self.file.write_text(f"{text}\n")
         self.on = ""  # card, torch and hex of what is added
         self.tried: list[str] = []  # what was added here
-        self.records: dict[tuple[str, str], Record] = {}
-        for line in text.splitlines():
-            with contextlib.suppress(ValueError, KeyError):  # cut off, or of an older form
-                record = json.loads(line)
-                self.records[record["on"], record["case"]] = record
+        self.records = gpu_report.read(text)
 
     def add(self, case: str, record: Record) -> Record:
         self.records[self.on, case] = record = {"on": self.on, "case": case, **record}
@@ -95,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case in failed:
         print(f"failed: {case}", file=sys.stderr)
     if "report" in options.steps:
-        files = gpu_report.write(list(results.records.values()), options.out)
+        records = results.records or gpu_report.read(gpu_report.RECORD.read_text())
+        files = gpu_report.write(list(records.values()), options.out)
         if options.docs:
             files += gpu_report.into_docs(options.out, ROOT / "docs")
         print("report:", *files)

@@ -7,7 +7,9 @@ not.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,8 +29,19 @@ GOALS = {
     (65536, 0, False): 13.0,
     (4096, 65536, False): 0.8,
 }
+RECORD = Path(__file__).parent / "gpu_results.jsonl"  # of the tables in docs/cuda.md
 GOAL_MB = {(65536, 0, False): 64 * 1.048576}
 BEGIN, END = "<!-- measured: begin, by benchmarks/gpu.py -->", "<!-- measured: end -->"
+
+
+def read(text: str) -> dict[tuple[str, str], Record]:
+    """The records by machine and case; of a case that is there twice the last one."""
+    records = {}
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, KeyError):  # cut off, or of an older form
+            record = json.loads(line)
+            records[record["on"], record["case"]] = record
+    return records
 
 
 def write(records: Sequence[Record], folder: Path) -> list[Path]:
@@ -63,12 +76,14 @@ def parts(records: Sequence[Record]) -> Iterator[str]:
     by_case = {r["case"]: r for r in records}
     rate = by_case.get("roofline: roofline", {})
     if "machine" in by_case:
-        yield machine(by_case["machine"], rate)
+        checked = any("ms" in r and "loss_error" in r for r in records)
+        yield machine(by_case["machine"], rate, checked)
     cases = [r for r in records if "ms" in r or "skipped" in r]
     yield goals(cases, rate.get("tflops"))
     sizes = of_steps(cases, "sizes", "compiled")
     yield by_method("Time and memory by rows", "ms (MB)", sizes, ms_and_mb)
     yield by_method("What the host takes for a call", "ms", sizes, host_ms)
+    yield kernels([r for r in records if "kernels_us" in r])
     of_rate = functools.partial(share, tflops=rate.get("tflops"))
     yield by_method(
         "The products' share, at that rate", "", of_steps(cases, "sizes", "queue"), of_rate
@@ -79,6 +94,8 @@ def parts(records: Sequence[Record]) -> Iterator[str]:
         ("Other dtypes", "dtypes"),
     ):
         yield by_method(title, "ms (MB)", of_steps(cases, step), ms_and_mb)
+    yield errors([r for r in records if "loss_error" in r and r["rows"] <= 1024])
+    yield of_float32([r for r in records if r["case"].startswith("float32: ")])
     yield training([r for r in records if "step_ms" in r])
     yield checks(records)
     yield not_reached(by_case.get("not reached", {}).get("cases", []))
@@ -88,19 +105,25 @@ def of_steps(cases: Iterable[Record], *steps: str) -> list[Record]:
     return [r for r in cases if r["case"].partition(":")[0] in steps]
 
 
-def machine(m: Record, rate: Record) -> str:
+def machine(m: Record, rate: Record, checked: bool) -> str:
     where = f"{m['card']}, {m['card_gb']:.0f} GB, driver {m['driver']}" if "card" in m else m["cpu"]
-    text = f"{where}; torch {m['torch']} (CUDA {m['cuda']}), hex-ssl {m['hex']}."
+    text = f"{where}; torch {m['torch']} (CUDA {m['cuda']}), hex-ssl {m['hex']}"
+    text += "".join(f", {key} {m[key]}" for key in ("nvcc", "commit") if key in m)
+    text += f" with changes ({m['changes']})" if "changes" in m else ""
+    text += f"; {m['date']}." if "date" in m else "."
     if rate:
         text += (
             f" It reaches {rate['tflops']:.0f} TFLOP/s in a large bfloat16 product and "
             f"{rate['copy_gb_s']:.0f} GB/s in a copy, read and written."
         )
-    return text + (
-        " Times are of forward and backward together, in ms, the median of samples by CUDA events; "
-        "each method was first checked against hex.reference in float64 where N x N fits. Memory "
-        "is what a call takes at most beside its inputs."
+        text += f" {rate['note']}" if "note" in rate else ""
+    text += (
+        "\n\nTimes are of forward and backward together, in ms, the median of samples by CUDA "
+        "events. Memory is what a call takes at most beside its inputs. Plain is eager PyTorch, "
+        "which widens half precision to float32 before it multiplies."
     )
+    first = " Each method was first checked against hex.reference in float64 where N x N fits."
+    return text + first * checked
 
 
 def goals(cases: list[Record], tflops: float | None) -> str:
@@ -143,7 +166,13 @@ def by_method(title: str, unit: str, cases: list[Record], cell: Callable[[Record
             lines.append([name, *(found.get(batch, "") for batch in batches)])
     if not lines:
         return ""
-    columns = [f"{n} x {queue or n}, D {d}, {dtype}" for dtype, d, queue, n in batches]
+    kinds = {batch[:2] for batch in batches}
+    if len(kinds) == 1:  # once is enough
+        title += f": {batches[0][0]}, D = {batches[0][1]}"
+    columns = [
+        f"{n} x {queue or n}" + (f", D {d}, {dtype}" if len(kinds) > 1 else "")
+        for dtype, d, queue, n in batches
+    ]
     skipped = sorted({f"{r['method']}: {r['skipped']}" for r in cases if "skipped" in r})
     notes = [f"Left out: {line}" for line in skipped if cell is ms_and_mb]
     return table.markdown(table.Table(title, [unit, *columns], lines, notes))
@@ -162,6 +191,48 @@ def host_ms(r: Record) -> str:
 def share(r: Record, tflops: float | None) -> str:
     """Of the time, that the products would take at the rate of a large one."""
     return f"{r['flop'] / tflops / 1e9 / r['ms']:.0%}" if "flop" in r and tflops else ""
+
+
+def kernels(cases: list[Record]) -> str:
+    """Where the time of a step goes."""
+    cases = sorted(cases, key=lambda r: (r["queue"], r["rows"]))
+    names = dict.fromkeys(name for r in cases for name in r["kernels_us"])
+    lines = [
+        [name, *(table.number(r["kernels_us"].get(name, [0, None])[1]) for r in cases)]
+        for name in names
+    ]
+    if not lines:
+        return ""
+    lines.append(["all", *(table.number(r["all_us"]) for r in cases)])
+    columns = ["us of a step", *(f"{r['rows']} x {r['queue'] or r['rows']}" for r in cases)]
+    kinds = sorted({f"{r['method']}, {r['dtype']}, D = {r['features']}" for r in cases})
+    return table.markdown(table.Table(f"Kernels: {'; '.join(kinds)}", columns, lines, []))
+
+
+def errors(cases: list[Record]) -> str:
+    """A line for each batch, a column for each method."""
+    found: dict[str, dict[str, str]] = {}
+    for r in cases:
+        batch = f"{r['rows']} x {r['queue'] or r['rows']}, D {r['features']}, {r['dtype']}"
+        both = f"{r['loss_error']:.1e}, {r['gradient_error']:.1e}"
+        found.setdefault(batch, {}).setdefault(r["method"], both)
+    methods = list(dict.fromkeys(r["method"] for r in cases))
+    lines = [[batch, *(of.get(method, "") for method in methods)] for batch, of in found.items()]
+    title = "Relative errors of the loss and of the gradient, against float64"
+    return table.markdown(table.Table(title, ["", *methods], lines, [])) if lines else ""
+
+
+def of_float32(cases: list[Record]) -> str:
+    """How exact float32 is, row by row, for many features."""
+    lines = [
+        [f"{r['features']}, {r['loss']}"]
+        + [f"{r[who][what]:.1e}" for what in ("max", "mean", "grad") for who in ("ours", "plain")]
+        for r in cases
+    ]
+    columns = ["D", "largest of a row's loss, ours", "plain", "mean with its sign, ours", "plain"]
+    columns += ["gradient, ours", "plain"]
+    title = "Errors in float32 by D, beside plain PyTorch in float32"
+    return table.markdown(table.Table(title, columns, lines, [])) if lines else ""
 
 
 def training(cases: list[Record]) -> str:
@@ -196,7 +267,7 @@ def not_reached(cases: Sequence[str]) -> str:
 
 
 def pictures(records: Sequence[Record], on: str, folder: Path) -> list[Path]:
-    """Time and memory against N, by method."""
+    """Time and memory against N, by method; dotted in a graph."""
     try:
         import matplotlib
     except ImportError:
@@ -205,19 +276,35 @@ def pictures(records: Sequence[Record], on: str, folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    cases = [r for r in of_steps(records, "sizes", "compiled") if "ms" in r and not r["graph"]]
+    cases = [r for r in of_steps(records, "sizes", "compiled") if "ms" in r]
+    ticks = sorted({r["rows"] for r in cases})
+    colours = {
+        name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys(r["method"] for r in cases))
+    }
     made = []
     for name, key, unit in (("time", "ms", "ms"), ("memory", "extra_mb", "MB beside the inputs")):
-        figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-        for method in dict.fromkeys(r["method"] for r in cases):
-            points = sorted((r["rows"], r[key]) for r in cases if r["method"] == method)
-            style = "-o" if method.startswith("hex ") else "--s"
-            axes.plot(*zip(*points, strict=True), style, label=method, markersize=3)
+        figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+        for method, graph in dict.fromkeys((r["method"], r["graph"]) for r in cases):
+            if graph and name == "memory":
+                continue  # the same
+            of = [r for r in cases if (r["method"], r["graph"]) == (method, graph)]
+            points = sorted((r["rows"], r[key]) for r in of)
+            style = ":" if graph else "-o" if method.startswith("hex ") else "--s"
+            # those on top of each other are all seen: the later the thinner
+            width = max(1, 4 - list(colours).index(method)) if name == "memory" else 1.5
+            label = None if graph else method
+            axes.plot(
+                *zip(*points, strict=True), style, color=colours[method], label=label,
+                linewidth=width, markersize=2.5 * width,
+            )  # fmt: skip
         axes.set(xscale="log", yscale="log", xlabel="N = 2B", ylabel=unit)
-        axes.set_title(on, fontsize=8)
+        axes.set_xticks(ticks, [str(n) for n in ticks])
+        axes.set_xticks([], minor=True)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_title(on + ("; dotted: in a CUDA graph" if name == "time" else ""), fontsize=9)
         axes.grid(True, alpha=0.3)
         if cases:
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=9, loc="upper left")
         made.append(folder / f"{name}.png")
         figure.savefig(made[-1], dpi=150)
         pyplot.close(figure)

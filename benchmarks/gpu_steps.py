@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,7 +44,7 @@ def start(options: argparse.Namespace) -> Record:
     from hex._load import cuda_is_built, cuda_problem
 
     here = {k: v for k, v in measure.machine().items() if k != "threads"}
-    here["cuda"] = torch.version.cuda
+    here |= {"cuda": torch.version.cuda, "date": time.strftime("%Y-%m-%d", time.gmtime())}
     if options.device != "cpu":
         if not torch.cuda.is_available():
             raise SystemExit("torch sees no CUDA device; --device cpu --smoke is a rehearsal")

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -204,3 +205,21 @@ def test_the_report_replaces_what_stands_between_its_marks(tmp_path):
         text = (docs / "cuda.md").read_text()
         assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
         assert text.count("13 | not measured") == 1
+
+
+def test_without_results_the_report_is_of_the_record_which_the_documents_show(tmp_path):
+    assert gpu.main(["report", "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text()
+    for title in ("Goals", "Time and memory by rows", "Kernels", "Relative errors", "by D"):
+        assert re.search(rf"\*\*.*{title}.*\*\*\n\n\|", text), title
+    shown = (gpu_steps.ROOT / "docs/cuda.md").read_text()
+    assert f"{gpu_report.BEGIN}\n{text}" in shown
+
+
+def test_the_record_names_no_place_of_the_machine():
+    text = gpu_report.RECORD.read_text()
+    assert not re.search(r'[" ]/\w|uuid|pci', text)
+    records = gpu_report.read(text)
+    assert len(records) == len(text.splitlines())
+    for on in {on for on, _ in records}:
+        assert records[on, "machine"].keys() >= {"date", "card", "driver", "torch", "commit"}
