@@ -7,8 +7,8 @@
 // shared memory, two 16-bit counts to a word, for at most 32768 columns. The last block of a row
 // picks the bin; the last of all takes the mean, in the order of the rows.
 //
-// Of a large batch in 16 bits sample.cu and bracket.cu find the bins of nearly all rows in one pass;
-// then only what they left is counted here.
+// Of a large batch in 16 bits sample.cu and bracket.cu find the bins of nearly all rows in one
+// pass; then only what they left is counted here.
 //
 // The row's own place and its positive are left out of the tiles and added at the end where the row
 // is taken whole: self as exactly 1 (0 for a row of zeros), the positive as the inputs give it.
