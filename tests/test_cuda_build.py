@@ -20,8 +20,8 @@ from hex import _load
 ROOT = Path(__file__).parent.parent
 TARGETS = ("80", "86", "89", "90a", "100", "120")
 # The most registers of a thread: a processor has 65536, for 512 threads of these kernels or
-# 384 (bounds); in the gather they hold 128 rows x 128 features of the gradient, for 256 threads, and
-# as many fill a processor's shared memory in the last two.
+# 384 (bounds); in the gather they hold 128 rows x 128 features of the gradient, for 256 threads,
+# and in the last two the shared memory is for as many.
 REGISTERS = {
     **{"forward_tiles": 128, "count_tiles": 128, "bound_tiles": 168},
     **{"gather_tiles": 255, "sample_tiles": 255, "bracket_tiles": 255},
