@@ -52,11 +52,12 @@ DEVICE uint16_t float_to_bf16(float x)
 
 DEVICE float bf16_to_float(uint16_t x) { return __uint_as_float((uint32_t)x << 16); }
 
-// Two halves in a register, `low` in the low bits.
+// Two halves in a register, `low` in the low bits. It stays before wgmma_begin, which waits for
+// what the products read from registers.
 DEVICE uint32_t pack_f16(float low, float high)
 {
     uint32_t y;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    asm volatile("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
     return y;
 }
 

@@ -348,6 +348,7 @@ template <int WARPS, bool SPLIT, int PANELS, bool KEEP> struct hex_stream {
         __syncthreads(); // all warps are done with the other slot
         request();
 #endif
+        __syncwarp(); // the products are a warp's own instructions
         return now;
     }
 
@@ -564,6 +565,9 @@ DEVICE void for_each_tile(const hex_block &block, const hex_unit &unit, int64_t 
             stream.done(slot);
         fold.tile(acc, places, places.enter(tile, col0, col1));
     }
+#ifndef HEX_WGMMA
+    copy_wait(); // for the rows' panels, where there was no tile
+#endif
     __syncthreads(); // the shared memory is free again
     stream.stop();
 }
@@ -590,7 +594,7 @@ template <class F> static inline const char *with_kind(const hex_unit &u, F f)
 static inline hex_fit fit_of(const hex_run &r, int warps, int panels, bool keep, int64_t more,
                              int64_t side = 0, int enough = 8)
 {
-    int most = !r.hopper ? 2 : panels == 2 && warps == 4 ? 2 : panels == 1 ? 8 : 4;
+    int most = !r.hopper || (panels && warps == 4) ? 2 : panels == 1 ? 8 : 4;
     most = most < enough ? most : enough;
     hex_fit fit = {};
     for (int stays = 1; stays >= (panels ? 1 : 0); stays--)
