@@ -65,6 +65,7 @@ class Emulator:
         self.library = ctypes.CDLL(str(path))
         self.library.hex_emu_count.restype = ctypes.c_uint64
         self.library.hex_emu_recorded.restype = ctypes.c_char_p
+        self.library.hex_emu_bracket.restype = ctypes.c_int64
         self.path = path
 
     @contextlib.contextmanager
@@ -99,6 +100,19 @@ class Emulator:
             return found
         finally:
             self.library.hex_emu_record(False)
+
+    @contextlib.contextmanager
+    def brackets(self, cosines: int = 0, sample: int = 1):
+        """The threshold in one pass from so many cosines on, of a sample of so many columns."""
+        self.limits(cosines, sample)
+        try:
+            yield
+        finally:
+            self.limits(64_000_000, 2000)
+
+    def limits(self, cosines: int, sample: int) -> int:
+        """The same. Returns how many rows the last call left to the two passes."""
+        return self.library.hex_emu_bracket(ctypes.c_int64(cosines), ctypes.c_int64(sample))
 
     @property
     def launches(self) -> int:
@@ -171,6 +185,91 @@ def assert_threshold_is_right(
         ops.row_range(*padded, code), reference.row_range(*wide, code), strict=True
     ):
         assert (got.double() - want).abs().max() <= cosine, p
+
+
+def assert_one_pass_is_two(
+    library: Emulator, p: Problem, left: bool | None, quantile: float = 0.99, over: str = "all"
+) -> None:
+    """The threshold by brackets is the one by two passes to the bit; `left`: whether any row was
+    left to those (None: either)."""
+    padded = (*p.inputs, p.inputs[0].new_empty((0, p.inputs[0].shape[1])))[:3]
+
+    def threshold() -> tuple[Tensor, int]:
+        before = library.launches
+        value = ops.threshold(*padded, ops.MODES[p.mode], quantile, over)
+        return value, library.launches - before
+
+    two, launches = threshold()
+    with library.brackets():
+        one, more_launches = threshold()
+        rows = library.limits(0, 1)
+    what = f"{one}, wanted {two}, {rows} rows left, quantile {quantile} over {over}, {p}"
+    assert (launches, more_launches) == (3, 5), what
+    assert torch.equal(one.nan_to_num(7), two.nan_to_num(7)), what
+    assert left is None or left == (rows > 0), what
+
+
+def near_some(B: int, D: int, near: Tensor, seed: int = 0) -> Problem:
+    """Anchors all alike, and a queue of which those rows (bool) are near them."""
+    r, K = torch.Generator().manual_seed(seed), len(near)
+    direction = torch.randn(D, generator=r, dtype=torch.float64)
+    direction /= direction.norm()
+    noise = [torch.randn(n, D, generator=r, dtype=torch.float64) / D**0.5 for n in (B, B, K)]
+    queue = noise[2] + 1.5 * near[:, None] * direction
+    z = (direction + 0.3 * noise[0], direction + 0.3 * noise[1], queue)
+    return Problem(tuple(x.bfloat16() for x in z), "shared", f"{int(near.sum())} of {K} near")
+
+
+def periodic(B: int, K: int, D: int) -> Problem:
+    """Near is every eighth tile of 64, from the first on: a sample of these tiles sees that alone,
+    one of others sees none of it."""
+    return near_some(B, D, torch.arange(K) // 64 % 8 == 0)
+
+
+def lopsided(B: int, K: int, D: int) -> Problem:
+    """Near are 80, all in the columns of the first thread of a row and within one slice."""
+    k = torch.arange(K)
+    return near_some(B, D, (k % 8 < 2) & (k // 64 >= 6) & (k // 64 < 11))
+
+
+def cone(B: int, D: int, width: float, mode: str, seed: int = 0) -> Problem:
+    """A batch around one direction, as of a network that has not learnt yet."""
+    r = torch.Generator().manual_seed(seed)
+    direction, *noise = (torch.randn(n, D, generator=r, dtype=torch.float64) for n in (1, B, B))
+    z = (direction + width * x for x in noise)
+    return Problem(tuple(x.bfloat16() for x in z), mode, f"cone of {width}, {B} x {D}")
+
+
+def sorted_classes(B: int, D: int, classes: int, mode: str, seed: int = 0) -> Problem:
+    """A batch in the order of its classes."""
+    r = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, D, generator=r, dtype=torch.float64)
+    of_each = centres[torch.arange(B) * classes // B]
+    z = [of_each + 0.7 * torch.randn(B, D, generator=r, dtype=torch.float64) for _ in range(2)]
+    return Problem(tuple(x.bfloat16() for x in z), mode, f"{classes} sorted classes, {B} x {D}")
+
+
+def battery_of_brackets(library: Emulator) -> None:
+    """Problems that between them go through every line of the one-pass threshold."""
+    half = torch.float16
+    with library.brackets():
+        assert_one_call_is_two(conftest.problem("cluster", 70, 30, dtype=half))
+    for p, left, rule in (
+        (conftest.problem("gauss", 150, 70, dtype=half), False, (0.99, "all")),
+        (
+            conftest.problem("cluster", 100, 9, "shared", K=1500, dtype=half),
+            None,
+            (0.96, "negatives"),
+        ),
+        (conftest.problem("gauss", 220, 9, "cross", dtype=half), None, (0.97, "all")),
+        (conftest.problem("gauss", 120, 9, "shared", K=3300, dtype=half), False, (0.951, "all")),
+        (cone(400, 30, 0.2, "query"), False, (0.98, "all")),
+        (periodic(200, 3000, 9), True, (0.951, "negatives")),
+        (conftest.problem("collapsed", 120, 9, "shared", K=1300, dtype=half), True, (0.99, "all")),
+    ):
+        assert_one_pass_is_two(library, p, left, *rule)
+    library.device(8, 64 * 1024)  # short lists, and slices
+    assert_one_pass_is_two(library, lopsided(120, 1300, 9), True, 0.9692, "negatives")
 
 
 def assert_one_call_is_two(p: Problem) -> None:

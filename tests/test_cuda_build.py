@@ -20,9 +20,14 @@ from hex import _load
 ROOT = Path(__file__).parent.parent
 TARGETS = ("80", "86", "89", "90a", "100", "120")
 # The most registers of a thread: a processor has 65536, for 512 threads of these kernels or
-# 384 (bounds); in the gather they hold 128 rows x 128 features of the gradient, for 256 threads.
-REGISTERS = {"forward_tiles": 128, "count_tiles": 128, "bound_tiles": 168, "gather_tiles": 255}
+# 384 (bounds); in the gather they hold 128 rows x 128 features of the gradient, for 256 threads, and
+# as many fill a processor's shared memory in the last two.
+REGISTERS = {
+    **{"forward_tiles": 128, "count_tiles": 128, "bound_tiles": 168},
+    **{"gather_tiles": 255, "sample_tiles": 255, "bracket_tiles": 255},
+}
 PER_ELEMENT = 12  # instructions of the forward's inner loop
+PER_PAIR = 6  # of what every pair of cosines goes through in the brackets
 
 
 def setup_py():
@@ -142,7 +147,7 @@ def test_no_kernel_spills_or_has_anything_else_in_local_memory(resources, blocks
 def test_the_tensor_cores_are_used(blocks):
     for target, kernels in blocks.items():
         tiles = of_tiles(kernels)
-        assert len(tiles) == 4 + 4 + 2 + 2, target
+        assert len(tiles) == 4 + 4 + 2 + 2 + 2 + 2, target
         for kernel, code in tiles.items():
             text = "\n".join(x for block in code for x in block)
             assert ("HGMMA" in text) == (target == "90a"), (target, kernel)
@@ -158,3 +163,18 @@ def test_the_inner_loop_of_the_forward_is_short(blocks):
                 assert loops, (target, kernel)
                 shortest = min(len(b) / sum("MUFU.EX2" in x for x in b) for b in loops)
                 assert shortest <= PER_ELEMENT, (target, kernel, shortest)
+
+
+def test_what_is_below_a_bracket_costs_a_comparison(blocks):
+    """The block without index comparisons that may set 8 pairs aside."""
+    for target, kernels in blocks.items():
+        for kernel, code in kernels.items():
+            if "bracket_tiles" in kernel:
+                loops = [b for b in code if sum("STS.64" in x for x in b) == 8]
+                assert loops, (target, kernel)
+                assert min(map(len, loops)) <= 8 * PER_PAIR, (target, kernel)
+
+
+def test_two_blocks_of_the_sample_fit_in_a_processor_of_a_hopper(resources):
+    for kernel, used in resources["90a"].items():
+        assert "sample_tiles" not in kernel or used["REG"] <= 128, (kernel, used)

@@ -26,6 +26,7 @@ from emulator import (
     SMALL,
     TRUNCATED,
     assert_half_is_right,
+    assert_one_pass_is_two,
     assert_threshold_is_right,
 )
 
@@ -153,6 +154,80 @@ def test_a_row_of_more_negatives_than_16_bits_count_has_its_threshold(mma):
     wide = (z.double() for z in (z0, z1, queue))
     want = reference.threshold(*wide, "shared", 0.9992, "negatives")
     assert abs(got - want) <= emulator.BIN + 2 * 2**-11
+
+
+# ---- the threshold in one pass ----
+
+
+@pytest.mark.parametrize("seed, device", tuple(zip(emulator.SEEDS, (SMALL, HOPPER), strict=True)))
+def test_a_battery_of_brackets_is_right_in_any_order_of_the_warps(kernels, seed, device):
+    kernels.seed(seed)
+    kernels.device(*device)
+    emulator.battery_of_brackets(kernels)
+
+
+ONE_PASS = ("ntxent", "query", "cross", "shared")
+
+
+@pytest.mark.parametrize("mode", ONE_PASS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_threshold_in_one_pass_is_that_of_two_to_the_bit(mma, kind, mode):
+    for device, B in ((HOPPER, 300), (SMALL, 141), ((1, HOPPER[1]), 200)):
+        mma.device(*device)
+        p = problem(kind, B, 20, mode, K=700, dtype=torch.bfloat16)
+        for rule in ((0.99, "all"), (0.96, "negatives"), (1.0, "all")):
+            assert_one_pass_is_two(mma, p, None, *rule)
+
+
+@pytest.mark.parametrize("mode", ("ntxent", "query", "cross"))
+def test_one_pass_is_enough_where_the_classes_are_in_order(mma, mode):
+    p = emulator.sorted_classes(400, 30, 3, mode)
+    assert_one_pass_is_two(mma, p, False, 0.98, "negatives")
+    p = emulator.sorted_classes(400, 30, 30, mode)  # or it is not: a tile has several
+    assert_one_pass_is_two(mma, p, None, 0.98, "negatives")
+
+
+@pytest.mark.parametrize("width", (0.1, 0.3, 1.0))
+def test_one_pass_is_enough_for_cosines_that_lie_close_together(mma, width):
+    p = emulator.cone(300, 20, width, "ntxent")
+    assert_one_pass_is_two(mma, p, False)
+
+
+@pytest.mark.parametrize("processors", (1, 132))
+def test_rows_that_the_sample_deceives_are_counted_in_two_passes(mma, processors):
+    mma.device(processors, HOPPER[1])
+    assert_one_pass_is_two(mma, emulator.periodic(150, 3300, 16), True, 0.951, "negatives")
+
+
+def test_lists_that_are_too_short_are_noticed(mma):
+    for processors in (1, 132):
+        mma.device(processors, HOPPER[1])
+        p = problem("collapsed", 120, 9, "shared", K=1500, dtype=torch.float16)
+        assert_one_pass_is_two(mma, p, True)
+
+
+def test_a_batch_that_is_not_finite_has_no_threshold_in_one_pass(mma):
+    p = problem("gauss", 90, 9, dtype=torch.bfloat16)
+    p.inputs[0][2, 3] = math.nan
+    with mma.brackets():
+        none = p.inputs[0].new_empty((0, 9))
+        assert ops.threshold(*p.inputs, none, ops.MODES["ntxent"], 0.99, "all").isnan()
+
+
+def test_one_pass_is_for_large_batches_in_16_bits_and_high_quantiles(mma):
+    p = problem("gauss", 90, 9, dtype=torch.bfloat16)
+
+    def launches(p, quantile):
+        before = mma.launches
+        none = p.inputs[0].new_empty((0, 9))
+        ops.threshold(*p.inputs, none, ops.MODES["ntxent"], quantile, "all")
+        return mma.launches - before
+
+    assert launches(p, 0.99) == 3
+    with mma.brackets():
+        assert launches(p, 0.99) == 5
+        assert launches(p, 0.5) == 3
+        assert launches(problem("gauss", 90, 9, dtype=torch.float32), 0.99) == 3
 
 
 def test_what_has_nothing_to_sum_is_defined(mma):

@@ -62,6 +62,7 @@ MUTANTS = {
         ("side + next_side * side_bytes", "side"),
         ("(int64_t)next_tile * side_pitch", "0"),
         ("next_slot = next_slot + 1 == slots ? 0 : next_slot + 1;", ""),
+        ("next_tile += stride;", "next_tile++;"),
         ("next_side = next_side + 1 == sides ? 0 : next_side + 1;", ""),
         ("(int)(row0 / BN)", "0"),
         ("row_blocks - row_block < BLOCKS ? row_blocks - row_block : BLOCKS", "1"),
@@ -90,7 +91,7 @@ MUTANTS = {
         ("(unsigned)q < BN ? q : -1", "-1"),
         ("col >= valid || col < from", "col > valid || col < from"),
         ("col >= valid || col < from", "col >= valid || col <= from"),
-        ("leaves_out(q >> 1, 8 * n", "leaves_out(q & 1, 8 * n"),
+        ("leaves_out(q >> 1, 8 * n + 2 * t + (q & 1))", "leaves_out(q & 1, 8 * n + 2 * t + (q & 1))"),
         ("part.row0 / BN * BN + ticket * rows", "part.row0 + ticket * rows"),
         ("part.col0 / BN + slice * part.tiles", "part.col0 / BN + slice"),
         ("ticket += parts.part[i].row_blocks;", ""),
@@ -127,7 +128,7 @@ MUTANTS = {
     "core.cuh": [
         ("(chunk ^ row) & 7", "(chunk ^ (row & 3)) & 7"),
         ("(chunk ^ row) & 7", "chunk & 7"),
-        ("(i >> 6) * (u.width >> 6) + (d >> 6)", "(i >> 6) + (d >> 6) * (padded(u.count) >> 6)"),
+        ("(i >> 6) * (u.width >> 6) + (d >> 6)", "(i >> 6) + (d >> 6) * ((u.count + 63) >> 6)"),
         ("u.split ? 13 : 12", "12"),
         ("(i >> 6) * K_ALL", "(i >> 6) * K_ROWS"),
         ("fb * pow2(d)", "fb"),
@@ -160,6 +161,45 @@ MUTANTS = {
         ("finite[h] += c * 0;", ""),
         ("low[h] = fminf(low[h], c);", "low[h] = c;"),
         ("(lane & 3) == 0 && block.has(i)", "(lane & 3) == 0"),
+        ("s.chosen[block.row0 + k] < 0", "false"),
+        ("KIND == FINE && block.slice == 0", "KIND == FINE"),
+        (
+            "sum += bin_middle(s.chosen[block.row0 + row]);",
+            "sum = bin_middle(s.chosen[block.row0 + row]);",
+        ),
+    ],
+    "sample.cu": [
+        ("counts[k] = 0;", ""),
+        ("bins[warp * 16 + (lane >> 2) + 8 * h] = fold.bins[h];", ""),
+        ("0.3f * reach", "1.3f * reach"),
+        ("tiles / (2 * some) + block.ticket * 5", "tiles / (2 * some) + block.slice"),
+        ("*(uint4 *)(counts + k) = make_uint4(0, 0, 0, 0);", ""),
+        ("row * PITCH + 8 * lane + k", "row * PITCH + 4 * lane + k"),
+    ],
+    "bracket.cu": [
+        ("r.bracket.tickets + r.bracket.sample.row_blocks", "r.bracket.tickets"),
+        ("fmaxf(c.x, c.y) > limit", "c.x > limit"),
+        ("c.x = -4;", ""),
+        ("c.y = -4;", ""),
+        ("bin >= first[h] && bin <= last[h]", "bin >= first[h]"),
+        ("bin >= first[h] && bin <= last[h]", "bin <= last[h]"),
+        ("above[h] += bin > last[h];", ""),
+        ("at[h] += THREADS;", ""),
+        ("h * r.bracket.depth * THREADS", "0"),
+        ("4 * (row & 7)", "4 * (row >> 1)"),
+        ("!in.fits || rank < 0 || rank >= inside", "!in.fits || rank < 0"),
+        ("!in.fits || rank < 0 || rank >= inside", "!in.fits || rank >= inside"),
+        ("!in.fits || rank < 0 || rank >= inside", "rank < 0 || rank >= inside"),
+        ("bins[k] = 0;", ""),
+        ("bin >> 8 == coarse", "true"),
+        ("all += extra[k] >= 0;", ""),
+        ("above += extra[k] > last;", ""),
+        ("inside += extra[k] >= 0;", ""),
+        ("extra[k] < first || extra[k] > last", "false"),
+        ("to = __shfl_sync(~0u, to, 0);", ""),
+        ("to += in.count[t];", ""),
+        ("atomicAdd(counts + 2 * i + 1, in.above);", ""),
+        ("in.fits ? in.all : (uint32_t)most + 1", "in.all"),
     ],
     "backward.cu": [
         # weights
@@ -292,6 +332,7 @@ HOPPER = {
         ("next_parity ^= next_slot == 0;", ";"),
         ("next_parity ^= next_slot == 0;", "next_parity ^= 1;"),
         ("ahead = 1;", ";"),
+        ("stream.stop();", ";"),
         ("done(now);", ";"),
         ("stream.done(slot);", ";"),
     ],
@@ -343,14 +384,16 @@ def libraries(tmp_path_factory):
     ]
 
 
-def finds_nothing(mutants, devices):
-    """Whether the battery is right, and meets no bank conflicts."""
+def finds_nothing(mutants, devices, file=""):
+    """Whether the batteries, or those of a file, are right and meet no bank conflicts."""
     for seed, device in devices:
         mutants.seed(seed)
         mutants.device(*device)
         before = mutants.conflicts
         try:
-            emulator.battery()
+            if file not in ("sample.cu", "bracket.cu"):
+                emulator.battery()
+            emulator.battery_of_brackets(mutants)
         except (AssertionError, RuntimeError):
             return False
         if mutants.conflicts > before:
@@ -368,7 +411,8 @@ def is_missed(mutants, number, devices, seconds):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what the emulation says of a deadlock
             mutants.library.hex_emu_mutant(number)
             with mutants.in_use():
-                code = 0 if finds_nothing(mutants, devices) else 1
+                file = NUMBERED[number - 1][0] if number else ""
+                code = 0 if finds_nothing(mutants, devices, file) else 1
         finally:
             os._exit(code)
     return os.waitpid(child, 0)[1] == 0

@@ -58,6 +58,17 @@ enum {
     K_ALL
 };
 
+// The threshold in about one pass (bracket.cu): a sample of the columns (sample.cu) gives every row
+// a bracket.
+struct hex_bracket {
+    int warps;    // 0: two passes
+    int step;     // one tile of so many is sampled
+    int depth;    // the places in a thread's list
+    int64_t most; // those in a row's, where its columns are in slices
+    hex_parts sample, tiles;
+    unsigned *tickets; // of the sample, of the tiles, two counts of each row where in slices
+};
+
 // ---- kernels, each launched by a function that returns NULL or the text of an error ----
 
 struct hex_run {
@@ -72,6 +83,7 @@ struct hex_run {
     uint32_t *counts;   // threshold: anchors x 256, 0; two to a word where `narrow`
     bool narrow;        // no row has more negatives than 16 bits can count
     void *partial;
+    hex_bracket bracket;
 };
 
 // What is chosen of each row, and what becomes of the rows' mean.
@@ -89,6 +101,12 @@ const char *hex_tile_forward(const hex_problem &p, const hex_run &r, double *row
                              void *stats);
 const char *hex_tile_threshold(const hex_problem &p, const hex_run &r, const hex_choice &choice,
                                double *rows);
+hex_bracket hex_plan_bracket(const hex_problem &p, const hex_run &r, const hex_choice &choice);
+int64_t hex_sample_bytes(int warps); // of shared memory, beside the panels
+const char *hex_sample_tiles(const hex_problem &p, const hex_run &r, const hex_choice &choice,
+                             uint32_t *brackets);
+const char *hex_bracket_tiles(const hex_problem &p, const hex_run &r, const hex_choice &choice,
+                              const uint32_t *brackets, int *chosen, uint16_t *lists);
 const char *hex_threshold_of_nothing(const hex_run &r, const hex_choice &choice);
 const char *hex_tile_range(const hex_problem &p, const hex_run &r, void *low, void *high);
 const char *hex_tile_gather(const hex_problem &p, const hex_run &r);
@@ -535,11 +553,15 @@ SHARED_DEVICE void settle(const hex_choice &choice, double candidate)
 // Cosines in 65536 bins around k / 32767.5 - 1: -1 and 1 are the middle of the first and the last,
 // no cosine is further than 1.5e-5 from its bin's middle. The high byte is the coarse bin.
 #define HEX_BINS 256
-SHARED_DEVICE int bin_of(float c) // NaN: 0
+#define HEX_BIN0 8388608.f // adding 2^23 rounds to an integer, which then stands in the low bits
+SHARED_DEVICE float above_bin0(float c)
 {
-    // Adding 2^23 rounds to an integer, which then stands in the low bits.
-    return (int)(__float_as_uint(__saturatef(c * 0.5f + 0.5f) * 65535.f + 8388608.f) & 0xffff);
+    return __saturatef(c * 0.5f + 0.5f) * 65535.f + HEX_BIN0;
 }
+SHARED_DEVICE int bin_of(float c)
+{
+    return (int)(__float_as_uint(above_bin0(c)) & 0xffff);
+} // NaN: 0
 SHARED_DEVICE double bin_middle(int bin) { return bin / 32767.5 - 1; }
 
 // By one warp, whose lane holds the counts of bins 8 lane to 8 lane + 7: the bin, of 256, that has

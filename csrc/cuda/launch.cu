@@ -9,7 +9,8 @@
 //     row_range   unit rows, row bounds                                              2
 //     backward    unit rows, backward gather, backward projection                    3
 //
-// (for per-anchor negatives one more: their norms, or two: their gradient).
+// (for per-anchor negatives one more: their norms, or two: their gradient; for the threshold of a
+// large batch in 16 bits two more, before the coarse histogram: sample histogram, brackets).
 #include <stdio.h>
 
 #include "core.cuh"
@@ -221,6 +222,25 @@ static void start(const hex_problem &p, const hex_device &d, plan &plan)
     r.hopper = major == 9 && r.shared_limit >= 220 * 1024;
 }
 
+// The threshold in one pass: its parts, and what it takes beside the two passes.
+static void bracket_parts(hex_run &r, int64_t anchors, hex_parts &counted, wants &w)
+{
+    const int64_t all = (int64_t)1 << 40;
+    hex_bracket &b = r.bracket;
+    b.sample = b.tiles = r.parts;
+    slice_parts(b.sample, 16 * b.warps, all, 2 * r.processors);
+    slice_parts(b.tiles, 16 * b.warps, all, 0);
+    if (const int64_t slices = r.processors / b.tiles.row_blocks) // a block fills a processor
+        slice_parts(b.tiles, 16 * b.warps, cut(b.tiles.part[0].tiles, slices), 0);
+    slice_parts(counted, 64, 128, 3 * r.processors); // what is left for them is seldom many rows
+    w.tickets += b.sample.row_blocks + b.tiles.row_blocks;
+    w.partial += anchors * (int64_t)sizeof(int);
+    if (most_slices(b.tiles) > 1) {
+        w.tickets += 2 * anchors;
+        w.partial += anchors * b.most * (int64_t)sizeof(uint16_t);
+    }
+}
+
 // ---- the entry points ----
 
 // The threshold of the batch, the loss, or the first and at it the second.
@@ -247,6 +267,10 @@ static const char *of_anchors(hex_problem p, const hex_device &d, const hex_choi
         r.narrow = negatives_of_a_row(p) <= 0xffff;
         w.counts = plan.plain ? 0 : anchors * (r.narrow ? HEX_BINS / 2 : HEX_BINS);
         w.partial = anchors * (int64_t)(sizeof(int64_t) + sizeof(int));
+        if (!plan.plain && one_product(p, d))
+            r.bracket = hex_plan_bracket(p, r, *choice);
+        if (r.bracket.warps)
+            bracket_parts(r, anchors, counted, w);
     }
     const int64_t tickets = w.tickets;
     if (loss) {
@@ -267,6 +291,7 @@ static const char *of_anchors(hex_problem p, const hex_device &d, const hex_choi
     if (choice && !plan.error) {
         hex_run counting = r;
         counting.parts = counted;
+        counting.bracket.tickets = r.tickets + 2 * counted.row_blocks + 2;
         plan.error = (plan.plain ? hex_plain_threshold : hex_tile_threshold)(p, counting, *choice,
                                                                              plan.rows);
         r.tickets += tickets;
@@ -336,12 +361,14 @@ static const char *backward(const hex_problem *p, const hex_device *d, const hex
     // are such a band by themselves, for each of theirs meets many more columns.
     const int64_t chunks = plan.plain ? 1 : cut(r.unit.width, 2 * TILE);
     const int64_t enough = 2 * r.processors > chunks ? 2 * r.processors / chunks : 1;
+    // Blocks of rows begin at multiples of TILE, so that each part but the first may take one more.
+    const int64_t most = r.block_rows * (enough < all.count ? 1 : enough - all.count + 1);
     auto band_from = [&](int64_t first) { // its parts become r.parts, its end is returned
         int64_t end = r.unit.count;
         if (!plan.plain) {
             const int64_t queue = p->mode == HEX_SHARED && first < 2 * p->B ? 2 * p->B : end;
             end = queue < end ? queue : end;
-            end = end - first > r.block_rows * enough ? first + r.block_rows * enough : end;
+            end = end - first > most ? first + most : end;
         }
         r.parts = band_of(all, first, end);
         // The sums of a band's slices take no more memory than a whole band; of a batch that is one

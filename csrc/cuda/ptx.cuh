@@ -115,6 +115,12 @@ DEVICE void barrier_fence()
                      : "memory");
 }
 
+// Before its place is used for another, or for the same again.
+DEVICE void barrier_stop(uint64_t *barrier)
+{
+    asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
 DEVICE void barrier_arrive(uint64_t *barrier)
 {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))

@@ -7,6 +7,9 @@
 // shared memory, two 16-bit counts to a word, for at most 32768 columns. The last block of a row
 // picks the bin; the last of all takes the mean, in the order of the rows.
 //
+// Of a large batch in 16 bits sample.cu and bracket.cu find the bins of nearly all rows in one
+// pass; then only what they left is counted here.
+//
 // The row's own place and its positive are left out of the tiles and added at the end where the row
 // is taken whole: self as exactly 1 (0 for a row of zeros), the positive as the inputs give it.
 #include "tile.cuh"
@@ -90,7 +93,47 @@ struct selection {
     int *coarse;    // of each row
     int64_t *ranks; // left within the coarse bin
     double *sums;   // of each block of rows
+    int *chosen; // each row's bin as bracket.cu found it, -1 where it did not; NULL: nobody looked
 };
+
+// Whether a row of the block has still to be counted: each warp looks for itself.
+static __device__ bool is_left(const selection &s, const hex_block &block)
+{
+    bool left = false;
+    for (int k = (int)threadIdx.x & 31; s.chosen && k < ROWS; k += 32)
+        left |= block.has(block.row0 + k) && s.chosen[block.row0 + k] < 0;
+    return !s.chosen || __any_sync(~0u, left);
+}
+
+// The last of the threshold: the block's sum, by one block for each block of rows, and the mean.
+static __device__ void add_up(const hex_problem &p, const hex_run &r, const selection &s,
+                              const hex_block &block, double sum, unsigned *flag)
+{
+    // A batch that is not finite has no threshold: each block looks at its share of the unit rows.
+    double *scratch = (double *)(flag + 2);
+    const int64_t share = (r.unit.count + r.parts.row_blocks - 1) / r.parts.row_blocks;
+    for (int64_t k = threadIdx.x; k < share; k += THREADS)
+        if (block.ticket * share + k < r.unit.count)
+            sum += r.unit.inverse[block.ticket * share + k] * 0;
+    sum = block_sum(sum, scratch);
+    if (threadIdx.x == 0)
+        s.sums[block.ticket] = sum;
+    if (!last_to_arrive(r.tickets + 2 * r.parts.row_blocks + 1, r.parts.row_blocks, flag))
+        return;
+    sum = block_sum_of(s.sums, r.parts.row_blocks, scratch);
+    if (threadIdx.x == 0)
+        settle(s.choice, sum / (double)anchors_of(p));
+}
+
+// What a thread adds of the rows that are not left, in the order of those that are.
+static __device__ double chosen_sum(const selection &s, const hex_block &block)
+{
+    double sum = 0;
+    for (int row = (int)threadIdx.x >> 5; row < ROWS; row += WARPS)
+        if ((threadIdx.x & 31) == 0 && block.has(block.row0 + row))
+            sum += bin_middle(s.chosen[block.row0 + row]);
+    return sum;
+}
 
 template <int KIND, bool SPLIT, int PANELS>
 static __global__ void __launch_bounds__(THREADS, 4)
@@ -101,6 +144,12 @@ static __global__ void __launch_bounds__(THREADS, 4)
     const int warp = (int)threadIdx.x >> 5, lane = (int)threadIdx.x & 31;
     hex_block block;
     block.start(r.parts, ROWS, blockIdx.x);
+    unsigned *flag = (unsigned *)(shared + fit.at.ring); // the counts may lie at the beginning
+    if (!is_left(s, block)) {
+        if (KIND == FINE && block.slice == 0)
+            add_up(p, r, s, block, chosen_sum(s, block), flag);
+        return;
+    }
     histogram<KIND> fold;
     fold.all = words;
     for (int h = 0; h < 2; h++) {
@@ -124,7 +173,6 @@ static __global__ void __launch_bounds__(THREADS, 4)
             atomicAdd(to + 2 * pair + 1, word >> 16);
         }
     }
-    unsigned *flag = (unsigned *)(shared + fit.at.ring); // the counts may lie at the beginning
     const int64_t other_tickets = KIND == FINE ? r.parts.row_blocks + 1 : 0;
     if (!last_to_arrive(r.tickets + other_tickets + block.ticket, block.part.slices, flag))
         return;
@@ -188,20 +236,7 @@ static __global__ void __launch_bounds__(THREADS, 4)
     }
     if (KIND == COARSE)
         return;
-    // A batch that is not finite has no threshold: each block looks at its share of the unit rows.
-    double *scratch = (double *)(flag + 2);
-    const int64_t share = (r.unit.count + r.parts.row_blocks - 1) / r.parts.row_blocks;
-    for (int64_t k = threadIdx.x; k < share; k += THREADS)
-        if (block.ticket * share + k < r.unit.count)
-            sum += r.unit.inverse[block.ticket * share + k] * 0;
-    sum = block_sum(sum, scratch);
-    if (threadIdx.x == 0)
-        s.sums[block.ticket] = sum;
-    if (!last_to_arrive(r.tickets + 2 * r.parts.row_blocks + 1, r.parts.row_blocks, flag))
-        return;
-    sum = block_sum_of(s.sums, r.parts.row_blocks, scratch);
-    if (threadIdx.x == 0)
-        settle(s.choice, sum / (double)anchors_of(p));
+    add_up(p, r, s, block, sum, flag);
 }
 
 static __global__ void settle_alone(hex_choice choice) { settle(choice, (double)NAN); }
@@ -272,8 +307,19 @@ const char *hex_tile_threshold(const hex_problem &p, const hex_run &r, const hex
                                double *rows)
 {
     const int64_t anchors = anchors_of(p), words = ROWS * PITCH * (int64_t)sizeof(uint32_t);
-    const selection s = {choice, (int *)((int64_t *)r.partial + anchors), (int64_t *)r.partial,
-                         rows};
+    selection s = {choice, (int *)((int64_t *)r.partial + anchors), (int64_t *)r.partial, rows,
+                   NULL};
+    if (r.bracket.warps) {
+        uint32_t *brackets = (uint32_t *)s.coarse;
+        int *chosen = s.coarse + anchors;
+        const char *error = hex_sample_tiles(p, r, choice, brackets);
+        if (!error)
+            error =
+                hex_bracket_tiles(p, r, choice, brackets, chosen, (uint16_t *)(chosen + anchors));
+        if (error)
+            return error;
+        s.chosen = chosen; // what follows looks first whether there is anything left to do
+    }
     auto both = [&](auto split, auto panels) {
         constexpr bool SPLIT = decltype(split)::value;
         constexpr int PANELS = decltype(panels)::value;

@@ -186,7 +186,7 @@ template <int WARPS, bool SPLIT, int PANELS, bool KEEP> struct hex_stream {
     const uint16_t *tiles;
     unsigned char *side;
     const unsigned char *side_from;
-    int row_block, row_blocks, next_tile, end_tile; // of 64 rows
+    int row_block, row_blocks, next_tile, end_tile, stride; // of 64 rows
     int any_panels, values, value0, slots, side_bytes, side_pitch;
     bool resident;
     int slot, next_slot, next_panel, side_slot, next_side, sides;
@@ -254,20 +254,20 @@ template <int WARPS, bool SPLIT, int PANELS, bool KEEP> struct hex_stream {
         next_slot = next_slot + 1 == slots ? 0 : next_slot + 1;
         if (PANELS || ++next_panel == panels() + values) {
             next_panel = 0;
-            next_tile++;
+            next_tile += stride;
             next_side = next_side + 1 == sides ? 0 : next_side + 1;
         }
     }
 
-    // Tiles [tile0, tile1) of columns against the rows from row0 on.
+    // Of tiles [tile0, tile1) of columns every `one_of`-th, against the rows from row0 on.
     __device__ __forceinline__ void start(const hex_unit &u, const hex_fit &fit,
                                           unsigned char *shared, int64_t row0, int64_t tile0,
-                                          int64_t tile1)
+                                          int64_t tile1, int one_of = 1)
     {
         tiles = u.tiles;
         any_panels = (int)(u.width / PANEL);
         row_block = (int)(row0 / BN), row_blocks = (int)((u.count + BN - 1) / BN);
-        next_tile = (int)tile0, end_tile = (int)tile1;
+        next_tile = (int)tile0, end_tile = (int)tile1, stride = one_of;
         slots = fit.slots;
         resident = fit.resident;
         a = (uint16_t *)shared;
@@ -385,6 +385,20 @@ template <int WARPS, bool SPLIT, int PANELS, bool KEEP> struct hex_stream {
         }
         fence_async();
         __syncthreads();
+    }
+
+    // After the last tile, so that the barriers' place can be set up again; all threads are here.
+    __device__ __forceinline__ void stop()
+    {
+#ifdef HEX_WGMMA
+        if (threadIdx.x == 0) {
+            for (int k = 0; k < slots; k++) {
+                barrier_stop(full + k);
+                barrier_stop(empty + k);
+            }
+            barrier_stop(empty + slots);
+        }
+#endif
     }
 
     // What came beside the tile whose cosines were computed last.
@@ -510,7 +524,7 @@ struct hex_places {
 struct hex_block {
     hex_part part;
     int64_t slice, row0, ticket;
-    int tile0, tile1; // of columns
+    int tile0, tile1, stride; // of columns; stride: every so many of the tiles
 
     __device__ __forceinline__ void start(const hex_parts &parts, int rows, int64_t number)
     {
@@ -523,6 +537,7 @@ struct hex_block {
         const int64_t end = (part.col1 + BN - 1) / BN;
         tile0 = (int)(part.col0 / BN + slice * part.tiles);
         tile1 = (int)(tile0 + part.tiles < end ? tile0 + part.tiles : end);
+        stride = 1;
         for (int i = 0; i < k; i++)
             ticket += parts.part[i].row_blocks;
     }
@@ -536,13 +551,13 @@ DEVICE void for_each_tile(const hex_block &block, const hex_unit &unit, int64_t 
 {
     hex_stream<WARPS, SPLIT, PANELS, PANELS != 0> stream;
     hex_places places;
-    stream.start(unit, fit, shared, block.row0, block.tile0, block.tile1);
+    stream.start(unit, fit, shared, block.row0, block.tile0, block.tile1, block.stride);
     stream.fill();
     fold.start();
     __syncthreads();
     places.start(block.row0, B);
     const int col0 = (int)block.part.col0, col1 = (int)block.part.col1;
-    for (int tile = block.tile0; tile < block.tile1; tile++) {
+    for (int tile = block.tile0; tile < block.tile1; tile += block.stride) {
         float acc[8][4];
         const int slot = stream.cosines(acc);
         if (PANELS)
@@ -550,6 +565,7 @@ DEVICE void for_each_tile(const hex_block &block, const hex_unit &unit, int64_t 
         fold.tile(acc, places, places.enter(tile, col0, col1));
     }
     __syncthreads(); // the shared memory is free again
+    stream.stop();
 }
 
 // ---- launching ----
@@ -568,12 +584,14 @@ template <class F> static inline const char *with_kind(const hex_unit &u, F f)
 }
 
 // For so many warps, with PANELS or not, and `more` bytes. The more slots, the more is on its way;
-// small blocks share a processor. `side` bytes are for what travels beside a tile, and come first
-// in the kernel's own; without them these may lie over the rows' panels, if they go to registers.
+// small blocks share a processor, or the caller says how many are enough. `side` bytes are for what
+// travels beside a tile, and come first in the kernel's own; without them these may lie over the
+// rows' panels, if they go to registers.
 static inline hex_fit fit_of(const hex_run &r, int warps, int panels, bool keep, int64_t more,
-                             int64_t side = 0)
+                             int64_t side = 0, int enough = 8)
 {
-    const int most = !r.hopper ? 2 : panels == 2 && warps == 4 ? 2 : panels == 1 ? 8 : 4;
+    int most = !r.hopper ? 2 : panels == 2 && warps == 4 ? 2 : panels == 1 ? 8 : 4;
+    most = most < enough ? most : enough;
     hex_fit fit = {};
     for (int stays = 1; stays >= (panels ? 1 : 0); stays--)
         for (int slots = most; slots >= 2; slots--) {

@@ -22,7 +22,9 @@ DEVICE void bring(uint16_t *to, const uint16_t *from, int bytes, unsigned char *
     }
     __syncthreads();
     barrier_wait(barrier, 0);
-    __syncthreads(); // it is set up anew for the next copy
+    __syncthreads();
+    if (threadIdx.x == 0)
+        barrier_stop(barrier);
 #else
     (void)shared;
     for (int k = 8 * (int)threadIdx.x; k < bytes / 2; k += 8 * (int)blockDim.x)

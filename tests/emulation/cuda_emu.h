@@ -572,8 +572,12 @@ static inline emu::Counter *hex_emu_counter(uint64_t *barrier)
 }
 static inline void barrier_start(uint64_t *barrier, int arrivals)
 {
-    *hex_emu_counter(barrier) = {(uint16_t)arrivals, (uint16_t)arrivals, 0, 0};
+    emu::Counter *c = hex_emu_counter(barrier);
+    if (c->wanted != 0xffff)
+        emu::fail("a barrier is set up where there is one"); // it has to be stopped first
+    *c = {(uint16_t)arrivals, (uint16_t)arrivals, 0, 0};
 }
+static inline void barrier_stop(uint64_t *barrier) { memset(hex_emu_counter(barrier), 255, 8); }
 static inline void barrier_fence() {}
 static inline void barrier_arrive(uint64_t *barrier)
 {
