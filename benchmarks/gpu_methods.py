@@ -2,10 +2,10 @@
 """What is compared on a GPU, on which batches, and how it is timed there; gpu.py is the command.
 
 Time: CUDA events around as many calls as fill a sample, the median of the samples; a graph, where
-one is wanted, is captured of a round of calls. Calls go round some copies of the batch, so that
-none finds its inputs in the cache from the call before. Memory: the most that torch's allocator
-gives out in a call above what it had given out before. On the CPU, for tests, the clock and the
-process's memory stand in.
+one is wanted, is captured of a few calls. The batch is the same in each, so that a small one comes
+from the cache, as it does from the network before. Beside it the time until the host has handed a
+call over. Memory: the most that torch's allocator gives out in a call above what it had given out
+before. On the CPU, for tests, the clock and the process's memory stand in.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import measure
 import peers
@@ -29,8 +29,10 @@ from torch import Tensor, nn
 
 from hex import HEXLoss, InfoNCELoss, ThresholdTracker, hex_loss, ops
 
-ROUND = 4  # copies of a batch
-SAMPLES, SAMPLE_MS, WARM_UP = 9, 10, 3
+SAMPLES, SAMPLE_MS, WARM_UP = 7, 10, 3
+IN_A_GRAPH, GRAPH_CALLS = 8192, 4  # rows up to which a graph is worth while; calls in it
+EAGER = 16384  # rows up to which N x N is worth while
+CHECKED = 40e9  # bytes that the reference may take, N x N in float64
 
 # ---- methods ------------------------------------------------------------------------------------
 
@@ -63,23 +65,29 @@ def inf_cl(batch: Batch) -> peers.Function:
     return loss
 
 
-HEX, EPS_GIVEN, INFO_NCE = peers.HEX, peers.METHODS[1], peers.INFO_NCE
-PLAIN_HEX, PLAIN_INFO_NCE = peers.PLAIN_HEX, peers.PLAIN_INFO_NCE
+def autocast_info_nce(
+    z0: Tensor, z1: Tensor, negatives: Tensor | None = None, *, mode: str
+) -> Tensor:
+    """InfoNCE by F.cross_entropy as a training loop under autocast has it: bfloat16 logits."""
+    with torch.autocast(z0.device.type, torch.bfloat16):
+        return peers.plain_info_nce(z0, z1, negatives, mode=mode)
+
+
+HEX, EPS_GIVEN, INFO_NCE = peers.HEX, peers.GIVEN, peers.INFO_NCE
+PLAIN_HEX, PLAIN_INFO_NCE = (
+    m._replace(most=EAGER) for m in (peers.PLAIN_HEX, peers.PLAIN_INFO_NCE)
+)
+AUTHORS = Method(
+    "authors' form, eager", "released", peers.eager(authors_hex), any_batch=True, most=EAGER
+)
+AUTOCAST = Method(
+    "InfoNCE under autocast", "InfoNCE", peers.eager(autocast_info_nce), any_batch=True, most=EAGER
+)
+INF_CL = Method("Inf-CL (Triton), B x B", "one way", inf_cl)  # a quarter of the others' cosines
 OURS = (HEX, EPS_GIVEN, INFO_NCE)
-AUTHORS = Method("authors' form, eager", "released", peers.eager(authors_hex), any_batch=True)
-INF_CL = Method(
-    "Inf-CL (Triton)", "one way", inf_cl, note="B x B cosines, a quarter of the others'."
-)
-METHODS = (
-    *OURS,
-    PLAIN_HEX,
-    AUTHORS,
-    PLAIN_INFO_NCE,
-    INF_CL,
-)
-COMPILED = tuple(m for m in peers.METHODS if m.compiled and m.name.startswith("plain"))
+METHODS = (*OURS, PLAIN_HEX, AUTHORS, PLAIN_INFO_NCE, AUTOCAST, INF_CL)
+COMPILED = tuple(m for m in peers.METHODS if m.compiled)
 FEW = (*OURS, PLAIN_HEX, PLAIN_INFO_NCE)  # where not all are measured
-IN_A_GRAPH = 8192  # rows up to which a graph is worth while
 
 
 # Products of N x M x D that a method of ours needs, times 2 operations: the threshold two, the
@@ -91,26 +99,35 @@ def products(method: Method, batch: Batch) -> int:
 # ---- batches ------------------------------------------------------------------------------------
 
 
-def batches(
-    rows: int, features: int, dtype: torch.dtype, device: str, queue: int = 0
-) -> list[Batch]:
-    """A batch of so many anchors, and the same with its rows moved on."""
+class Shape(NamedTuple):
+    rows: int
+    queue: int
+    features: int
+    dtype: str
+
+
+@functools.lru_cache(maxsize=1)
+def batch_of(shape: Shape, device: str) -> Batch:
+    """A batch of so many anchors."""
+    rows, queue, features, dtype = shape
     mode = "shared" if queue else "ntxent"
-    images = rows if queue else rows // 2
-    batch = make(images, features, dtype=dtype, mode=mode, queue=queue)
+    batch = make(
+        rows if queue else rows // 2, features, dtype=getattr(torch, dtype), mode=mode, queue=queue
+    )
+    z0, z1 = (z.detach().to(device).requires_grad_() for z in batch[:2])
+    return Batch(z0, z1, None if batch.negatives is None else batch.negatives.to(device), mode)
 
-    def moved(z: Tensor | None, by: int) -> Tensor | None:
-        return None if z is None else z.detach().to(device).roll(by, 0)
 
-    return [
-        Batch(
-            moved(batch.z0, k).requires_grad_(),
-            moved(batch.z1, k).requires_grad_(),
-            moved(batch.negatives, k),
-            mode,
-        )
-        for k in range(ROUND)
-    ]
+@functools.lru_cache(maxsize=4)
+def truth(shape: Shape, device: str, loss: str) -> peers.Result | None:
+    """By the reference, or None where that takes too much memory."""
+    batch = batch_of(shape, device)
+    if batch.rows * batch.candidates * 8 * 12 > CHECKED:
+        return None
+    try:
+        return peers.truth(batch, loss)
+    except torch.OutOfMemoryError:
+        return None
 
 
 # ---- right --------------------------------------------------------------------------------------
@@ -138,6 +155,7 @@ def check(method: Method, batch: Batch, got: peers.Result, right: peers.Result) 
     """The errors; Mismatch where they are those of another loss."""
     found = errors(batch, got, right)
     for name, allowed in ALLOWED[batch.z0.dtype].items():
+        allowed *= 5 if method is AUTOCAST else 1  # bfloat16 logits
         if not found[name] <= allowed:
             raise peers.Mismatch(f"{method.name}: {name} {found[name]:.2g}, allowed {allowed:.2g}")
     return found
@@ -146,51 +164,52 @@ def check(method: Method, batch: Batch, got: peers.Result, right: peers.Result) 
 # ---- time and memory ----------------------------------------------------------------------------
 
 
-def timed(run: Callable[[], object], calls: int, cuda: bool) -> float:
-    """Milliseconds of `run`, which makes so many calls, for one of them."""
-    if not cuda:
-        start = time.perf_counter()
-        run()
-        return (time.perf_counter() - start) * 1e3 / calls
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
+def timed(run: Callable[[], object], calls: int, cuda: bool) -> tuple[float, float]:
+    """Milliseconds of `run`, which makes so many calls, for one of them; and the host's alone."""
+    if cuda:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+    start = time.perf_counter()
     run()
+    host = (time.perf_counter() - start) * 1e3 / calls
+    if not cuda:
+        return host, host
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / calls
+    return begin.elapsed_time(end) / calls, host
 
 
-def samples_ms(steps: list[Callable[[], object]], cuda: bool, graph: bool = False) -> list[float]:
-    """Samples of the time of a call, the calls going round the steps."""
-
-    def one_round() -> None:
-        for step in steps:
-            step()
-
-    run: Callable[[], object] = one_round
+def times(step: Callable[[], object], cuda: bool, graph: bool = False) -> dict[str, Any]:
+    """The median and the samples of the time of a call, and the median of the host's."""
     for _ in range(WARM_UP):
-        run()
+        step()
+    run, calls = step, 1
     if graph:
-        run = captured(one_round).replay
+        run, calls = captured(step).replay, GRAPH_CALLS
         run()
-    rounds = max(1, math.ceil(SAMPLE_MS / max(timed(run, 1, cuda), 1e-3)))
+    once = timed(run, 1, cuda)[0]
+    rounds = max(1, math.ceil(SAMPLE_MS / max(once, 1e-3)))
 
     def sample() -> None:
         for _ in range(rounds):
             run()
 
-    return [timed(sample, rounds * len(steps), cuda) for _ in range(SAMPLES)]
+    whole, host = zip(*(timed(sample, rounds * calls, cuda) for _ in range(SAMPLES)), strict=True)
+    middle = statistics.median
+    return {"ms": middle(whole), "host_ms": middle(host), "samples_ms": list(whole)}
 
 
-def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+def captured(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        run()
+        step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
+        for _ in range(GRAPH_CALLS):
+            step()
     return graph
 
 
@@ -211,29 +230,54 @@ def roofline(device: str, size: int) -> dict[str, float]:
     a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
     x = torch.randn(min(1 << 28, 16 * size * size), device=device)
     y = torch.empty_like(x)
-    product = statistics.median(samples_ms([functools.partial(torch.mm, a, b)], cuda))
-    copy = statistics.median(samples_ms([lambda: y.copy_(x)], cuda))
+    product = times(functools.partial(torch.mm, a, b), cuda)["ms"]
+    copy = times(lambda: y.copy_(x), cuda)["ms"]
     return {
         "tflops": 2 * size**3 / product / 1e9,
         "copy_gb_s": 2 * x.numel() * 4 / copy / 1e6,
     }
 
 
-def one_case(
-    method: Method, copies: list[Batch], graph: bool, right: peers.Result | None
-) -> dict[str, Any]:
-    """Checks the method on the first batch where the truth is known, then measures it."""
-    cuda = copies[0].z0.is_cuda
-    steps = [method.step(batch) for batch in copies]
-    found: dict[str, Any] = {}
-    if right is not None:
-        found |= check(method, copies[0], steps[0](), right)
-    else:
-        steps[0]()
-    found["extra_mb"] = extra_mb(steps[0], cuda)
-    found["samples_ms"] = samples_ms(steps, cuda, graph)
-    found["ms"] = statistics.median(found["samples_ms"])
-    return found
+def case(method: Method, shape: Shape, device: str, graph: bool) -> dict[str, Any]:
+    """Checks the method where the truth is known, then measures it; or why not, of another's."""
+    about: dict[str, Any] = {"method": method.name, "graph": graph, **shape._asdict()}
+    cuda = device != "cpu"
+    if method.compiled:
+        torch._dynamo.config.recompile_limit = 1000  # every size is a program of its own
+    try:
+        batch = batch_of(shape, device)
+        step, right = method.step(batch), truth(shape, device, method.loss)
+        got = step()
+        if right is not None:
+            about |= check(method, batch, got, right)
+        about["extra_mb"] = extra_mb(step, cuda)
+        about |= times(step, cuda, graph)
+    except ImportError as error:
+        return about | {"skipped": f"not installed: {error}"}
+    except torch.OutOfMemoryError:
+        return about | {"skipped": "out of memory"}
+    except Exception as error:
+        if (method is not INF_CL and not method.compiled) or "CUDA error" in str(error):
+            raise
+        return about | {"skipped": f"{type(error).__name__}: {error}"[:300]}
+    finally:
+        if cuda:
+            torch.cuda.empty_cache()
+    if method in OURS:
+        negatives = batch.rows if batch.negatives is None else len(batch.negatives)
+        about["flop"] = 2 * batch.rows * negatives * shape.features * products(method, batch)
+    return about
+
+
+def repeats(shape: Shape, device: str, count: int) -> dict[str, Any]:
+    """How many of so many calls give other bits than the first."""
+    # eps given: the tracker's state would move from call to call
+    step = EPS_GIVEN.step(batch_of(shape, device))
+    first = step()
+    differ = torch.zeros((), dtype=torch.int64, device=device)
+    for _ in range(count):
+        differ += torch.stack([(a != b).any() for a, b in zip(first, step(), strict=True)]).any()
+    return {"ok": not differ, "repeats": count, "note": f"{int(differ)} differ of {count}"}
 
 
 # ---- for compute-sanitizer ----------------------------------------------------------------------
@@ -241,16 +285,16 @@ def one_case(
 
 def calls(device: str) -> None:
     """Each kernel a few times, on small batches with tails: the sanitizer is slow."""
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    for dtype in ("float32", "bfloat16", "float64"):
         for rows, features, queue in ((160, 72, 0), (192, 130, 0), (70, 40, 200)):
-            batch = batches(rows, features, dtype, device, queue)[0]
+            batch = batch_of(Shape(rows, queue, features, dtype), device)
             HEX.step(batch)()
             for loss in (
                 HEXLoss(TAU, threshold=ThresholdTracker.fixed(0.5, normalize_rows=True)),
                 HEXLoss(0.01, variant="released", reduction="none"),
             ):
                 loss.to(device)(*batch[: 3 if queue else 2]).sum().backward()
-        own = torch.randn(6, 40, 72, device=device, dtype=dtype, requires_grad=True)
+        own = torch.randn(6, 40, 72, dtype=getattr(torch, dtype)).to(device).requires_grad_()
         z0, z1 = (own.detach()[:, k].clone().requires_grad_() for k in range(2))
         hex_loss(z0, z1, own, eps=0.1, temperature=TAU).backward()
         none = z0.new_empty((0, 72))
@@ -315,7 +359,6 @@ def training_step(name: str, backbone: str, images: int, device: str) -> dict[st
 
     step()  # the optimizer's state is there from now on
     memory = {"step_extra_mb": extra_mb(step, cuda)}
-    whole = statistics.median(samples_ms([step], cuda))
-    alone = statistics.median(samples_ms([loss_alone], cuda))
+    whole, alone = (times(f, cuda)["ms"] for f in (step, loss_alone))
     memory["loss_extra_mb"] = extra_mb(loss_alone, cuda)
     return {"step_ms": whole, "loss_ms": alone, "share_of_step": alone / whole, **memory}

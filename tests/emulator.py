@@ -190,8 +190,8 @@ def assert_threshold_is_right(
 def assert_one_pass_is_two(
     library: Emulator, p: Problem, left: bool | None, quantile: float = 0.99, over: str = "all"
 ) -> None:
-    """The threshold by brackets is the one by two passes to the bit; `left`: whether any row was
-    left to those (None: either)."""
+    """The threshold by brackets is the one by two passes to the bit; `left`: whether rows were left
+    to those (None: either). A sample may mislead a row by chance: half a per cent is none."""
     padded = (*p.inputs, p.inputs[0].new_empty((0, p.inputs[0].shape[1])))[:3]
 
     def threshold() -> tuple[Tensor, int]:
@@ -206,7 +206,8 @@ def assert_one_pass_is_two(
     what = f"{one}, wanted {two}, {rows} rows left, quantile {quantile} over {over}, {p}"
     assert (launches, more_launches) == (3, 5), what
     assert torch.equal(one.nan_to_num(7), two.nan_to_num(7)), what
-    assert left is None or left == (rows > 0), what
+    few = len(p.inputs[0]) * (2 if p.mode in ("ntxent", "cross") else 1) / 200
+    assert left is None or left == (rows > few), what
 
 
 def near_some(B: int, D: int, near: Tensor, seed: int = 0) -> Problem:

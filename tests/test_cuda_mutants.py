@@ -140,9 +140,8 @@ MUTANTS = {
         ("upto > *rank", "upto >= *rank"),
         ("__dmul_rn(rule.momentum, stored - candidate)", "0."),
         ("updates == 0", "true"),
-        ("p.D % 4 == 0", "true"),
-        ("127 + e", "126 + e"),
     ],
+    "fours.cuh": [("127 + e", "126 + e"), ("p.D % 4 == 0", "true")],
     "threshold.cu": [
         ("at & 1 ? 65536u : 1u", "1u"),
         ("all[k] = 0;", ""),

@@ -262,7 +262,8 @@ static int64_t room_beside(const hex_run &r, int warps)
         layout_of(warps, false, true, keep, panels, keep ? (int)panels : 1, slots, 0).bytes;
     const int64_t move = layout_of(warps, false, false, false, panels, 1, slots, 0).bytes;
     const int64_t rows = keep ? warps / 4 * panels * 2 * HALVES : 0;
-    return r.shared_limit - (keep || stay < move ? stay - rows : move);
+    // The lists then lie over the rows' panels, and the ring begins at a multiple of 1024.
+    return r.shared_limit - (keep ? stay - rows + 1023 : stay < move ? stay : move);
 }
 
 // The smallest sample for which a thread's list is long enough, given that the row's element is

@@ -6,7 +6,7 @@
 //
 // Unit rows are taken from the inputs again, not from their fp16 form. One block more, the first,
 // adds up dL/dtau.
-#include "core.cuh"
+#include "fours.cuh"
 
 #define THREADS 128
 

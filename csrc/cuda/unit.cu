@@ -6,7 +6,7 @@
 // A row of zeros gives u = 0 and 1 / |z| = 0, a row with NaN or Inf NaN throughout. Rows of 1e-23
 // or 1e20 keep their direction: the sums are in double, where the square of no float leaves the
 // range; of other rows, the sum is of the row scaled by a power of two.
-#include "core.cuh"
+#include "fours.cuh"
 
 #define THREADS 128
 
