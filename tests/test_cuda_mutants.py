@@ -21,26 +21,44 @@ import pytest
 MUTANTS = {
     "tile.cuh": [
         # products
-        ("ldmatrix(x, a + swizzle(warp * 16 + (lane & 15), 2 * k + (lane >> 4)));",
-         "ldmatrix(x, a + swizzle(warp * 16 + (lane & 7), 2 * k + (lane >> 4)));"),
-        ("ldmatrix(to[k], a + swizzle(warp * 16 + (lane & 15), 2 * k + (lane >> 4)));",
-         "ldmatrix(to[k], a + swizzle(warp * 16 + (lane & 15), 2 * k + (lane >> 3 & 1)));"),
+        (
+            "ldmatrix(x, a + swizzle(warp * 16 + (lane & 15), 2 * k + (lane >> 4)));",
+            "ldmatrix(x, a + swizzle(warp * 16 + (lane & 7), 2 * k + (lane >> 4)));",
+        ),
+        (
+            "ldmatrix(to[k], a + swizzle(warp * 16 + (lane & 15), 2 * k + (lane >> 4)));",
+            "ldmatrix(to[k], a + swizzle(warp * 16 + (lane & 15), 2 * k + (lane >> 3 & 1)));",
+        ),
         ("mma_f16(acc[2 * n], x, y[0], y[1]);", "mma_f16(acc[2 * n], x, y[0], y[2]);"),
-        ("mma_f16(acc[2 * n + 1], a[k], y[2], y[3]);", "mma_f16(acc[2 * n + 1], a[k], y[1], y[3]);"),
-        ("ldmatrix_transposed(y, b + swizzle(16 * k + (lane & 15), 2 * d + (lane >> 4)));",
-         "ldmatrix(y, b + swizzle(16 * k + (lane & 15), 2 * d + (lane >> 4)));"),
-        ("ldmatrix_transposed(y, b + swizzle(16 * k + (lane & 15), 2 * d + (lane >> 4)));",
-         "ldmatrix_transposed(y, b + swizzle(16 * k + (lane & 7), 2 * d + (lane >> 4)));"),
+        (
+            "mma_f16(acc[2 * n + 1], a[k], y[2], y[3]);",
+            "mma_f16(acc[2 * n + 1], a[k], y[1], y[3]);",
+        ),
+        (
+            "ldmatrix_transposed(y, b + swizzle(16 * k + (lane & 15), 2 * d + (lane >> 4)));",
+            "ldmatrix(y, b + swizzle(16 * k + (lane & 15), 2 * d + (lane >> 4)));",
+        ),
+        (
+            "ldmatrix_transposed(y, b + swizzle(16 * k + (lane & 15), 2 * d + (lane >> 4)));",
+            "ldmatrix_transposed(y, b + swizzle(16 * k + (lane & 7), 2 * d + (lane >> 4)));",
+        ),
         ("mma_f16(acc[2 * d + 1], a[k], y[2], y[3]);", "mma_f16(acc[2 * d], a[k], y[2], y[3]);"),
-        ("multiply_panel<true>(part, x + HALVES, y);", "multiply_panel<false>(part, x + HALVES, y);"),
+        (
+            "multiply_panel<true>(part, x + HALVES, y);",
+            "multiply_panel<false>(part, x + HALVES, y);",
+        ),
         ("multiply_panel<true>(part, x + HALVES, y);", "multiply_panel<true>(part, x, y);"),
         ("multiply_panel<false>(part, x, y + HALVES);", ""),
         ("acc[n][q] += part[n][q];", "acc[n][q] = part[n][q];"),
-        ("multiply_panel<true>(acc, kept[0], b_panel(now));",
-         "multiply_panel<false>(acc, kept[0], b_panel(now));"),
+        (
+            "multiply_panel<true>(acc, kept[0], b_panel(now));",
+            "multiply_panel<false>(acc, kept[0], b_panel(now));",
+        ),
         ("kept[KEEP && PANELS > 1 ? 1 : 0]", "kept[0]"),
-        ("clear(acc);\n        if (PANELS)\n            now = next();",
-         "if (PANELS)\n            now = next();"),
+        (
+            "clear(acc);\n        if (PANELS)\n            now = next();",
+            "if (PANELS)\n            now = next();",
+        ),
         # where things are
         ("over && more > rows", "false"),
         ("panel * (resident ? wide : 1 + blocks)", "panel * wide"),
@@ -91,7 +109,10 @@ MUTANTS = {
         ("is_in(q) ? q : -1", "-1"),
         ("col >= valid || col < from", "col > valid || col < from"),
         ("col >= valid || col < from", "col >= valid || col <= from"),
-        ("leaves_out(q >> 1, 8 * n + 2 * t + (q & 1))", "leaves_out(q & 1, 8 * n + 2 * t + (q & 1))"),
+        (
+            "leaves_out(q >> 1, 8 * n + 2 * t + (q & 1))",
+            "leaves_out(q & 1, 8 * n + 2 * t + (q & 1))",
+        ),
         ("part.row0 / BN * BN + ticket * rows", "part.row0 + ticket * rows"),
         ("part.col0 / BN + slice * part.tiles", "part.col0 / BN + slice"),
         ("ticket += parts.part[i].row_blocks;", ""),
@@ -235,8 +256,10 @@ MUTANTS = {
         ("tile * BN < col0 || (tile + 1) * BN > col1", "false"),
         ("tile * BN < col0 || (tile + 1) * BN > col1", "(tile + 1) * BN > col1"),
         ("stream.clear_others(slot, places.from, places.valid);", ";"),
-        ("stream.clear_others(slot, places.from, places.valid);",
-         "stream.clear_others(slot, 0, places.valid);"),
+        (
+            "stream.clear_others(slot, places.from, places.valid);",
+            "stream.clear_others(slot, 0, places.valid);",
+        ),
         ("stream.clear_others(now, places.from, places.valid);", ";"),
         ("chunk * VALUES", "0"),
         # to memory
@@ -264,8 +287,10 @@ MUTANTS = {
         ("r.tickets += tickets;", ""),
         ("r.partial = r.counts;", "r.partial = r.tickets;"),
         ("hex_project(*p, r, rest, first, end)", "hex_project(*p, r, rest, first, end - 1)"),
-        ("part.row_blocks = cut(part.row1 - part.row0 / TILE * TILE, rows);",
-         "part.row_blocks = cut(part.row1 - part.row0, rows);"),
+        (
+            "part.row_blocks = cut(part.row1 - part.row0 / TILE * TILE, rows);",
+            "part.row_blocks = cut(part.row1 - part.row0, rows);",
+        ),
         ("part.first_row = parts.rows;", "part.first_row = 0;"),
     ],
     "unit.cu": [
@@ -296,32 +321,49 @@ HOPPER = {
     "tile.cuh": [
         # products
         ("wgmma_f16<true>(acc, pa, pb);", "wgmma_f16<false>(acc, pa, pb);"),
-        ("wgmma_f16<false>(acc, pa + 2 * k, pb + 2 * k);", "wgmma_f16<false>(acc, pa, pb + 2 * k);"),
+        (
+            "wgmma_f16<false>(acc, pa + 2 * k, pb + 2 * k);",
+            "wgmma_f16<false>(acc, pa, pb + 2 * k);",
+        ),
         ("wgmma_f16<false>(acc, a[k], pb + 2 * k);", "wgmma_f16<false>(acc, a[k], pb + k);"),
-        ("wgmma_f16_transposed(acc, a[k], pb + 128 * k);",
-         "wgmma_f16_transposed(acc, a[k], pb + 2 * k);"),
-        ("multiply_panel<true>(acc, a_panel(0, now), b_panel(now));",
-         "multiply_panel<false>(acc, a_panel(0, now), b_panel(now));"),
-        ("multiply_panel<false>(acc, a_panel(1, now), b_panel(now, 1));",
-         "multiply_panel<false>(acc, a_panel(0, now), b_panel(now, 1));"),
+        (
+            "wgmma_f16_transposed(acc, a[k], pb + 128 * k);",
+            "wgmma_f16_transposed(acc, a[k], pb + 2 * k);",
+        ),
+        (
+            "multiply_panel<true>(acc, a_panel(0, now), b_panel(now));",
+            "multiply_panel<false>(acc, a_panel(0, now), b_panel(now));",
+        ),
+        (
+            "multiply_panel<false>(acc, a_panel(1, now), b_panel(now, 1));",
+            "multiply_panel<false>(acc, a_panel(0, now), b_panel(now, 1));",
+        ),
         # bytes and barriers
         ("over ? 0 : at.barriers + slots * RING_BARRIERS", "over ? 0 : at.barriers"),
         ("tiles || slots > 2", "tiles"),
         ("barrier_expect(full + next_slot, bytes * (1 + blocks) + beside);", ""),
-        ("barrier_expect(full + next_slot, bytes * (1 + blocks) + beside);",
-         "barrier_expect(full + next_slot, bytes + beside);"),
-        ("barrier_expect(full + next_slot, bytes * (1 + blocks) + beside);",
-         "barrier_expect(full + next_slot, bytes * (1 + blocks));"),
+        (
+            "barrier_expect(full + next_slot, bytes * (1 + blocks) + beside);",
+            "barrier_expect(full + next_slot, bytes + beside);",
+        ),
+        (
+            "barrier_expect(full + next_slot, bytes * (1 + blocks) + beside);",
+            "barrier_expect(full + next_slot, bytes * (1 + blocks));",
+        ),
         ("next_tile >= end_tile", "next_tile > end_tile"),
         ("barrier_start(full + k, 1);", "barrier_start(full + k, 2);"),
         ("barrier_start(empty + k, WARPS);", "barrier_start(empty + k, 1);"),
         ("barrier_start(empty + k, WARPS);", "barrier_start(empty + k, WARPS + 1);"),
         ("barrier_start(empty + slots, 1);", "barrier_start(empty + slots, 2);"),
-        ("parity = next_parity = 0, ahead = 0;\n        __syncthreads();",
-         "parity = next_parity = 0, ahead = 0;"),
+        (
+            "parity = next_parity = 0, ahead = 0;\n        __syncthreads();",
+            "parity = next_parity = 0, ahead = 0;",
+        ),
         ("barrier_expect(empty + slots, bytes);", "barrier_expect(empty + slots, bytes - 16);"),
-        ("for (int k = 0; k < slots; k++)\n                request();",
-         "for (int k = 0; k < slots - 1; k++) request();"),
+        (
+            "for (int k = 0; k < slots; k++)\n                request();",
+            "for (int k = 0; k < slots - 1; k++) request();",
+        ),
         ("barrier_wait(empty + slots, 0);", ";"),
         ("barrier_wait(full + now, parity);", ";"),
         ("parity ^= slot == 0;", ";"),
