@@ -118,7 +118,6 @@ MUTANTS = {
         ("ticket += parts.part[i].row_blocks;", ""),
         ("i >= part.row0 && i < part.row1", "i < part.row1"),
         ("i >= part.row0 && i < part.row1", "i >= part.row0"),
-        ("fold.start();\n    __syncthreads();", "fold.start();"),
         ("__syncthreads(); // the shared memory is free again", ";"),
     ],
     "forward.cu": [

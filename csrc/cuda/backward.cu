@@ -230,7 +230,10 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
                 if (!SPLIT)
                     wgmma_end(out);
                 stream.done(slot);
-            } else
+            } else {
+                // Else the next tile's would be sent for when all have left the last of its panels.
+                if (stream.sides == 1 && values == 1)
+                    __syncthreads(); // all have read the columns' coefficients
 #pragma unroll
                 for (int v = 0; v < OUT; v++)
                     if (v < values) {
@@ -244,6 +247,7 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
                             wgmma_end(out[v]);
                         stream.done(now);
                     }
+            }
         }
         // To the slice's sums in memory. What is to be known for it takes no registers above.
         hex_block mine;
