@@ -357,6 +357,7 @@ def battery(device: str = "cpu") -> None:
         problem("cluster", 33, 7, "cross", dtype=single, tau=0.02, variant="released"),
         problem("clamped", 24, 40, dtype=single, tau_plus=0.9, tau=0.005),
         problem("cluster", 20, 9, dtype=single, tau=0.05, beta=6.0),  # no common scale
+        problem("gauss", 20, 40, dtype=single, tau=0.001),  # far below the exponential of 1 / tau
     ):
         check_loss(p)
         check_gradients(p)
@@ -364,7 +365,7 @@ def battery(device: str = "cpu") -> None:
     assert_one_call_is_two(problem("cluster", 70, 30, dtype=single))
     half = {"dtype": torch.bfloat16}
     assert_half_is_right(problem("cluster", 40, 70, "query", dtype=torch.float16))
-    # Rows whose partners, 8 apart, are of different tiles; in H most negatives of every other eight.
+    # Rows whose partners, 8 apart, are of different tiles; in H most negatives of every other 8.
     many = problem("cluster", 136, 30, **half)
     row = torch.arange(many.rows)
     eps = torch.where((row // 8 + row // 64) % 2 == 0, -0.9, math.inf).double()
