@@ -19,14 +19,17 @@ from hex import _load
 
 ROOT = Path(__file__).parent.parent
 TARGETS = ("80", "86", "89", "90a", "100", "120")
-# The most registers of a thread: a processor has 65536, for 512 threads of these kernels or
-# 384 (bounds); in the gather they hold 128 rows x 128 features of the gradient, for 256 threads,
-# and in the last two the shared memory is for as many.
-REGISTERS = {
-    **{"forward_tiles": 128, "count_tiles": 128, "bound_tiles": 168},
-    **{"gather_tiles": 255, "sample_tiles": 255, "bracket_tiles": 255},
+# Kernels on the tensor cores, by the beginning of their mangled names: how many there are, and the
+# most registers of a thread. A processor has 65536, for 512 threads of these kernels or 384 (bounds
+# and the gather of 12 warps); in the other gathers they hold 128 rows x 128 features of the
+# gradient for 256 threads, and as many fill a processor's shared memory in the last two.
+TILES = {
+    **{f"forward_tilesILi{warps}E": (n, 128) for warps, n in ((4, 4), (8, 4), (16, 2))},
+    **{"count_tiles": (8, 128), "bound_tiles": (4, 168)},
+    **{"gather_tilesILi12E": (2, 168), "gather_tilesILi8E": (6, 255)},
+    **{"sample_tiles": (6, 255), "bracket_tiles": (6, 255)},
 }
-PER_ELEMENT = 12  # instructions of the forward's inner loop
+PER_ELEMENT = 8  # instructions of the forward's inner loop
 PER_PAIR = 6  # of what every pair of cosines goes through in the brackets
 
 
@@ -96,7 +99,7 @@ def blocks(library):
 
 def of_tiles(kernels):
     """The kernels on the tensor cores, by name."""
-    return {k: v for k, v in kernels.items() if any(name in k for name in REGISTERS)}
+    return {k: v for k, v in kernels.items() if any(name in k for name in TILES)}
 
 
 def test_it_needs_libc_only_and_exports_one_table(library):
@@ -130,7 +133,7 @@ def test_there_is_code_for_every_target_and_ptx_for_later_ones(library, resource
 def test_kernels_keep_within_their_registers(resources):
     for target, kernels in resources.items():
         for kernel, used in of_tiles(kernels).items():
-            (limit,) = (n for name, n in REGISTERS.items() if name in kernel)
+            (limit,) = (most for name, (_, most) in TILES.items() if name in kernel)
             assert used["REG"] <= limit, (target, kernel, used)
 
 
@@ -144,14 +147,21 @@ def test_no_kernel_spills_or_has_anything_else_in_local_memory(resources, blocks
             assert not local, (target, kernel, local)
 
 
-def test_the_tensor_cores_are_used(blocks):
+def test_every_kernel_is_there_once(resources):
+    for target, kernels in resources.items():
+        for name, (n, _) in TILES.items():
+            assert sum(name in kernel for kernel in kernels) == n, (target, name)
+
+
+def test_the_tensor_cores_are_used_and_on_hopper_the_copy_engine(blocks):
     for target, kernels in blocks.items():
-        tiles = of_tiles(kernels)
-        assert len(tiles) == 4 + 4 + 2 + 2 + 2 + 2, target
-        for kernel, code in tiles.items():
+        for kernel, code in of_tiles(kernels).items():
             text = "\n".join(x for block in code for x in block)
-            assert ("HGMMA" in text) == (target == "90a"), (target, kernel)
-            assert ("HMMA" in text) == (target != "90a" or "gather" in kernel), (target, kernel)
+            for of_hopper in ("HGMMA", "UBLKCP", "SYNCS"):
+                assert (of_hopper in text) == (target == "90a"), (target, kernel, of_hopper)
+            for of_others in (r"\bHMMA", "LDGSTS"):
+                found = re.search(of_others, text) is not None
+                assert found == (target != "90a"), (target, kernel, of_others)
 
 
 def test_the_inner_loop_of_the_forward_is_short(blocks):

@@ -83,7 +83,7 @@ def check(p: Problem) -> None:
     check_gradients(p)
 
 
-@pytest.mark.parametrize("seed, device", tuple(zip(emulator.SEEDS, (SMALL, HOPPER), strict=True)))
+@pytest.mark.parametrize("seed, device", tuple(zip(emulator.SEEDS, emulator.DEVICES, strict=True)))
 @pytest.mark.parametrize("extra_bits", (ROUNDED, TRUNCATED))
 def test_a_battery_of_problems_is_right_in_any_order_of_the_warps(
     kernels, seed, device, extra_bits

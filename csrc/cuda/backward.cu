@@ -139,11 +139,13 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
 {
     constexpr int ROWS = 16 * WARPS;
     constexpr bool HOLD = PANELS > 0;
+    constexpr int OUT = HOLD ? PANELS : VALUES;
     HEX_SHARED_MEMORY(shared);
     const int t = (int)threadIdx.x & 3;
     const unsigned blocks = (unsigned)r.parts.blocks;
     const int panels = (int)(r.unit.width / PANEL), chunk = (int)(blockIdx.x / blocks);
-    const int value0 = chunk * VALUES, values = panels - value0 < VALUES ? panels - value0 : VALUES;
+    const int value0 = HOLD ? 0 : chunk * VALUES;
+    const int values = HOLD || panels - value0 > OUT ? OUT : panels - value0;
     const float *coefficients = (const float *)r.coefficients;
 
     hex_block block;
@@ -169,13 +171,11 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
                                                    : 0.f;
         }
 
-    constexpr int OUT = HOLD ? PANELS : VALUES;
     float out[OUT][8][4] = {}, unit[2] = {0x1p100f, 0x1p100f}; // out is du times unit
     const int col0 = (int)block.part.col0, col1 = (int)block.part.col1;
     int tile = block.tile0;
     do {
         const int end = block.tile1 - tile > MOST_TILES ? tile + MOST_TILES : block.tile1;
-        const bool more = tile > block.tile0;
         for (; tile < end; tile++) {
             float acc[8][4], top[2];
             const int slot = stream.cosines(acc);
@@ -230,7 +230,10 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
                 if (!SPLIT)
                     wgmma_end(out);
                 stream.done(slot);
-            } else
+            } else {
+                // Else the next tile's would be sent for when all have left the last of its panels.
+                if (stream.sides == 1 && values == 1)
+                    __syncthreads(); // all have read the columns' coefficients
 #pragma unroll
                 for (int v = 0; v < OUT; v++)
                     if (v < values) {
@@ -244,10 +247,14 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
                             wgmma_end(out[v]);
                         stream.done(now);
                     }
+            }
         }
-        // To the slice's sums in memory.
+        // To the slice's sums in memory. What is to be known for it takes no registers above.
+        hex_block mine;
+        mine.start(r.parts, ROWS, anew(blockIdx.x % blocks));
+        const bool more = tile - mine.tile0 > MOST_TILES;
         const float back[2] = {1 / unit[0], 1 / unit[1]}; // powers of two
-        const int64_t first = block.part.first_row - block.part.row0 + block.slice * r.parts.rows;
+        const int64_t first = mine.part.first_row - mine.part.row0 + mine.slice * r.parts.rows;
         float *to = (float *)r.partial + value0 * PANEL + 2 * t;
 #pragma unroll
         for (int v = 0; v < OUT; v++)
@@ -255,7 +262,7 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
             for (int n = 0; n < 8; n++)
 #pragma unroll
                 for (int h = 0; h < 2; h++)
-                    if (v < values && block.has(places.row[h])) {
+                    if (v < values && mine.has(places.row[h])) {
                         float2 *at = (float2 *)(to + (first + places.row[h]) * r.unit.width +
                                                 v * PANEL + 8 * n);
                         const float2 old = more ? *at : make_float2(0, 0);

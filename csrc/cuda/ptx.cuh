@@ -20,6 +20,13 @@
 
 DEVICE uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
+// x, of which the compiler then knows nothing: what is computed from it is not kept from before.
+DEVICE unsigned anew(unsigned x)
+{
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // 2^x, error 2 ulp; 0 below 2^-126.
 DEVICE float ex2(float x)
 {

@@ -173,7 +173,7 @@ static __device__ uint32_t bracket_of(uint32_t (&count)[8], const row_bins &bins
 }
 
 template <int WARPS, int PANELS>
-static __global__ void __launch_bounds__(32 * WARPS, 8 / WARPS)
+static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS)
     sample_tiles(hex_problem p, hex_run r, hex_fit fit, hex_choice choice, uint32_t *brackets)
 {
     constexpr int THREADS = 32 * WARPS, ROWS = 16 * WARPS;

@@ -485,20 +485,22 @@ struct hex_places {
             partner[h] = row[h] < 2 * B ? (int)partner_of(row[h], B) : -1;
         }
     }
+    // Whether a tile has such a column.
+    __device__ __forceinline__ static bool is_in(int col) { return (unsigned)col < BN; }
     // Whether the warp's part of a tile holds any such element, or any outside of [col0, col1).
     __device__ __forceinline__ bool enter(int tile, int col0, int col1)
     {
         const int col = tile * BN;
-        const bool edge = tile == row[0] / BN || tile == partner[0] / BN ||
-                          tile == partner[1] / BN || col < col0 || col + BN > col1;
+        const bool edge = is_in(row[0] - col) || is_in(partner[0] - col) ||
+                          is_in(partner[1] - col) || col < col0 || col + BN > col1;
         if (!__any_sync(~0u, edge))
             return false;
         valid = col1 - col < BN ? col1 - col : BN;
         from = col < col0 ? col0 - col : 0;
         for (int h = 0; h < 2; h++) {
             const int o = row[h] - col, q = partner[h] - col;
-            own[h] = (unsigned)o < BN ? o : -1;
-            positive[h] = (unsigned)q < BN ? q : -1;
+            own[h] = is_in(o) ? o : -1;
+            positive[h] = is_in(q) ? q : -1;
         }
         return true;
     }
