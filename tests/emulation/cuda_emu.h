@@ -5,7 +5,8 @@
 // A CUDA thread is a fiber, a block is run to its end before the next one starts. A warp-wide
 // instruction is carried out by the last of its 32 threads to arrive. To bring errors to light:
 //
-//   shared memory   starts as NaN (seeds 0 and 1 of 4) or as large numbers (2 and 3), and is as large
+//   shared memory   starts as NaN (seeds 0 and 1 of 4) or as large numbers (2 and 3), and is as
+//   large
 //                   as the launch says (AddressSanitizer sees more)
 //   warps           run in random order, each as far as it gets: a barrier that is missing shows
 //   copy_async      copies at once (odd seeds) or only at the wait (even seeds): so does a wait
