@@ -121,15 +121,15 @@ MUTANTS = {
         ("__syncthreads(); // the shared memory is free again", ";"),
     ],
     "forward.cu": [
-        ("places.blank(acc, -1e30f);", ";"),
+        ("places.blank(acc, NOTHING);", ";"),
         ("hard(h, k) = k == SUM_HARD_TOP ? HEX_LOWEST : 0;", ";"),
         ("h ? end[1] : end[0]", "end[0]"),
         ("end[0] = list(0), end[1] = list(1);", ";"),
         ("end[0] > list(0) + FEW * THREADS", "false"),
         ("end[1] > list(1) + FEW * THREADS", "false"),
         ("rest_t[h] += sum_t;\n            end[h] = to;", "rest_t[h] += sum_t;"),
-        ("to += THREADS;\n                        c = -1e30f;", "c = -1e30f ;"),
-        ("to += THREADS;\n                        c = -1e30f;", "to += THREADS ;"),
+        ("to += THREADS;\n                        c = NOTHING;", "c = -1e30f ;"),
+        ("to += THREADS;\n                        c = NOTHING;", "to += THREADS ;"),
         ("fmaf(c, scale, -scale)", "c * scale"),
         ("rest_t[h] = f * (rest_t[h] + d * rest[h]);", "rest_t[h] *= f;"),
         ("top[h] = most;", ""),
@@ -459,6 +459,7 @@ def is_missed(mutants, number, devices, seconds):
     return os.waitpid(child, 0)[1] == 0
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.skipif(emulator.SANITIZED, reason="the errors are meant to happen")
 def test_the_battery_finds_every_planted_error(libraries):
     mma, wgmma = libraries
