@@ -59,12 +59,11 @@ DEVICE uint16_t float_to_bf16(float x)
 
 DEVICE float bf16_to_float(uint16_t x) { return __uint_as_float((uint32_t)x << 16); }
 
-// Two halves in a register, `low` in the low bits. It stays before wgmma_begin, which waits for
-// what the products read from registers.
+// Two halves in a register, `low` in the low bits.
 DEVICE uint32_t pack_f16(float low, float high)
 {
     uint32_t y;
-    asm volatile("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
     return y;
 }
 
@@ -144,18 +143,30 @@ DEVICE void barrier_expect(uint64_t *barrier, int bytes)
         : "memory");
 }
 
+DEVICE unsigned barrier_try(uint64_t *barrier, unsigned parity)
+{
+    unsigned done;
+    asm volatile("{\n\t.reg .pred p;\n\t"
+                 "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
+                 "selp.u32 %0, 1, 0, p;\n\t}"
+                 : "=r"(done)
+                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
+    return done;
+}
+
 // Waits for the end of the phase of this parity; the first phase has parity 0.
 DEVICE void barrier_wait(uint64_t *barrier, unsigned parity)
 {
-    unsigned done;
-    do
-        asm volatile("{\n\t.reg .pred p;\n\t"
-                     "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
-                     "selp.u32 %0, 1, 0, p;\n\t}"
-                     : "=r"(done)
-                     : "r"(shared_address(barrier)), "r"(parity)
-                     : "memory");
-    while (!done);
+    while (!barrier_try(barrier, parity))
+        ;
+}
+
+// The same by all of a warp, which is together afterwards.
+DEVICE void barrier_wait_together(uint64_t *barrier, unsigned parity)
+{
+    while (!__all_sync(~0u, (int)barrier_try(barrier, parity)))
+        ;
 }
 
 // So many bytes, a multiple of 16, from global to shared memory, by the copy engine.
@@ -206,6 +217,14 @@ DEVICE void wgmma_end(float (&c)[8][4])
                  : ROWS_OF(c)
                  :
                  : "memory");
+}
+
+// A left operand in registers is complete before the wgmma_begin that follows.
+DEVICE void wgmma_operand(uint32_t (&a)[4][4])
+{
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+        asm volatile("" : "+r"(a[k][0]), "+r"(a[k][1]), "+r"(a[k][2]), "+r"(a[k][3]) : : "memory");
 }
 
 // The same for one or two accumulators at a time.

@@ -127,6 +127,7 @@ DEVICE void multiply_transposed(float (&acc)[8][4], const uint32_t (&a)[4][4], c
 #ifndef HEX_WGMMA
 template <class Accumulators> DEVICE void wgmma_begin(Accumulators &) {}
 template <class Accumulators> DEVICE void wgmma_end(Accumulators &) {}
+DEVICE void wgmma_operand(uint32_t (&)[4][4]) {}
 #endif
 
 // ---- shared memory of a block ----
@@ -341,14 +342,14 @@ template <int WARPS, bool SPLIT, int PANELS, bool KEEP> struct hex_stream {
         const int now = slot;
         slot = slot + 1 == slots ? 0 : slot + 1;
 #ifdef HEX_WGMMA
-        barrier_wait(full + now, parity);
+        barrier_wait_together(full + now, parity);
         parity ^= slot == 0;
 #else
         copy_wait();
         __syncthreads(); // all warps are done with the other slot
         request();
-#endif
         __syncwarp(); // the products are a warp's own instructions
+#endif
         return now;
     }
 
