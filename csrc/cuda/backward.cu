@@ -217,6 +217,9 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
                                                  x1 - f16_to_float((uint16_t)(high[k][q] >> 16)))
                                       : 0;
                 }
+            wgmma_operand(high);
+            if (SPLIT)
+                wgmma_operand(low);
             // The same for all threads: then the tile is an edge for all warps.
             const bool others = tile * BN < col0 || (tile + 1) * BN > col1;
             if (HOLD) {

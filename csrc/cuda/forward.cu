@@ -14,6 +14,8 @@
 
 #define LIST 24 // members of H that a thread can set aside of a row; a tile has at most 16
 #define FEW 8   // as many may wait for the next tile
+// In the place of what does not count: its exponential is 0, and its product with any scale finite.
+#define NOTHING (-1e20f)
 #define COLUMN (LIST + SUMS - SUM_HARD_TOP)
 
 template <int WARPS> struct statistics {
@@ -66,7 +68,7 @@ template <int WARPS> struct statistics {
     __device__ __forceinline__ void tile(float (&acc)[8][4], const hex_places &places, bool edge)
     {
         if (edge)
-            places.blank(acc, -1e30f); // its exponential is 0
+            places.blank(acc, NOTHING);
         if (shared_shift)
             add_at_one(acc);
         else
@@ -115,7 +117,7 @@ template <int WARPS> struct statistics {
                     if (c > limit) {
                         *to = c;
                         to += THREADS;
-                        c = -1e30f;
+                        c = NOTHING;
                     }
                     most = fmaxf(most, c);
                     acc[n][2 * h + q] = c;

@@ -143,18 +143,30 @@ DEVICE void barrier_expect(uint64_t *barrier, int bytes)
         : "memory");
 }
 
+DEVICE unsigned barrier_try(uint64_t *barrier, unsigned parity)
+{
+    unsigned done;
+    asm volatile("{\n\t.reg .pred p;\n\t"
+                 "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
+                 "selp.u32 %0, 1, 0, p;\n\t}"
+                 : "=r"(done)
+                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
+    return done;
+}
+
 // Waits for the end of the phase of this parity; the first phase has parity 0.
 DEVICE void barrier_wait(uint64_t *barrier, unsigned parity)
 {
-    unsigned done;
-    do
-        asm volatile("{\n\t.reg .pred p;\n\t"
-                     "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
-                     "selp.u32 %0, 1, 0, p;\n\t}"
-                     : "=r"(done)
-                     : "r"(shared_address(barrier)), "r"(parity)
-                     : "memory");
-    while (!done);
+    while (!barrier_try(barrier, parity))
+        ;
+}
+
+// The same by all of a warp, which is together afterwards.
+DEVICE void barrier_wait_together(uint64_t *barrier, unsigned parity)
+{
+    while (!__all_sync(~0u, (int)barrier_try(barrier, parity)))
+        ;
 }
 
 // So many bytes, a multiple of 16, from global to shared memory, by the copy engine.
@@ -205,6 +217,14 @@ DEVICE void wgmma_end(float (&c)[8][4])
                  : ROWS_OF(c)
                  :
                  : "memory");
+}
+
+// A left operand in registers is complete before the wgmma_begin that follows.
+DEVICE void wgmma_operand(uint32_t (&a)[4][4])
+{
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+        asm volatile("" : "+r"(a[k][0]), "+r"(a[k][1]), "+r"(a[k][2]), "+r"(a[k][3]) : : "memory");
 }
 
 // The same for one or two accumulators at a time.

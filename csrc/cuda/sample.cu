@@ -202,6 +202,10 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS)
         const int row = warp * 16 + (lane >> 2) + 8 * h;
         fold.row[h] = (uint32_t)(row * PITCH) - __float_as_uint(HEX_BIN0);
         fold.bins[h] = ahead.of_row(h);
+        // Rows past the end of the matrix are whatever shared memory held: nothing of theirs
+        // counts.
+        if (!block.has(block.row0 + row))
+            fold.bins[h].near_add = fold.bins[h].far_add = NAN;
     }
     const int64_t sampled = choose_tiles(block, r.bracket.step);
     for_each_tile<WARPS, false, PANELS>(block, r.unit, p.B, fit, shared, fold);

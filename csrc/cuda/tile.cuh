@@ -127,6 +127,7 @@ DEVICE void multiply_transposed(float (&acc)[8][4], const uint32_t (&a)[4][4], c
 #ifndef HEX_WGMMA
 template <class Accumulators> DEVICE void wgmma_begin(Accumulators &) {}
 template <class Accumulators> DEVICE void wgmma_end(Accumulators &) {}
+DEVICE void wgmma_operand(uint32_t (&)[4][4]) {}
 #endif
 
 // ---- shared memory of a block ----
@@ -341,12 +342,13 @@ template <int WARPS, bool SPLIT, int PANELS, bool KEEP> struct hex_stream {
         const int now = slot;
         slot = slot + 1 == slots ? 0 : slot + 1;
 #ifdef HEX_WGMMA
-        barrier_wait(full + now, parity);
+        barrier_wait_together(full + now, parity);
         parity ^= slot == 0;
 #else
         copy_wait();
         __syncthreads(); // all warps are done with the other slot
         request();
+        __syncwarp(); // the products are a warp's own instructions
 #endif
         return now;
     }
@@ -566,6 +568,9 @@ DEVICE void for_each_tile(const hex_block &block, const hex_unit &unit, int64_t 
             stream.done(slot);
         fold.tile(acc, places, places.enter(tile, col0, col1));
     }
+#ifndef HEX_WGMMA
+    copy_wait(); // for the rows' panels, where there was no tile
+#endif
     __syncthreads(); // the shared memory is free again
     stream.stop();
 }
@@ -592,7 +597,7 @@ template <class F> static inline const char *with_kind(const hex_unit &u, F f)
 static inline hex_fit fit_of(const hex_run &r, int warps, int panels, bool keep, int64_t more,
                              int64_t side = 0, int enough = 8)
 {
-    int most = !r.hopper ? 2 : panels == 2 && warps == 4 ? 2 : panels == 1 ? 8 : 4;
+    int most = !r.hopper || (panels && warps == 4) ? 2 : panels == 1 ? 8 : 4;
     most = most < enough ? most : enough;
     hex_fit fit = {};
     for (int stays = 1; stays >= (panels ? 1 : 0); stays--)
