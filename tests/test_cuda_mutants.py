@@ -459,6 +459,7 @@ def is_missed(mutants, number, devices, seconds):
     return os.waitpid(child, 0)[1] == 0
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.skipif(emulator.SANITIZED, reason="the errors are meant to happen")
 def test_the_battery_finds_every_planted_error(libraries):
     mma, wgmma = libraries

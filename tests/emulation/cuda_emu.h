@@ -5,7 +5,8 @@
 // A CUDA thread is a fiber, a block is run to its end before the next one starts. A warp-wide
 // instruction is carried out by the last of its 32 threads to arrive. To bring errors to light:
 //
-//   shared memory   starts as NaN, and is as large as the launch says (AddressSanitizer sees more)
+//   shared memory   starts as NaN (seeds 0 and 1 of 4) or as large numbers (2 and 3), and is as
+//                   large as the launch says (AddressSanitizer sees more)
 //   warps           run in random order, each as far as it gets, four of them seldom: a barrier
 //                   that is missing shows
 //   copy_async      copies at once (odd seeds) or only at the wait (even seeds): so does a wait
@@ -136,7 +137,7 @@ struct State {
     size_t shared_bytes = 0;
     void (*entry)(void *) = nullptr;
     void *argument = nullptr;
-    unsigned seed = 0;
+    unsigned seed = 0, seed_given = 0;
     uint64_t launches = 0, conflicts = 0;
     bool recording = false; // launches are noted and not run
     std::vector<Launch> recorded;
@@ -148,6 +149,7 @@ struct State {
 };
 inline State S;
 constexpr size_t STACK = 256 * 1024;
+constexpr int LARGE = 0x7b; // fp16 61,000, float 1.3e36
 
 // Saves what a call must preserve, exchanges stacks: a few nanoseconds.
 extern "C" void hex_emu_switch(void **save, void *load);
@@ -333,7 +335,7 @@ inline void launch(const char *file, dim3 grid, dim3 threads, size_t shared, Bod
     const bool backwards = S.seed & 1;
     for (unsigned b = 0; b < grid.x; b++) {
         S.block_index = {backwards ? grid.x - 1 - b : b, 0, 0};
-        memset(S.shared, 0xff, shared);
+        memset(S.shared, S.seed_given & 2 ? LARGE : 0xff, shared);
         run_block();
     }
     free(p);
@@ -578,7 +580,7 @@ static inline emu::Counter *hex_emu_counter(uint64_t *barrier)
 static inline void barrier_start(uint64_t *barrier, int arrivals)
 {
     emu::Counter *c = hex_emu_counter(barrier);
-    if (c->wanted != 0xffff)
+    if (c->wanted != 0xffff && c->wanted != (emu::LARGE << 8 | emu::LARGE))
         emu::fail("a barrier is set up where there is one"); // it has to be stopped first
     *c = {(uint16_t)arrivals, (uint16_t)arrivals, 0, 0};
 }
@@ -587,7 +589,7 @@ static inline void barrier_fence() {}
 static inline void barrier_arrive(uint64_t *barrier)
 {
     emu::Counter *c = hex_emu_counter(barrier);
-    if (c->wanted == 0 || c->wanted == 0xffff || c->missing == 0)
+    if (c->wanted == 0 || c->wanted > 0x7000 || c->missing == 0)
         emu::fail("an arrival that the barrier does not wait for");
     c->missing--;
     emu::check(c);
@@ -700,7 +702,7 @@ extern "C" {
 // 0: threads in order. See above.
 inline __attribute__((used, visibility("default"))) void hex_emu_seed(unsigned seed)
 {
-    emu::S.seed = seed;
+    emu::S.seed = emu::S.seed_given = seed;
 }
 inline __attribute__((used, visibility("default"))) void hex_emu_device(int processors, int shared)
 {
