@@ -373,13 +373,12 @@ def battery(device: str = "cpu") -> None:
     eps = torch.where(some, -0.9, math.inf).double()
     assert_half_is_right(many.with_(eps=eps.to(device)))
     assert_threshold_is_right(many)
+    none = many.with_(eps=f64(math.inf).to(device))  # in H
     quiet = torch.where(row < 64, 0.0, many.grad_output().cpu()).to(device)  # a tile of no weight
-    ours, truth = many.ours(quiet).grads["z0"], many.plain(torch.float64, quiet).grads["z0"]
+    ours, truth = none.ours(quiet).grads["z0"], none.plain(torch.float64, quiet).grads["z0"]
     assert (ours[:64].double() - truth[:64]).abs().max() <= 0.1 * truth[:64].abs().max()
-    none = f64(math.inf).to(device)  # members of H; so many cosines leave no gap for a threshold
-    assert_half_is_right(
-        problem("cluster", 100, 20, "shared", K=1400, eps=none, **half)
-    )  # of the ring
+    # Some rounds of the ring; so many cosines leave no gap for a threshold.
+    assert_half_is_right(problem("cluster", 100, 20, "shared", K=1400, eps=none.eps, **half))
     assert_half_is_right(problem("cluster", 100, 100, "cross", **half))
     for D, options in ((30, half), (100, half), (132, half), (30, {"dtype": single})):
         p = problem("gauss", 20, D, "shared", K=70, **options)
