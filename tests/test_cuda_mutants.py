@@ -238,7 +238,7 @@ MUTANTS = {
         ("tile - mine.tile0 > MOST_TILES", "true"),
         ("SIDE_BYTES / K_ROWS * K_ALL", "SIDE_BYTES"),
         # their scale
-        ("power > 227 ? 227 : power < 1", "power < 1"),
+        ("power > 227 ? 227 : power < 1 ? 1 : power", "power < 1 ? 1 : power"),
         ("factor[h] = wanted / unit[h];", ""),
         ("unit[h] = wanted;", ""),
         ("larger = true;", ""),
