@@ -29,7 +29,7 @@ TILES = {
     **{"gather_tilesILi12E": (2, 168), "gather_tilesILi8E": (6, 255)},
     **{"sample_tiles": (6, 255), "bracket_tiles": (6, 255)},
 }
-PER_ELEMENT = 8  # instructions of the forward's inner loop
+PER_ELEMENT = 9  # instructions of the forward's inner loop
 PER_PAIR = 6  # of what every pair of cosines goes through in the brackets
 
 

@@ -14,6 +14,12 @@
 #define NEAR 64          // fine bins
 #define FAR_BINS 31.f    // in 1 of cosine; two of it are less than the rest
 
+#ifdef HEX_WGMMA
+#define THREADS_OF_A_PROCESSOR 512
+#else
+#define THREADS_OF_A_PROCESSOR 256 // or registers do not suffice
+#endif
+
 // ---- the bins of a row: NEAR and the rest, each even, from one cosine on ----
 
 struct row_bins {
@@ -173,7 +179,7 @@ static __device__ uint32_t bracket_of(uint32_t (&count)[8], const row_bins &bins
 }
 
 template <int WARPS, int PANELS>
-static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS)
+static __global__ void __launch_bounds__(32 * WARPS, THREADS_OF_A_PROCESSOR / (32 * WARPS))
     sample_tiles(hex_problem p, hex_run r, hex_fit fit, hex_choice choice, uint32_t *brackets)
 {
     constexpr int THREADS = 32 * WARPS, ROWS = 16 * WARPS;
