@@ -159,7 +159,7 @@ def test_a_row_of_more_negatives_than_16_bits_count_has_its_threshold(mma):
 # ---- the threshold in one pass ----
 
 
-@pytest.mark.parametrize("seed, device", tuple(zip(emulator.SEEDS, (SMALL, HOPPER), strict=True)))
+@pytest.mark.parametrize("seed, device", tuple(zip(emulator.SEEDS, emulator.DEVICES, strict=True)))
 def test_a_battery_of_brackets_is_right_in_any_order_of_the_warps(kernels, seed, device):
     kernels.seed(seed)
     kernels.device(*device)
