@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /* The CPU core alone, one level on one thread without torch, to be timed and counted (core.py): the
  * loss with its gradient, and beside it the product of two blocks in cache by the core's own
- * register tile, which is the most that it could reach. LEVEL_FILE names csrc/cpu/isa_*.c, and
- * TRACKER_FILE csrc/tracker.c: one unit, so that -fwhole-program leaves out what is not called. */
+ * register tile, which is the most that it could reach. LEVEL_FILE names csrc/cpu/isa_*.c: one
+ * unit, so that -fwhole-program leaves out what is not called. */
 #include <stdio.h>
 #include <time.h>
 
@@ -11,8 +11,6 @@
 #endif
 
 #include LEVEL_FILE
-
-#include TRACKER_FILE
 
 #define PUBLIC __attribute__((visibility("default"), externally_visible, noinline))
 #define WIDE (2 * VEC_BYTES / (int)sizeof(float)) /* NR of float */

@@ -25,7 +25,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-typedef enum { HEX_F32, HEX_F64, HEX_F16, HEX_BF16, HEX_I64 } hex_dtype;
+typedef enum { HEX_F32, HEX_F64, HEX_F16, HEX_BF16 } hex_dtype;
 typedef enum { HEX_NTXENT, HEX_QUERY, HEX_CROSS, HEX_SHARED, HEX_OWN, HEX_MODES } hex_mode;
 typedef enum { HEX_NONE, HEX_MEAN, HEX_SUM, HEX_REDUCTIONS } hex_reduction;
 typedef enum { HEX_PAPER, HEX_RELEASED, HEX_VARIANTS } hex_variant;
@@ -82,20 +82,32 @@ typedef struct {
     double *dtau;      /* one number, or null */
 } hex_gradient;
 
-/* The threshold over training (tracker.c): what the adaptive loss is given, what it does with the
- * batch's candidate, and the eps that comes of it. */
-enum { HEX_STATE_VALUE, HEX_STATE_EPOCH, HEX_STATE_UPDATES, HEX_STATE_SKIPPED, HEX_STATE };
+/* The threshold over training (tracker.h): what the adaptive loss is given, what it does with the
+ * batch's candidate, and the eps that comes of it. All numbers of the state are doubles, so that an
+ * average of states is a state (hex/threshold.py says why); the counts are whole. */
+enum {
+    HEX_STATE_WEIGHT,    /* 1 when a candidate has been stored, 0 before; an average: in between */
+    HEX_STATE_VALUE,     /* weight times the stored threshold */
+    HEX_STATE_EPOCH,     /* 1 + the epoch, 0 before the first */
+    HEX_STATE_UPDATES,   /* candidates stored */
+    HEX_STATE_SKIPPED,   /* candidates that were not finite */
+    HEX_STATE_SHORT,     /* candidates not stored, for their batch was short */
+    HEX_STATE_MOST,      /* most anchors of a batch, in this window: an epoch or HEX_WINDOW calls */
+    HEX_STATE_BEFORE,    /* the same of the window before */
+    HEX_STATE_CALLS,     /* calls in this window, while no epoch is named */
+    HEX_STATE_RUN,       /* short batches in a row */
+    HEX_STATE_CANDIDATE, /* the last finite one, stored or not */
+    HEX_STATE
+};
+enum { HEX_WINDOW = 50, HEX_SHORT_RUN = 20 };
 
 typedef struct {
     double quantile, momentum, warmup_threshold;
     int64_t warmup_epochs;
     bool over_negatives, monotonic, lagged;
-    int64_t state[HEX_STATE]; /* the value's bits, the epoch, two counts */
+    double state[HEX_STATE];
     double eps;
 } hex_tracker;
-
-bool hex_is_warm_up(const hex_tracker *t);
-void hex_track(hex_tracker *t, double candidate); /* moves the state, sets eps */
 
 static inline int64_t hex_anchors(const hex_problem *p)
 {

@@ -83,15 +83,11 @@ static int32_t torch_dtype(hex_dtype dtype)
 {
     return dtype == HEX_F32   ? aoti_torch_dtype_float32()
            : dtype == HEX_F64 ? aoti_torch_dtype_float64()
-           : dtype == HEX_I64 ? aoti_torch_dtype_int64()
            : dtype == HEX_F16 ? aoti_torch_dtype_float16()
                               : aoti_torch_dtype_bfloat16();
 }
 
-int64_t item_size(hex_dtype dtype)
-{
-    return dtype == HEX_F64 || dtype == HEX_I64 ? 8 : dtype == HEX_F32 ? 4 : 2;
-}
+int64_t item_size(hex_dtype dtype) { return dtype == HEX_F64 ? 8 : dtype == HEX_F32 ? 4 : 2; }
 
 /* Whether every element lies inside the storage. torch's own operators trust this and crash on a
  * tensor whose storage was freed or shrunk under it, as sharded training does. */
@@ -143,11 +139,11 @@ bool read_view(call *c, AtenTensorHandle t, const char *name, view *v)
 
 static bool read_state(call *c, AtenTensorHandle t, view *v)
 {
-    if (!read_dense(c, t, "state", INTEGERS, v))
+    if (!read_view(c, t, "state", v))
         return false;
-    return v->dim == 1 && v->size[0] == HEX_STATE
+    return v->dtype == HEX_F64 && v->dim == 1 && v->size[0] == HEX_STATE
                ? true
-               : fail(c, "state: expected shape (%d,)", HEX_STATE);
+               : fail(c, "state: expected float64 of shape (%d,)", HEX_STATE);
 }
 
 bool read_numbers(call *c, AtenTensorHandle t, const char *name, numbers allowed, int64_t rows,
@@ -308,7 +304,7 @@ void hex_adaptive_boxed(StableIValue *stack, uint64_t arguments, uint64_t output
         const int64_t shape[2] = {HEX_STATS, hex_anchors(&p)}, states = HEX_STATE;
         if (add_output(&c, p.reduction == HEX_NONE, shape + 1, compute_dtype(&p), &loss) &&
             add_output(&c, 2, shape, compute_dtype(&p), &stats) &&
-            add_output(&c, 0, NULL, HEX_F64, &eps) && add_output(&c, 1, &states, HEX_I64, &state) &&
+            add_output(&c, 0, NULL, HEX_F64, &eps) && add_output(&c, 1, &states, HEX_F64, &state) &&
             add_kept(&c, &p, stack[17] & 1)) {
             const hex_device_state on_device = {v.data, v.stride[0], state, eps};
             if (hex_place_is_cuda(&c.place))

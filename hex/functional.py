@@ -132,7 +132,7 @@ def batch_threshold(
     *,
     mode: Mode = "ntxent",
     quantile: float = 0.99,
-    over: Over = "all",
+    over: Over = "negatives",
 ) -> Tensor:
     """The adaptive threshold of a batch: the mean over rows of a quantile of the row's cosines.
 
@@ -143,10 +143,10 @@ def batch_threshold(
     Args:
         z0, z1, negatives, mode: as in `hex_loss`.
         quantile: in [0, 1].
-        over: "all", the row whole: with the positive and, in "ntxent", the anchor itself (cosine
-            1), as the authors do. For 2B < 52 that rank *is* the anchor, so eps = 1 and H is
-            empty; up to 2B of about 150 it is mostly the positive. "negatives": the negatives
-            alone, for any batch.
+        over: "negatives", the negatives alone, for any batch; or "all", the row whole: with the
+            positive and, in "ntxent", the anchor itself (cosine 1), as the authors do. For 2B < 52
+            that rank *is* the anchor, so eps = 1 and H is empty; up to 2B of about 150 it is
+            mostly the positive.
 
     Returns:
         0-d float64, a cosine. NaN if the batch is empty or not finite.

@@ -141,7 +141,8 @@ class HEXCrossEntropyLoss(_Contrastive):
         tau = temperature_tensor(given, logits)
         eps = self._threshold(
             logits.device,
-            (logits,),
+            (logits, tau),
+            logits.shape[0],
             logits.shape[1] + self.self_column,
             self.self_column,
             lambda quantile, over: class_ops.logits_threshold(
@@ -152,7 +153,7 @@ class HEXCrossEntropyLoss(_Contrastive):
         value, hard, share = _loss(
             logits, target, eps, tau, self.reduction, self.variant, self.beta, self.tau_plus
         )
-        self._keep((logits,), eps, hard, share)
+        self._keep((logits, tau), value, eps, hard, share)
         return value
 
     def extra_repr(self) -> str:

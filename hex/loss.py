@@ -6,6 +6,7 @@ in threshold.py.
 """
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed, membership, ops
+from . import state as states
+from ._calls import is_first_run, is_second_run, is_transformed
 from .functional import (
     Batch,
     Mode,
@@ -87,9 +90,11 @@ class _Contrastive(nn.Module):
             temperature: overrides the module's for this call (CLIP: `1 / logit_scale.exp()`).
         """
         batch = self._gathered(check_batch(z0, z1, negatives, self.mode))
-        tau = self.temperature if temperature is None else check_temperature(temperature)
+        given = self.temperature if temperature is None else check_temperature(temperature)
+        tau = temperature_tensor(given, z0)
+        learner = *batch.inputs, tau
         options: tuple[Any, ...] = (
-            temperature_tensor(tau, z0),
+            tau,
             batch.mode,
             ops.REDUCTIONS[self.reduction],
             ops.VARIANTS[self.variant],
@@ -101,19 +106,22 @@ class _Contrastive(nn.Module):
             tracker is not None
             and tracker.adaptive_rule
             and tracker.state.device == z0.device
+            and tracker.state.dtype == torch.float64
             and ops.has_adaptive(z0)
-            and not _transformed(*batch.inputs)
+            and not is_transformed(*learner, tracker.state)
+            and not is_second_run()
         ):
             tracker.warn_if_too_small(batch.row_length, has_self=batch.has_self)
             value, hard, share, eps, state = ops.adaptive_loss(
                 *batch.inputs, tracker.state, *options, *tracker.kernel_rule()
             )
-            if self._learns(batch.inputs):
+            tracker.remember(state[states.CANDIDATE], eps)
+            if self._learns(learner):
                 tracker.store(state)
         else:
-            eps = self._eps(batch, batch.inputs)
+            eps = self._eps(batch, learner)
             value, hard, share = ops.loss(*batch.inputs, eps, *options)
-        self._keep(batch.inputs, eps, hard, share)
+        self._keep(learner, value, eps, hard, share)
         return value
 
     def _gathered(self, batch: Batch) -> Batch:
@@ -133,6 +141,7 @@ class _Contrastive(nn.Module):
         return self._threshold(
             batch.inputs[0].device,
             learner,
+            batch.rows,
             batch.row_length,
             batch.has_self,
             lambda quantile, over: ops.threshold(*batch.inputs, batch.mode, quantile, over),
@@ -143,6 +152,7 @@ class _Contrastive(nn.Module):
         self,
         device: torch.device,
         learner: tuple[Tensor, ...],
+        anchors: int,
         row_length: int,
         has_self: bool,
         measure: Callable[[float, str], Tensor],
@@ -154,26 +164,31 @@ class _Contrastive(nn.Module):
         if tracker.adaptive_rule:
             tracker.warn_if_too_small(row_length, has_self=has_self)
             candidate = measure(tracker.quantile, tracker.over)
-            return tracker.update(candidate, store=self._learns(learner))
+            return tracker.update(candidate, store=self._learns(learner), anchors=anchors)
         eps = tracker.current()
         if not tracker.normalize_rows:
             return eps
         low, high = row_range()
         return low + eps.to(low) * (high - low)
 
-    def _learns(self, inputs: tuple[Tensor, ...]) -> bool:
-        """Training, with a gradient: the only calls that move the threshold."""
-        return (
-            self.training
-            and torch.is_grad_enabled()
-            and any(z.requires_grad for z in inputs)
-            and not _transformed(*inputs)
-        )
+    def _learns(self, learner: tuple[Tensor, ...]) -> bool:
+        """Training, with a gradient of anything: the only calls that move the threshold."""
+        if not self.training or is_transformed(*learner) or is_second_run():
+            return False
+        if torch.is_grad_enabled():
+            return any(z.requires_grad for z in learner)
+        return is_first_run()
 
-    def _keep(self, inputs: tuple[Tensor, ...], *statistics: Tensor) -> None:
+    def _keep(
+        self, learner: tuple[Tensor, ...], value: Tensor, *statistics: Tensor, given: bool = False
+    ) -> None:
+        """The statistics of a batch; given: H was, and the threshold has played no part."""
         eps, hard, share = statistics
-        if not _transformed(*inputs):
-            self._last = eps, hard, share
+        if is_transformed(*learner, hard) or is_second_run():
+            return
+        self._last = eps, hard, share
+        if self.threshold is not None and not given and self._learns(learner):
+            self.threshold.watch(hard, value.detach())
 
     @property
     def last(self) -> Statistics | None:
@@ -186,17 +201,40 @@ class _Contrastive(nn.Module):
     def statistics(self) -> dict[str, float]:
         """`last` as numbers for a logger: {"eps", "hard", "share"}. Waits for the device.
 
+        Where no epochs are named (`set_epoch`) it also warns, once, if H was empty in every row of
+        the last hundred batches or more.
+
         Raises:
             RuntimeError: there has been no batch yet.
         """
         if (last := self.last) is None:
             raise RuntimeError("statistics: there has been no batch yet; call the loss first")
+        if self.threshold is not None:
+            self.threshold.look()
         return {name: float(value) for name, value in last._asdict().items()}
 
     def set_epoch(self, epoch: int) -> None:
         """Tells the threshold which epoch begins, counted from 0; see `ThresholdTracker`."""
         if self.threshold is not None:
             self.threshold.set_epoch(epoch)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For deepcopy and pickle: of the statistics the means, not every row."""
+        last = None if self._last is None else tuple(self.last or ())
+        return {**self.__dict__, "_last": last}
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool,
+        missing: list[str], unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
+        """A strict load of a state that has a threshold leaves that out where this loss has none,
+        so that a baseline starts from any checkpoint."""
+        super()._load_from_state_dict(
+            state_dict, prefix, metadata, strict, missing, unexpected, errors
+        )
+        if self.threshold is None:
+            theirs = f"{prefix}threshold."
+            unexpected[:] = [key for key in unexpected if not key.startswith(theirs)]
 
     def extra_repr(self) -> str:
         tau = self.temperature
@@ -319,22 +357,23 @@ class HEXLoss(_Contrastive):
             guiding = self._gathered(guiding)
         elif given is not None and self.gather_distributed:
             given = distributed.gather_constant(given[0]), None
+        learner = *batch.inputs, temperature_tensor(tau, z0)
         if guiding is None:
             eps = membership.unknown_eps(z0)
         else:
-            eps = self._eps(guiding, batch.inputs)
+            eps = self._eps(guiding, learner)
         value, hard, share = membership.loss(
             batch,
             given,
             guiding,
             eps,
-            temperature_tensor(tau, z0),
+            learner[-1],
             ops.REDUCTIONS[self.reduction],
             ops.VARIANTS[self.variant],
             self.beta,
             self.tau_plus,
         )
-        self._keep(batch.inputs, eps, hard, share)
+        self._keep(learner, value, eps, hard, share, given=guiding is None)
         return value
 
 
@@ -374,27 +413,16 @@ class InfoNCELoss(_Contrastive):
         )  # fmt: skip
 
 
-def _tracker(threshold: float | str | ThresholdTracker | None) -> ThresholdTracker | None:
+def _tracker(threshold: Any) -> ThresholdTracker | None:
     if threshold is None or isinstance(threshold, ThresholdTracker):
         return threshold
-    if threshold == "adaptive":
-        return ThresholdTracker.adaptive()
+    wanted = "wanted 'adaptive', a number, a ThresholdTracker or None"
     if isinstance(threshold, str):
-        raise ValueError(
-            f"threshold: got {threshold!r}, wanted 'adaptive', a number, a ThresholdTracker or None"
-        )
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
-        raise TypeError(
-            f"threshold: got {type(threshold).__name__}, wanted 'adaptive', a number, "
-            "a ThresholdTracker or None"
-        )
+        if threshold == "adaptive":
+            return ThresholdTracker.adaptive()
+        raise ValueError(f"threshold: got {threshold!r}, {wanted}")
+    if isinstance(threshold, bool) or not isinstance(threshold, numbers.Real):
+        raise TypeError(f"threshold: got {type(threshold).__name__}, {wanted}")
     if math.isnan(threshold):
         raise ValueError("threshold: got nan, wanted a cosine")
-    return ThresholdTracker.fixed(threshold)
-
-
-def _transformed(*tensors: Tensor) -> bool:
-    """Inside vmap or func.grad, whose tensors must not outlive the call."""
-    if torch.compiler.is_compiling():  # which knows no wrapped tensors
-        return bool(torch._C._are_functorch_transforms_active())
-    return any(torch._C._functorch.is_functorch_wrapped_tensor(z) for z in tensors)
+    return ThresholdTracker.fixed(float(threshold))

@@ -15,25 +15,39 @@ from .threshold import ThresholdTracker
 
 __all__ = ["authors_mix", "authors_threshold"]
 
-Threshold = Literal["simclr", "nnclr", "step", "cosine"]
+Threshold = Literal[
+    "simclr", "nnclr", "step", "step-imagenet-simclr", "step-imagenet-nnclr", "step-cifar", "cosine"
+]
 Method = Literal["barlow", "vicreg"]
 
+# epoch_step in scripts/pretrain, of runs of 100, 100 and 400 epochs: 0.9 falls to 0.5, 0.6 and 0.6.
+_EVERY = {"step-imagenet-simclr": 20, "step-imagenet-nnclr": 25, "step-cifar": 100}
 
-def authors_threshold(name: Threshold, *, epochs: int | None = None) -> ThresholdTracker:
+
+def authors_threshold(
+    name: Threshold, *, epochs: int | None = None, every: int | None = None
+) -> ThresholdTracker:
     """A new tracker with the authors' schedule of the threshold.
 
     | name | eps |
     |---|---|
-    | "simclr" | adaptive; InfoNCE while epoch <= 10 |
-    | "nnclr" | adaptive; 0.9 while epoch <= 10 (rows [neighbours; predictions], mode "ntxent") |
-    | "step" | 0.9, minus 0.1 every 25 epochs, of cosines scaled to [0, 1] by row |
+    | "simclr" | adaptive, over="all"; InfoNCE while epoch <= 10 |
+    | "nnclr" | the same, and 0.9 while epoch <= 10 (rows [neighbours; predictions], mode "ntxent") |
+    | "step" | 0.9, minus 0.1 every so many epochs, of cosines scaled to [0, 1] by row |
+    | "step-imagenet-simclr" | that every 20 epochs, as in their run of 100 |
+    | "step-imagenet-nnclr" | every 25, as in their run of 100 |
+    | "step-cifar" | every 100, as in six of their runs of 400 (a seventh has 150) |
     | "cosine" | from 0.9 to 0.3 over `epochs`, scaled by row, the decay compounded as theirs is |
+
+    A step for another length of training needs another `every`: below 0 all of a row is in H, and
+    the released loss is 0.
 
     Args:
         epochs: of the training, for "cosine" and no other.
+        every: epochs from one drop to the next, for "step" and no other.
 
     Raises:
-        TypeError, ValueError: another name, or epochs missing or not wanted.
+        TypeError, ValueError: another name, or epochs or every missing or not wanted.
 
     Example:
         >>> from hex import HEXLoss
@@ -46,12 +60,15 @@ def authors_threshold(name: Threshold, *, epochs: int | None = None) -> Threshol
     if (epochs is not None) != (name == "cosine"):
         wanted = "the number of epochs" if name == "cosine" else f"None for {name!r}"
         raise ValueError(f"epochs: got {epochs}, wanted {wanted}")
+    if (every is not None) != (name == "step"):
+        wanted = "a number of epochs" if name == "step" else f"None for {name!r}"
+        raise ValueError(f"every: got {every}, wanted {wanted}")
     if name == "simclr":
-        return ThresholdTracker.adaptive(warmup_epochs=11)
+        return ThresholdTracker.adaptive(over="all", warmup_epochs=11)
     if name == "nnclr":
-        return ThresholdTracker.adaptive(warmup_epochs=11, warmup_threshold=0.9)
-    if name == "step":
-        return ThresholdTracker.step(0.9, 0.1, 25, normalize_rows=True)
+        return ThresholdTracker.adaptive(over="all", warmup_epochs=11, warmup_threshold=0.9)
+    if (falls := _EVERY.get(name, every)) is not None:
+        return ThresholdTracker.step(0.9, 0.1, falls, normalize_rows=True)
     assert epochs is not None
     return ThresholdTracker.cosine(0.9, 0.3, epochs, normalize_rows=True, compounded=True)
 

@@ -183,21 +183,23 @@ class HEXSupConLoss(_Contrastive):
                 )
             if distributed.is_distributed():
                 rows = _gathered(features, labels, groups, guide)
-        tau = self.temperature if temperature is None else check_temperature(temperature)
-        eps = unknown_eps(rows.x) if groups is not None else self._measured(rows)
+        chosen = self.temperature if temperature is None else check_temperature(temperature)
+        tau = temperature_tensor(chosen, rows.x)
+        eps = unknown_eps(rows.x) if groups is not None else self._measured(rows, tau)
         value, hard, share = _loss(
-            rows, eps, temperature_tensor(tau, rows.x), self.reduction, self.variant,
-            self.positives, self.beta, self.tau_plus, self.base_temperature,
+            rows, eps, tau, self.reduction, self.variant, self.positives, self.beta, self.tau_plus,
+            self.base_temperature,
         )  # fmt: skip
-        self._keep((features,), eps, hard, share)
+        self._keep((rows.x, tau), value, eps, hard, share, given=groups is not None)
         return value
 
-    def _measured(self, rows: "Rows") -> Tensor:
+    def _measured(self, rows: "Rows", tau: Tensor) -> Tensor:
         seen = rows.x if rows.guide is None else rows.guide
         pairs = seen, seen.new_empty((0, seen.shape[1])), rows.ids, rows.ids[:0], rows.mask, 0
         return self._threshold(
             seen.device,
-            (rows.x,),
+            (rows.x, tau),
+            len(seen),
             len(seen),
             True,
             lambda quantile, over: class_ops.labelled_threshold(*pairs, quantile, over),

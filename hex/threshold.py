@@ -2,10 +2,9 @@
 """The threshold eps over training: measured on the batches, or a schedule over epochs.
 
 Computes the eps of a step from a batch's candidate (see hex.batch_threshold) and from what earlier
-steps left, and keeps that state. The state is int64 tensors, so that `.half()` cannot round it,
-`state_dict` restores it bit for bit, and a compiled step reads it without recompiling. Measuring
-the candidate, scaling a schedule to the range of each row, and deciding what counts as training
-are left to the loss.
+steps left, and keeps that state; what a state is, and what it has to come through, is in state.py.
+Measuring the candidate, scaling a schedule to the range of each row, and deciding what counts as
+training are left to the loss.
 
 Source: Kokilepersaud et al., "HEX: Hierarchical Emergence Exploitation in Self-Supervised
 Algorithms", WACV 2025 (arXiv 2410.23200), and the code at github.com/olivesgatech/HEX.
@@ -15,15 +14,27 @@ from __future__ import annotations
 
 import math
 import numbers
-import warnings
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .functional import check_choice, check_number
+from . import state as states
+from ._calls import is_second_run, warn
+from .functional import Over, check_choice, check_number
 
 __all__ = ["ThresholdTracker"]
+
+_RECENT = 64  # calls between a step's forward and its backward, for activation checkpointing
+_NEAR = 1e-5  # a second run's candidate differs by rounding at most, where it differs at all
+_RULES = {  # and the options that each needs
+    "adaptive": ("quantile over warmup_epochs momentum monotonic lagged warmup_threshold").split(),
+    "fixed": ["t", "normalize_rows"],
+    "step": ["start", "drop", "every", "normalize_rows"],
+    "cosine": ["start", "end", "epochs", "normalize_rows", "compounded"],
+}
 
 
 class ThresholdTracker(nn.Module):
@@ -39,14 +50,23 @@ class ThresholdTracker(nn.Module):
     resumed at any step continues bit for bit. A strict load accepts a state without a tracker, as
     of a model trained with another loss, and leaves this one as it was.
 
+    A short batch, with less than half the anchors of the largest batch of this and the last epoch
+    (of the last hundred calls, at most, where no epoch is named), is given the eps of its own
+    candidate, which is not stored: the last batch of an epoch, where a loader does not drop it,
+    says little of the next. After twenty of them in a row that length is the normal one.
+
+    With activation checkpointing the second run of a loss has the eps of its first, and stores
+    nothing. Under DDP, which gives all ranks rank 0's buffers before each forward, every rank goes
+    on from rank 0's state (`broadcast_buffers=False`: from its own), as BatchNorm does.
+
     Keep the tracker on the device of the embeddings (`loss.to(device)`): elsewhere the result is
     the same, but every step waits for copies between devices.
 
     Attributes:
-        state: int64, (4,), of which the next four are views:
-        value_bits: the bits of the stored float64 threshold; those of +inf before any update.
+        state: float64, (11,), what is stored (state.py); the next four are read from it.
         epoch: the last `set_epoch`, -1 before (taken as epoch 0).
-        updates, skipped: candidates stored, and candidates refused as not finite.
+        updates: candidates stored.
+        skipped, short: candidates not stored, for they were not finite, or of short batches.
 
     Example:
         >>> import torch
@@ -62,27 +82,31 @@ class ThresholdTracker(nn.Module):
         [(0, inf)]
     """
 
-    state: Tensor  # in the order of HEX_STATE_* in csrc/hex.h
+    state: Tensor
 
     def __init__(self, rule: str, **options: Any) -> None:
         """For the class methods, which check the options of their rule and fill in the defaults."""
         super().__init__()
-        check_choice("rule", rule, ("adaptive", "fixed", "step", "cosine"))
+        check_choice("rule", rule, tuple(_RULES))
+        if sorted(options) != sorted(_RULES[rule]):
+            raise TypeError(
+                f"ThresholdTracker: got {rule!r} with {', '.join(options) or 'no options'}, wanted "
+                f"ThresholdTracker.{rule}(...), which checks the options and has the defaults"
+            )
         self.rule = rule
         self.options = options
         self.normalize_rows: bool = options.get("normalize_rows", False)
         self.quantile: float = options.get("quantile", 0.99)
-        self.over: str = options.get("over", "all")
-        self.register_buffer("state", torch.zeros(4, dtype=torch.int64))
-        self._warned: set[str] = set()
-        self._history: list[tuple[int, float]] = []
+        self.over: Over = options.get("over", "negatives")
+        self.register_buffer("state", torch.zeros(states.STATE, dtype=torch.float64))
+        self._tally = tuple(torch.zeros((), dtype=torch.float64, device="cpu") for _ in range(3))
         self.reset()
 
     @classmethod
     def adaptive(
         cls,
         quantile: float = 0.99,
-        over: str = "all",
+        over: Over = "negatives",
         warmup_epochs: int = 0,
         momentum: float = 0.0,
         monotonic: bool = False,
@@ -97,8 +121,9 @@ class ThresholdTracker(nn.Module):
 
         Args:
             quantile: in [0, 1], of each row, nearest rank.
-            over: "all", the rows whole (the authors' rule; fails for few rows, see
-                `warn_if_too_small`), or "negatives", without self and positives.
+            over: "negatives", a row without self and positives, for batches of any size; or
+                "all", the row whole (the authors' rule; fails for few rows, see
+                `warn_if_too_small`).
             warmup_epochs: while epoch < warmup_epochs, eps is warmup_threshold and nothing is
                 updated. The authors' `epoch <= 10` is warmup_epochs=11.
             momentum: in [0, 1), of the running mean; 0 uses each batch's own value.
@@ -125,14 +150,16 @@ class ThresholdTracker(nn.Module):
         """One threshold for all epochs: eps = t, or eps_i = min_i + t (max_i - min_i).
 
         Args:
-            t: >= 1 is InfoNCE, < -1 puts every negative in H.
+            t: < 1; < -1 puts every negative in H, math.inf is InfoNCE. Any other t >= 1 is warned
+                of, for no cosine is above it.
             normalize_rows: t is for the cosines scaled to [0, 1] over each row (the authors' form
                 for all schedules; the row whole, so that in mode "ntxent" max_i is 1).
 
         Raises: TypeError, ValueError: t is no number, NaN, or infinite with normalize_rows.
         """
         rows = _flag("normalize_rows", normalize_rows)
-        return cls("fixed", t=_finite("t", t) if rows else _number("t", t), normalize_rows=rows)
+        number = _finite("t", t) if rows else _number("t", t)
+        return cls("fixed", t=number, normalize_rows=rows)._warn_if_never(number)
 
     @classmethod
     def step(
@@ -145,13 +172,14 @@ class ThresholdTracker(nn.Module):
 
         Raises: TypeError, ValueError: an argument of another type, or outside its range.
         """
-        return cls(
+        tracker = cls(
             "step",
             start=_finite("start", start),
             drop=_finite("drop", drop, 0.0),
             every=_count("every", every, 1),
             normalize_rows=_flag("normalize_rows", normalize_rows),
         )
+        return tracker if drop > 0 else tracker._warn_if_never(start)
 
     @classmethod
     def cosine(
@@ -173,7 +201,7 @@ class ThresholdTracker(nn.Module):
 
         Raises: TypeError, ValueError: an argument of another type, or outside its range.
         """
-        return cls(
+        tracker = cls(
             "cosine",
             start=_finite("start", start),
             end=_finite("end", end),
@@ -181,22 +209,26 @@ class ThresholdTracker(nn.Module):
             normalize_rows=_flag("normalize_rows", normalize_rows),
             compounded=_flag("compounded", compounded),
         )
-
-    @property
-    def value_bits(self) -> Tensor:
-        return self.state[0]
+        return tracker._warn_if_never(min(start, end))
 
     @property
     def epoch(self) -> Tensor:
-        return self.state[1]
+        return self._count_of(states.EPOCH) - 1
 
     @property
     def updates(self) -> Tensor:
-        return self.state[2]
+        return self._count_of(states.UPDATES)
 
     @property
     def skipped(self) -> Tensor:
-        return self.state[3]
+        return self._count_of(states.SKIPPED)
+
+    @property
+    def short(self) -> Tensor:
+        return self._count_of(states.SHORT)
+
+    def _count_of(self, index: int) -> Tensor:
+        return self.state[index].round().to(torch.int64)
 
     @property
     def adaptive_rule(self) -> bool:
@@ -212,8 +244,12 @@ class ThresholdTracker(nn.Module):
         """
         if not self.adaptive_rule:
             return self._schedule()
-        warm, stored, _ = self._state(self.value_bits.device)
-        return torch.where(warm, self.options["warmup_threshold"], stored)
+        threshold: float = self.options["warmup_threshold"]
+        return torch.where(self._is_warm_up(), threshold, states.stored(self.state))
+
+    def _is_warm_up(self) -> Tensor:
+        epochs: int = self.options.get("warmup_epochs", 0)
+        return self.epoch.clamp(min=0) < epochs
 
     @property
     def history(self) -> list[tuple[int, float]]:
@@ -224,32 +260,53 @@ class ThresholdTracker(nn.Module):
         """Says that `epoch`, counted from 0, begins; the one before goes into `history`.
 
         For the host, between steps. Naming the epoch that is already running changes nothing.
+        Warns, once, if H was empty in every row of the epoch that ends, or in the released form
+        all of H, so that the loss was 0.
 
         Raises: TypeError, ValueError: epoch is no integer >= 0.
         """
         epoch = _count("epoch", epoch, 0)
-        before = int(self.epoch)
-        if before != epoch and (before >= 0 or int(self.updates) > 0):
-            self._history.append((max(before, 0), float(self.value)))
-        self.epoch.fill_(epoch)
         self._epoch_set = True
+        if self.state.is_meta:
+            return
+        before = int(self.epoch)
+        if before == epoch:
+            return
+        if before >= 0 or int(self.updates) > 0:
+            self._history.append((max(before, 0), float(self.value)))
+            self._judge(f"epoch {max(before, 0)}")
+        state = self.state.clone()
+        if state[states.MOST] > 0:
+            state[states.BEFORE] = state[states.MOST]
+        state[states.MOST] = state[states.CALLS] = 0
+        state[states.EPOCH] = epoch + 1
+        self.state.copy_(state)
 
     def reset(self) -> None:
         """Forgets all state, history and warnings given; the options stay."""
-        infinity = int(torch.tensor(math.inf, dtype=torch.float64).view(torch.int64))
-        self.state.copy_(torch.tensor([infinity, -1, 0, 0]))
-        self._history.clear()
-        self._warned.clear()
+        with torch.no_grad():
+            self.state.zero_()
+        self._history: list[tuple[int, float]] = []
+        self._recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=_RECENT)
+        self._warned: set[str] = set()
+        self._longest_row = 0
         self._epoch_set = False
+        for count in self._tally:
+            count.zero_()
 
-    def update(self, candidate: Tensor, *, store: bool) -> Tensor:
+    def reset_parameters(self) -> None:
+        """`reset`, under the name that is called after `to_empty`, as by FSDP."""
+        self.reset()
+
+    def update(self, candidate: Tensor, *, store: bool, anchors: int = 0) -> Tensor:
         """The eps of an adaptive tracker for a batch, and the new state.
 
         Args:
             candidate: 0-d, the batch's own threshold. One that is not finite counts as skipped,
                 leaves the value as it is, and the stored value is used.
             store: whether to keep the result; False (evaluation) computes the same eps. Under
-                torch.func transforms nothing is kept.
+                torch.func transforms and in the second run of a checkpoint nothing is kept.
+            anchors: rows of the batch, by which a short one is known; 0 where all are alike.
 
         Returns: 0-d float64 on the candidate's device, no gradient, never the buffer.
         Raises: RuntimeError: the tracker is a schedule.
@@ -257,28 +314,79 @@ class ThresholdTracker(nn.Module):
         if not self.adaptive_rule:
             raise RuntimeError(f"update: got a {self.rule} schedule, wanted an adaptive tracker")
         candidate = candidate.detach().to(torch.float64)
-        warm, stored, first = self._state(candidate.device)
-        finite = candidate.isfinite()
-        mixed = candidate + self.options["momentum"] * (stored - candidate)
-        new = torch.where(first, candidate, mixed)
-        if self.options["monotonic"]:
-            new = torch.minimum(new, stored)
-        new = torch.where(finite, new, stored)
-        used = stored if self.options["lagged"] else new
-        eps = torch.where(warm, self.options["warmup_threshold"], used)
-        if store and not torch._C._are_functorch_transforms_active():
-            # Warm-up changes no bit: stored is written back and both counts get 0.
-            bits = torch.where(warm, stored, new).view(torch.int64)
-            counts = torch.stack((finite & ~warm, ~finite & ~warm)).to(self.state)
-            counts = counts + self.state[2:]
-            self.store(torch.cat((bits.to(self.state).reshape(1), self.state[1:2], counts)))
+        state = self.state.to(candidate.device, torch.float64)
+        eps, moved = states.step(state, candidate, anchors, *self.kernel_rule()[2:])
+        if torch._C._are_functorch_transforms_active():
+            return eps
+        if is_second_run():
+            return self._recalled(candidate, eps)
+        self.remember(candidate, eps)
+        if store:
+            self.store(moved)
         return eps
 
     def store(self, state: Tensor) -> None:
         """Takes a new `state`: of an update made elsewhere, as by `torch.ops.hex.adaptive`."""
         if self.options["warmup_epochs"] > 0:
             self._warn_without_epochs("the warm-up never ends")
+        if self.state.dtype != torch.float64:  # cast in place, as by FSDP's buffer_dtype
+            self.state = self.state.to(torch.float64)
         self.state.copy_(state)
+
+    def remember(self, candidate: Tensor, eps: Tensor) -> None:
+        """Notes what a candidate was given, for the second run of a checkpoint."""
+        if not torch.compiler.is_compiling():
+            self._recent.appendleft((candidate, eps))
+
+    def _recalled(self, candidate: Tensor, eps: Tensor) -> Tensor:
+        """The eps that this candidate was given in its first run; eps if there was none."""
+        if not self._recent:
+            return eps
+        seen, given = (torch.stack(column) for column in zip(*self._recent, strict=True))
+        distance = (seen.to(candidate.device) - candidate).abs().nan_to_num(nan=math.inf)
+        nearest = distance.argmin()  # the newest of several
+        first = given.to(eps.device).index_select(0, nearest.reshape(1)).squeeze(0)
+        return torch.where(distance.amin() <= _NEAR, first, eps)
+
+    def watch(self, hard: Tensor, loss: Tensor) -> None:
+        """Counts a training batch, whether any row had members of H, and whether any had a loss;
+        on the device, without waiting for it."""
+        if torch.compiler.is_exporting():
+            return
+        if self._tally[0].device != hard.device:
+            self._tally = tuple(count.to(hard.device) for count in self._tally)
+        batches, members, losses = self._tally
+        batches.add_(1)
+        members.add_(hard.any())
+        losses.add_(loss.any())
+
+    def look(self) -> None:
+        """Warns, where no epochs are named, of what `watch` has counted; waits for the device."""
+        if not self._epoch_set:
+            self._judge("the last {:.0f} batches", least=100)
+
+    def _judge(self, period: str, least: int = 1) -> None:
+        batches, members, losses = (float(count) for count in self._tally)
+        if batches < least:
+            return
+        period = period.format(batches)
+        for count in self._tally:
+            count.zero_()
+        if float(self.value) == math.inf or self._is_warm_up():
+            return  # InfoNCE, or the warm-up's threshold, is wanted
+        if members == 0:
+            self._warn(
+                "never any",
+                f"no negative was above the threshold in any row of {period}: H was empty, which "
+                f"is InfoNCE; take a lower threshold or quantile ({self})",
+            )
+        elif losses == 0:
+            self._warn(
+                "nothing else",
+                f"every negative was above the threshold in every row of {period}, and the "
+                "released form leaves those out: the loss and its gradient were 0; take a higher "
+                f"threshold, or a schedule that falls less far ({self})",
+            )
 
     def kernel_rule(self) -> tuple[float, bool, float, bool, bool, int, float]:
         """The rule of an adaptive tracker, in the order of torch.ops.hex.adaptive's arguments."""
@@ -311,6 +419,7 @@ class ThresholdTracker(nn.Module):
         is the self similarity if the row has it: eps is 1 and H is always empty (quantile 0.99:
         n < 52). The next below, or the greatest of a row without self, is the positive's as soon
         as training works: eps follows the positives and H is nearly empty (n < 151, or n < 52).
+        The short last batch of an epoch is passed over.
 
         Args:
             n_row: cosines in a row. has_self: whether the row's own is among them ("ntxent").
@@ -318,7 +427,8 @@ class ThresholdTracker(nn.Module):
         if torch.compiler.is_compiling() or self.over != "all" or not self.adaptive_rule:
             return
         above = n_row - 1 - round(self.quantile * (n_row - 1))  # elements after the one taken
-        if n_row < 1 or above > int(has_self):
+        longest, self._longest_row = self._longest_row, max(n_row, self._longest_row)
+        if n_row < 1 or above > int(has_self) or 2 * n_row < longest:
             return
         taken = (
             "the anchor's similarity with itself, so eps is 1 and H always empty"
@@ -336,31 +446,41 @@ class ThresholdTracker(nn.Module):
         return ", ".join([self.rule, *(f"{name}={v!r}" for name, v in self.options.items())])
 
     def get_extra_state(self) -> Tensor:
-        """The history as float64 (epochs, 2): a tensor, so that a state_dict holds nothing else."""
-        return torch.tensor(self._history, dtype=torch.float64).reshape(-1, 2)
+        """The history, in a tensor of fixed shape: a state_dict holds nothing else than tensors."""
+        return states.pack_history(self._history)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Takes back what get_extra_state gave."""
-        self._history = [(int(epoch), value) for epoch, value in state.tolist()]
+        self._history = states.unpack_history(state)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any
     ) -> None:
         if not any(key.startswith(prefix) for key in state_dict):
             return  # a state from before there was a tracker: no keys to miss
+        saved = state_dict.get(f"{prefix}state")
+        if isinstance(saved, Tensor) and saved.dtype == torch.int64 and saved.shape == (4,):
+            state_dict[f"{prefix}state"] = states.converted(saved)
         super()._load_from_state_dict(state_dict, prefix, *rest, **named)
-        self._epoch_set = int(self.epoch) >= 0
+        self._epoch_set = not self.state.is_meta and int(self.epoch) >= 0
 
-    def _state(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Whether it is warm-up, a copy of the stored value, whether there was no update yet."""
-        stored = self.value_bits.clone().view(torch.float64)
-        warm = self.epoch.clamp(min=0) < self.options["warmup_epochs"]
-        return warm.to(device), stored.to(device), (self.updates == 0).to(device)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ThresholdTracker:
+        """`to`, `half` and the like: another device, but float64 as before."""
+        before = self.state
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.state.dtype != torch.float64:
+            self.state = before.to(self.state.device)
+        self._tally = tuple(count.to(self.state.device) for count in self._tally)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For deepcopy and pickle: without what a backward yet to come would need."""
+        return {**self.__dict__, "_recent": deque(maxlen=_RECENT)}
 
     def _schedule(self) -> Tensor:
         o = self.options
         if self.rule == "fixed":
-            return torch.full((), o["t"], dtype=torch.float64, device=self.epoch.device)
+            return torch.full((), o["t"], dtype=torch.float64, device=self.state.device)
         epoch = self.epoch.clamp(min=0)
         if self.rule == "step":
             drops = epoch.div(o["every"], rounding_mode="floor").to(torch.float64)
@@ -380,10 +500,19 @@ class ThresholdTracker(nn.Module):
                 f"or its threshold at the start of each epoch ({self})",
             )
 
+    def _warn_if_never(self, least: float) -> ThresholdTracker:
+        if 1 <= least < math.inf:
+            self._warn(
+                "never any",
+                f"no cosine is above {least:g}, so H is always empty, which is InfoNCE; take a "
+                f"lower threshold, or threshold=None to have InfoNCE ({self})",
+            )
+        return self
+
     def _warn(self, about: str, message: str) -> None:
         if about not in self._warned:
             self._warned.add(about)
-            warnings.warn(f"ThresholdTracker: {message}", UserWarning, stacklevel=3)
+            warn(f"ThresholdTracker: {message}")
 
 
 def _half_cosine(k: Tensor, epochs: int) -> Tensor:

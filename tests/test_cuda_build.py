@@ -17,6 +17,9 @@ import torch
 
 from hex import _load
 
+# Six targets, a part of an hour on a machine with two cores.
+pytestmark = pytest.mark.timeout(3600)
+
 ROOT = Path(__file__).parent.parent
 TARGETS = ("80", "86", "89", "90a", "100", "120")
 # Kernels on the tensor cores, by the beginning of their mangled names: how many there are, and the

@@ -23,6 +23,7 @@ from conftest import (
 from data import KINDS, MODES, f64
 from torch import Tensor
 
+from hex.state import SKIPPED
 from hex import HEXLoss, InfoNCELoss, ThresholdTracker, ops, reference
 
 # B: the fewest; not of any tile; one block more than two, and an odd number of blocks
@@ -211,7 +212,7 @@ def test_a_row_that_is_not_finite_spoils_every_row_and_leaves_the_threshold():
         loss, *_, eps, _, _ = step(module, p.with_(inputs=(z0, p.inputs[1])))
         assert loss.isnan().all()
         assert eps.isfinite()
-        before[3] += 1
+        before[SKIPPED] += 1
         assert module.threshold.state.tolist() == before
 
 
@@ -298,8 +299,9 @@ def test_the_adaptive_operator_refuses_what_is_no_state():
     z0, z1, negatives, _, tau, *options, keep = problem("gauss", 5, 7).raw()
     rule = tracker().kernel_rule()
     for state, wanted in (
-        (torch.zeros(4), "a dense CPU tensor of int64"),
-        (torch.zeros(3, dtype=torch.int64), r"shape \(4,\)"),
+        (torch.zeros(11, dtype=torch.int64), "a dense CPU tensor of float64"),
+        (torch.zeros(11), r"float64 of shape \(11,\)"),
+        (torch.zeros(4, dtype=torch.float64), r"float64 of shape \(11,\)"),
     ):
         with pytest.raises(RuntimeError, match=f"state: expected {wanted}"):
             torch.ops.hex.adaptive(z0, z1, negatives, state, tau, *options, *rule, keep)

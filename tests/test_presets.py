@@ -30,9 +30,15 @@ def test_simclr_warms_up_for_eleven_epochs_with_info_nce_and_nnclr_with_a_fixed_
 
 
 def test_the_fixed_schedules_are_of_scaled_rows_and_fall_as_theirs_do():
-    step, cosine = authors_threshold("step"), authors_threshold("cosine", epochs=100)
-    assert step.normalize_rows and cosine.normalize_rows
-    assert over_epochs(step, (0, 24, 25, 50)) == pytest.approx([0.9, 0.9, 0.8, 0.7])
+    cosine = authors_threshold("cosine", epochs=100)
+    assert cosine.normalize_rows
+    for name, every in (
+        ("step-imagenet-simclr", 20), ("step-imagenet-nnclr", 25), ("step-cifar", 100), ("step", 7)
+    ):  # fmt: skip
+        step = authors_threshold(name, every=7 if name == "step" else None)
+        assert step.normalize_rows
+        falls = over_epochs(step, (0, every - 1, every, 2 * every))
+        assert falls == pytest.approx([0.9, 0.9, 0.8, 0.7])
     start, values = 0.9, []
     for epoch in range(1, 31):  # their code overwrites its start in every epoch
         start = 0.3 + (start - 0.3) * (1 + math.cos(math.pi * epoch / 100)) / 2
@@ -57,6 +63,8 @@ def test_the_additive_term_is_weighted_as_theirs():
     (lambda: authors_threshold("byol"), "name: got 'byol', wanted one of 'simclr'"),
     (lambda: authors_threshold("cosine"), "epochs: got None, wanted the number of epochs"),
     (lambda: authors_threshold("step", epochs=9), "epochs: got 9, wanted None for 'step'"),
+    (lambda: authors_threshold("step"), "every: got None, wanted a number of epochs"),
+    (lambda: authors_threshold("step-cifar", every=9), "every: got 9, wanted None for 'step-cifar'"),
     (lambda: authors_mix("dino", f64(1.0), f64(1.0)), "method: got 'dino'"),
     (lambda: authors_mix("barlow", f64(1.0), f64(1.0), 1.5), "alpha: got 1.5"),
 ])  # fmt: skip
@@ -78,7 +86,7 @@ def test_the_released_variant_repeats_the_authors_code_to_1e_6(name):
             tracker = authors_threshold("nnclr")
             tracker.set_epoch(0)
         else:
-            tracker = ThresholdTracker.adaptive()
+            tracker = ThresholdTracker.adaptive(over="all")
         z = torch.from_numpy(inputs(case["kind"], case["B"], case["D"], case["seed"]))
         z.requires_grad_()
         module = HEXLoss(case["tau"], threshold=tracker, variant="released")

@@ -13,6 +13,7 @@ from data import INF, NAN, f64
 from torch import nn
 
 from hex import ThresholdTracker
+from hex import state as states
 
 CANDIDATES = [0.9, 0.8, NAN, 0.85, -INF, 0.3, 0.30000000000000004, 0.7, INF, 0.1, 0.65, -0.2]
 OPTIONS = [
@@ -26,8 +27,12 @@ OPTIONS = [
 ]
 
 
-def state(tracker) -> list[int]:
-    return tracker.state.tolist()  # value_bits, epoch, updates, skipped
+def state(tracker) -> list[float]:
+    return tracker.state.tolist()
+
+
+def counts(tracker) -> list[int]:
+    return [int(n) for n in (tracker.epoch, tracker.updates, tracker.skipped, tracker.short)]
 
 
 def run(tracker, start=0, stop=None) -> list[float]:
@@ -74,8 +79,8 @@ def test_each_step_goes_finite_then_momentum_then_minimum_then_stored(options):
         eps = tracker.update(f64(candidate), store=True)
         assert eps.dtype == torch.float64 and eps.shape == ()
         assert same([eps.item()], [wanted])
-        assert same([tracker.value_bits.view(torch.float64).item()], [value])
-        assert state(tracker)[1:] == [epoch, updates, skipped]
+        assert same([states.stored(tracker.state).item()], [value])
+        assert counts(tracker) == [epoch, updates, skipped, 0]
 
 
 def test_the_minimum_is_taken_after_the_momentum():
@@ -96,7 +101,8 @@ def test_a_candidate_that_is_not_finite_is_counted_and_changes_no_bit(bad):
     tracker.update(f64(0.1), store=True)
     before = state(tracker)
     assert tracker.update(f64(bad), store=True).item() == 0.1
-    assert state(tracker) == [*before[:3], 2]
+    before[states.SKIPPED] = 2
+    assert state(tracker) == before
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -202,7 +208,7 @@ def trajectory(tracker, epochs) -> list[float]:
 
 
 def test_fixed_is_fixed():
-    for t in (0.3, INF, -INF, 2):
+    for t in (0.3, INF, -INF, -2):
         assert trajectory(ThresholdTracker.fixed(t), [0, 1, 100]) == [t] * 3
 
 
@@ -430,8 +436,8 @@ def test_nothing_warns_where_epochs_are_set_or_not_needed_or_nothing_is_learnt()
 def test_too_few_rows_for_the_quantile_warn_once_and_say_what_to_do(
     quantile, n_row, has_self, text
 ):
-    tracker = ThresholdTracker.adaptive(quantile=quantile)
-    negatives = ThresholdTracker.adaptive(quantile=quantile, over="negatives")
+    tracker = ThresholdTracker.adaptive(quantile=quantile, over="all")
+    negatives = ThresholdTracker.adaptive(quantile=quantile)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
@@ -442,6 +448,40 @@ def test_too_few_rows_for_the_quantile_warn_once_and_say_what_to_do(
         message = str(caught[0].message)
         assert text in message and f"of {n_row} cosines" in message
         assert "over='negatives'" in message
+
+
+def test_a_short_last_batch_alone_is_not_warned_of_but_a_short_first_one_is():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tracker = ThresholdTracker.adaptive(over="all")
+        tracker.warn_if_too_small(512, True)
+        tracker.warn_if_too_small(4, True)
+    with pytest.warns(UserWarning, match="of 4 cosines"):
+        ThresholdTracker.adaptive(over="all").warn_if_too_small(4, True)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ThresholdTracker.fixed(1.5),
+        lambda: ThresholdTracker.fixed(1, normalize_rows=True),
+        lambda: ThresholdTracker.step(1.5, 0.0, 2),
+        lambda: ThresholdTracker.cosine(1.5, 1.0, 5),
+    ],
+)
+def test_a_threshold_that_no_cosine_is_above_warns_where_it_is_made(make):
+    with pytest.warns(UserWarning, match="no cosine is above 1.*, which is InfoNCE") as caught:
+        make()
+    assert caught[0].filename == __file__
+
+
+def test_a_threshold_that_some_cosine_can_be_above_does_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ThresholdTracker.fixed(INF)
+        ThresholdTracker.fixed(0.999)
+        ThresholdTracker.step(1.5, 0.1, 2)
+        ThresholdTracker.cosine(1.5, 0.3, 5)
 
 
 # ---- arguments ----------------------------------------------------------------------------------
@@ -472,6 +512,9 @@ def test_too_few_rows_for_the_quantile_warn_once_and_say_what_to_do(
         (lambda t: t.cosine(0.9, 0.3, 9, compounded=0), TypeError, "compounded: got int"),
         (lambda t: t.cosine(0.9, 0.3, 9, normalize_rows=None), TypeError, "normalize_rows: got"),
         (lambda t: t("linear"), ValueError, "rule: got 'linear', wanted one of 'adaptive'"),
+        (lambda t: t("adaptive"), TypeError, r"ThresholdTracker: got 'adaptive' with no options, "
+         r"wanted ThresholdTracker.adaptive\(...\)"),
+        (lambda t: t("fixed", t=0.5, beta=1), TypeError, "ThresholdTracker: got 'fixed' with t, beta"),
         (lambda t: t.adaptive().set_epoch(-1), ValueError, "epoch: got -1, wanted an integer >= 0"),
         (lambda t: t.adaptive().set_epoch(1.5), TypeError, "epoch: got float, wanted an integer"),
     ],

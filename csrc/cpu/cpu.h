@@ -13,6 +13,7 @@
 
 #include "../hex.h"
 #include "../labelled.h"
+#include "../tracker.h"
 #include "convert.h"
 
 /* The vector levels need gcc's target pragma and x86-64; elsewhere the portable level is all there

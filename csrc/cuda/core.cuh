@@ -124,6 +124,11 @@ const char *hex_plain_gather(const hex_problem &p, const hex_run &r, const hex_g
 
 #define SHARED_DEVICE static inline __device__ __attribute__((unused))
 
+#define HEX_TRACKER SHARED_DEVICE
+#define HEX_TRACKER_MUL __dmul_rn
+#define HEX_TRACKER_ADD __dadd_rn
+#include "../tracker.h"
+
 SHARED_DEVICE float pow2(float x) { return ex2(x); }
 SHARED_DEVICE double pow2(double x) { return exp2(x); }
 SHARED_DEVICE float larger(float a, float b) { return fmaxf(a, b); } // a NaN is passed over
@@ -447,35 +452,21 @@ SHARED_DEVICE __host__ int64_t anchors_of(const hex_problem &p)
 
 // ---- the threshold ----
 
-// By one thread: what ../tracker.c does, to the bit, so without fused multiply-adds.
-SHARED_DEVICE void settle(const hex_choice &choice, double candidate)
+// By one thread: a step of ../tracker.h, or the mean itself.
+SHARED_DEVICE void settle(const hex_choice &choice, double candidate, int64_t anchors)
 {
-    const hex_tracker &rule = choice.rule;
     const hex_device_state &to = choice.to;
     if (!to.state) {
         *to.eps = candidate;
         return;
     }
-    const int64_t *s = to.state, epoch = s[HEX_STATE_EPOCH * to.stride];
-    int64_t updates = s[HEX_STATE_UPDATES * to.stride], skipped = s[HEX_STATE_SKIPPED * to.stride];
-    const double stored = __longlong_as_double(s[HEX_STATE_VALUE * to.stride]);
-    double value = stored, eps = rule.warmup_threshold;
-    if ((epoch > 0 ? epoch : 0) >= rule.warmup_epochs) {
-        if (candidate - candidate == 0) {
-            const double step = __dmul_rn(rule.momentum, stored - candidate);
-            value = updates == 0 ? candidate : __dadd_rn(candidate, step);
-            if (rule.monotonic && stored < value)
-                value = stored;
-            updates++;
-        } else
-            skipped++;
-        eps = rule.lagged ? stored : value;
-    }
-    to.next[HEX_STATE_VALUE] = __double_as_longlong(value);
-    to.next[HEX_STATE_EPOCH] = epoch;
-    to.next[HEX_STATE_UPDATES] = updates;
-    to.next[HEX_STATE_SKIPPED] = skipped;
-    *to.eps = eps;
+    hex_tracker t = choice.rule;
+    for (int k = 0; k < HEX_STATE; k++)
+        t.state[k] = to.state[k * to.stride];
+    hex_track(&t, candidate, anchors);
+    for (int k = 0; k < HEX_STATE; k++)
+        to.next[k] = t.state[k];
+    *to.eps = t.eps;
 }
 
 // Cosines in 65536 bins around k / 32767.5 - 1: -1 and 1 are the middle of the first and the last,

@@ -7,7 +7,7 @@
 
 #include "../hex.h"
 
-#define HEX_CUDA_VERSION 3
+#define HEX_CUDA_VERSION 4
 
 /* What a call runs on. Device memory comes from `allocate` (NULL: there is none), 256-byte aligned;
  * the caller frees it when the call is back, which is right for an allocator that is ordered by the
@@ -21,9 +21,9 @@ typedef struct {
 
 /* A tracker's state on the device, before a step and after it, and the eps that comes of it. */
 typedef struct {
-    const int64_t *state;
+    const double *state;
     int64_t stride;
-    int64_t *next; /* contiguous */
+    double *next; /* contiguous */
     double *eps;
 } hex_device_state;
 

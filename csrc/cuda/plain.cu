@@ -216,7 +216,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
         return;
     const double sum = block_sum_of(choice.rows, anchors, (double *)shared);
     if (threadIdx.x == 0)
-        settle(choice.of, sum / (double)anchors);
+        settle(choice.of, sum / (double)anchors, anchors);
 }
 
 // ---- backward ----

@@ -122,7 +122,7 @@ static __device__ void add_up(const hex_problem &p, const hex_run &r, const sele
         return;
     sum = block_sum_of(s.sums, r.parts.row_blocks, scratch);
     if (threadIdx.x == 0)
-        settle(s.choice, sum / (double)anchors_of(p));
+        settle(s.choice, sum / (double)anchors_of(p), anchors_of(p));
 }
 
 // What a thread adds of the rows that are not left, in the order of those that are.
@@ -239,7 +239,10 @@ static __global__ void __launch_bounds__(THREADS, 4)
     add_up(p, r, s, block, sum, flag);
 }
 
-static __global__ void settle_alone(hex_choice choice) { settle(choice, (double)NAN); }
+static __global__ void settle_alone(hex_choice choice)
+{
+    settle(choice, (double)NAN, 0); // which counts, and changes nothing else
+}
 
 template <bool SPLIT, int PANELS>
 static __global__ void __launch_bounds__(THREADS, 3)

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: MIT
+"""What kind of call this is: transformed, the first or second run of a checkpoint; whose line."""
+
+import os
+import sys
+import warnings
+from types import FrameType
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+__all__ = ["is_first_run", "is_second_run", "is_transformed", "warn"]
+
+_OURS = tuple(os.path.dirname(path) + os.sep for path in (__file__, torch.__file__))
+
+
+def is_transformed(*tensors: Tensor) -> bool:
+    """Inside vmap or func.grad, whose tensors must not outlive the call."""
+    if torch.compiler.is_compiling():  # which knows no wrapped tensors
+        return bool(torch._C._are_functorch_transforms_active())
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(z) for z in tensors)
+
+
+def is_second_run() -> bool:
+    """Inside a backward: of a loss that is activation checkpointing, which runs what it wrapped
+    again, in any of its forms. In a compiled graph the compiler repeats operators, not this code.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
+
+
+def is_first_run() -> bool:
+    """Without a gradient, but inside the forward of an autograd.Function: so the reentrant form of
+    checkpointing runs a training step the first time (torch's, and those made after it).
+
+    Looks at the callers' frames, so ask it last.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and "ctx" in code.co_varnames[: code.co_argcount]:
+            if isinstance(frame.f_locals.get("ctx"), FunctionCtx):
+                return True
+        frame = frame.f_back
+    return False
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """A warning at the line of the user's code that called into this package or into torch."""
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)

@@ -1,0 +1,637 @@
+# SPDX-License-Identifier: MIT
+"""What the threshold's state has to come through: short batches, checkpointing, averages, DDP, meta
+tensors, other dtypes, copies, and checkpoints of and for other losses. hex/state.py has the reasons.
+"""
+
+import copy
+import io
+import math
+import os
+import pickle
+import warnings
+
+import pytest
+import torch
+from data import INF, NAN, f64
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
+
+from hex import (
+    HEXCrossEntropyLoss,
+    HEXLoss,
+    HEXSupConLoss,
+    InfoNCELoss,
+    ThresholdTracker,
+    batch_threshold,
+)
+from hex import state as states
+
+STATEFUL = ({}, {"momentum": 0.9}, {"monotonic": True}, {"lagged": True})
+
+
+def adaptive(**options) -> ThresholdTracker:
+    return ThresholdTracker.adaptive(**{"quantile": 0.9, **options})
+
+
+def views(images: int, seed: int = 0, features: int = 8, shift: float = 0.0):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(2, images, features, generator=generator, dtype=torch.float64)
+    return (rows + shift).unbind()
+
+
+def train(loss, *inputs):
+    leaves = [z.clone().requires_grad_() for z in inputs]
+    value = loss(*leaves)
+    value.backward()
+    return [value.detach(), *(z.grad for z in leaves)]
+
+
+def counts(tracker) -> list[int]:
+    return [int(tracker.updates), int(tracker.skipped), int(tracker.short)]
+
+
+# ---- short batches ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", STATEFUL, ids=str)
+def test_a_short_last_batch_is_used_and_neither_moves_the_state_nor_stands_for_the_epoch(options):
+    whole, dropped = (HEXLoss(threshold=adaptive(**options)) for _ in range(2))
+    for epoch in range(3):
+        for loss in (whole, dropped):
+            loss.set_epoch(epoch)
+            for step in range(3):
+                train(loss, *views(64, 10 * epoch + step))
+        before = dropped.threshold.value
+        train(whole, *views(2, 90 + epoch))
+        last = whole.statistics()
+        assert last["eps"] == (before if "lagged" in options else pytest.approx(last["eps"]))
+        assert torch.equal(whole.threshold.value, before)
+    for loss in (whole, dropped):
+        loss.set_epoch(3)
+    assert whole.threshold.history == dropped.threshold.history
+    assert counts(whole.threshold) == [9, 0, 3] and counts(dropped.threshold) == [9, 0, 0]
+    assert same(train(whole, *views(64, 70)), train(dropped, *views(64, 70)))
+
+
+def same(one, two) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_the_eps_of_a_short_batch_is_of_its_own_candidate_and_last_shows_it():
+    tracker = adaptive(momentum=0.5)
+    tracker.update(f64(0.5), store=True, anchors=64)
+    assert tracker.update(f64(0.25), store=True, anchors=31) == 0.375
+    assert tracker.value == 0.5 and counts(tracker) == [1, 0, 1]
+    assert tracker.update(f64(0.25), store=True, anchors=32) == 0.375  # half is enough
+    assert tracker.value == 0.375
+
+
+def test_after_twenty_short_batches_in_a_row_their_length_is_the_normal_one():
+    tracker = adaptive()
+    tracker.update(f64(0.5), store=True, anchors=512)
+    for k in range(19):
+        tracker.update(f64(0.1), store=True, anchors=64)
+        assert tracker.value == 0.5
+    tracker.update(f64(0.4), store=True, anchors=512)  # the row is broken
+    for k in range(20):
+        tracker.update(f64(0.1), store=True, anchors=64)
+        assert tracker.value == 0.4
+    tracker.update(f64(0.1), store=True, anchors=64)
+    assert tracker.value == 0.1 and counts(tracker) == [3, 0, 39]
+
+
+def test_the_largest_batch_is_that_of_this_epoch_and_the_last():
+    tracker = adaptive()
+    tracker.set_epoch(0)
+    tracker.update(f64(0.5), store=True, anchors=512)
+    for epoch in (1, 2):
+        tracker.set_epoch(epoch)
+        tracker.update(f64(0.1 * epoch), store=True, anchors=64)
+    assert tracker.value == 0.2 and counts(tracker) == [2, 0, 1]  # epoch 1 knew of the 512
+
+
+def test_without_epochs_the_largest_batch_is_that_of_the_last_fifty_to_a_hundred_calls():
+    tracker = adaptive()
+    tracker.update(f64(0.9), store=True, anchors=512)
+    stored = []
+    for k in range(10):  # short ones, too few in a row to be the normal
+        for _ in range(10):
+            tracker.update(f64(0.1), store=True, anchors=64)
+        tracker.update(f64(0.5), store=True, anchors=300)
+        stored.append(counts(tracker)[0])
+    tracker.update(f64(NAN), store=True, anchors=1)
+    assert counts(tracker) == [11, 1, 100]
+    for _ in range(120):
+        tracker.update(f64(0.2), store=True, anchors=150)
+    assert tracker.value == 0.2 and counts(tracker)[0] == 131  # half of 300 is enough
+    tracker.update(f64(0.2), store=True, anchors=76)  # of the 300s nothing is left
+    assert counts(tracker) == [132, 1, 100]
+
+
+def test_a_batch_that_is_not_finite_changes_nothing_but_its_count():
+    tracker = adaptive(momentum=0.5)
+    tracker.update(f64(0.5), store=True, anchors=64)
+    before = tracker.state.tolist()
+    for bad in (NAN, INF, -INF):
+        tracker.update(f64(bad), store=True, anchors=2)
+    before[states.SKIPPED] = 3
+    assert tracker.state.tolist() == before
+
+
+@pytest.mark.parametrize("options", STATEFUL, ids=str)
+def test_the_kernels_and_torch_move_the_state_to_the_same_bits(options):
+    """One call (torch.ops.hex.adaptive) against the threshold and a step of it."""
+    options = {"warmup_epochs": 1, **options}
+    one, two = (HEXLoss(threshold=adaptive(**options)) for _ in range(2))
+    sizes = [64, 64, 2, 40, 20, *[16] * 25, 64, 0]
+    for step, size in enumerate(sizes):
+        if step < 2:
+            one.set_epoch(step), two.set_epoch(step)
+        z0, z1 = views(size, step)
+        if step == 7:
+            z0[1, 1] = NAN
+        train(one, z0, z1)
+        candidate = batch_threshold(z0, z1, quantile=0.9)  # measured apart, as on other devices
+        two.threshold.update(candidate, store=True, anchors=2 * size)
+        assert same([one.threshold.state], [two.threshold.state]), step
+    assert one.threshold.short > 5
+
+
+@pytest.mark.parametrize("make", (
+    lambda t: HEXSupConLoss(threshold=t),
+    lambda t: HEXCrossEntropyLoss(0.1, threshold=t),
+))  # fmt: skip
+def test_every_loss_knows_a_short_batch(make):
+    loss = make(adaptive(momentum=0.9))
+    for size in (64, 64, 4):
+        if isinstance(loss, HEXSupConLoss):
+            train(lambda z: loss(z, torch.arange(len(z)) // 2), views(size)[0])  # noqa: B023
+        else:
+            logits = views(size, features=16)[0]
+            train(lambda z: loss(z, torch.zeros(len(z), dtype=torch.int64)), logits)  # noqa: B023
+    assert counts(loss.threshold) == [2, 0, 1]
+
+
+# ---- activation checkpointing -------------------------------------------------------------------
+
+WAYS = {
+    "plain": (False, 1), "nested": (False, 2), "reentrant": (True, 1), "reentrant, nested": (True, 2)
+}  # fmt: skip
+
+
+def losses(options):
+    labels = torch.arange(40) // 2
+    hex_loss = HEXLoss(threshold=adaptive(**options))
+    sup_con = HEXSupConLoss(threshold=adaptive(**options))
+    entropy = HEXCrossEntropyLoss(0.1, threshold=adaptive(**options))
+    guided = HEXLoss(threshold=adaptive(**options))
+    yield hex_loss, lambda z0, z1: hex_loss(z0, z1)
+    yield sup_con, lambda z0, z1: sup_con(z0 + z1, labels)
+    yield entropy, lambda z0, z1: entropy(z0 @ z1.T / 40, torch.arange(40))
+    yield guided, lambda z0, z1: guided(z0, z1, guide=(z1, z0))
+
+
+def trained(options, way, number, after):
+    """Gradients, statistics and states of steps in which the threshold moves much."""
+    loss, function = list(losses(options))[number]
+    torch.manual_seed(0)
+    weight = torch.randn(8, 8, dtype=torch.float64).requires_grad_()
+    seen = []
+
+    def head(z0, z1):
+        value = function(z0 @ weight, z1 @ weight)
+        return (value * value).exp().log() if after else value  # saves a tensor after the loss
+
+    def wrapped(f, reentrant):
+        return lambda z0, z1: checkpoint(f, z0, z1, use_reentrant=reentrant)
+
+    run = head
+    if way:
+        reentrant, times = WAYS[way]
+        for _ in range(times):
+            run = wrapped(run, reentrant)
+    for step in range(4):
+        z0, z1 = (z.requires_grad_() for z in views(40, step, shift=step))
+        first = run(z0, z1)
+        second = run(z1, z0 + 1)  # two forwards before a backward
+        before = loss.threshold.state.clone(), loss.statistics()
+        (second + first).backward()
+        assert torch.equal(loss.threshold.state, before[0]) and loss.statistics() == before[1]
+        seen += [weight.grad, *before[0], *(f64(x) for x in before[1].values())]
+        weight.grad = None
+    assert counts(loss.threshold) == [8, 0, 0]
+    return seen
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("number", range(4), ids=("hex", "supcon", "entropy", "guide"))
+@pytest.mark.parametrize("options", STATEFUL, ids=str)
+def test_under_checkpointing_the_second_run_has_the_eps_of_the_first_and_stores_nothing(
+    options, number, way
+):
+    for after in (False, True):
+        plain, twice = (trained(options, w, number, after) for w in (None, way))
+        for a, b in zip(plain, twice, strict=True):
+            # The gradients of the two forwards are added in another order.
+            torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-14 if a.dim() else 0)
+
+
+def test_a_loss_without_checkpointing_in_eval_or_without_gradients_stores_nothing():
+    loss = HEXLoss(threshold=adaptive())
+    z0, z1 = views(40)
+    with torch.no_grad():
+        loss(z0.requires_grad_(), z1)
+    loss(z0.detach(), z1)
+    loss.eval()(z0, z1)
+    assert counts(loss.threshold) == [0, 0, 0]
+
+
+def test_a_learned_temperature_alone_is_training():
+    """Embeddings of a frozen encoder."""
+    tau = nn.Parameter(f64(0.1))
+    for loss, inputs in (
+        (HEXLoss(tau, threshold=adaptive(lagged=True)), views(40)),
+        (HEXSupConLoss(tau, threshold=adaptive(lagged=True)), (views(40)[0], torch.arange(40) // 2)),
+        (
+            HEXCrossEntropyLoss(tau, threshold=adaptive(lagged=True)),
+            (views(40)[0], torch.zeros(40, dtype=torch.int64)),
+        ),
+    ):
+        loss(*inputs).backward()
+        assert counts(loss.threshold) == [1, 0, 0]
+
+
+# ---- averages of buffers and of state_dicts -----------------------------------------------------
+
+
+class Model(nn.Module):
+    def __init__(self, threshold) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(8, 8, dtype=torch.float64)
+        self.criterion = HEXLoss(threshold=threshold)
+
+    def forward(self, z0, z1):
+        return self.criterion(self.head(z0), self.head(z1))
+
+
+class OfStateDict:
+    """An average of state_dict().values(), as many training codes write their own."""
+
+    def __init__(self, model) -> None:
+        self.module = copy.deepcopy(model).eval()
+
+    @torch.no_grad()
+    def update(self, model) -> None:
+        pairs = zip(self.module.state_dict().values(), model.state_dict().values(), strict=True)
+        for ours, theirs in pairs:
+            ours.copy_(0.9 * ours + 0.1 * theirs)
+
+
+def averages():
+    def of_torch(model):
+        averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+        averaged.update = averaged.update_parameters
+        return averaged
+
+    def mean_of_torch(model):
+        averaged = AveragedModel(model, use_buffers=True)
+        averaged.update = averaged.update_parameters
+        return averaged
+
+    def of_timm(name):
+        def make(model):
+            utils = pytest.importorskip("timm.utils", reason="timm is not installed")
+            return getattr(utils, name)(model, decay=0.9)
+
+        return make
+
+    return {
+        "torch": of_torch, "torch, mean": mean_of_torch, "timm V2": of_timm("ModelEmaV2"),
+        "timm V3": of_timm("ModelEmaV3"), "state_dict": OfStateDict,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", averages())
+@pytest.mark.parametrize("options", ({}, {"momentum": 0.9}, {"warmup_epochs": 2}), ids=str)
+def test_an_average_of_models_has_a_threshold_between_theirs_over_four_epochs(name, options):
+    model = Model(adaptive(**options))
+    average = averages()[name](model)
+    values = []
+    for epoch in range(4):
+        model.criterion.set_epoch(epoch)
+        for step in range(2):
+            model(*views(40, 2 * epoch + step, shift=epoch)).backward()
+            if int(model.criterion.threshold.updates):
+                values.append(float(states.stored(model.criterion.threshold.state)))
+            average.update(model)
+        seen = average.module.eval().criterion
+        value = float(seen.threshold.value)
+        if seen.threshold.state[states.WEIGHT] == 0 or seen.threshold._is_warm_up():
+            assert value == INF
+        else:
+            assert min(values) - 1e-15 <= value <= max(values) + 1e-15
+        assert seen.threshold.state.isfinite().all()
+        for count in (seen.threshold.epoch, *counts(seen.threshold)):
+            assert int(count) == count
+        assert average.module(*views(40)).isfinite()
+        shapes = [v.shape for v in model.state_dict().values()]
+        assert [v.shape for v in average.module.state_dict().values()] == shapes
+    assert len(values) > 1 and (value < INF or seen.threshold._is_warm_up())
+    resumed = Model(adaptive(**options))
+    resumed.load_state_dict(average.module.state_dict(), strict=True)
+    resumed.criterion.set_epoch(4)
+    assert resumed(*views(40)).isfinite()
+
+
+def test_an_average_of_two_histories_is_a_history():
+    one, two = adaptive(warmup_epochs=1), adaptive(warmup_epochs=1)
+    for tracker, value, epochs in ((one, 0.5, 3), (two, 0.25, 4)):
+        for epoch in range(epochs):
+            tracker.set_epoch(epoch)
+            tracker.update(f64(value), store=True)
+    mean = {k: (one.state_dict()[k] + two.state_dict()[k]) / 2 for k in one.state_dict()}
+    both = adaptive(warmup_epochs=1)
+    both.load_state_dict(mean, strict=True)
+    assert both.history == [(0, INF), (1, 0.375), (2, 0.25)]
+    assert both.value == 0.375
+
+
+# ---- dtypes, devices, copies, files -------------------------------------------------------------
+
+
+def test_a_state_is_float64_whatever_the_module_becomes():
+    model = Model(adaptive(momentum=0.9))
+    train(model, *views(40))
+    before = model.criterion.threshold.state.clone()
+    for change in (nn.Module.half, nn.Module.bfloat16, nn.Module.float, nn.Module.double):
+        assert torch.equal(change(model).criterion.threshold.state, before)
+    moved = model.to("cpu", torch.float16)
+    assert torch.equal(moved.criterion.threshold.state, before)
+
+
+def test_a_state_that_was_cast_in_place_is_float64_again_after_a_step():
+    """As FSDP does with MixedPrecision(buffer_dtype=...), before the first step."""
+    model = Model(adaptive(momentum=0.9))
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(torch.bfloat16)
+    other = Model(adaptive(momentum=0.9))
+    for step in range(3):
+        assert same(train(model, *views(40, step)), train(other, *views(40, step)))
+    assert torch.equal(model.criterion.threshold.state, other.criterion.threshold.state)
+
+
+@pytest.mark.parametrize(
+    "threshold", (0.5, "adaptive", lambda: ThresholdTracker.cosine(0.9, 0.3, 9)), ids=str
+)
+def test_a_loss_is_made_on_the_meta_device_and_begins_anew_after_to_empty(threshold):
+    def made():
+        return HEXLoss(threshold=threshold() if callable(threshold) else threshold)
+
+    with torch.device("meta"):
+        loss = nn.Sequential(nn.Linear(8, 8), made())[1]
+    assert loss.threshold.state.is_meta
+    loss.set_epoch(0)
+    loss.to_empty(device="cpu")
+    for module in loss.modules():  # as FSDP and others do
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    fresh = made()
+    for other in (loss, fresh):
+        other.set_epoch(0)
+    assert same(train(loss, *views(40)), train(fresh, *views(40)))
+    assert torch.equal(loss.threshold.state, fresh.threshold.state)
+
+
+def test_a_copy_in_a_pickle_or_by_deepcopy_is_small_and_has_the_statistics():
+    loss = HEXLoss(threshold=adaptive(momentum=0.9))
+    bare = len(pickle.dumps(loss))
+    train(loss, *views(2048))
+    for twin in (pickle.loads(pickle.dumps(loss)), copy.deepcopy(loss)):
+        assert twin.statistics() == loss.statistics()
+        assert same(train(twin, *views(40)), train(copy.deepcopy(loss), *views(40)))
+    assert len(pickle.dumps(loss)) < bare + 3000  # three numbers, where it was 18 times 4096
+
+
+def test_the_state_dict_of_any_run_has_the_same_shapes():
+    tracker = adaptive()
+    shapes = [v.shape for v in tracker.state_dict().values()]
+    for epoch in range(states.HISTORY + 20):
+        tracker.set_epoch(epoch)
+    assert [v.shape for v in tracker.state_dict().values()] == shapes
+    other = adaptive()
+    other.load_state_dict(tracker.state_dict())
+    assert len(tracker.history) == states.HISTORY + 19  # all of them here, the newest in a file
+    assert other.history == tracker.history[-states.HISTORY :]
+
+
+def test_a_state_of_the_first_form_still_loads():
+    """int64: the value's bits, epoch, updates, skipped; and a history that grew."""
+    bits = int(f64(0.123456789).view(torch.int64))
+    old = {
+        "state": torch.tensor([bits, 3, 17, 2]),
+        "_extra_state": f64([[0, INF], [1, 0.5], [2, 0.25]]),
+    }
+    kept = {name: value.clone() for name, value in old.items()}
+    tracker = adaptive(momentum=0.9)
+    tracker.load_state_dict(old, strict=True)
+    assert tracker.value == 0.123456789
+    assert [int(tracker.epoch), *counts(tracker)] == [3, 17, 2, 0]
+    assert tracker.history == [(0, INF), (1, 0.5), (2, 0.25)]
+    assert all(torch.equal(old[name], kept[name]) for name in kept)
+    fresh = {"state": torch.tensor([int(f64(INF).view(torch.int64)), -1, 0, 0]),
+             "_extra_state": torch.zeros(0, 2, dtype=torch.float64)}  # fmt: skip
+    tracker.load_state_dict(fresh, strict=True)
+    assert torch.equal(tracker.state, adaptive().state) and tracker.history == []
+
+
+@pytest.mark.parametrize(
+    "baseline", (InfoNCELoss, lambda: HEXLoss(threshold=None)), ids=("InfoNCELoss", "None")
+)
+def test_a_strict_load_goes_from_hex_to_a_baseline_and_back(baseline):
+    """A baseline starts from any checkpoint, as a loss with a threshold does."""
+    ours = nn.ModuleDict({"head": nn.Linear(8, 8), "criterion": HEXLoss()})
+    theirs = nn.ModuleDict({"head": nn.Linear(8, 8), "criterion": baseline()})
+    train(ours["criterion"], *views(40))
+    file = io.BytesIO()
+    torch.save(ours.state_dict(), file)
+    file.seek(0)
+    theirs.load_state_dict(torch.load(file, weights_only=True), strict=True)
+    assert torch.equal(theirs["head"].weight, ours["head"].weight)
+    before = ours["criterion"].threshold.state.clone()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    assert torch.equal(ours["criterion"].threshold.state, before)
+    with pytest.raises(RuntimeError, match="criterion.other"):
+        theirs.load_state_dict({**ours.state_dict(), "criterion.other": f64(1.0)}, strict=True)
+
+
+# ---- vmap over stacked modules, compiled checkpoints --------------------------------------------
+
+
+@pytest.mark.parametrize("options", STATEFUL, ids=str)
+def test_vmap_over_stacked_modules_uses_the_threshold_of_each(options):
+    models = [Model(adaptive(**options)) for _ in range(3)]
+    for k, model in enumerate(models):
+        train(model, *views(40, k, shift=k))
+    wanted = [model.eval()(*views(40, 9)) for model in models]
+    parameters, buffers = torch.func.stack_module_state(models)
+    base = copy.deepcopy(models[0]).to("meta")
+
+    def call(parameters, buffers, z0, z1):
+        return torch.func.functional_call(base, (parameters, buffers), (z0, z1))
+
+    got = torch.func.vmap(call, (0, 0, None, None))(parameters, buffers, *views(40, 9))
+    torch.testing.assert_close(got, torch.stack(wanted), rtol=1e-13, atol=0)
+
+
+# ---- several ranks ------------------------------------------------------------------------------
+
+
+def rank(number: int, port: int, broadcast: bool, queue) -> None:
+    import torch.distributed as dist
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=number, world_size=2)
+    try:
+        model = nn.parallel.DistributedDataParallel(
+            Model(adaptive(momentum=0.9)), broadcast_buffers=broadcast
+        )
+        seen = []
+        for step in range(3):
+            model(*views(40, 10 * number + step, shift=number)).backward()
+            tracker = model.module.criterion.threshold
+            candidate = float(tracker.state[states.CANDIDATE])
+            seen.append((candidate, model.module.criterion.statistics()["eps"], float(tracker.value)))
+        queue.put((number, seen))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("broadcast", (True, False), ids=("broadcast", "each its own"))
+def test_under_ddp_every_rank_goes_on_from_rank_0_s_state_or_from_its_own(broadcast):
+    import socket
+
+    import torch.multiprocessing as mp
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    ranks = [context.Process(target=rank, args=(k, port, broadcast, queue)) for k in range(2)]
+    for process in ranks:
+        process.start()
+    seen = dict(queue.get(timeout=120) for _ in ranks)
+    for process in ranks:
+        process.join(60)
+        assert process.exitcode == 0
+    for number in (0, 1):
+        for step in range(1, 3):
+            candidate, eps, value = seen[number][step]
+            before = seen[0 if broadcast else number][step - 1][2]
+            assert eps == value == candidate + 0.9 * (before - candidate)
+    assert seen[0] != seen[1]
+
+
+# ---- warnings -----------------------------------------------------------------------------------
+
+
+def epoch_of(loss, number: int, *inputs) -> None:
+    loss.set_epoch(number)
+    for _ in range(2):
+        train(loss, *inputs)
+
+
+def test_an_epoch_in_which_nothing_was_hard_is_warned_of_once_at_the_users_line():
+    loss = HEXLoss(threshold=0.9999)
+    epoch_of(loss, 0, *views(40))
+    with pytest.warns(UserWarning, match=r"no negative was above .* of epoch 0: H was empty") as got:
+        loss.set_epoch(1)
+    assert len(got) == 1 and got[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        epoch_of(loss, 1, *views(40))
+        loss.set_epoch(2)
+
+
+def test_an_epoch_in_which_all_was_hard_and_the_released_loss_0_is_warned_of():
+    loss = HEXLoss(threshold=-1.5, variant="released")
+    epoch_of(loss, 0, *views(40))
+    with pytest.warns(UserWarning, match="the loss and its gradient were 0"):
+        loss.set_epoch(1)
+
+
+def test_the_authors_schedule_beyond_its_own_run_is_warned_of():
+    from hex.presets import authors_threshold
+
+    loss = HEXLoss(threshold=authors_threshold("step", every=25), variant="released")
+    epoch_of(loss, 250, *views(40))
+    with pytest.warns(UserWarning, match="the loss and its gradient were 0"):
+        loss.set_epoch(251)
+
+
+@pytest.mark.parametrize("loss", (
+    lambda: HEXLoss(threshold=math.inf),
+    lambda: HEXLoss(threshold=None),
+    lambda: InfoNCELoss(),
+    lambda: HEXLoss(threshold=adaptive(warmup_epochs=5)),
+    lambda: HEXLoss(threshold=adaptive(warmup_epochs=5, warmup_threshold=0.9999)),
+    lambda: HEXLoss(threshold=-1.5),
+    lambda: HEXLoss(threshold=0.3),
+))  # fmt: skip
+def test_an_epoch_that_is_as_it_was_meant_warns_of_nothing(loss):
+    loss = loss()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        epoch_of(loss, 0, *views(40))
+        loss.set_epoch(1)
+        loss.statistics()
+
+
+def test_groups_are_not_looked_at():
+    loss = HEXLoss(threshold=0.9999)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss.set_epoch(0)
+        loss(*(z.requires_grad_() for z in views(40)), groups=torch.arange(40)).backward()
+        loss.set_epoch(1)
+
+
+def test_without_epochs_statistics_warns_after_a_hundred_batches():
+    loss = HEXLoss(threshold=0.9999)
+    inputs = views(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(99):
+            train(loss, *inputs)
+        loss.statistics()
+    train(loss, *inputs)
+    with pytest.warns(UserWarning, match="of the last 100 batches: H was empty") as got:
+        loss.statistics()
+    assert got[0].filename == __file__
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's
+def test_a_compiled_step_counts_without_another_graph():
+    torch._dynamo.reset()
+    loss = HEXLoss(threshold=0.9999)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    loss.set_epoch(0)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            train(compiled, *views(40))
+    with pytest.warns(UserWarning, match="H was empty"):
+        loss.set_epoch(1)
+
+
+def test_a_warning_of_a_call_is_at_the_line_of_the_call():
+    model = nn.Sequential(nn.Identity())
+    loss = HEXLoss(threshold=ThresholdTracker.step(0.9, 0.1, 5))
+    with pytest.warns(UserWarning, match="set_epoch was never called") as got:
+        loss(*views(40))
+    assert got[0].filename == __file__
+    model.append(HEXLoss(threshold=adaptive(over="all")))
+    with pytest.warns(UserWarning, match="of 8 cosines") as got:
+        model[1](*views(4))
+    assert got[0].filename == __file__
