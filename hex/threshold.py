@@ -99,7 +99,8 @@ class ThresholdTracker(nn.Module):
         self.quantile: float = options.get("quantile", 0.99)
         self.over: Over = options.get("over", "negatives")
         self.register_buffer("state", torch.zeros(states.STATE, dtype=torch.float64))
-        self._tally = tuple(torch.zeros((), dtype=torch.float64, device="cpu") for _ in range(3))
+        # (1,): of a 0-d float64 on the CPU a compiled graph loses what is written there (torch 2.13).
+        self._tally = tuple(torch.zeros(1, dtype=torch.float64, device="cpu") for _ in range(3))
         self.reset()
 
     @classmethod
