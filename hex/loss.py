@@ -188,7 +188,7 @@ class _Contrastive(nn.Module):
             return
         self._last = eps, hard, share
         if self.threshold is not None and not given and self._learns(learner):
-            self.threshold.watch(hard, value.detach())
+            self.threshold.watch(hard, value.detach() if self.variant == "released" else None)
 
     @property
     def last(self) -> Statistics | None:

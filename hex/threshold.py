@@ -349,17 +349,18 @@ class ThresholdTracker(nn.Module):
         first = given.to(eps.device).index_select(0, nearest.reshape(1)).squeeze(0)
         return torch.where(distance.amin() <= _NEAR, first, eps)
 
-    def watch(self, hard: Tensor, loss: Tensor) -> None:
-        """Counts a training batch, whether any row had members of H, and whether any had a loss;
-        on the device, without waiting for it."""
+    def watch(self, hard: Tensor, loss: Tensor | None) -> None:
+        """Counts a training batch, whether any row had members of H, and of the released form
+        whether any had a loss; on the device, without waiting for it."""
         if torch.compiler.is_exporting():
             return
         if self._tally[0].device != hard.device:
             self._tally = tuple(count.to(hard.device) for count in self._tally)
-        batches, members, losses = self._tally
+        batches, members, nothing = self._tally
         batches.add_(1)
         members.add_(hard.any())
-        losses.add_(loss.any())
+        if loss is not None:
+            nothing.add_(~loss.any())
 
     def look(self) -> None:
         """Warns, where no epochs are named, of what `watch` has counted; waits for the device."""
@@ -367,7 +368,7 @@ class ThresholdTracker(nn.Module):
             self._judge("the last {:.0f} batches", least=100)
 
     def _judge(self, period: str, least: int = 1) -> None:
-        batches, members, losses = (float(count) for count in self._tally)
+        batches, members, nothing = (float(count) for count in self._tally)
         if batches < least:
             return
         period = period.format(batches)
@@ -381,7 +382,7 @@ class ThresholdTracker(nn.Module):
                 f"no negative was above the threshold in any row of {period}: H was empty, which "
                 f"is InfoNCE; take a lower threshold or quantile ({self})",
             )
-        elif losses == 0:
+        elif nothing == batches:
             self._warn(
                 "nothing else",
                 f"every negative was above the threshold in every row of {period}, and the "
