@@ -72,6 +72,8 @@ class _Contrastive(nn.Module):
         self.reduction: Reduction = reduction
         self.gather_distributed = distributed.check_gather(gather_distributed)
         self.threshold = threshold
+        if threshold is not None and variant == "paper":
+            threshold.warn_if_never()  # the released form without H is decoupled InfoNCE
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
     def forward(

@@ -32,7 +32,7 @@ def authors_threshold(
     | name | eps |
     |---|---|
     | "simclr" | adaptive, over="all"; InfoNCE while epoch <= 10 |
-    | "nnclr" | the same, and 0.9 while epoch <= 10 (rows [neighbours; predictions], mode "ntxent") |
+    | "nnclr" | the same, but 0.9 while epoch <= 10 (rows [neighbours; predictions], "ntxent") |
     | "step" | 0.9, minus 0.1 every so many epochs, of cosines scaled to [0, 1] by row |
     | "step-imagenet-simclr" | that every 20 epochs, as in their run of 100 |
     | "step-imagenet-nnclr" | every 25, as in their run of 100 |

@@ -11,10 +11,10 @@ A state is one float64 tensor of fixed shape. What it has to come through decide
   other numbers when they are averaged, and were given up for it.
 * `.half()` and `.to(dtype)` leave the state in float64 (ThresholdTracker._apply).
 * `torch.device("meta")`, `to_empty` and `reset_parameters`: the first state is all zeros.
-* DDP, which by default sends rank 0's buffers to all ranks before each forward. A state stays a
+* DDP, which by default sends rank 0's buffers to all ranks before each forward. The state stays a
   buffer, for vmap over stacked modules, FSDP and export need it to be one; so under DDP every step
-  begins on every rank with rank 0's state, as it does for the statistics of BatchNorm, and the state
-  that rank 0 saves is that of all. With `broadcast_buffers=False` each rank has its own; with
+  begins on every rank with rank 0's state, as with the statistics of BatchNorm, and the state that
+  rank 0 saves is that of all. With `broadcast_buffers=False` each rank has its own; with
   `gather_distributed=True` all are the same anyhow. To hide the state from DDP was refused: a run
   resumed from rank 0's file would not have gone on as it had been.
 * Activation checkpointing, which runs a forward twice: the second run stores nothing and uses the
@@ -93,7 +93,7 @@ def step(
 
 
 def converted(state: Tensor) -> Tensor:
-    """A state as it was first saved, int64 (value's bits, epoch, updates, skipped), in this form."""
+    """A state as first saved, int64 (value's bits, epoch, updates, skipped), in this form."""
     bits, epoch, updates, skipped = state.cpu().unbind()
     new = torch.zeros(STATE, dtype=torch.float64, device="cpu")
     value = float(bits.view(torch.float64))

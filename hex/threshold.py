@@ -99,7 +99,7 @@ class ThresholdTracker(nn.Module):
         self.quantile: float = options.get("quantile", 0.99)
         self.over: Over = options.get("over", "negatives")
         self.register_buffer("state", torch.zeros(states.STATE, dtype=torch.float64))
-        # (1,): of a 0-d float64 on the CPU a compiled graph loses what is written there (torch 2.13).
+        # (1,): what is written to a 0-d float64 on the CPU a compiled graph loses (torch 2.13)
         self._tally = tuple(torch.zeros(1, dtype=torch.float64, device="cpu") for _ in range(3))
         self.reset()
 
@@ -151,8 +151,8 @@ class ThresholdTracker(nn.Module):
         """One threshold for all epochs: eps = t, or eps_i = min_i + t (max_i - min_i).
 
         Args:
-            t: < 1; < -1 puts every negative in H, math.inf is InfoNCE. Any other t >= 1 is warned
-                of, for no cosine is above it.
+            t: < 1; < -1 puts every negative in H, math.inf is InfoNCE. No cosine is above any
+                other t >= 1, of which a loss of the paper's form warns.
             normalize_rows: t is for the cosines scaled to [0, 1] over each row (the authors' form
                 for all schedules; the row whole, so that in mode "ntxent" max_i is 1).
 
@@ -160,7 +160,7 @@ class ThresholdTracker(nn.Module):
         """
         rows = _flag("normalize_rows", normalize_rows)
         number = _finite("t", t) if rows else _number("t", t)
-        return cls("fixed", t=number, normalize_rows=rows)._warn_if_never(number)
+        return cls("fixed", t=number, normalize_rows=rows)
 
     @classmethod
     def step(
@@ -173,14 +173,13 @@ class ThresholdTracker(nn.Module):
 
         Raises: TypeError, ValueError: an argument of another type, or outside its range.
         """
-        tracker = cls(
+        return cls(
             "step",
             start=_finite("start", start),
             drop=_finite("drop", drop, 0.0),
             every=_count("every", every, 1),
             normalize_rows=_flag("normalize_rows", normalize_rows),
         )
-        return tracker if drop > 0 else tracker._warn_if_never(start)
 
     @classmethod
     def cosine(
@@ -202,7 +201,7 @@ class ThresholdTracker(nn.Module):
 
         Raises: TypeError, ValueError: an argument of another type, or outside its range.
         """
-        tracker = cls(
+        return cls(
             "cosine",
             start=_finite("start", start),
             end=_finite("end", end),
@@ -210,7 +209,6 @@ class ThresholdTracker(nn.Module):
             normalize_rows=_flag("normalize_rows", normalize_rows),
             compounded=_flag("compounded", compounded),
         )
-        return tracker._warn_if_never(min(start, end))
 
     @property
     def epoch(self) -> Tensor:
@@ -374,8 +372,8 @@ class ThresholdTracker(nn.Module):
         period = period.format(batches)
         for count in self._tally:
             count.zero_()
-        if float(self.value) == math.inf or self._is_warm_up():
-            return  # InfoNCE, or the warm-up's threshold, is wanted
+        if self._lowest() >= 1 and not self.adaptive_rule or self._is_warm_up():
+            return  # InfoNCE, or the warm-up's threshold, is wanted, or warned of already
         if members == 0:
             self._warn(
                 "never any",
@@ -413,6 +411,23 @@ class ThresholdTracker(nn.Module):
         if self.rule != "fixed" and torch.is_grad_enabled():
             self._warn_without_epochs("the threshold stays at its start")
         return self._schedule()
+
+    def _lowest(self) -> float:
+        """The least that a schedule can be."""
+        o = self.options
+        if self.rule == "step":
+            return -1.0 if o["drop"] > 0 else float(o["start"])
+        lowest: float = min(o.get(name, math.inf) for name in ("t", "start", "end"))
+        return lowest
+
+    def warn_if_never(self) -> None:
+        """Warns of a schedule that stays where no cosine is above it, but for math.inf."""
+        if 1 <= self._lowest() < math.inf:
+            self._warn(
+                "never any",
+                f"no cosine is above {self._lowest():g}, so H is always empty, which is InfoNCE; "
+                f"take a lower threshold, or threshold=None to have InfoNCE ({self})",
+            )
 
     def warn_if_too_small(self, n_row: int, has_self: bool) -> None:
         """Warns, once, where the quantile of a row whole is no negative's cosine.
@@ -501,15 +516,6 @@ class ThresholdTracker(nn.Module):
                 f"set_epoch was never called, so {consequence}; call set_epoch(epoch) on the loss "
                 f"or its threshold at the start of each epoch ({self})",
             )
-
-    def _warn_if_never(self, least: float) -> ThresholdTracker:
-        if 1 <= least < math.inf:
-            self._warn(
-                "never any",
-                f"no cosine is above {least:g}, so H is always empty, which is InfoNCE; take a "
-                f"lower threshold, or threshold=None to have InfoNCE ({self})",
-            )
-        return self
 
     def _warn(self, about: str, message: str) -> None:
         if about not in self._warned:

@@ -13,7 +13,6 @@ import torch
 from conftest import DTYPES, Problem, at_the_floor, check_gradients, check_loss, problem
 from data import INF, MODES, NAN, f64, leaves
 
-from hex.state import SKIPPED
 from hex import (
     HEXLoss,
     InfoNCELoss,
@@ -24,6 +23,7 @@ from hex import (
     ops,
     reference,
 )
+from hex.state import SKIPPED
 
 VARIANTS = ("paper", "released")
 

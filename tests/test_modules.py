@@ -20,7 +20,6 @@ from conftest import problem
 from data import MODES, f64
 from torch import Tensor, nn
 
-from hex.state import SKIPPED
 from hex import (
     HEXLoss,
     InfoNCELoss,
@@ -32,6 +31,7 @@ from hex import (
     ops,
     reference,
 )
+from hex.state import SKIPPED
 
 B, D = 83, 7  # 166 cosines a row: enough for the default quantile
 

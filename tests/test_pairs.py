@@ -23,8 +23,8 @@ from conftest import (
 from data import KINDS, MODES, f64
 from torch import Tensor
 
-from hex.state import SKIPPED
 from hex import HEXLoss, InfoNCELoss, ThresholdTracker, ops, reference
+from hex.state import SKIPPED
 
 # B: the fewest; not of any tile; one block more than two, and an odd number of blocks
 SIZES = (192, 207, 289, 531)

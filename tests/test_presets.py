@@ -64,7 +64,7 @@ def test_the_additive_term_is_weighted_as_theirs():
     (lambda: authors_threshold("cosine"), "epochs: got None, wanted the number of epochs"),
     (lambda: authors_threshold("step", epochs=9), "epochs: got 9, wanted None for 'step'"),
     (lambda: authors_threshold("step"), "every: got None, wanted a number of epochs"),
-    (lambda: authors_threshold("step-cifar", every=9), "every: got 9, wanted None for 'step-cifar'"),
+    (lambda: authors_threshold("step-cifar", every=9), "every: got 9, wanted None for"),
     (lambda: authors_mix("dino", f64(1.0), f64(1.0)), "method: got 'dino'"),
     (lambda: authors_mix("barlow", f64(1.0), f64(1.0), 1.5), "alpha: got 1.5"),
 ])  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from data import INF, NAN, f64
 from torch import nn
 
-from hex import ThresholdTracker
+from hex import HEXLoss, ThresholdTracker
 from hex import state as states
 
 CANDIDATES = [0.9, 0.8, NAN, 0.85, -INF, 0.3, 0.30000000000000004, 0.7, INF, 0.1, 0.65, -0.2]
@@ -208,7 +208,7 @@ def trajectory(tracker, epochs) -> list[float]:
 
 
 def test_fixed_is_fixed():
-    for t in (0.3, INF, -INF, -2):
+    for t in (0.3, INF, -INF, 2):
         assert trajectory(ThresholdTracker.fixed(t), [0, 1, 100]) == [t] * 3
 
 
@@ -463,7 +463,7 @@ def test_a_short_last_batch_alone_is_not_warned_of_but_a_short_first_one_is():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: ThresholdTracker.fixed(1.5),
+        lambda: 1.5,
         lambda: ThresholdTracker.fixed(1, normalize_rows=True),
         lambda: ThresholdTracker.step(1.5, 0.0, 2),
         lambda: ThresholdTracker.cosine(1.5, 1.0, 5),
@@ -471,17 +471,18 @@ def test_a_short_last_batch_alone_is_not_warned_of_but_a_short_first_one_is():
 )
 def test_a_threshold_that_no_cosine_is_above_warns_where_it_is_made(make):
     with pytest.warns(UserWarning, match="no cosine is above 1.*, which is InfoNCE") as caught:
-        make()
+        HEXLoss(threshold=make())
     assert caught[0].filename == __file__
+    HEXLoss(threshold=make(), variant="released")  # decoupled InfoNCE
 
 
 def test_a_threshold_that_some_cosine_can_be_above_does_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ThresholdTracker.fixed(INF)
-        ThresholdTracker.fixed(0.999)
-        ThresholdTracker.step(1.5, 0.1, 2)
-        ThresholdTracker.cosine(1.5, 0.3, 5)
+        HEXLoss(threshold=INF)
+        HEXLoss(threshold=0.999)
+        HEXLoss(threshold=ThresholdTracker.step(1.5, 0.1, 2))
+        HEXLoss(threshold=ThresholdTracker.cosine(1.5, 0.3, 5))
 
 
 # ---- arguments ----------------------------------------------------------------------------------
@@ -512,9 +513,17 @@ def test_a_threshold_that_some_cosine_can_be_above_does_not_warn():
         (lambda t: t.cosine(0.9, 0.3, 9, compounded=0), TypeError, "compounded: got int"),
         (lambda t: t.cosine(0.9, 0.3, 9, normalize_rows=None), TypeError, "normalize_rows: got"),
         (lambda t: t("linear"), ValueError, "rule: got 'linear', wanted one of 'adaptive'"),
-        (lambda t: t("adaptive"), TypeError, r"ThresholdTracker: got 'adaptive' with no options, "
-         r"wanted ThresholdTracker.adaptive\(...\)"),
-        (lambda t: t("fixed", t=0.5, beta=1), TypeError, "ThresholdTracker: got 'fixed' with t, beta"),
+        (
+            lambda t: t("adaptive"),
+            TypeError,
+            r"ThresholdTracker: got 'adaptive' with no options, "
+            r"wanted ThresholdTracker.adaptive\(...\)",
+        ),
+        (
+            lambda t: t("fixed", t=0.5, beta=1),
+            TypeError,
+            "ThresholdTracker: got 'fixed' with t, beta",
+        ),
         (lambda t: t.adaptive().set_epoch(-1), ValueError, "epoch: got -1, wanted an integer >= 0"),
         (lambda t: t.adaptive().set_epoch(1.5), TypeError, "epoch: got float, wanted an integer"),
     ],

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """What the threshold's state has to come through: short batches, checkpointing, averages, DDP, meta
-tensors, other dtypes, copies, and checkpoints of and for other losses. hex/state.py has the reasons.
+tensors, other dtypes, copies, checkpoints of and for other losses. hex/state.py has the reasons.
 """
 
 import copy
@@ -90,11 +90,11 @@ def test_the_eps_of_a_short_batch_is_of_its_own_candidate_and_last_shows_it():
 def test_after_twenty_short_batches_in_a_row_their_length_is_the_normal_one():
     tracker = adaptive()
     tracker.update(f64(0.5), store=True, anchors=512)
-    for k in range(19):
+    for _ in range(19):
         tracker.update(f64(0.1), store=True, anchors=64)
         assert tracker.value == 0.5
     tracker.update(f64(0.4), store=True, anchors=512)  # the row is broken
-    for k in range(20):
+    for _ in range(20):
         tracker.update(f64(0.1), store=True, anchors=64)
         assert tracker.value == 0.4
     tracker.update(f64(0.1), store=True, anchors=64)
@@ -115,7 +115,7 @@ def test_without_epochs_the_largest_batch_is_that_of_the_last_fifty_to_a_hundred
     tracker = adaptive()
     tracker.update(f64(0.9), store=True, anchors=512)
     stored = []
-    for k in range(10):  # short ones, too few in a row to be the normal
+    for _ in range(10):  # short ones, too few in a row to be the normal
         for _ in range(10):
             tracker.update(f64(0.1), store=True, anchors=64)
         tracker.update(f64(0.5), store=True, anchors=300)
@@ -176,8 +176,11 @@ def test_every_loss_knows_a_short_batch(make):
 # ---- activation checkpointing -------------------------------------------------------------------
 
 WAYS = {
-    "plain": (False, 1), "nested": (False, 2), "reentrant": (True, 1), "reentrant, nested": (True, 2)
-}  # fmt: skip
+    "plain": (False, 1),
+    "nested": (False, 2),
+    "reentrant": (True, 1),
+    "reentrant, nested": (True, 2),
+}
 
 
 def losses(options):
@@ -252,7 +255,10 @@ def test_a_learned_temperature_alone_is_training():
     tau = nn.Parameter(f64(0.1))
     for loss, inputs in (
         (HEXLoss(tau, threshold=adaptive(lagged=True)), views(40)),
-        (HEXSupConLoss(tau, threshold=adaptive(lagged=True)), (views(40)[0], torch.arange(40) // 2)),
+        (
+            HEXSupConLoss(tau, threshold=adaptive(lagged=True)),
+            (views(40)[0], torch.arange(40) // 2),
+        ),
         (
             HEXCrossEntropyLoss(tau, threshold=adaptive(lagged=True)),
             (views(40)[0], torch.zeros(40, dtype=torch.int64)),
@@ -485,6 +491,20 @@ def test_vmap_over_stacked_modules_uses_the_threshold_of_each(options):
     torch.testing.assert_close(got, torch.stack(wanted), rtol=1e-13, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's
+@pytest.mark.parametrize("options", STATEFUL, ids=str)
+def test_a_checkpoint_in_a_compiled_step_has_the_bits_of_the_step(options):
+    def trained(compiled: bool):
+        torch._dynamo.reset()
+        loss = HEXLoss(threshold=adaptive(**options))
+        run = lambda *z: checkpoint(loss, *z, use_reentrant=False)  # noqa: E731
+        step = torch.compile(run, backend="aot_eager") if compiled else loss
+        seen = [x for k in range(4) for x in train(step, *views(40, k, shift=k))]
+        return [*seen, loss.threshold.state.clone()]
+
+    assert same(trained(False), trained(True))
+
+
 # ---- several ranks ------------------------------------------------------------------------------
 
 
@@ -502,7 +522,9 @@ def rank(number: int, port: int, broadcast: bool, queue) -> None:
             model(*views(40, 10 * number + step, shift=number)).backward()
             tracker = model.module.criterion.threshold
             candidate = float(tracker.state[states.CANDIDATE])
-            seen.append((candidate, model.module.criterion.statistics()["eps"], float(tracker.value)))
+            seen.append(
+                (candidate, model.module.criterion.statistics()["eps"], float(tracker.value))
+            )
         queue.put((number, seen))
     finally:
         dist.destroy_process_group()
@@ -546,7 +568,9 @@ def epoch_of(loss, number: int, *inputs) -> None:
 def test_an_epoch_in_which_nothing_was_hard_is_warned_of_once_at_the_users_line():
     loss = HEXLoss(threshold=0.9999)
     epoch_of(loss, 0, *views(40))
-    with pytest.warns(UserWarning, match=r"no negative was above .* of epoch 0: H was empty") as got:
+    with pytest.warns(
+        UserWarning, match=r"no negative was above .* of epoch 0: H was empty"
+    ) as got:
         loss.set_epoch(1)
     assert len(got) == 1 and got[0].filename == __file__
     with warnings.catch_warnings():
