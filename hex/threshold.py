@@ -13,7 +13,6 @@ Algorithms", WACV 2025 (arXiv 2410.23200), and the code at github.com/olivesgate
 from __future__ import annotations
 
 import math
-import numbers
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -21,9 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import schedules
 from . import state as states
 from ._calls import is_second_run, warn
-from .functional import Over, check_choice, check_number
+from .functional import Over, check_choice
+from .schedules import check_count, check_finite, check_flag, check_number
 
 __all__ = ["ThresholdTracker"]
 
@@ -137,13 +138,13 @@ class ThresholdTracker(nn.Module):
         check_choice("over", over, ("all", "negatives"))
         return cls(
             "adaptive",
-            quantile=_number("quantile", quantile, 0.0, 1.0),
+            quantile=check_number("quantile", quantile, 0.0, 1.0),
             over=over,
-            warmup_epochs=_count("warmup_epochs", warmup_epochs, 0),
-            momentum=_number("momentum", momentum, 0.0, 1.0, open_end=True),
-            monotonic=_flag("monotonic", monotonic),
-            lagged=_flag("lagged", lagged),
-            warmup_threshold=_number("warmup_threshold", warmup_threshold),
+            warmup_epochs=check_count("warmup_epochs", warmup_epochs, 0),
+            momentum=check_number("momentum", momentum, 0.0, 1.0, open_end=True),
+            monotonic=check_flag("monotonic", monotonic),
+            lagged=check_flag("lagged", lagged),
+            warmup_threshold=check_number("warmup_threshold", warmup_threshold),
         )
 
     @classmethod
@@ -158,8 +159,8 @@ class ThresholdTracker(nn.Module):
 
         Raises: TypeError, ValueError: t is no number, NaN, or infinite with normalize_rows.
         """
-        rows = _flag("normalize_rows", normalize_rows)
-        number = _finite("t", t) if rows else _number("t", t)
+        rows = check_flag("normalize_rows", normalize_rows)
+        number = check_finite("t", t) if rows else check_number("t", t)
         return cls("fixed", t=number, normalize_rows=rows)
 
     @classmethod
@@ -175,10 +176,10 @@ class ThresholdTracker(nn.Module):
         """
         return cls(
             "step",
-            start=_finite("start", start),
-            drop=_finite("drop", drop, 0.0),
-            every=_count("every", every, 1),
-            normalize_rows=_flag("normalize_rows", normalize_rows),
+            start=check_finite("start", start),
+            drop=check_finite("drop", drop, 0.0),
+            every=check_count("every", every, 1),
+            normalize_rows=check_flag("normalize_rows", normalize_rows),
         )
 
     @classmethod
@@ -203,11 +204,11 @@ class ThresholdTracker(nn.Module):
         """
         return cls(
             "cosine",
-            start=_finite("start", start),
-            end=_finite("end", end),
-            epochs=_count("epochs", epochs, 1),
-            normalize_rows=_flag("normalize_rows", normalize_rows),
-            compounded=_flag("compounded", compounded),
+            start=check_finite("start", start),
+            end=check_finite("end", end),
+            epochs=check_count("epochs", epochs, 1),
+            normalize_rows=check_flag("normalize_rows", normalize_rows),
+            compounded=check_flag("compounded", compounded),
         )
 
     @property
@@ -242,7 +243,7 @@ class ThresholdTracker(nn.Module):
         Schedules: that of this epoch.
         """
         if not self.adaptive_rule:
-            return self._schedule()
+            return schedules.at(self.rule, self.options, self.state[states.EPOCH] - 1)
         threshold: float = self.options["warmup_threshold"]
         return torch.where(self._is_warm_up(), threshold, states.stored(self.state))
 
@@ -264,7 +265,7 @@ class ThresholdTracker(nn.Module):
 
         Raises: TypeError, ValueError: epoch is no integer >= 0.
         """
-        epoch = _count("epoch", epoch, 0)
+        epoch = check_count("epoch", epoch, 0)
         self._epoch_set = True
         if self.state.is_meta:
             return
@@ -372,7 +373,7 @@ class ThresholdTracker(nn.Module):
         period = period.format(batches)
         for count in self._tally:
             count.zero_()
-        if self._lowest() >= 1 and not self.adaptive_rule or self._is_warm_up():
+        if schedules.lowest(self.rule, self.options) >= 1 or self._is_warm_up():
             return  # InfoNCE, or the warm-up's threshold, is wanted, or warned of already
         if members == 0:
             self._warn(
@@ -410,23 +411,16 @@ class ThresholdTracker(nn.Module):
             raise RuntimeError("current: got an adaptive tracker, wanted a schedule")
         if self.rule != "fixed" and torch.is_grad_enabled():
             self._warn_without_epochs("the threshold stays at its start")
-        return self._schedule()
-
-    def _lowest(self) -> float:
-        """The least that a schedule can be."""
-        o = self.options
-        if self.rule == "step":
-            return -1.0 if o["drop"] > 0 else float(o["start"])
-        lowest: float = min(o.get(name, math.inf) for name in ("t", "start", "end"))
-        return lowest
+        return schedules.at(self.rule, self.options, self.state[states.EPOCH] - 1)
 
     def warn_if_never(self) -> None:
         """Warns of a schedule that stays where no cosine is above it, but for math.inf."""
-        if 1 <= self._lowest() < math.inf:
+        lowest = schedules.lowest(self.rule, self.options)
+        if 1 <= lowest < math.inf:
             self._warn(
                 "never any",
-                f"no cosine is above {self._lowest():g}, so H is always empty, which is InfoNCE; "
-                f"take a lower threshold, or threshold=None to have InfoNCE ({self})",
+                f"no cosine is above {lowest:g}, so H is always empty, which is InfoNCE; take a "
+                f"lower threshold, or threshold=None to have InfoNCE ({self})",
             )
 
     def warn_if_too_small(self, n_row: int, has_self: bool) -> None:
@@ -494,21 +488,6 @@ class ThresholdTracker(nn.Module):
         """For deepcopy and pickle: without what a backward yet to come would need."""
         return {**self.__dict__, "_recent": deque(maxlen=_RECENT)}
 
-    def _schedule(self) -> Tensor:
-        o = self.options
-        if self.rule == "fixed":
-            return torch.full((), o["t"], dtype=torch.float64, device=self.state.device)
-        epoch = self.epoch.clamp(min=0)
-        if self.rule == "step":
-            drops = epoch.div(o["every"], rounding_mode="floor").to(torch.float64)
-            return torch.clamp(o["start"] - o["drop"] * drops, min=-1)
-        if o["compounded"]:  # the factors of every epoch so far; the last of all is 0
-            k = torch.arange(1, o["epochs"] + 1, device=epoch.device)
-            factor = torch.where(k <= epoch, _half_cosine(k, o["epochs"]), 1.0).prod()
-        else:
-            factor = _half_cosine(epoch.clamp(max=o["epochs"]), o["epochs"])
-        return torch.add(factor * o["start"], (1 - factor) * o["end"])  # both ends exact
-
     def _warn_without_epochs(self, consequence: str) -> None:
         if not torch.compiler.is_compiling() and not self._epoch_set:
             self._warn(
@@ -521,36 +500,3 @@ class ThresholdTracker(nn.Module):
         if about not in self._warned:
             self._warned.add(about)
             warn(f"ThresholdTracker: {message}")
-
-
-def _half_cosine(k: Tensor, epochs: int) -> Tensor:
-    """(1 + cos(pi k / epochs)) / 2, from 1 at k = 0 to 0 at k = epochs."""
-    return (1 + torch.cos(math.pi * k.to(torch.float64) / epochs)) / 2
-
-
-def _number(
-    name: str, value: Any, low: float = -math.inf, high: float = math.inf, open_end: bool = False
-) -> float:
-    check_number(name, value, low, high, open_end=open_end)
-    return float(value)
-
-
-def _finite(name: str, value: Any, low: float = -math.inf) -> float:
-    number = _number(name, value, low)
-    if math.isinf(number):
-        raise ValueError(f"{name}: got {value}, wanted a finite number")
-    return number
-
-
-def _count(name: str, value: Any, low: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name}: got {type(value).__name__}, wanted an integer")
-    if value < low:
-        raise ValueError(f"{name}: got {value!r}, wanted an integer >= {low}")
-    return int(value)
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: got {type(value).__name__}, wanted a bool")
-    return value

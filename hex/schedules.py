@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: MIT
+"""Thresholds that are known beforehand, epoch by epoch; and the checks of a tracker's options."""
+
+import math
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import functional
+
+__all__ = ["at", "check_count", "check_finite", "check_flag", "check_number", "lowest"]
+
+
+def at(rule: str, options: dict[str, Any], epoch: Tensor) -> Tensor:
+    """The t of "fixed", "step" or "cosine": 0-d float64, fresh, on the device of epoch, a number
+    that is whole but for averages and -1 before the first."""
+    o = options
+    if rule == "fixed":
+        return torch.full((), o["t"], dtype=torch.float64, device=epoch.device)
+    epoch = epoch.round().clamp(min=0)
+    if rule == "step":
+        drops = epoch.div(o["every"], rounding_mode="floor")
+        return torch.clamp(o["start"] - o["drop"] * drops, min=-1)
+    if o["compounded"]:  # the factors of every epoch so far; the last of all is 0
+        k = torch.arange(1, o["epochs"] + 1, device=epoch.device)
+        factor = torch.where(k <= epoch, _half_cosine(k, o["epochs"]), 1.0).prod()
+    else:
+        factor = _half_cosine(epoch.clamp(max=o["epochs"]), o["epochs"])
+    return torch.add(factor * o["start"], (1 - factor) * o["end"])  # both ends exact
+
+
+def lowest(rule: str, options: dict[str, Any]) -> float:
+    """The least that a schedule can be; -inf where the batches decide."""
+    if rule == "adaptive":
+        return -math.inf
+    if rule == "step":
+        return -1.0 if options["drop"] > 0 else float(options["start"])
+    return float(min(options.get(name, math.inf) for name in ("t", "start", "end")))
+
+
+def _half_cosine(k: Tensor, epochs: int) -> Tensor:
+    """(1 + cos(pi k / epochs)) / 2, from 1 at k = 0 to 0 at k = epochs."""
+    return (1 + torch.cos(math.pi * k.to(torch.float64) / epochs)) / 2
+
+
+def check_number(
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf, open_end: bool = False
+) -> float:
+    functional.check_number(name, value, low, high, open_end=open_end)
+    return float(value)
+
+
+def check_finite(name: str, value: Any, low: float = -math.inf) -> float:
+    number = check_number(name, value, low)
+    if math.isinf(number):
+        raise ValueError(f"{name}: got {value}, wanted a finite number")
+    return number
+
+
+def check_count(name: str, value: Any, low: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted an integer")
+    if value < low:
+        raise ValueError(f"{name}: got {value!r}, wanted an integer >= {low}")
+    return int(value)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted a bool")
+    return value
