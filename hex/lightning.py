@@ -48,6 +48,7 @@ class HEXCallback(_Callback):  # type: ignore[misc]
     batch three figures are logged by step, at the pace of the Trainer's `log_every_n_steps`: the
     threshold as `hex/eps`, the mean |H| as `hex/hard`, the mean share of the local term as
     `hex/share`. With several losses their names stand between: `hex/criterion/eps`.
+    Where H was empty for a whole epoch the losses warn of it, at its end.
     The losses must be submodules of the LightningModule; then the threshold's state is in its
     checkpoints too.
 
@@ -83,6 +84,10 @@ class HEXCallback(_Callback):  # type: ignore[misc]
                 figures |= {f"{self.prefix}{of}{k}": v for k, v in last._asdict().items()}
         if figures:
             pl_module.log_dict(figures, on_step=True, on_epoch=False, batch_size=1)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        for loss in self.losses(pl_module).values():
+            loss.threshold.look(ended=True)
 
     @staticmethod
     def losses(module: nn.Module) -> dict[str, Any]:

@@ -361,9 +361,12 @@ class ThresholdTracker(nn.Module):
         if loss is not None:
             nothing.add_(~loss.any())
 
-    def look(self) -> None:
-        """Warns, where no epochs are named, of what `watch` has counted; waits for the device."""
-        if not self._epoch_set:
+    def look(self, ended: bool = False) -> None:
+        """Warns of what `watch` has counted, where no epochs are named or where the last of them
+        has ended; waits for the device."""
+        if ended:
+            self._judge("the last epoch")
+        elif not self._epoch_set:
             self._judge("the last {:.0f} batches", least=100)
 
     def _judge(self, period: str, least: int = 1) -> None:

@@ -93,6 +93,22 @@ def test_a_training_tells_the_losses_the_epoch_and_logs_their_statistics(tmp_pat
             assert model.labels.threshold.value.item() == pytest.approx(0.7)
         assert set(seen[-1]) == names
         assert seen[-1][f"hex/{of}eps"] == pytest.approx(tracker.value.item(), rel=1e-6)
+
+
+@needs_lightning
+def test_an_epoch_with_nothing_in_h_is_warned_of_at_the_end_of_the_training():
+    from hex.lightning import HEXCallback
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.criterion = HEXLoss(threshold=0.9999)
+
+    model, callback = Model(), HEXCallback()
+    model.criterion.set_epoch(0)
+    model.criterion(*torch.randn(2, 9, 4).requires_grad_().unbind())
+    with pytest.warns(UserWarning, match="of the last epoch: H was empty"):
+        callback.on_train_end(None, model)
         assert seen[-1][f"hex/{of}hard"] == pytest.approx(model.criterion.last.hard.item())
 
 
