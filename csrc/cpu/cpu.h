@@ -15,11 +15,11 @@
 #include "../labelled.h"
 #include "convert.h"
 
-/* The vector levels need gcc's target pragma and x86-64; elsewhere the portable level is all there
- * is. */
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+/* The vector levels are for x86-64, by gcc's pragma for a target or clang's; elsewhere the portable
+ * level is all there is. */
+#if defined(__x86_64__) && defined(__GNUC__)
 #define HEX_HAVE_X86_LEVELS 1
-#if __GNUC__ >= 10
+#if __GNUC__ >= 10 || (defined(__clang__) && __clang_major__ >= 9)
 #define HEX_HAVE_BF16_LEVEL 1
 #endif
 #endif
