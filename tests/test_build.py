@@ -145,6 +145,39 @@ def test_the_wheel_works_without_this_tree(built):
     assert isa in ("base", "avx2", "avx512")
 
 
+# ---- clang ----
+
+LEVELS = """
+import os, sys, warnings
+sys.path.insert(0, "tests")
+warnings.simplefilter("ignore")
+os.environ["HEX_ISA"] = level = sys.argv[1]
+from hex import _load, ops
+if ops.isa() != level:
+    print(_load._C.isa_problem())
+else:
+    import test_isa
+    print(test_isa.check_all())
+"""
+
+
+@pytest.mark.skipif(shutil.which("clang") is None, reason="clang is not there")
+def test_clang_builds_every_level_without_a_warning_and_they_compute_the_reference(tmp_path):
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=GENERATED)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HEX_", "CFLAGS"))}
+    environment |= dict(CC="clang", HEX_WERROR="1", HEX_CUDA="0", PYTHONPATH=str(tmp_path))
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr
+    for level in ("base", "avx2", "avx512", "avx512_bf16") if X86 else ("base",):
+        said = run(sys.executable, "-c", LEVELS, level, cwd=tmp_path, env=environment).strip()
+        assert said == "this CPU does not have it" or int(said) > 100, (level, said)
+
+
 # ---- nvcc: what it does not know, and where it fails ----
 
 # Knows the targets of $KNOWN, fails to compile the file $FAILS, and writes down what it was asked.
