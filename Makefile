@@ -9,7 +9,7 @@ TORCHVISION ?= torchvision==0.28.0
 
 BIN := $(CURDIR)/.venv/bin
 C_FILES := $(wildcard csrc/*.[ch] csrc/*/*.[ch] csrc/cpu/*.inc csrc/cuda/*.cu* \
-    tests/emulation/*) tests/abi_check.cpp benchmarks/core.c
+    tests/emulation/*) tests/abi_check.cpp tests/work.c benchmarks/core.c
 # The CUDA kernels take minutes to compile; `make cuda` does it once. `make build
 # HEX_CUDA=1` has them in .venv, `make wheel HEX_CUDA=1` in the wheel.
 export HEX_CUDA ?= 0
@@ -64,7 +64,7 @@ sanitize: build ## the tests under AddressSanitizer and UndefinedBehaviorSanitiz
 	    UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$$PWD \
 	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	    $(PYTEST) --capture=sys --ignore-glob='*/test_build.py' --ignore-glob='*/test_abi.py' \
-	    --ignore-glob='*/test_reference*.py' $(CUDA_TESTS:%=--ignore=%)
+	    --ignore-glob='*/test_work.py' --ignore-glob='*/test_reference*.py' $(CUDA_TESTS:%=--ignore=%)
 
 demo: build ## train on handwritten digits, with InfoNCE and with HEX: three minutes, with pictures
 	$(BIN)/python examples/demo.py

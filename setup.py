@@ -9,9 +9,10 @@ The CUDA kernels are a library of their own, hex/_cuda.so, made where nvcc is fo
 nothing but libc, and no GPU to be built. A wheel made with HEX_CUDA=1 has it, one made without
 serves CUDA tensors by plain torch operators.
 
-From the environment: HEX_CUDA=auto (the default), 0 (leave it out) or 1 (an error without nvcc);
-HEX_CUDA_ARCH, which GPUs ("80,90a", as nvcc names them, a PTX for newer ones in "120+PTX"; all of
-CUDA_ARCH by default); NVCC, which nvcc. HEX_SANITIZE=1 builds with AddressSanitizer and
+From the environment: HEX_CUDA=auto (the default: what nvcc can build, or none of it), 0 (leave it
+out) or 1 (an error without nvcc, or where it fails); HEX_CUDA_ARCH, which GPUs ("80,90a", as nvcc
+names them, a PTX for newer ones in "120+PTX"; all of CUDA_ARCH by default); NVCC, which nvcc; pip
+shows what the build says with -v only. HEX_SANITIZE=1 builds with AddressSanitizer and
 UndefinedBehaviorSanitizer (`make sanitize`), HEX_WERROR=1 makes warnings errors, CC and CFLAGS are
 as everywhere. No -march is wanted: the vector code is chosen at import.
 """
@@ -69,31 +70,54 @@ def find_nvcc():
 
 
 def gencode(targets):
-    """nvcc's options for "80,90a,120+PTX"."""
+    """nvcc's options for ["80", "90a", "120+PTX"]."""
     options = []
-    for target in targets.split(","):
-        arch, _, ptx = target.strip().partition("+")
+    for target in targets:
+        arch, _, ptx = target.partition("+")
         code = f"[sm_{arch},compute_{arch}]" if ptx == "PTX" else f"sm_{arch}"
         options += ["-gencode", f"arch=compute_{arch},code={code}"]
     return options
 
 
-def build_cuda(nvcc, build, output):
-    """Compile csrc/cuda/ into the folder `build` and link the library `output`."""
-    options = NVCC_FLAGS + gencode(os.environ.get("HEX_CUDA_ARCH", CUDA_ARCH))
-    build.mkdir(parents=True, exist_ok=True)
+def is_known(nvcc, target):
+    """Asked by the option itself: --list-gpu-arch leaves out 90a."""
+    command = [nvcc, "-dryrun", *gencode([target]), "-c", "x.cu"]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
-    def compile_one(source):
+
+def say(text):
+    print(f"hex-ssl: {text}\n", end="", flush=True)  # one piece, for threads say it
+
+
+def build_cuda(nvcc, build, output, *, must=True):
+    """Compile csrc/cuda/ into the folder `build` and link the library `output`. Targets that nvcc
+    does not know are left out, or, if all `must` be there, an error."""
+    wanted = [t.strip() for t in (os.environ.get("HEX_CUDA_ARCH") or CUDA_ARCH).split(",")]
+    targets = [target for target in wanted if is_known(nvcc, target)]
+    if unknown := ",".join(t for t in wanted if t not in targets):
+        if must or not targets:
+            raise CudaError(f"{nvcc} does not know the GPU targets {unknown}")
+        say(f"{nvcc} does not know the GPU targets {unknown}: they are left out")
+    options = NVCC_FLAGS + gencode(targets)
+    build.mkdir(parents=True, exist_ok=True)
+    # The longest first, as many at a time as there are cores.
+    sources = sorted(glob("csrc/cuda/*.cu"), key=os.path.getsize, reverse=True)
+    say(
+        f"compiling {len(sources)} CUDA files for {','.join(targets)}, which takes half a minute "
+        "for each target on two cores; HEX_CUDA=0 leaves them out"
+    )
+
+    def compile_one(numbered):
+        number, source = numbered
+        say(f"{number} of {len(sources)}, {source}")
         target = build / (Path(source).stem + ".cu.o")
         subprocess.run([nvcc, *options, "-c", source, "-o", str(target)], check=True)
         return str(target)
 
-    # The longest first, as many at a time as there are cores.
-    sources = sorted(glob("csrc/cuda/*.cu"), key=os.path.getsize, reverse=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, sources))
+        objects = list(pool.map(compile_one, enumerate(sources, 1)))
     dry = subprocess.run([nvcc, "-dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
-    top = next(line for line in dry.splitlines() if "TOP=" in line).partition("TOP=")[2]
+    top = next((line for line in dry.splitlines() if "TOP=" in line), "TOP=").partition("TOP=")[2]
     libraries = [f"-L{d}" for d in glob(f"{top}/lib64") + glob(f"{top}/targets/*/lib")]
     libraries += ["-lcudart_static", "-lculibos", "-lrt", "-lpthread", "-ldl", "-lm"]
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -102,19 +126,38 @@ def build_cuda(nvcc, build, output):
     subprocess.run([*cc, "-shared", "-o", str(output), *objects, *libraries, *hide], check=True)
 
 
+class CudaError(Exception):
+    """The CUDA library cannot be built, and why."""
+
+
+def make_cuda(build, output):
+    """build_cuda as HEX_CUDA says."""
+    wanted, nvcc = os.environ.get("HEX_CUDA", "auto"), find_nvcc()
+    if wanted not in ("auto", "0", "1"):
+        raise SystemExit(f"HEX_CUDA: got {wanted!r}, wanted auto, 0 or 1")
+    if wanted == "1" and not nvcc:
+        raise SystemExit("HEX_CUDA=1, but nvcc is not found: set NVCC or CUDA_HOME")
+    if not LINUX or not nvcc or wanted == "0":
+        return
+    try:
+        build_cuda(nvcc, build, output, must=wanted == "1")
+    except (CudaError, OSError, subprocess.CalledProcessError) as error:
+        output.unlink(missing_ok=True)  # one of an earlier build would be of other sources
+        if wanted == "1":
+            raise SystemExit(f"HEX_CUDA=1, but the CUDA kernels cannot be built: {error}") from None
+        say(
+            f"this build goes on without CUDA kernels, for they cannot be built: {error}. "
+            "HEX_CUDA=1 makes that an error, HEX_CUDA=0 does not try"
+        )
+
+
 class BuildExt(build_ext):
     """build_ext, with an empty libtorch_cpu.so to link against, and the CUDA library."""
 
     def run(self):
         super().run()
-        wanted, nvcc = os.environ.get("HEX_CUDA", "auto"), find_nvcc()
-        if wanted not in ("auto", "0", "1"):
-            raise SystemExit(f"HEX_CUDA: got {wanted!r}, wanted auto, 0 or 1")
-        if wanted == "1" and not nvcc:
-            raise SystemExit("HEX_CUDA=1, but nvcc is not found: set NVCC or CUDA_HOME")
-        if LINUX and nvcc and wanted != "0":
-            folder = Path("hex") if self.inplace else Path(self.build_lib) / "hex"
-            build_cuda(nvcc, Path(self.build_temp) / "cuda", folder / "_cuda.so")
+        folder = Path("hex") if self.inplace else Path(self.build_lib) / "hex"
+        make_cuda(Path(self.build_temp) / "cuda", folder / "_cuda.so")
 
     def build_extension(self, ext):
         if LINUX:  # elsewhere Python has the linker leave unknown symbols to the loader

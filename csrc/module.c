@@ -121,7 +121,7 @@ static PyObject *probe_cuda(PyObject *self, PyObject *index)
     return PyLong_FromLong(hex_probe_cuda((int)device));
 }
 
-static const char *isa;
+static const char *isa, *isa_problem;
 
 static PyObject *get_isa(PyObject *self, PyObject *unused)
 {
@@ -129,9 +129,19 @@ static PyObject *get_isa(PyObject *self, PyObject *unused)
     return PyUnicode_FromString(isa);
 }
 
+static PyObject *get_isa_problem(PyObject *self, PyObject *unused)
+{
+    (void)self, (void)unused;
+    if (isa_problem)
+        return PyUnicode_FromString(isa_problem);
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"isa", get_isa, METH_NOARGS,
      "isa() -> str\n\nThe level of the CPU kernels in use: base, avx2, avx512 or avx512_bf16."},
+    {"isa_problem", get_isa_problem, METH_NOARGS,
+     "isa_problem() -> str | None\n\nWhy it is not the level that HEX_ISA asks for."},
     {"load_cuda", load_cuda, METH_O,
      "load_cuda(path) -> str | None\n\nTakes hex/_cuda.so into use; or says what is in the way."},
     {"probe_cuda", probe_cuda, METH_O,
@@ -149,16 +159,16 @@ static struct PyModuleDef module = {
 
 PyMODINIT_FUNC PyInit__C(void)
 {
-    const char *missing = hex_missing_symbol(), *wanted = getenv("HEX_ISA"), *problem;
+    const char *missing = hex_missing_symbol(), *wanted = getenv("HEX_ISA");
     if (missing)
         return PyErr_Format(
             PyExc_ImportError,
             "hex-ssl needs torch >= 2.10: the torch that is loaded has no symbol %s", missing);
-    isa = hex_cpu_select(wanted, &problem);
+    isa = hex_cpu_select(wanted, &isa_problem);
     if (!isa)
-        return PyErr_Format(PyExc_ImportError, "HEX_ISA=%s: %s", wanted, problem);
-    if (problem &&
-        PyErr_WarnFormat(PyExc_RuntimeWarning, 1, "HEX_ISA=%s: %s; using %s", wanted, problem, isa))
+        return PyErr_Format(PyExc_ImportError, "HEX_ISA=%s: %s", wanted, isa_problem);
+    if (isa_problem && PyErr_WarnFormat(PyExc_RuntimeWarning, 1, "HEX_ISA=%s: %s; using %s", wanted,
+                                        isa_problem, isa))
         return NULL;
     if (!hex_watch_forks())
         return PyErr_NoMemory();

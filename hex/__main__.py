@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import __version__, ops, reference
-from ._load import cuda_is_built, cuda_problem
+from ._load import _C, cuda_is_built, cuda_problem
 from .functional import Mode, Variant, batch_threshold, hex_loss
 
 IMAGES, FEATURES, NEGATIVES = 33, 29, 41  # no tile of a kernel divides them
@@ -73,12 +73,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def installation() -> list[tuple[str, str]]:
     """What is installed and what it runs on: (name, value) by line."""
-    wanted = os.environ.get("HEX_ISA")
+    wanted, problem = os.environ.get("HEX_ISA"), _C.isa_problem()
+    asked = (
+        f"HEX_ISA = {wanted}{f': {problem}' if problem else ''}" if wanted else "HEX_ISA not set"
+    )
     return [
         ("hex-ssl", f"{__version__}, {Path(__file__).parent}"),
         ("torch", torch.__version__),
         ("Python", f"{platform.python_version()}, {platform.platform()}"),
-        ("CPU kernels", f"{ops.isa()} (HEX_ISA {f'= {wanted}' if wanted else 'not set'})"),
+        ("CPU kernels", f"{ops.isa()} ({asked})"),
         ("threads", str(torch.get_num_threads())),
         (
             "CUDA kernels",

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The source archive, and the wheel that is built from it: what is in them, what the extension
-exports and needs, which instructions its portable part has.
+exports and needs, which instructions its portable part has; what a build says and does where nvcc
+is old or fails, and where the compiler is clang.
 
 `make wheel` builds them in an environment of their own; here, to save its download, with the
 setuptools that is installed.
@@ -31,10 +32,13 @@ def run(*command, **options):
 
 
 def build(kind, source, target):
-    """What pip calls: make the sdist or the wheel of the tree `source`, in the folder `target`."""
+    """What pip calls: make the sdist or the wheel of the tree `source`, in the folder `target`.
+
+    With an nvcc that fails: test_cuda_build.py compiles the CUDA kernels, once.
+    """
     backend = f"from setuptools.build_meta import build_{kind}; build_{kind}({str(target)!r})"
-    # test_cuda_build.py compiles the CUDA kernels, once
-    run(sys.executable, "-c", backend, cwd=source, env={**os.environ, "HEX_CUDA": "0"})
+    environment = {**os.environ, "HEX_CUDA": "auto", "NVCC": shutil.which("false")}
+    return run(sys.executable, "-c", backend, cwd=source, env=environment)
 
 
 class Built(NamedTuple):
@@ -42,6 +46,7 @@ class Built(NamedTuple):
     source: Path  # the sdist unpacked, in which the wheel was built
     wheel: Path
     site: Path  # the wheel unpacked
+    said: str  # by the build of the wheel
 
     @property
     def extension(self):
@@ -66,10 +71,10 @@ def built(tmp_path_factory):
     source = folder / sdist.name.removesuffix(".tar.gz")
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, filter="data")
-    build("wheel", source, folder)
+    said = build("wheel", source, folder)
     (wheel,) = folder.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(folder / "site")
-    return Built(sdist, source, wheel, folder / "site")
+    return Built(sdist, source, wheel, folder / "site", said)
 
 
 def test_one_wheel_serves_every_python_from_3_10_on(built):
@@ -138,3 +143,178 @@ def test_the_wheel_works_without_this_tree(built):
     file, isa = run(sys.executable, "-c", code, cwd=built.site, env=environment).split()
     assert Path(file) == built.site / "hex/__init__.py"
     assert isa in ("base", "avx2", "avx512")
+
+
+# ---- clang ----
+
+LEVELS = """
+import os, sys, warnings
+sys.path.insert(0, "tests")
+warnings.simplefilter("ignore")
+os.environ["HEX_ISA"] = level = sys.argv[1]
+from hex import _load, ops
+if ops.isa() != level:
+    print(_load._C.isa_problem())
+else:
+    import test_isa
+    print(test_isa.check_all())
+"""
+
+
+@pytest.mark.skipif(shutil.which("clang") is None, reason="clang is not there")
+def test_clang_builds_every_level_without_a_warning_and_they_compute_the_reference(tmp_path):
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=GENERATED)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HEX_", "CFLAGS"))}
+    environment |= dict(CC="clang", HEX_WERROR="1", HEX_CUDA="0", PYTHONPATH=str(tmp_path))
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr
+    for level in ("base", "avx2", "avx512", "avx512_bf16") if X86 else ("base",):
+        said = run(sys.executable, "-c", LEVELS, level, cwd=tmp_path, env=environment).strip()
+        assert said == "this CPU does not have it" or int(said) > 100, (level, said)
+
+
+# ---- nvcc: what it does not know, and where it fails ----
+
+# Knows the targets of $KNOWN, fails to compile the file $FAILS, and writes down what it was asked.
+NVCC = """#!/bin/sh
+echo "$@" >> "$LOG"
+while [ $# -gt 0 ]; do
+    case $1 in
+    -dryrun) dry=1 ;;
+    -gencode)
+        arch=${2#arch=compute_}
+        case " $KNOWN " in *" ${arch%%,*} "*) ;; *) echo "nvcc fatal: $2" >&2; exit 1 ;; esac
+        shift ;;
+    -c) source=$2; shift ;;
+    -o) object=$2; shift ;;
+    esac
+    shift
+done
+[ "$dry" ] && { echo "#$ TOP=$TOP" >&2; exit 0; }
+[ "${source##*/}" = "$FAILS" ] && { echo "nvcc error: no" >&2; exit 2; }
+gcc -xc -c /dev/null -o "$object"
+"""
+MAKE = """
+import runpy, setuptools, sys
+from pathlib import Path
+setuptools.setup = lambda **_: None
+runpy.run_path("setup.py")["make_cuda"](Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+EVERY = "80,86,89,90a,100,120+PTX"  # as setup.py has it
+linux_with_gcc = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("gcc") is None, reason="the library is for Linux"
+)
+
+
+@pytest.fixture
+def cuda(tmp_path):
+    """Builds hex/_cuda.so by what is no nvcc; gives the process, the library, what was asked."""
+    nvcc, library, log = tmp_path / "nvcc", tmp_path / "hex/_cuda.so", tmp_path / "log"
+    nvcc.write_text(NVCC)
+    nvcc.chmod(0o755)
+    (tmp_path / "top/lib64").mkdir(parents=True)
+    for name in ("cudart_static", "culibos"):
+        run("ar", "rcs", tmp_path / f"top/lib64/lib{name}.a")
+
+    def make(known="80 86 89 90a 100 120", **environment):
+        environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("HEX_", "CC"))},
+            **dict(NVCC=str(nvcc), KNOWN=known, TOP=str(tmp_path / "top"), LOG=str(log)),
+            **environment,
+        }
+        command = [sys.executable, "-c", MAKE, tmp_path / "objects", library]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        asked = log.read_text().splitlines() if log.exists() else []
+        return done, library, [line for line in asked if "-dryrun" not in line]
+
+    return make
+
+
+@linux_with_gcc
+def test_a_build_of_the_cuda_kernels_says_what_it_does(cuda):
+    done, library, compiled = cuda()
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert library.exists()
+    files = sorted(p.name for p in (ROOT / "csrc/cuda").glob("*.cu"))
+    first, *others = done.stdout.splitlines()
+    n = len(files)
+    assert first.startswith(f"hex-ssl: compiling {n} CUDA files for {EVERY}, which takes")
+    assert first.endswith("HEX_CUDA=0 leaves them out")
+    said = sorted(others, key=lambda line: int(line.split()[1]))
+    assert [line.split(",")[0] for line in said] == [
+        f"hex-ssl: {i} of {n}" for i in range(1, n + 1)
+    ]
+    assert sorted(line.rpartition("/")[2] for line in said) == files
+    assert len(compiled) == n
+    for line in compiled:
+        assert line.count("-gencode") == 6
+        assert "arch=compute_120,code=[sm_120,compute_120]" in line
+
+
+@linux_with_gcc
+def test_targets_that_nvcc_does_not_know_are_left_out_and_named_once(cuda):
+    done, library, compiled = cuda(known="75 80 86 89 90a")
+    assert done.returncode == 0, done.stderr
+    assert library.exists()
+    assert done.stdout.count("does not know the GPU targets 100,120+PTX: they are left out") == 1
+    assert "CUDA files for 80,86,89,90a, which" in done.stdout
+    assert all("compute_90a" in line and "compute_100" not in line for line in compiled)
+
+
+@linux_with_gcc
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (dict(known="75"), f"does not know the GPU targets {EVERY}"),
+        (dict(HEX_CUDA_ARCH="90b"), "does not know the GPU targets 90b"),
+        (dict(FAILS="forward.cu"), "returned non-zero exit status 2"),
+        (dict(TOP="/nowhere"), "returned non-zero exit status"),  # no library to link with
+        (dict(NVCC="/bin/false"), f"/bin/false does not know the GPU targets {EVERY}"),
+    ],
+    ids=["no target", "no target asked for", "it fails", "linking fails", "it always fails"],
+)
+def test_where_nvcc_fails_the_build_goes_on_without_unless_it_was_asked_for(cuda, given, why):
+    assert (ROOT / "csrc/cuda/forward.cu").exists()
+    _, library, _ = cuda()
+    assert library.exists()
+    done, library, _ = cuda(**given)
+    assert done.returncode == 0, done.stderr
+    (last,) = [line for line in done.stdout.splitlines() if "goes on" in line]
+    assert last.startswith("hex-ssl: this build goes on without CUDA kernels, for they cannot be")
+    assert why in last and last.endswith("HEX_CUDA=1 makes that an error, HEX_CUDA=0 does not try")
+    assert "Traceback" not in done.stderr
+    assert not library.exists()  # nor that of the build before
+
+    done, library, _ = cuda(**given, HEX_CUDA="1")
+    assert done.returncode == 1
+    assert "HEX_CUDA=1, but the CUDA kernels cannot be built: " in done.stderr
+    assert why in done.stderr and "Traceback" not in done.stderr
+    assert not library.exists()
+
+
+@linux_with_gcc
+def test_with_hex_cuda_1_every_target_must_be_known(cuda):
+    done, library, compiled = cuda(known="80 86 89 90a", HEX_CUDA="1")
+    assert done.returncode == 1
+    assert "does not know the GPU targets 100,120+PTX" in done.stderr
+    assert not compiled and not library.exists()
+    done, library, _ = cuda(known="80", HEX_CUDA="1", HEX_CUDA_ARCH="80")
+    assert done.returncode == 0, done.stderr
+    assert library.exists()
+
+
+@linux_with_gcc
+def test_hex_cuda_0_asks_no_nvcc(cuda):
+    done, library, compiled = cuda(HEX_CUDA="0")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not compiled and not library.exists()
+
+
+@linux_with_gcc
+def test_where_nvcc_fails_the_wheel_is_made_all_the_same(built):
+    assert built.said.count("this build goes on without CUDA kernels") == 1

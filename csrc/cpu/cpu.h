@@ -16,11 +16,11 @@
 #include "../tracker.h"
 #include "convert.h"
 
-/* The vector levels need gcc's target pragma and x86-64; elsewhere the portable level is all there
- * is. */
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+/* The vector levels are for x86-64, by gcc's pragma for a target or clang's; elsewhere the portable
+ * level is all there is. */
+#if defined(__x86_64__) && defined(__GNUC__)
 #define HEX_HAVE_X86_LEVELS 1
-#if __GNUC__ >= 10
+#if __GNUC__ >= 10 || (defined(__clang__) && __clang_major__ >= 9)
 #define HEX_HAVE_BF16_LEVEL 1
 #endif
 #endif
@@ -52,6 +52,26 @@ extern const hex_cpu_level hex_cpu_base, hex_cpu_avx2, hex_cpu_avx512, hex_cpu_a
 #define HEX_NO_THREADS "the thread pool could not run the loop"
 
 #define INLINE static inline __attribute__((always_inline))
+
+/* What tests/test_work.py has the core count, in a build of its own with HEX_COUNT_WORK; in any
+ * other, nothing. A loop that counts must not be compiled with -fopenmp-simd. */
+enum {
+    WORK_PRODUCTS,     /* multiply-adds of register tiles, with their padding */
+    WORK_DOTS,         /* of dot products by themselves */
+    WORK_ROWS,         /* rows that were normalised */
+    WORK_EXPONENTIALS, /* with the padding of vectors */
+    WORK_COMPARED,     /* values that a pass without exponentials has read */
+    WORK_SELECTED,     /* values among which one was selected by its rank */
+    WORK_LISTED,       /* values put on lists */
+    WORK_AGAIN,        /* rows computed again whole, with the padding of register tiles */
+    WORK_KINDS
+};
+#ifdef HEX_COUNT_WORK
+extern _Atomic int64_t hex_work[WORK_KINDS];
+#define COUNT(kind, n) ((void)atomic_fetch_add(&hex_work[kind], n))
+#else
+#define COUNT(kind, n) ((void)0)
+#endif
 
 /* The exponent of the hard-negative weight, as the row kernels are specialised for it. */
 typedef enum { POWER_0, POWER_1, POWER_ANY } hex_power;

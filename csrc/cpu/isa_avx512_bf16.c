@@ -15,11 +15,22 @@
 #define VEC_BYTES 64
 
 #ifdef HEX_EMULATE_BF16
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
 #pragma GCC target("avx2,fma")
+#endif
+#else
+#ifdef __clang__
+#include <immintrin.h> /* before the attribute: its functions have their own */
+#pragma clang attribute push(                                                                      \
+    __attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))),             \
+    apply_to = function)
 #else
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #pragma GCC target("prefer-vector-width=512")
 #include <immintrin.h>
+#endif
 #define MASK_BITS_F32(m) __builtin_ia32_cvtd2mask512(m)
 #define DOT_INSTRUCTIONS
 #include "dots.h"
@@ -44,6 +55,9 @@ INLINE dot_pairs interleave(dot_pairs x)
 #endif
 
 #include "isa.inc"
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
 #else
 typedef int hex_no_avx512_bf16; /* ISO C wants something in every file */
 #endif

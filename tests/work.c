@@ -1,0 +1,230 @@
+/* SPDX-License-Identifier: MIT */
+/* The CPU core alone, one level without torch, built to count its work (test_work.py): one problem
+ * forward and backward, and what was done for each. LEVEL_FILE names csrc/cpu/isa_*.c, TRACKER_FILE
+ * csrc/tracker.c. */
+#include <pthread.h>
+
+#define HEX_COUNT_WORK
+
+#include LEVEL_FILE
+
+#include TRACKER_FILE
+
+_Atomic int64_t hex_work[WORK_KINDS];
+
+#define PUBLIC __attribute__((visibility("default")))
+
+/* ---- threads ---- */
+
+static int64_t threads;
+
+typedef struct {
+    int64_t begin, end;
+    hex_body body;
+    void *context;
+} chunk;
+
+static void *run(void *of)
+{
+    const chunk *c = of;
+    c->body(c->begin, c->end, c->context);
+    return NULL;
+}
+
+/* In as many chunks as there are threads, whatever the work: small problems are shared out too. */
+bool hex_parallel_for(int64_t n, int64_t work, hex_body body, void *context)
+{
+    enum { MOST = 8 };
+    (void)work;
+    pthread_t thread[MOST];
+    chunk chunks[MOST];
+    int64_t started = 0;
+    for (int64_t k = 0; k < threads && k < MOST; k++) {
+        chunks[k] = (chunk){n * k / threads, n * (k + 1) / threads, body, context};
+        if (chunks[k].begin == chunks[k].end)
+            continue;
+        if (pthread_create(&thread[started], NULL, run, &chunks[k]))
+            return false;
+        started++;
+    }
+    for (int64_t k = 0; k < started; k++)
+        pthread_join(thread[k], NULL);
+    return true;
+}
+
+/* ---- problems, as test_work.py writes them ---- */
+
+/* What is wanted of the forward: the loss at the eps given, or at the batch's; or that alone, or
+ * the rows' bounds alone, and then no backward. */
+enum { GIVEN, ADAPTIVE, THRESHOLD, ROW_RANGE };
+
+typedef struct {
+    int64_t what, mode, wide, dtype, over_negatives, B, K, D, threads, keep, dz[3];
+    double eps, tau, beta, tau_plus, quantile;
+    const void *z[3];
+} request;
+
+typedef struct {
+    int64_t pairing, positives, dtype, N, M, D, guide_D, threads, dz[2];
+    double eps, tau, beta, tau_plus;
+    const void *x, *y, *guide[2];
+    const int64_t *ids[2], *groups[2];
+} labelled_request;
+
+typedef struct {
+    int64_t positives, N, C, threads;
+    double eps, tau, beta, tau_plus;
+    const float *logits;
+    const int64_t *target;
+} logits_request;
+
+static void take(int64_t *counts)
+{
+    for (int k = 0; k < WORK_KINDS; k++)
+        counts[k] = atomic_exchange(&hex_work[k], 0);
+}
+
+static hex_rows matrix(const void *data, int64_t dtype, int64_t rows, int64_t D)
+{
+    return (hex_rows){data, (hex_dtype)dtype, rows, rows ? rows : 1, rows * D, D, 1};
+}
+
+/* MR and NR of the level, by width of the compute type. */
+PUBLIC void tile_sides(int64_t wide, int64_t *mr, int64_t *nr)
+{
+    *mr = MR;
+    *nr = 2 * VEC_BYTES / (wide ? 8 : 4);
+}
+
+#ifdef FLOAT_ONLY
+#define CALL(name, wide, ...) (name##_f32(__VA_ARGS__))
+#else
+#define CALL(name, wide, ...) ((wide) ? name##_f64(__VA_ARGS__) : name##_f32(__VA_ARGS__))
+#endif
+
+/* Fills counts[0] of the forward and counts[1] of the backward. Returns NULL, or an error. */
+PUBLIC const char *count(const request *r, int64_t counts[2][WORK_KINDS])
+{
+    static const double one = 1;
+    const int64_t size = r->wide ? 8 : 4, K = r->K;
+    hex_problem p = {.mode = (hex_mode)r->mode,
+                     .reduction = HEX_MEAN,
+                     .wide = r->wide,
+                     .B = r->B,
+                     .K = K,
+                     .D = r->D,
+                     .eps = {&r->eps, HEX_F64, 0},
+                     .tau = {&r->tau, HEX_F64, 0},
+                     .beta = r->beta,
+                     .tau_plus = r->tau_plus};
+    const int64_t rows[3] = {r->B, r->B, p.mode == HEX_OWN ? r->B * K : K};
+    hex_tracker t = {.quantile = r->quantile, .over_negatives = r->over_negatives};
+    hex_gradient g = {.grad = {&one, HEX_F64, 0}};
+    void *dz[3], *stats = allocate(HEX_STATS, hex_anchors(&p), (size_t)size);
+    for (int k = 0; k < 3; k++) {
+        p.input[k] = matrix(r->z[k], r->dtype, rows[k], r->D);
+        dz[k] = allocate(rows[k], r->D, sizeof(double));
+        g.dz[k] = r->dz[k] ? dz[k] : NULL;
+    }
+    if (p.mode == HEX_OWN)
+        p.input[2].inner = K, p.input[2].outer = K * r->D;
+    g.stats = stats;
+    threads = r->threads;
+    const int64_t kept = r->keep ? CALL(kept_numbers, r->wide, &p) : 0;
+    p.kept = kept ? allocate(kept, 1, (size_t)size) : NULL;
+    double value, *bounds = allocate(2, hex_anchors(&p), sizeof(double));
+    take(counts[0]);
+    const char *error = r->what == ADAPTIVE ? CALL(adaptive, r->wide, &p, &t, &value, stats)
+                        : r->what == THRESHOLD
+                            ? CALL(threshold, r->wide, &p, r->quantile, r->over_negatives, &value)
+                        : r->what == ROW_RANGE
+                            ? CALL(row_range, r->wide, &p, bounds, bounds + hex_anchors(&p))
+                            : CALL(forward, r->wide, &p, &value, stats);
+    take(counts[0]);
+    if (!error && r->what <= ADAPTIVE)
+        error = CALL(backward, r->wide, &p, &g);
+    take(counts[1]);
+    for (int k = 0; k < 3; k++)
+        free(dz[k]);
+    free(stats);
+    free(p.kept);
+    free(bounds);
+    return error;
+}
+
+/* The same of a loss with labels, or groups, or a guide; counts[2] is of its threshold. */
+PUBLIC const char *count_labelled(const labelled_request *r, int64_t counts[3][WORK_KINDS])
+{
+    static const double one = 1;
+    const bool self = r->pairing == HEX_SELF;
+    const int64_t M = self ? r->N : r->M;
+    const hex_rule rule = {.reduction = HEX_MEAN,
+                           .positives = (hex_positives)r->positives,
+                           .given = r->groups[0] != NULL,
+                           .beta = r->beta,
+                           .tau_plus = r->tau_plus,
+                           .eps = {&r->eps, HEX_F64, 0},
+                           .tau = {&r->tau, HEX_F64, 0}};
+    hex_labelled p = {.rule = rule, .pairing = (hex_pairing)r->pairing, .N = r->N, .M = M};
+    p.D = r->D;
+    p.guide_D = r->guide_D;
+    p.x = matrix(r->x, r->dtype, r->N, r->D);
+    p.y = matrix(r->y, r->dtype, M, r->D);
+    for (int k = 0; k < 2; k++) {
+        p.guide[k] = matrix(r->guide[k], r->dtype, k ? M : r->N, r->guide_D);
+        p.ids[k] = (hex_ids){r->ids[k], 1};
+        p.groups[k] = (hex_ids){r->groups[k], 1};
+    }
+    float *stats = allocate(HEX_ROW_STATS, r->N, sizeof(float)), value;
+    void *d[2] = {allocate(r->N, r->D, sizeof(float)), allocate(M, r->D, sizeof(float))};
+    const hex_row_gradient g = {
+        .grad = {&one, HEX_F64, 0}, .stats = stats, .d = {d[0], r->dz[1] ? d[1] : NULL}};
+    double mean;
+    threads = r->threads;
+    take(counts[0]);
+    const char *error = labelled_forward_f32(&p, &value, stats);
+    take(counts[0]);
+    if (!error)
+        error = labelled_backward_f32(&p, &g);
+    take(counts[1]);
+    if (!error)
+        error = labelled_quantile_f32(&p, 0.9, true, &mean, NULL, NULL);
+    take(counts[2]);
+    free(stats);
+    free(d[0]);
+    free(d[1]);
+    return error;
+}
+
+/* The same of rows of logits. */
+PUBLIC const char *count_logits(const logits_request *r, int64_t counts[3][WORK_KINDS])
+{
+    static const double one = 1;
+    hex_logits p = {.rule = {.reduction = HEX_MEAN,
+                             .positives = (hex_positives)r->positives,
+                             .beta = r->beta,
+                             .tau_plus = r->tau_plus,
+                             .eps = {&r->eps, HEX_F64, 0},
+                             .tau = {&r->tau, HEX_F64, 0}},
+                    .N = r->N,
+                    .C = r->C,
+                    .logits = matrix(r->logits, HEX_F32, r->N, r->C),
+                    .target = {r->target, 1}};
+    float *stats = allocate(HEX_ROW_STATS, r->N, sizeof(float)), value;
+    float *d = allocate(r->N, r->C, sizeof(float));
+    const hex_row_gradient g = {.grad = {&one, HEX_F64, 0}, .stats = stats, .d = {d, NULL}};
+    double mean;
+    threads = r->threads;
+    take(counts[0]);
+    const char *error = logits_forward_f32(&p, &value, stats);
+    take(counts[0]);
+    if (!error)
+        error = logits_backward_f32(&p, &g);
+    take(counts[1]);
+    if (!error)
+        error = logits_quantile_f32(&p, 0.9, true, false, &mean, NULL, NULL);
+    take(counts[2]);
+    free(stats);
+    free(d);
+    return error;
+}
