@@ -181,7 +181,7 @@ class _Contrastive(nn.Module):
         if self._last is None:
             return None
         eps, hard, share = self._last
-        return Statistics(eps.mean(), hard.mean(), share.mean())
+        return Statistics(eps.mean(), _mean(hard), _mean(share))
 
     def statistics(self) -> dict[str, float]:
         """`last` as numbers for a logger: {"eps", "hard", "share"}. Waits for the device.
@@ -391,6 +391,11 @@ def _tracker(threshold: float | str | ThresholdTracker | None) -> ThresholdTrack
     if math.isnan(threshold):
         raise ValueError("threshold: got nan, wanted a cosine")
     return ThresholdTracker.fixed(threshold)
+
+
+def _mean(rows: Tensor) -> Tensor:
+    """Over the rows; 0 where there are none, as the loss is then."""
+    return rows.mean() if rows.numel() else rows.new_zeros(())
 
 
 def _transformed(*tensors: Tensor) -> bool:
