@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Numbers that are hard to come by: every NaN, numbers below the smallest normal one, rows as wide
-as their type, batches of nothing, logits of -inf. Through every loss, and in every path of its
-kernels.
+as their type, logits of -inf. Through every loss, and in every path of its kernels.
 """
 
 import itertools
@@ -11,13 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from class_problems import HEX
+from conftest import without_kernels
 from data import f64
 
 from hex import (
     HEXCrossEntropyLoss,
     HEXLoss,
-    HEXSupConLoss,
-    InfoNCELoss,
     ThresholdTracker,
     class_ops,
     hex_cross_entropy,
@@ -46,13 +44,15 @@ def of_bits(bits, dtype):
     return torch.tensor(signed, dtype=integer).view(dtype)
 
 
-def nans(dtype):
-    """NaNs with every single bit of the payload, with all, with the lowest ones; of both signs."""
+def nans(dtype, step=1):
+    """NaNs with every single bit of the payload, with it and the quiet one, with the lowest ones;
+    of both signs. step: every so many of them."""
     size, mantissa = LAYOUT[dtype]
     infinite = (1 << (size - 1)) - (1 << mantissa)
     payloads = {1 << k for k in range(mantissa)} | {(1 << k) - 1 for k in range(1, mantissa + 1)}
     payloads |= {1 << (mantissa - 1) | 1 << k for k in range(mantissa - 1)}
-    for sign, payload in itertools.product((0, 1), sorted(payloads)):
+    signed = list(itertools.product((0, 1), sorted(payloads)))
+    for sign, payload in signed[::step]:
         value = of_bits(sign << (size - 1) | infinite | payload, dtype)
         assert value.isnan()
         yield value
@@ -100,9 +100,11 @@ def rows_that_see_it(mode, inputs):
 def test_a_nan_of_any_bits_reaches_every_row_that_sees_it(path, dtype):
     mode, B, others = PATHS[path]
     tensors = batch(B, 6, dtype, *others)
-    for nan, k in itertools.product(nans(dtype), range(len(tensors))):
-        for eps in (math.inf, 0.1, -2.0):
+    step = {torch.float64: 7, torch.float32: 3}.get(dtype, 1)
+    for n, nan in enumerate(nans(dtype, step)):
+        for k in range(len(tensors)):
             inputs = with_nan(tensors, k, nan)
+            eps = (math.inf, 0.1, -2.0)[n % 3]
             rows = hex_loss(*inputs, eps=eps, mode=mode, reduction="none")
             rows.sum().backward()
             wanted = rows_that_see_it(mode, inputs)
@@ -398,9 +400,9 @@ def test_the_gradient_of_a_target_of_minus_infinity_is_that_of_a_target_far_belo
     for lowest in (-math.inf, -1e3):  # exp(-1e3) is 0
         x = logits.clone()
         x[:, 0] = lowest
-        for reference in (False, True):
+        for composed in (False, True):
             x = x.detach().requires_grad_()
-            if reference:
+            if composed:
                 rows = classes.logits_rows(
                     x, target, x[:0], f64(0.05), f64(0.1), False, ops.VARIANTS[variant], beta, 0.1
                 )[0]
@@ -412,263 +414,3 @@ def test_the_gradient_of_a_target_of_minus_infinity_is_that_of_a_target_far_belo
             grads.append(x.grad)
     for other in grads[:3]:
         torch.testing.assert_close(other, grads[3], rtol=1e-12, atol=1e-14)
-
-
-# ---- batches of nothing -------------------------------------------------------------------------
-
-
-def without_kernels(monkeypatch):
-    monkeypatch.setattr(ops, "_KERNELS", {"meta"})
-    monkeypatch.setattr(class_ops, "_KERNELS", {"meta"})
-    monkeypatch.setattr(ops, "_warned", {"cpu"})
-    monkeypatch.setattr(class_ops, "_warned", {"cpu"})
-
-
-SCHEDULES = {
-    "adaptive": lambda: ThresholdTracker.adaptive(over="negatives"),
-    "whole": lambda: ThresholdTracker.adaptive(over="all"),
-    "lagged": lambda: ThresholdTracker.adaptive(over="negatives", lagged=True, momentum=0.5),
-    "warm-up": lambda: ThresholdTracker.adaptive(over="negatives", warmup_epochs=1),
-    "fixed": lambda: ThresholdTracker.fixed(0.3),
-    "rows": lambda: ThresholdTracker.fixed(0.3, normalize_rows=True),
-    "none": lambda: None,
-}
-
-
-@pytest.fixture(params=[True, False], ids=["kernels", "composed"])
-def kernels(request, monkeypatch):
-    if not request.param:
-        without_kernels(monkeypatch)
-
-
-def leaf(*shape):
-    return torch.zeros(shape, requires_grad=True)
-
-
-def check_nothing(criterion, inputs, *args, **kwargs):
-    """Loss 0 and gradients of 0, and a batch that comes after is none the worse for it."""
-    for reduction in ("mean", "sum", "none"):
-        criterion.reduction = reduction
-        value = criterion(*inputs, *args, **kwargs)
-        if reduction == "none":
-            assert (value == 0).all()
-        else:
-            assert value == 0 and not torch.signbit(value)
-        for grad in torch.autograd.grad(value.sum(), inputs, allow_unused=True):
-            assert grad is None or (grad == 0).all()
-        if criterion.threshold is not None and inputs[0].shape[0] == 0:
-            assert criterion.threshold.state[2] == 0  # updates
-        assert criterion.last.hard == 0 and criterion.last.share == 0
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of the threshold, that nothing is learnt
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("mode", ["ntxent", "query", "cross"])
-@pytest.mark.parametrize("variant", ["paper", "released"])
-def test_an_empty_batch_of_views_has_loss_0(mode, variant, schedule, kernels):
-    def criterion():
-        return HEXLoss(0.1, threshold=SCHEDULES[schedule](), mode=mode, variant=variant)
-
-    empty, nobody = leaf(0, 5), torch.zeros(0, dtype=torch.int64)
-    others = torch.zeros(7, dtype=torch.int64)
-    for D in (5, 0):
-        z = leaf(0, D), leaf(0, D)
-        check_nothing(criterion(), z)
-        check_nothing(criterion(), (*z, leaf(7, D)))
-        check_nothing(criterion(), (*z, leaf(0, D)))
-        check_nothing(criterion(), (*z, leaf(0, 7, D)))
-        check_nothing(criterion(), (*z, leaf(0, 0, D)))
-        check_nothing(criterion(), z, groups=nobody)
-        check_nothing(criterion(), z, guide=(empty, empty))
-        check_nothing(criterion(), (*z, leaf(7, D)), groups=(nobody, others))
-        check_nothing(criterion(), (*z, leaf(7, D)), guide=(empty, empty, leaf(7, 5)))
-        check_nothing(criterion(), (*z, leaf(0, 7, D)), groups=(nobody, torch.zeros(0, 7).long()))
-        check_nothing(criterion(), (*z, leaf(0, 7, D)), guide=(empty, empty, leaf(0, 7, 5)))
-        # rows without negatives
-        check_nothing(criterion(), (leaf(4, D), leaf(4, D), leaf(0, D)))
-        check_nothing(criterion(), (leaf(4, D), leaf(4, D), leaf(4, 0, D)))
-        check_nothing(criterion(), (leaf(1, D), leaf(1, D)))
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of the threshold, that nothing is learnt
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("positives", ["outside", "inside"])
-@pytest.mark.parametrize("variant", ["paper", "released"])
-def test_an_empty_batch_of_labels_has_loss_0(positives, variant, schedule, kernels):
-    def criterion():
-        return HEXSupConLoss(
-            0.1, threshold=SCHEDULES[schedule](), variant=variant, positives=positives
-        )
-
-    nobody = torch.zeros(0, dtype=torch.int64)
-    for D in (5, 0):
-        for shape in ((0, D), (0, 2, D)):
-            check_nothing(criterion(), (leaf(*shape),), nobody)
-            check_nothing(criterion(), (leaf(*shape),), nobody, groups=nobody)
-        check_nothing(criterion(), (leaf(0, 2, D),))
-        check_nothing(criterion(), (leaf(0, 2, D),), mask=torch.zeros(0, 0, dtype=torch.bool))
-        check_nothing(criterion(), (leaf(1, D),), torch.zeros(1, dtype=torch.int64))
-        check_nothing(criterion(), (leaf(3, D),), torch.arange(3))  # no positives
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of the threshold, that nothing is learnt
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("self_column", [False, True])
-@pytest.mark.parametrize("variant", ["paper", "released"])
-def test_an_empty_batch_of_logits_has_loss_0(variant, self_column, schedule, kernels):
-    for C in (4, 1, 0):
-        criterion = HEXCrossEntropyLoss(
-            0.1, threshold=SCHEDULES[schedule](), self_column=self_column, variant=variant
-        )
-        check_nothing(criterion, (leaf(0, C),), torch.zeros(0, dtype=torch.int64))
-
-
-def test_an_empty_batch_of_the_baseline_has_loss_0(kernels):
-    check_nothing(InfoNCELoss(0.1), (leaf(0, 5), leaf(0, 5)))
-
-
-@pytest.mark.parametrize("N, M, D", [(0, 0, 3), (0, 4, 3), (4, 0, 3), (4, 5, 0), (0, 0, 0)])
-def test_the_operators_of_pairs_take_sides_of_nothing(N, M, D, kernels):
-    x, y = leaf(N, D), leaf(M, D)
-    ids, others = torch.zeros(N).long(), torch.zeros(M).long()
-    mask = torch.empty(0, 0, dtype=torch.bool)
-    none = torch.empty(0).long()
-    for pairing in (0, 1, 2):
-        given = (y[:0], ids, none) if pairing == 0 else (y, ids, others)
-        if pairing == 2 and M < N:
-            continue
-        for groups, guides in (
-            ((none, none), (x[:0], y[:0])),
-            ((ids, given[2]), (x[:0], y[:0])),
-            ((none, none), (leaf(N, 2), leaf(0 if pairing == 0 else M, 2))),
-        ):
-            value, hard, share = class_ops.labelled_loss(
-                x, *given, mask, *groups, *guides, f64(0.1), f64(0.1), pairing, 1, 0, 0, 1.0, 0.1
-            )
-            value.backward()
-            assert value.isfinite() and hard.shape == share.shape == (N,)
-        low, high = class_ops.labelled_row_range(x, *given, mask, pairing)
-        assert low.shape == high.shape == (N,)
-        for over in ("all", "negatives"):
-            eps = class_ops.labelled_threshold(x, *given, mask, pairing, 0.5, over)
-            assert eps.isnan() or N > 0
-
-
-@pytest.mark.parametrize("mode", range(5))
-def test_the_operators_of_views_take_batches_of_nothing(mode, kernels):
-    for B, K, D in itertools.product((0, 1, 3), (0, 2), (0, 4)):
-        shapes = (B, D), (B, D), (0, D) if mode < 3 else (K, D) if mode == 3 else (B, K, D)
-        inputs = [leaf(*shape) for shape in shapes]
-        value, hard, _ = ops.loss(*inputs, f64(0.1), f64(0.1), mode, 1, 0, 1.0, 0.1)
-        value.backward()
-        assert value.isfinite()
-        low, high = ops.row_range(*inputs, mode)
-        assert low.shape == high.shape == hard.shape
-        for over in ("all", "negatives"):
-            eps = ops.threshold(*inputs, mode, 0.5, over)
-            assert eps.isnan() or B > 0
-
-
-# ---- what the raw operators are given -----------------------------------------------------------
-
-
-def raw_calls():
-    z, n = torch.zeros(4, 3), torch.zeros(0, 3)
-    one, ids, none = f64(0.1), torch.arange(4), torch.empty(0).long()
-    logits, mask, no = torch.zeros(4, 6), torch.empty(0, 0, dtype=torch.bool), torch.empty(0, 0)
-    state = torch.zeros(4, dtype=torch.int64)
-    pairs = (z, z[:0], ids, none, mask)
-    stats, class_stats = torch.zeros(9, 8), torch.zeros(12, 4)
-    return {
-        "forward": (z, z.clone(), n, one, one, 0, 1, 0, 1.0, 0.1, False),
-        "adaptive": (z, z.clone(), n, state, one, 0, 1, 0, 1.0, 0.1, 0.5, True, 0.0, False, False,
-                     0, 1.0, False),
-        "backward": (one, z, z.clone(), n, one, stats, z.new_empty(0), 0, 1, 1.0, 15),
-        "threshold": (z, z.clone(), n, 0, 0.5, True),
-        "row_range": (z, z.clone(), n, 0),
-        "labelled_forward": (*pairs, none, none, no, no, one, one, 0, 1, 0, 0, 1.0, 0.1),
-        "labelled_backward": (one, *pairs, none, none, no, no, one, class_stats, 0, 1, 1.0, 7),
-        "labelled_threshold": (*pairs, 0, 0.5, True),
-        "labelled_row_range": (*pairs, 0),
-        "logits_forward": (logits, ids, no, one, one, False, 1, 0, 1.0, 0.1),
-        "logits_backward": (one, logits, ids, no, one, class_stats, 1, 1.0, 3),
-        "logits_threshold": (logits, ids, one, 0.5, True, False),
-        "logits_row_range": (logits, ids, one, False),
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("name", raw_calls())
-def test_one_meta_tensor_among_others_is_refused(name):
-    args = raw_calls()[name]
-    getattr(HEX, name)(*args)
-    parameters = [a.name for a in getattr(HEX, name).default._schema.arguments]
-    tensors = [k for k, a in enumerate(args) if isinstance(a, torch.Tensor)]
-    for k in tensors:
-        mixed = [a.to("meta") if i == k else a for i, a in enumerate(args)]
-        named = parameters[tensors[1] if k == tensors[0] else k]
-        with pytest.raises(RuntimeError, match=rf"{named}: got device \w+, wanted that of"):
-            getattr(HEX, name)(*mixed)
-
-
-@pytest.mark.parametrize("name", raw_calls())
-def test_tensors_that_claim_more_rows_than_there_can_be_are_refused_by_name(name):
-    args = raw_calls()[name]
-    parameters = [a.name for a in getattr(HEX, name).default._schema.arguments]
-    for wide in ((1 << 60, 1), (1 << 27) + 1, (1, 1 << 60)):
-        shape = wide if isinstance(wide, tuple) else (wide, 1)
-        for k, name_k in enumerate(parameters):
-            if name_k not in ("z0", "z1", "negatives", "x", "y", "guide", "logits", "score"):
-                continue
-            mixed = list(args)
-            mixed[k] = torch.zeros(1, 1).expand(shape)
-            if name_k == "z0":  # as many features in all
-                mixed[k + 1] = torch.zeros(1, 1).expand(shape)
-                mixed[k + 2] = torch.zeros(1, 1).expand(0, shape[1])
-            elif name_k == "x":
-                mixed[k + 1] = torch.zeros(1, 1).expand(0, shape[1])
-            wanted = rf"{name_k}: expected (at most 134217728 rows|.*that fits|.*rows|.*features|.*none|as many|the shape)"
-            with pytest.raises(RuntimeError, match=wanted):
-                getattr(HEX, name)(*mixed)
-
-
-def test_a_mask_is_true_where_its_byte_is_not_zero():
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(6, 5, generator=generator, requires_grad=True)
-    truth = torch.rand(6, 6, generator=generator) < 0.4
-    truth = truth | truth.T
-    bytes_ = torch.where(truth, 2 + 50 * torch.arange(6, dtype=torch.int64)[:, None], 0)
-    mask = bytes_.to(torch.uint8).view(torch.bool)
-    none, no = torch.empty(0).long(), torch.empty(0, 0)
-
-    def run(mask):
-        args = (z, z[:0], none, none, mask, none, none, no, no, f64(0.1), f64(0.1))
-        value, hard, _ = class_ops.labelled_loss(*args, 0, 0, 0, 0, 1.0, 0.1)
-        return value.detach(), hard, *torch.autograd.grad(value.sum(), z)
-
-    assert all(torch.equal(x, y) for x, y in zip(run(mask), run(truth), strict=True))
-
-
-def test_targets_that_are_written_to_meanwhile_are_no_address():
-    """Another thread writes columns that are none, which are refused or not yet there."""
-    import threading
-
-    logits, target = torch.zeros(4096, 8), torch.zeros(4096, dtype=torch.int64)
-    running = True
-
-    def write():
-        while running:
-            target.fill_(1 << 40)
-            target.zero_()
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    refused = 0
-    for _ in range(200):
-        try:
-            hex_cross_entropy(logits, target, eps=2.0, temperature=0.1)
-        except RuntimeError as error:
-            assert "target: expected columns in" in str(error)
-            refused += 1
-    running = False
-    writer.join()
-    assert refused  # or the test has shown nothing
