@@ -49,6 +49,7 @@ if LINUX:
 if os.environ.get("HEX_SANITIZE") == "1":
     COMPILE += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     COMPILE += ["-O2", "-g", "-fno-omit-frame-pointer"]  # lines and callers in the reports
+    COMPILE += ["-fno-wrapv"]  # Python's own flags have an overflow wrap around, unseen
     LINK += ["-fsanitize=address,undefined"]
 if os.environ.get("HEX_WERROR") == "1":
     COMPILE += ["-Werror"]

@@ -46,9 +46,10 @@ typedef struct {
     int64_t stride;
 } hex_ids;
 
-/* Booleans; data NULL: there are none. */
+/* Booleans, any byte but 0 is true: a _Bool of another than 0 and 1 is undefined, and torch has
+ * them. data NULL: there are none. */
 typedef struct {
-    const bool *data;
+    const uint8_t *data;
     int64_t rows, row, col;
 } hex_mask;
 
@@ -76,7 +77,7 @@ typedef struct {
     bool wide;
     int64_t N, C;
     hex_rows logits, score; /* score.data NULL: the cosines, logits times tau */
-    hex_ids target;
+    const int64_t *target;  /* columns, checked, that nobody else can write to */
 } hex_logits;
 
 /* What a backward is given and fills; a gradient that is not wanted is a null pointer. */
@@ -89,15 +90,17 @@ typedef struct {
 
 const char *hex_cpu_labelled_forward(const hex_labelled *p, void *loss, void *stats);
 const char *hex_cpu_labelled_backward(const hex_labelled *p, const hex_row_gradient *g);
-/* The mean of the rows' quantiles over the rows that have an element; or, where high is given, the
- * bounds of each row. */
-const char *hex_cpu_labelled_quantile(const hex_labelled *p, double quantile, bool over_negatives,
-                                      double *mean, void *low, void *high);
+/* The mean of the rows' quantiles over the rows that have an element. */
+const char *hex_cpu_labelled_threshold(const hex_labelled *p, double quantile, bool over_negatives,
+                                       double *mean);
+/* The bounds of each row. */
+const char *hex_cpu_labelled_row_range(const hex_labelled *p, void *low, void *high);
 
 const char *hex_cpu_logits_forward(const hex_logits *p, void *loss, void *stats);
 const char *hex_cpu_logits_backward(const hex_logits *p, const hex_row_gradient *g);
 /* self_column: a cosine of 1, the anchor's own, is added to each row. */
-const char *hex_cpu_logits_quantile(const hex_logits *p, double quantile, bool over_negatives,
-                                    bool self_column, double *mean, void *low, void *high);
+const char *hex_cpu_logits_threshold(const hex_logits *p, double quantile, bool over_negatives,
+                                     bool self_column, double *mean);
+const char *hex_cpu_logits_row_range(const hex_logits *p, bool self_column, void *low, void *high);
 
 #endif

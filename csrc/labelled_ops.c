@@ -4,6 +4,7 @@
 #include "labelled.h"
 
 #include <inttypes.h>
+#include <stdlib.h>
 
 #include "ops.h"
 
@@ -47,6 +48,8 @@ static bool read_matrix(call *c, AtenTensorHandle t, const char *name, int64_t r
         return false;
     if (v.dim != 2 || (rows >= 0 && v.size[0] != rows) || (width >= 0 && v.size[1] != width))
         return fail(c, "%s: expected a matrix that fits the others", name);
+    if (!check_sizes(c, name, &v))
+        return false;
     *out = (hex_rows){.data = v.data,
                       .dtype = v.dtype,
                       .rows = v.size[0],
@@ -93,8 +96,8 @@ static bool read_membership(call *c, int first, hex_labelled *p)
     const AtenTensorHandle *in = c->in + first;
     const bool self = p->pairing == HEX_SELF;
     if (!read_ids(c, in[0], "groups", p->N, true, &p->groups[0]) ||
-        !read_ids(c, in[1], "candidate_groups", self || !p->groups[0].data ? 0 : p->M, false,
-                  &p->groups[1]))
+        !read_ids(c, in[1], "candidate_groups",
+                  !self && (p->groups[0].data || p->N == 0) ? p->M : 0, p->N == 0, &p->groups[1]))
         return false;
     if (self)
         p->groups[1] = p->groups[0];
@@ -106,6 +109,8 @@ static bool read_membership(call *c, int first, hex_labelled *p)
         return fail(c, "guide: expected %" PRId64 " rows", p->N);
     if (p->guide_D > 0 && p->rule.given)
         return fail(c, "expected groups or a guide, not both");
+    if (p->N == 0) /* whether there is a guide cannot be told, and does not matter */
+        return read_matrix(c, in[3], "candidate_guide", -1, -1, &p->guide[1], size);
     return read_matrix(c, in[3], "candidate_guide", self || p->guide_D == 0 ? 0 : p->M,
                        p->guide_D == 0 ? -1 : p->guide_D, &p->guide[1], size);
 }
@@ -129,7 +134,9 @@ static bool read_rule(call *c, int64_t reduction, int64_t variant, int64_t posit
     return true;
 }
 
-/* logits, target = in[first], in[first + 1]. */
+/* logits, target = in[first], in[first + 1]. The targets are copied before they are checked:
+ * another thread may write to the tensor, and a column that is none would be an address that is
+ * none. */
 static bool read_logits(call *c, int first, hex_logits *p)
 {
     int64_t size[2] = {0};
@@ -138,14 +145,20 @@ static bool read_logits(call *c, int first, hex_logits *p)
     p->N = size[0];
     p->C = size[1];
     p->wide = p->logits.dtype == HEX_F64;
-    if (!read_ids(c, c->in[first + 1], "target", p->N, false, &p->target))
+    hex_ids given = {0};
+    if (!read_ids(c, c->in[first + 1], "target", p->N, false, &given))
         return false;
+    int64_t *columns = c->memory = malloc((size_t)(p->N + 1) * sizeof *columns);
+    if (!columns)
+        return fail(c, "out of memory");
     for (int64_t i = 0; i < p->N; i++) {
-        const int64_t column = p->target.data[i * p->target.stride];
+        const int64_t column = columns[i] =
+            *(const volatile int64_t *)(given.data + i * given.stride);
         if (column < 0 || column >= p->C)
             return fail(c, "target: expected columns in [0, %" PRId64 "), got %" PRId64, p->C,
                         column);
     }
+    p->target = columns;
     return true;
 }
 
@@ -273,7 +286,7 @@ void hex_labelled_threshold_boxed(StableIValue *stack, uint64_t arguments, uint6
     if (!(quantile >= 0 && quantile <= 1))
         fail(&c, "quantile: expected a number in [0, 1]");
     else if (read_pairs(&c, 0, (int64_t)stack[5], &p) && add_output(&c, 0, NULL, HEX_F64, &mean))
-        ok(&c, hex_cpu_labelled_quantile(&p, quantile, stack[7] & 1, mean, NULL, NULL));
+        ok(&c, hex_cpu_labelled_threshold(&p, quantile, stack[7] & 1, mean));
     finish(&c, stack, "labelled_threshold");
 }
 
@@ -287,7 +300,7 @@ void hex_labelled_row_range_boxed(StableIValue *stack, uint64_t arguments, uint6
     if (read_pairs(&c, 0, (int64_t)stack[5], &p) &&
         add_output(&c, 1, &p.N, real_dtype(p.wide), &low) &&
         add_output(&c, 1, &p.N, real_dtype(p.wide), &high))
-        ok(&c, hex_cpu_labelled_quantile(&p, 0, false, NULL, low, high));
+        ok(&c, hex_cpu_labelled_row_range(&p, low, high));
     finish(&c, stack, "labelled_row_range");
 }
 
@@ -346,7 +359,7 @@ void hex_logits_threshold_boxed(StableIValue *stack, uint64_t arguments, uint64_
         fail(&c, "quantile: expected a number in [0, 1]");
     else if (read_logits(&c, 0, &p) && read_numbers(&c, c.in[2], "tau", ONE, 0, &p.rule.tau) &&
              add_output(&c, 0, NULL, HEX_F64, &mean))
-        ok(&c, hex_cpu_logits_quantile(&p, quantile, stack[4] & 1, stack[5] & 1, mean, NULL, NULL));
+        ok(&c, hex_cpu_logits_threshold(&p, quantile, stack[4] & 1, stack[5] & 1, mean));
     finish(&c, stack, "logits_threshold");
 }
 
@@ -360,6 +373,6 @@ void hex_logits_row_range_boxed(StableIValue *stack, uint64_t arguments, uint64_
     if (read_logits(&c, 0, &p) && read_numbers(&c, c.in[2], "tau", ONE, 0, &p.rule.tau) &&
         add_output(&c, 1, &p.N, real_dtype(p.wide), &low) &&
         add_output(&c, 1, &p.N, real_dtype(p.wide), &high))
-        ok(&c, hex_cpu_logits_quantile(&p, 0, false, stack[3] & 1, NULL, low, high));
+        ok(&c, hex_cpu_logits_row_range(&p, stack[3] & 1, low, high));
     finish(&c, stack, "logits_row_range");
 }

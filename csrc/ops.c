@@ -11,6 +11,7 @@
 #include <inttypes.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "device.h"
@@ -31,7 +32,7 @@ bool ok(call *c, const char *core_error) { return core_error ? fail(c, "%s", cor
 
 call begin(StableIValue *stack, int tensors)
 {
-    call c = {.n_in = tensors};
+    call c = {.n_in = tensors, .before = hex_ieee_begin()};
     for (int i = 0; i < tensors; i++)
         c.in[i] = (AtenTensorHandle)(uintptr_t)stack[i];
     if (!hex_place_of(c.in[0], &c.place))
@@ -43,6 +44,8 @@ void finish(call *c, StableIValue *stack, const char *op)
 {
     for (int i = 0; i < c->n_in; i++)
         aoti_torch_delete_tensor_object(c->in[i]);
+    free(c->memory);
+    hex_ieee_end(c->before);
     if (c->error[0]) {
         char text[ERROR_SIZE + 64];
         for (int i = 0; i < c->n_out; i++)
@@ -137,6 +140,16 @@ bool read_view(call *c, AtenTensorHandle t, const char *name, view *v)
     return read_dense(c, t, name, FLOATS, v);
 }
 
+/* See MOST_ROWS. */
+bool check_sizes(call *c, const char *name, const view *v)
+{
+    for (int64_t d = 0; d < v->dim; d++)
+        if (v->size[d] > MOST_ROWS)
+            return fail(c, "%s: expected at most %" PRId64 " rows and columns, got %" PRId64, name,
+                        MOST_ROWS, v->size[d]);
+    return true;
+}
+
 static bool read_state(call *c, AtenTensorHandle t, view *v)
 {
     if (!read_view(c, t, "state", v))
@@ -179,6 +192,8 @@ static bool read_inputs(call *c, int first, int64_t mode, hex_problem *p)
         if (v[k].dim != dim)
             return fail(c, "%s: expected %" PRId64 " dimensions, got %" PRId64, name[k], dim,
                         v[k].dim);
+        if (!check_sizes(c, name[k], &v[k]))
+            return false;
         if (size[dim - 1] != v[0].size[1])
             return fail(c, "%s: expected D = %" PRId64 " features, got %" PRId64, name[k],
                         v[0].size[1], size[dim - 1]);

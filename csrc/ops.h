@@ -9,6 +9,7 @@
 #include <stdint.h>
 
 #include "device.h"
+#include "ieee.h"
 
 void hex_forward_boxed(uint64_t *stack, uint64_t arguments, uint64_t outputs);
 void hex_adaptive_boxed(uint64_t *stack, uint64_t arguments, uint64_t outputs);
@@ -36,7 +37,9 @@ typedef struct {
     char error[ERROR_SIZE];
     AtenTensorHandle in[12], out[5]; /* as many as an operator has */
     int n_in, n_out;
-    hex_place place; /* of every tensor */
+    hex_place place;       /* of every tensor */
+    hex_arithmetic before; /* the thread's own, see ieee.h */
+    void *memory;          /* freed at the end, or NULL */
 } call;
 
 __attribute__((format(printf, 2, 3))) bool fail(call *c, const char *format, ...);
@@ -45,7 +48,13 @@ call begin(StableIValue *stack, int tensors);
 void finish(call *c, StableIValue *stack, const char *op);
 double to_double(StableIValue v);
 
-typedef enum { FLOATS, INTEGERS, BOOLEANS } element_kind; /* the embeddings' dtypes, int64, bool */
+/* The embeddings' dtypes, int64, bool. */
+typedef enum { FLOATS, INTEGERS, BOOLEANS } element_kind;
+
+/* Rows or columns of a matrix. A tensor that is expanded may claim any number; with no more than
+ * these no product of sizes leaves int64_t, of which the longest is the arithmetic of a loop's
+ * item: 2 x 96 rows against 2^28 columns of 2^27 features. */
+#define MOST_ROWS ((int64_t)1 << 27)
 
 typedef struct {
     const void *data;
@@ -62,6 +71,7 @@ bool read_dense(call *c, AtenTensorHandle t, const char *name, element_kind kind
 bool read_view(call *c, AtenTensorHandle t, const char *name, view *v); /* of FLOATS */
 bool read_numbers(call *c, AtenTensorHandle t, const char *name, numbers allowed, int64_t rows,
                   hex_vector *out);
+bool check_sizes(call *c, const char *name, const view *v);
 bool add_output(call *c, int64_t dim, const int64_t *size, hex_dtype dtype, void **data);
 
 #endif

@@ -7,6 +7,7 @@ logits.py).
 """
 
 import inspect
+import math
 import warnings
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import reference_classes as reference
-from .ops import _reduce, _register_vmap
+from .ops import _on_one_device, _reduce, _register_vmap
 
 __all__ = ["PAIRINGS", "POSITIVES", "labelled_loss", "labelled_row_range", "labelled_threshold",
            "logits_loss", "logits_row_range", "logits_threshold"]  # fmt: skip
@@ -113,7 +114,7 @@ for _name, _fake in (
     ("logits_threshold", _logits_threshold_fake),
     ("logits_row_range", _logits_row_range_fake),
 ):
-    torch.library.register_fake(f"hex::{_name}", _fake)
+    torch.library.register_fake(f"hex::{_name}", _on_one_device(_fake))
     _register_vmap(_name)
 
 
@@ -410,7 +411,7 @@ def _dense_logits(
 ) -> tuple[Tensor, Tensor, Tensor]:
     l = logits if logits.dtype == torch.float64 else logits.float()  # noqa: E741
     positive, negative = reference.logits_sets(l, target)
-    seen, c = positive | negative, l * tau.to(l)
+    seen, c = positive | negative, torch.where(l < math.inf, l * tau.to(l), math.nan)
     if self_column and not over_negatives:
         c = torch.cat([c, torch.ones_like(c[:, :1])], 1)
         seen = torch.cat([seen, torch.ones_like(seen[:, :1])], 1)

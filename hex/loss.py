@@ -198,7 +198,7 @@ class _Contrastive(nn.Module):
         if self._last is None:
             return None
         eps, hard, share = self._last
-        return Statistics(eps.mean(), hard.mean(), share.mean())
+        return Statistics(eps.mean(), _mean(hard), _mean(share))
 
     def statistics(self) -> dict[str, float]:
         """`last` as numbers for a logger: {"eps", "hard", "share"}. Waits for the device.
@@ -428,3 +428,8 @@ def _tracker(threshold: Any) -> ThresholdTracker | None:
     if math.isnan(threshold):
         raise ValueError("threshold: got nan, wanted a cosine")
     return ThresholdTracker.fixed(float(threshold))
+
+
+def _mean(rows: Tensor) -> Tensor:
+    """Over the rows; 0 where there are none, as the loss is then."""
+    return rows.mean() if rows.numel() else rows.new_zeros(())

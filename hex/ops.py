@@ -5,6 +5,7 @@ The schemas and the kernels are in csrc/; the formulas in reference.py serve eve
 kernel, and the second derivative everywhere. Arguments arrive checked (functional.py).
 """
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable
@@ -120,6 +121,24 @@ def _row_range_fake(z0: Tensor, z1: Tensor, negatives: Tensor, mode: int) -> tup
     return low, torch.empty_like(low)
 
 
+def _on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The fake, refusing what the kernels refuse: one meta tensor among others calls it too, and
+    what it then made on the others' device would be uninitialised memory."""
+    names = tuple(inspect.signature(fake).parameters)
+
+    @functools.wraps(fake)
+    def checked(*args: Any) -> Any:
+        first = next(a for a in args if isinstance(a, Tensor))
+        for name, a in zip(names, args, strict=False):
+            if isinstance(a, Tensor) and a.device != first.device:
+                raise RuntimeError(
+                    f"{name}: got device {a.device}, wanted that of {names[0]}, {first.device}"
+                )
+        return fake(*args)
+
+    return checked
+
+
 for _name, _fake in (
     ("forward", _forward_fake),
     ("adaptive", _adaptive_fake),
@@ -127,7 +146,7 @@ for _name, _fake in (
     ("threshold", _threshold_fake),
     ("row_range", _row_range_fake),
 ):
-    torch.library.register_fake(f"hex::{_name}", _fake)
+    torch.library.register_fake(f"hex::{_name}", _on_one_device(_fake))
 
 
 # ---- vmap: one call a batch element, as each batch has its own threshold and positives ---------

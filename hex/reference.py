@@ -242,6 +242,8 @@ def _dots(a: Tensor, b: Tensor) -> Tensor:
 
 def _row_max(x: Tensor, among: Tensor) -> Tensor:
     """Greatest of each row among a mask, 0 where the mask is empty, NaN if NaN; no gradient."""
+    if x.shape[1] == 0:
+        return torch.zeros_like(x.detach().sum(1))
     top = x.detach().masked_fill(~among, -math.inf).amax(1)
     return torch.where(among.any(1), top, 0.0)
 

@@ -93,7 +93,8 @@ def class_rows(
 
     Returns:
         loss (N,), n_hard (N,), share (N,) = Q / D; the last two carry no gradient. A row without
-        positives has loss and gradient 0, as has one with a single positive and no negatives.
+        positives has loss and gradient 0, as has one with a single positive and no negatives. A
+        row whose only positive is -inf has loss +inf, and the gradient of log D - l.
     """
     seen = positive | negative
     tau = tau.to(logits)
@@ -108,6 +109,8 @@ def class_rows(
         centre = _row_max(l, positive)  # (N,)
     else:
         centre = torch.where(positive, l, 0.0).sum(1) / n_p.clamp(min=1)
+    lost = torch.where(positive, l, 0.0).sum(1) == -math.inf  # (N,)
+    centre = torch.where(lost, 0.0, centre)
     d = l - centre[:, None]  # (N, M)
     lowest = -1 / tau - centre  # (N,), the floor's exponent
     m = _row_max(d, seen).clamp(min=0)
@@ -131,6 +134,7 @@ def class_rows(
         loss = torch.where(there, -F.logsigmoid(-x), s)
     else:
         loss = _log1p_scaled(s + torch.where(n_p > 1, big_e - torch.exp(-m), 0.0), m)
+    loss = torch.where(lost, m + torch.log(torch.where(lost, s, 1.0)), loss)
     nothing = 0 * torch.where(seen, l, 0.0).sum(1)  # (N,), NaN for NaN, in the graph
     if variant == 1:
         g = _row_max(d, rest)
@@ -142,17 +146,20 @@ def class_rows(
         released = torch.where(any_rest, released, nothing)
         loss = torch.where(plain, loss, released)
         share = torch.where(plain, share, 0.0)
+    loss = loss - torch.where(positive & lost[:, None], l, 0.0).sum(1)
     known = torch.where(tau.isnan(), math.nan, 1.0).detach()
     loss = torch.where(some, loss, nothing) * known
     return loss, n_h * known, torch.where(some, share, 0.0) * known
 
 
-def _membership(score: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """min(score, 1) > eps (N, M), rows where eps is +inf, and NaN where it is NaN else 1."""
+def _membership(score: Tensor, eps: Tensor, compared: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """min(score, 1) > eps (N, M), rows where eps is +inf, and 1, but NaN where eps or the score of
+    an entry that is compared is NaN."""
     eps = eps.reshape(-1, 1)
     wide = torch.promote_types(score.dtype, eps.dtype)  # float32 would round a float64 eps
     hard = score.detach().clamp(max=1).to(wide) > eps.to(wide)
-    known = torch.where(eps.isnan(), math.nan, 1.0).squeeze(1)
+    unknown = eps.isnan().squeeze(1) | (score.isnan() & compared).any(1)
+    known = torch.where(unknown, math.nan, 1.0)
     return hard, (eps == math.inf).squeeze(1), known
 
 
@@ -167,14 +174,14 @@ def labelled_rows(
     positive, negative = sets(ids, candidate_ids, mask, n, m, pairing)
     if groups.numel():
         hard = groups[:, None] == (groups if pairing == 0 else candidate_groups)
-        plain, known = torch.zeros_like(hard[:, 0]), torch.ones_like(c[:, 0])
+        plain, known = hard.new_zeros(n), c.new_ones(n)
     else:
         score = c
         if guide.numel():
             dtype = c.dtype
             score = labelled_cosines(guide.detach().to(dtype), candidate_guide.detach().to(dtype),
                                      pairing)  # fmt: skip
-        hard, plain, known = _membership(score, eps)
+        hard, plain, known = _membership(score, eps, negative & ~c.isnan())
     clean = tau.to(c)
     loss, n_h, share = class_rows(
         c / clean, positive, negative, hard, clean, beta, tau_plus, variant, positives, plain
@@ -199,7 +206,7 @@ def logits_rows(
     if given:
         eps = torch.full_like(eps, 0.5)
     scores = score.to(l) if score.numel() else l.detach() * tau.detach().to(l)
-    hard, plain, known = _membership(scores, eps)
+    hard, plain, known = _membership(scores, eps, negative & ~l.isnan())
     loss, n_h, share = class_rows(
         l, positive, negative, hard, tau, beta, tau_plus, variant, 0, plain & (not given)
     )

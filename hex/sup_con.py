@@ -302,7 +302,7 @@ def _check_mask(mask: Any, images: int, device: torch.device) -> Tensor:
 def _view_major(z: Tensor) -> Tensor:
     if z.dim() == 2:
         return z
-    return z.flatten(2).transpose(0, 1).reshape(-1, z.shape[2:].numel())
+    return z.flatten(2).transpose(0, 1).flatten(0, 1)
 
 
 def _loss(

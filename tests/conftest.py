@@ -19,7 +19,7 @@ import torch
 from data import batch, eps_in_a_gap, f64
 from torch import Tensor
 
-from hex import _load, hex_loss, ops, reference
+from hex import _load, class_ops, hex_loss, ops, reference
 
 try:
     import torchvision  # noqa: F401
@@ -51,6 +51,13 @@ NAMES = ("z0", "z1", "negatives", "tau")
 @pytest.fixture(params=DEVICES)
 def device(request) -> str:
     return request.param
+
+
+def without_kernels(monkeypatch):
+    """What a device without kernels runs: the composed formulas, on the CPU."""
+    for module in (ops, class_ops):
+        monkeypatch.setattr(module, "_KERNELS", {"meta"})
+        monkeypatch.setattr(module, "_warned", {"cpu"})
 
 
 @pytest.fixture

@@ -240,14 +240,16 @@ REFUSED = [
         )
     ),
     ("forward", dict(mode=3, negatives=freed(QUEUE)), f"negatives: {DAMAGED}"),
-    ("forward", dict(z0=repeated(2**45, 3), z1=repeated(2**45, 3)), "cannot allocate an output"),
-    ("forward", dict(z0=repeated(2**60, 3), z1=repeated(2**60, 3), reduction=1),
+    # the most rows and features there may be, or a few of them, but more than there is memory
+    ("threshold", dict(z0=repeated(2**27, 2**27), z1=repeated(2**27, 2**27),
+                       negatives=repeated(0, 2**27)), "out of memory"),
+    ("forward", dict(mode=3, z0=repeated(5, 2**20), z1=repeated(5, 2**20),
+                     negatives=repeated(2**27, 2**20)), "out of memory"),
+    ("forward", dict(mode=4, z0=repeated(5, 2**20), z1=repeated(5, 2**20),
+                     negatives=repeated(5, 2**27, 2**20)), "out of memory"),
+    ("backward", dict(mode=4, z0=repeated(5, 2**20), z1=repeated(5, 2**20), grad=torch.ones(5),
+                      negatives=repeated(5, 2**27, 2**20), stats=torch.zeros(9, 5), needs=4),
      "cannot allocate an output"),
-    ("threshold", dict(z0=repeated(2**45, 3), z1=repeated(2**45, 3)), "out of memory"),
-    ("row_range", dict(z0=repeated(5, 2**59), z1=repeated(5, 2**59), negatives=repeated(0, 2**59)),
-     "out of memory"),
-    ("forward", dict(mode=3, negatives=repeated(2**58, 3)), "out of memory"),
-    ("forward", dict(mode=4, negatives=repeated(5, 2**58, 3)), "out of memory"),
 ]  # fmt: skip
 
 

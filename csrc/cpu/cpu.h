@@ -34,11 +34,12 @@ typedef struct {
     int64_t (*kept)(const hex_problem *);
     const char *(*labelled_forward)(const hex_labelled *, void *, void *);
     const char *(*labelled_backward)(const hex_labelled *, const hex_row_gradient *);
-    const char *(*labelled_quantile)(const hex_labelled *, double, bool, double *, void *, void *);
+    const char *(*labelled_threshold)(const hex_labelled *, double, bool, double *);
+    const char *(*labelled_row_range)(const hex_labelled *, void *, void *);
     const char *(*logits_forward)(const hex_logits *, void *, void *);
     const char *(*logits_backward)(const hex_logits *, const hex_row_gradient *);
-    const char *(*logits_quantile)(const hex_logits *, double, bool, bool, double *, void *,
-                                   void *);
+    const char *(*logits_threshold)(const hex_logits *, double, bool, bool, double *);
+    const char *(*logits_row_range)(const hex_logits *, bool, void *, void *);
 } hex_cpu_entry;
 
 typedef struct {

@@ -111,10 +111,15 @@ const char *hex_cpu_labelled_backward(const hex_labelled *p, const hex_row_gradi
     return entry[p->wide]->labelled_backward(p, g);
 }
 
-const char *hex_cpu_labelled_quantile(const hex_labelled *p, double quantile, bool over_negatives,
-                                      double *mean, void *low, void *high)
+const char *hex_cpu_labelled_threshold(const hex_labelled *p, double quantile, bool over_negatives,
+                                       double *mean)
 {
-    return entry[p->wide]->labelled_quantile(p, quantile, over_negatives, mean, low, high);
+    return entry[p->wide]->labelled_threshold(p, quantile, over_negatives, mean);
+}
+
+const char *hex_cpu_labelled_row_range(const hex_labelled *p, void *low, void *high)
+{
+    return entry[p->wide]->labelled_row_range(p, low, high);
 }
 
 const char *hex_cpu_logits_forward(const hex_logits *p, void *loss, void *stats)
@@ -127,9 +132,13 @@ const char *hex_cpu_logits_backward(const hex_logits *p, const hex_row_gradient 
     return entry[p->wide]->logits_backward(p, g);
 }
 
-const char *hex_cpu_logits_quantile(const hex_logits *p, double quantile, bool over_negatives,
-                                    bool self_column, double *mean, void *low, void *high)
+const char *hex_cpu_logits_threshold(const hex_logits *p, double quantile, bool over_negatives,
+                                     bool self_column, double *mean)
 {
-    return entry[p->wide]->logits_quantile(p, quantile, over_negatives, self_column, mean, low,
-                                           high);
+    return entry[p->wide]->logits_threshold(p, quantile, over_negatives, self_column, mean);
+}
+
+const char *hex_cpu_logits_row_range(const hex_logits *p, bool self_column, void *low, void *high)
+{
+    return entry[p->wide]->logits_row_range(p, self_column, low, high);
 }

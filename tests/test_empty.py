@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: MIT
+"""Batches of nothing: no images, no negatives, no features, no columns. Every loss, threshold and
+option has the loss 0 and gradients of 0, by the kernels and by the composed formulas.
+"""
+
+import itertools
+
+import pytest
+import torch
+from conftest import without_kernels
+from data import f64
+
+from hex import (
+    HEXCrossEntropyLoss,
+    HEXLoss,
+    HEXSupConLoss,
+    InfoNCELoss,
+    ThresholdTracker,
+    class_ops,
+    ops,
+)
+
+SCHEDULES = {
+    "adaptive": lambda: ThresholdTracker.adaptive(over="negatives"),
+    "whole": lambda: ThresholdTracker.adaptive(over="all"),
+    "lagged": lambda: ThresholdTracker.adaptive(over="negatives", lagged=True, momentum=0.5),
+    "warm-up": lambda: ThresholdTracker.adaptive(over="negatives", warmup_epochs=1),
+    "fixed": lambda: ThresholdTracker.fixed(0.3),
+    "rows": lambda: ThresholdTracker.fixed(0.3, normalize_rows=True),
+    "none": lambda: None,
+}
+
+
+@pytest.fixture(params=[True, False], ids=["kernels", "composed"])
+def kernels(request, monkeypatch):
+    if not request.param:
+        without_kernels(monkeypatch)
+
+
+def leaf(*shape):
+    return torch.zeros(shape, requires_grad=True)
+
+
+def check_nothing(criterion, inputs, *args, **kwargs):
+    """Loss 0 and gradients of 0, and a batch that comes after is none the worse for it."""
+    for reduction in ("mean", "sum", "none"):
+        criterion.reduction = reduction
+        value = criterion(*inputs, *args, **kwargs)
+        if reduction == "none":
+            assert (value == 0).all()
+        else:
+            assert value == 0 and not torch.signbit(value)
+        for grad in torch.autograd.grad(value.sum(), inputs, allow_unused=True):
+            assert grad is None or (grad == 0).all()
+        if criterion.threshold is not None and inputs[0].shape[0] == 0:
+            assert criterion.threshold.state[2] == 0  # updates
+        assert criterion.last.hard == 0 and criterion.last.share == 0
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of the threshold, that nothing is learnt
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("mode", ["ntxent", "query", "cross"])
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_an_empty_batch_of_views_has_loss_0(mode, variant, schedule, kernels):
+    def criterion():
+        return HEXLoss(0.1, threshold=SCHEDULES[schedule](), mode=mode, variant=variant)
+
+    empty, nobody = leaf(0, 5), torch.zeros(0, dtype=torch.int64)
+    others = torch.zeros(7, dtype=torch.int64)
+    for D in (5, 0):
+        z = leaf(0, D), leaf(0, D)
+        check_nothing(criterion(), z)
+        check_nothing(criterion(), (*z, leaf(7, D)))
+        check_nothing(criterion(), (*z, leaf(0, D)))
+        check_nothing(criterion(), (*z, leaf(0, 7, D)))
+        check_nothing(criterion(), (*z, leaf(0, 0, D)))
+        check_nothing(criterion(), z, groups=nobody)
+        check_nothing(criterion(), z, guide=(empty, empty))
+        check_nothing(criterion(), (*z, leaf(7, D)), groups=(nobody, others))
+        check_nothing(criterion(), (*z, leaf(7, D)), guide=(empty, empty, leaf(7, 5)))
+        check_nothing(criterion(), (*z, leaf(0, 7, D)), groups=(nobody, torch.zeros(0, 7).long()))
+        check_nothing(criterion(), (*z, leaf(0, 7, D)), guide=(empty, empty, leaf(0, 7, 5)))
+        # rows without negatives
+        check_nothing(criterion(), (leaf(4, D), leaf(4, D), leaf(0, D)))
+        check_nothing(criterion(), (leaf(4, D), leaf(4, D), leaf(4, 0, D)))
+        check_nothing(criterion(), (leaf(1, D), leaf(1, D)))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of the threshold, that nothing is learnt
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("positives", ["outside", "inside"])
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_an_empty_batch_of_labels_has_loss_0(positives, variant, schedule, kernels):
+    def criterion():
+        return HEXSupConLoss(
+            0.1, threshold=SCHEDULES[schedule](), variant=variant, positives=positives
+        )
+
+    nobody = torch.zeros(0, dtype=torch.int64)
+    for D in (5, 0):
+        for shape in ((0, D), (0, 2, D)):
+            check_nothing(criterion(), (leaf(*shape),), nobody)
+            check_nothing(criterion(), (leaf(*shape),), nobody, groups=nobody)
+        check_nothing(criterion(), (leaf(0, 2, D),))
+        check_nothing(criterion(), (leaf(0, 2, D),), mask=torch.zeros(0, 0, dtype=torch.bool))
+        check_nothing(criterion(), (leaf(1, D),), torch.zeros(1, dtype=torch.int64))
+        check_nothing(criterion(), (leaf(3, D),), torch.arange(3))  # no positives
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of the threshold, that nothing is learnt
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("self_column", [False, True])
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_an_empty_batch_of_logits_has_loss_0(variant, self_column, schedule, kernels):
+    for C in (4, 1, 0):
+        criterion = HEXCrossEntropyLoss(
+            0.1, threshold=SCHEDULES[schedule](), self_column=self_column, variant=variant
+        )
+        check_nothing(criterion, (leaf(0, C),), torch.zeros(0, dtype=torch.int64))
+
+
+def test_an_empty_batch_of_the_baseline_has_loss_0(kernels):
+    check_nothing(InfoNCELoss(0.1), (leaf(0, 5), leaf(0, 5)))
+
+
+@pytest.mark.parametrize("N, M, D", [(0, 0, 3), (0, 4, 3), (4, 0, 3), (4, 5, 0), (0, 0, 0)])
+def test_the_operators_of_pairs_take_sides_of_nothing(N, M, D, kernels):
+    x, y = leaf(N, D), leaf(M, D)
+    ids, others = torch.zeros(N).long(), torch.zeros(M).long()
+    mask = torch.empty(0, 0, dtype=torch.bool)
+    none = torch.empty(0).long()
+    for pairing in (0, 1, 2):
+        given = (y[:0], ids, none) if pairing == 0 else (y, ids, others)
+        if pairing == 2 and M < N:
+            continue
+        for groups, guides in (
+            ((none, none), (x[:0], y[:0])),
+            ((ids, given[2]), (x[:0], y[:0])),
+            ((none, none), (leaf(N, 2), leaf(0 if pairing == 0 else M, 2))),
+        ):
+            value, hard, share = class_ops.labelled_loss(
+                x, *given, mask, *groups, *guides, f64(0.1), f64(0.1), pairing, 1, 0, 0, 1.0, 0.1
+            )
+            value.backward()
+            assert value.isfinite() and hard.shape == share.shape == (N,)
+        low, high = class_ops.labelled_row_range(x, *given, mask, pairing)
+        assert low.shape == high.shape == (N,)
+        for over in ("all", "negatives"):
+            eps = class_ops.labelled_threshold(x, *given, mask, pairing, 0.5, over)
+            assert eps.isnan() or N > 0
+
+
+@pytest.mark.parametrize("mode", range(5))
+def test_the_operators_of_views_take_batches_of_nothing(mode, kernels):
+    for B, K, D in itertools.product((0, 1, 3), (0, 2), (0, 4)):
+        shapes = (B, D), (B, D), (0, D) if mode < 3 else (K, D) if mode == 3 else (B, K, D)
+        inputs = [leaf(*shape) for shape in shapes]
+        value, hard, _ = ops.loss(*inputs, f64(0.1), f64(0.1), mode, 1, 0, 1.0, 0.1)
+        value.backward()
+        assert value.isfinite()
+        low, high = ops.row_range(*inputs, mode)
+        assert low.shape == high.shape == hard.shape
+        for over in ("all", "negatives"):
+            eps = ops.threshold(*inputs, mode, 0.5, over)
+            assert eps.isnan() or B > 0
