@@ -69,6 +69,14 @@ def agree(value, wanted, rows: int, temperature: float, slack: float = 0) -> Non
     assert abs(value - wanted) <= rounding + slack
 
 
+@pytest.mark.parametrize("name", RECORDED)
+def test_what_was_recorded_is_of_the_recipes_commit(name):
+    found = [RECORDED[name]["repository"], RECORDED[name]["commit"]]
+    for diff in (ROOT / "docs" / "recipes").glob("*.diff"):
+        repository, commit, _ = make.read(diff.read_text())
+        assert diff.stem in RECORDED and (repository != found[0] or commit == found[1])
+
+
 # ---- the recipes, as they are -------------------------------------------------------------------
 
 

@@ -29,11 +29,16 @@ from torch.nn import functional as F
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 FILE = HERE / "values.json"
+RECIPES = ROOT / "docs" / "recipes"
 B, D, K = 5, 6, 10  # images, features, and entries of a queue; a multiple of B, as MoCo wants
+
+sys.path.insert(0, str(RECIPES))
+
+import make  # noqa: E402
 
 # What a code base's loss was given, by the names that our lines have for it, and its value.
 Case = tuple[dict[str, Tensor | float], Tensor]
-RECORDERS: dict[str, tuple[str, Callable[[], Iterator[Case]]]] = {}
+RECORDERS: dict[str, tuple[str, str, Callable[[], Iterator[Case]]]] = {}
 
 
 def numbers(*shape: int, seed: int) -> Tensor:
@@ -47,9 +52,13 @@ def numbers(*shape: int, seed: int) -> Tensor:
 
 def recipe(name: str, page: str | None = None):
     """Names a recorder; `page`: the recipe that has the repository and the commit."""
+    repository, commit, _ = make.read((RECIPES / f"{page or name}.diff").read_text())
+    return recorder(name, repository, commit)
 
+
+def recorder(name: str, repository: str, commit: str):
     def register(function):
-        RECORDERS[name] = (page or name, function)
+        RECORDERS[name] = repository, commit, function
         return function
 
     return register
@@ -101,7 +110,7 @@ def moco() -> Iterator[Case]:
     yield {"logits": logits, "labels": labels, "T": 0.2, "q": q, "k": k, "queue": queue}, value
 
 
-@recipe("moco-v3")
+@recorder("moco-v3", "facebookresearch/moco-v3", "c349e6e24f40d3fedb22d973f92defa4cedf37a7")
 def moco_v3() -> Iterator[Case]:
     kind = importlib.import_module("moco.builder").MoCo
     q, k = numbers(2, B, D, seed=4)
@@ -273,8 +282,9 @@ def commit_of(clone: str) -> str:
 
 
 def main(name: str, clone: str) -> None:
-    page, function = RECORDERS[name]
-    commit = commit_of(clone)
+    repository, commit, function = RECORDERS[name]
+    if (found := commit_of(clone)) != commit:
+        raise SystemExit(f"{clone}: got {found}, wanted {commit} of {repository}")
     sys.path.insert(0, str(ROOT / "examples"))
     importlib.import_module("common.vision")  # torchvision, beside a torch for the CPU too
     sys.path[0] = str(Path(clone).resolve())
@@ -291,7 +301,12 @@ def main(name: str, clone: str) -> None:
             }
             for given, value in function()
         ]
-    recorded[name] = {"recipe": page, "commit": commit, "torch": torch.__version__, "cases": cases}
+    recorded[name] = {
+        "repository": repository,
+        "commit": commit,
+        "torch": torch.__version__,
+        "cases": cases,
+    }
     lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(recorded.items())]
     FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
