@@ -15,7 +15,7 @@ import sys
 
 import torch
 from common import data, training
-from common.options import fraction, threshold
+from common.options import above_zero, fraction, threshold
 from lightly.loss import BarlowTwinsLoss
 from lightly.models.modules import BarlowTwinsProjectionHead
 from torch import Tensor
@@ -43,7 +43,7 @@ class BarlowTwins(training.Method):
     @classmethod
     def add_options(cls, add) -> None:
         add("--alpha", type=fraction, default=0.1, help="weight of HEX")
-        add("--scale", type=float, default=0.1, help="of the Barlow Twins loss")
+        add("--scale", type=above_zero, default=0.1, help="of the Barlow Twins loss")
 
     def forward(self, view0: Tensor, view1: Tensor) -> Tensor:
         z0, z1 = self.projector(self.backbone(torch.cat([view0, view1]))).chunk(2)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import data, evaluate, pictures
-from common.training import console, parser_of, progress, schedule, train_epoch
+from common.training import check_finite, console, parser_of, progress, schedule, train_epoch
 from rich.table import Table
 from simclr import SimCLR
 from sklearn.manifold import TSNE
@@ -57,6 +57,8 @@ class Run:
                 for loss in train_epoch(self.model, batches, optimizer, scheduler, scaler, steps):
                     self.statistics.append((float(loss), *map(float, self.criterion.last)))
                 self.seconds += time.perf_counter() - start
+                losses = [step[0] for step in self.statistics[-self.steps :]]
+                check_finite(self.model, optimizer, epoch, losses, self.images)
                 if self.name == "HEX":
                     self.batches.append(self.look(epoch + 1))
                 if (epoch + 1) % 10 == 0:
@@ -153,8 +155,12 @@ def main(arguments: list[str] | None = None) -> int:
     for seed in range(options.seeds):
         for name in ("InfoNCE", "HEX"):
             run = Run(name, seed, options.epochs)
-            run.train()
-            run.evaluate()
+            try:
+                run.train()
+                run.evaluate()
+            except evaluate.Diverged as error:
+                print(f"demo.py: the training with {name} diverged: {error}", file=sys.stderr)
+                return 1
             runs.append(run)
     pixels = evaluate.scores(*(evaluate.features(nn.Flatten(), split) for split in (images, test)))
     console.print(report(runs, pixels, options.seeds))

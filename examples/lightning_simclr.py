@@ -20,8 +20,8 @@ from collections.abc import Iterator
 
 import torch
 from common import data, encoder, evaluate, training
-from common.options import make_folder, make_parser, threshold
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from common.options import check, make_folder, make_parser, threshold
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
@@ -62,6 +62,26 @@ class LightningSimCLR(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rule, "interval": "step"}}
 
 
+class StopDiverged(Callback):
+    """Ends a training that has diverged before Lightning saves it over the last good checkpoint."""
+
+    def __init__(self, images: data.Split, scaled: bool) -> None:
+        self.images, self.scaled = images, scaled
+
+    def on_train_epoch_start(self, trainer, model) -> None:
+        self.losses = []
+
+    def on_train_batch_end(self, trainer, model, outputs, *_) -> None:
+        self.losses.append(outputs["loss"].detach())
+
+    def on_train_epoch_end(self, trainer, model) -> None:  # checkpoints are made after it
+        losses = torch.stack(self.losses).tolist()
+        (optimizer,) = trainer.optimizers
+        training.check_finite(
+            model, optimizer, trainer.current_epoch, losses, self.images, self.scaled
+        )
+
+
 class Batches:
     """The epochs of a split, for Lightning: each iteration is one."""
 
@@ -84,6 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated")  # Lightning's own, torch 2.13
     seed_everything(options.seed, verbose=False)
     try:
+        check(options)
         images, test = training.load(options)
         model = method(options, images)
         folder = make_folder(options)
@@ -98,10 +119,16 @@ def main(arguments: list[str] | None = None) -> int:
         max_epochs=options.epochs,
         logger=TensorBoardLogger(folder, name="", version=""),
         log_every_n_steps=1,
-        callbacks=[HEXCallback()],
+        callbacks=[HEXCallback(), StopDiverged(images, options.amp == "fp16")],
         enable_model_summary=False,
     )
-    trainer.fit(model, Batches(images, options.batch_size))
+    try:
+        trainer.fit(model, Batches(images, options.batch_size))
+    except evaluate.Diverged as error:
+        kept = [f"{file} has the epoch before" for file in folder.glob("checkpoints/*.ckpt")]
+        text = f"training diverged: {error}; {', '.join(kept) or 'no epoch was saved'}"
+        print(f"lightning_simclr.py: {text}", file=sys.stderr)
+        return 1
     seconds = time.perf_counter() - start
     logged = {name: float(x) for name, x in trainer.logged_metrics.items()}
     training.console.print(

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from common import data
+from common.evaluate import Diverged
 from common.options import check_device, positive
 from common.training import console
 from effect import plots, report, rows
@@ -132,7 +133,11 @@ def run_all(options: argparse.Namespace) -> int:
                 # another process may have ended it between the reading and the claim
                 if not mine or config.key in rows.read(options.rows):
                     continue
-                row = run(config, images, commit)
+                try:
+                    row = run(config, images, commit)
+                except Diverged as error:
+                    print(f"study.py: {config.key} diverged: {error}", file=sys.stderr)
+                    return 1
                 rows.append(options.rows, row)
             done += 1
             score = row["validation"]

@@ -15,6 +15,11 @@ import hex
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(p for folder in (".", "docs", "examples") for p in ROOT.glob(f"{folder}/*.md"))
 README = (ROOT / "README.md").read_text()
+# Where a file of this repository is seen, and where an image is.
+OURS = (
+    "https://github.com/hex-ssl/hex-ssl/blob/main/",
+    "https://raw.githubusercontent.com/hex-ssl/hex-ssl/main/",
+)
 MODULES = sorted(
     m.name for m in pkgutil.iter_modules(hex.__path__) if m.name not in ("_C", "_cuda")
 )
@@ -37,6 +42,12 @@ def anchors(path):
     """The names GitHub gives to a document's headings."""
     titles = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}
+
+
+def targets(path):
+    """What a document links to, or shows."""
+    text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=named)
@@ -109,15 +120,30 @@ def test_the_statistics_are_those_the_readme_names():
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=named)
 def test_links_between_files_lead_somewhere(path):
-    text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
-    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
-    for target in targets:
-        if re.match(r"\w+:", target):
-            continue
-        file, _, anchor = target.partition("#")
-        found = path.parent / file if file else path
+    for target in targets(path):
+        whole, _, anchor = target.partition("#")
+        for url in OURS:
+            if whole.startswith(url):
+                found = ROOT / whole.removeprefix(url)
+                break
+        else:
+            if re.match(r"\w+:", target):
+                continue
+            found = path.parent / whole if whole else path
         assert found.exists(), target
         assert not anchor or anchor in anchors(found), target
+
+
+def test_the_readme_has_whole_addresses_for_pypi_shows_it_too():
+    repository = re.search(r'^Source = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    page, raw = OURS
+    assert page == f"{repository}/blob/main/"
+    assert raw == f"{repository}/main/".replace("github.com", "raw.githubusercontent.com")
+    found = targets(ROOT / "README.md")
+    assert all(target.startswith("https://") for target in found), found
+    text = (ROOT / "README.md").read_text()
+    images = re.findall(r"!\[[^]]*\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    assert images and all(image.startswith(raw) for image in images)  # a page is no picture
 
 
 def test_the_map_names_files_that_exist():

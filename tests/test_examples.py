@@ -29,7 +29,15 @@ sys.path.insert(0, str(EXAMPLES))
 
 import demo  # noqa: E402
 import simclr  # noqa: E402
-from common import augment, checkpoint, data, encoder, options, training  # noqa: E402
+from common import (  # noqa: E402
+    augment,
+    checkpoint,
+    data,
+    encoder,
+    evaluate,
+    options,
+    training,
+)
 from common.vision import v2  # noqa: E402
 from PIL import Image  # noqa: E402
 
@@ -143,7 +151,6 @@ def test_ctrl_c_leaves_the_last_whole_epoch_to_go_on_from(tmp_path):
         (["--data", "folder", "--root", "{tmp}/broken", "--batch-size", 4], "0.png: cannot ident"),
         (["--batch-size", 5000], "there are 1297 images only"),
         (["--threshold", "steep:1"], "got 'steep:1', wanted adaptive"),
-        (["--quantile", 2], "quantile: got 2.0"),
         (["--backbone", "nothing"], "backbone: got 'nothing'"),
         (["--device", "nowhere"], "--device nowhere: "),
         (["--resume", "{tmp}/none"], "there is no such checkpoint"),
@@ -166,6 +173,160 @@ def test_wrong_data_and_options_are_named_and_the_status_is_2(arguments, text, t
     assert errors.count("\n") == 1
 
 
+THRESHOLDS = [  # in 40 epochs
+    (["--threshold", "1.5"], "got '1.5', wanted a cosine, from -1 to 1"),
+    (["--threshold", "-1.5"], "got '-1.5', wanted a cosine, from -1 to 1"),
+    (["--threshold", "nan"], "got 'nan', wanted adaptive, a cosine"),
+    (["--threshold", "1"], "got '1': no cosine is above 1, so HEX would be InfoNCE"),
+    (["--threshold", "0.9,0.1"], "got '0.9,0.1', wanted adaptive"),
+    (["--threshold", "adaptive:0.9"], "got 'adaptive:0.9', wanted adaptive"),
+    (["--threshold", "step:0.9,0.1,2.5"], "got 'step:0.9,0.1,2.5', wanted whole epochs for EVERY"),
+    (["--threshold", "step:0.9,0.1,0"], "wanted whole epochs for EVERY, 1 or more"),
+    (["--threshold", "step:0.9,0.1"], "got 'step:0.9,0.1', wanted adaptive"),
+    (["--threshold", "step:0.9,,0.1,2"], "got 'step:0.9,,0.1,2', wanted adaptive"),
+    (["--threshold", "step:0.9,0.5,10"], r"0.5,10', -0.6 to 0.9, wanted a cosine scaled by row"),
+    (["--threshold", "step:0.9,0.1,1"], r"0.1,1', -3 to 0.9, wanted a cosine, from -1 to 1"),
+    (["--threshold", "step:1,0,5"], "no cosine is above 1"),
+    (["--threshold", "cosine:0.9,-2"], r"-2', -2 to 0.9, wanted a cosine, from -1 to 1"),
+    (["--threshold", "-0.5"], "got '-0.5', wanted a cosine scaled by row, from 0 to 1"),
+    (["--threshold", "-1", "--variant", "released"], "got '-1': all negatives are in H"),
+    (["--warmup", "40"], "--warmup: got 40 of 40 epochs, wanted fewer; H would be empty"),
+]
+
+
+@pytest.mark.parametrize("arguments, text", THRESHOLDS)
+def test_a_threshold_that_would_train_another_loss_is_refused(arguments, text, tmp_path, capsys):
+    rows = ["--normalize-rows"] if "scaled by row" in text else []
+    assert run(*arguments, *rows, "--epochs", 40, "--out", tmp_path / "out") == 2
+    errors = capsys.readouterr().err
+    assert re.search(re.escape(text) if "(" in text else text, errors), errors
+    assert errors.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--threshold", "-1"],
+        ["--threshold", "0.7", "--warmup", "99"],  # that is adaptive's
+        ["--threshold", "step:0.9,0.1,25", "--normalize-rows"],
+        ["--threshold", "step:1,0.1,25"],
+        ["--threshold", "cosine:1,-1"],
+        ["--warmup", "39"],
+    ],
+)
+def test_a_threshold_at_the_end_of_its_range_is_taken(arguments):
+    options.check(training.parser_of(simclr.SimCLR, "simclr").parse_args(arguments))
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (["--lr", "0"], "--lr: got 0.0, wanted a finite number above 0"),
+        (["--lr", "-0.1"], "--lr: got -0.1, wanted"),
+        (["--lr", "nan"], "--lr: got nan, wanted"),
+        (["--lr", "inf"], "--lr: got inf, wanted"),
+        (["--temperature", "0"], "--temperature: got 0.0, wanted a finite number above 0"),
+        (["--quantile", "2"], "--quantile: got 2.0, wanted a number from 0 to 1"),
+        (["--quantile", "nan"], "--quantile: got nan, wanted"),
+        (["--warmup", "-1"], "--warmup: got -1, wanted at least 0"),
+        (["--workers", "-1"], "--workers: got -1, wanted at least 0"),
+        (["--seed", "-1"], "--seed: got -1, wanted at least 0"),
+        (["--knn-every", "-1"], "--knn-every: got -1, wanted at least 0"),
+        (["--epochs", "0"], "--epochs: got 0, wanted at least 1"),
+        (["--epochs", "2.5"], "--epochs: invalid positive value: '2.5'"),
+    ],
+)
+def test_a_wrong_number_is_refused_with_the_options_name(arguments, text, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments, "--out", tmp_path / "out")
+    assert stopped.value.code == 2
+    assert text in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_diverges_at_once_keeps_the_checkpoint_before_and_says_so(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("--epochs", 3, "--lr", "1e9", *TINY, "--out", out) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("simclr.py: training diverged: ") and errors.count("\n") == 1
+    assert f"{out / 'last.pt'} has the run as it was after " in errors
+    kept = checkpoint.load(out / "last.pt")
+    assert f"after {kept['values']['epoch']} whole epochs" in errors
+    for part in ("model", "optimizer"):
+        assert finite(kept["parts"][part])
+    assert not (out / "result.json").exists()
+
+
+def finite(value) -> bool:
+    """All floating tensors of a state, wherever they are."""
+    if isinstance(value, dict):
+        return all(map(finite, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(finite, value))
+    return not (isinstance(value, torch.Tensor) and value.is_floating_point()) or bool(
+        value.isfinite().all()
+    )
+
+
+@pytest.mark.parametrize("what", ["loss", "weight", "moment", "features"])
+def test_a_run_that_diverges_later_keeps_the_bits_of_its_last_good_epoch(
+    what, tmp_path, capsys, monkeypatch
+):
+    """Each at the last step of the second epoch; the loss was finite but where it is the loss."""
+    train_epoch, epochs = training.train_epoch, []
+
+    def spoiled(model, batches, optimizer, *rest):
+        epochs.append(len(epochs))
+        for loss in train_epoch(model, batches, optimizer, *rest):
+            yield loss * torch.nan if what == "loss" and len(epochs) == 2 else loss
+        weight = next(model.backbone.parameters())
+        if len(epochs) == 2 and what != "loss":
+            spoil = {
+                "weight": lambda: weight.data[0].fill_(torch.inf),
+                "moment": lambda: optimizer.state[weight]["exp_avg_sq"][0].fill_(torch.inf),
+                "features": lambda: [x.data.fill_(3e38) for x in model.backbone.parameters()],
+            }
+            spoil[what]()
+
+    monkeypatch.setattr(training, "train_epoch", spoiled)
+    options = ["--epochs", 3, "--batch-size", 512, "--knn-every", 0]
+    assert run(*options, "--out", tmp_path / "out") == 1
+    printed, errors = capsys.readouterr()
+    said = {
+        "loss": "the loss of step 1 of epoch 2 is nan",
+        "weight": "after epoch 2 not all weights and moments are finite",
+        "moment": "after epoch 2 not all weights and moments are finite",
+        "features": "the features of some images are not finite",
+    }
+    kept = f"{tmp_path / 'out' / 'last.pt'} has the run as it was after 1 whole epochs"
+    assert errors == f"simclr.py: training diverged: {said[what]}; {kept}\n"
+    assert "epoch   1" in printed and "epoch   2" not in printed
+    epochs.clear()
+    monkeypatch.setattr(training, "train_epoch", train_epoch)
+    assert run(*options, "--out", tmp_path / "good", "--stop-after", 1) == 0
+    assert state(tmp_path / "out") == state(tmp_path / "good")
+    assert run("--resume", tmp_path / "out") == 0
+
+
+def test_a_step_that_the_scaler_leaves_out_is_no_divergence():
+    images, _ = data.load("digits")
+    model = simclr.SimCLR(training.parser_of(simclr.SimCLR, "simclr").parse_args([]), images)
+    optimizer = torch.optim.AdamW(model.parameters())
+    training.check_finite(model, optimizer, 0, [torch.nan, 1.0], images, scaled=True)
+    with pytest.raises(evaluate.Diverged, match="the loss of step 2 of epoch 1 is inf"):
+        training.check_finite(model, optimizer, 0, [1.0, torch.inf], images)
+
+
+def test_a_demo_that_diverges_says_so_in_a_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo.torch.optim, "AdamW", lambda x, lr, **_: torch.optim.SGD(x, 1e30))
+    assert demo.main(["--epochs", "3", "--out", str(tmp_path)]) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("demo.py: the training with InfoNCE diverged: ")
+    assert errors.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_is_not_written_over(tmp_path, capsys):
     assert run("--epochs", 1, *TINY, "--out", tmp_path) == 0
     before = (tmp_path / "last.pt").read_bytes()
@@ -174,6 +335,12 @@ def test_a_run_is_not_written_over(tmp_path, capsys):
     assert (tmp_path / "last.pt").read_bytes() == before
     assert run("--resume", tmp_path, "--features", 64) == 2
     assert "the checkpoint's model does not fit" in capsys.readouterr().err
+    for name, wanted, there in (("lr", "0.1", "0.003"), ("seed", "4", "0")):
+        assert (
+            run("--resume", tmp_path, f"--{name}", wanted) == 2
+        )  # the checkpoint's would be taken
+        errors = capsys.readouterr().err
+        assert f"--{name}: got {wanted} with --resume, of a run with {there}" in errors
 
 
 def test_help_names_every_choice_of_data_and_loss(capsys):

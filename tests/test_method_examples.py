@@ -298,6 +298,61 @@ def test_lightning_trains_as_the_script_without_it_and_logs_the_threshold(
         assert all(-1 <= value <= 1 for value in seen["eps"])
 
 
+def test_lightning_keeps_the_last_good_checkpoint_of_a_training_that_diverges(
+    few_digits, tmp_path, capsys, monkeypatch
+):
+    module = importlib.import_module("lightning_simclr")
+    step, steps = module.LightningSimCLR.training_step, []
+
+    def spoiled(self, batch, index):
+        steps.append(index)
+        return step(self, batch, index) * (torch.nan if len(steps) == 4 else 1)  # two an epoch
+
+    monkeypatch.setattr(module.LightningSimCLR, "training_step", spoiled)
+    assert module.main([*TINY[:-2], "--epochs", "3", "--out", str(tmp_path)]) == 1
+    errors = capsys.readouterr().err
+    (kept,) = tmp_path.glob("checkpoints/*.ckpt")
+    assert errors.splitlines()[-1] == (
+        "lightning_simclr.py: training diverged: the loss of step 2 of epoch 2 is nan; "
+        f"{kept} has the epoch before"
+    )
+    assert "Traceback" not in errors and not (tmp_path / "result.json").exists()
+    saved = torch.load(kept, weights_only=True)
+    assert saved["epoch"] == 0
+    weights = [x for x in saved["state_dict"].values() if x.is_floating_point()]
+    assert weights and all(x.isfinite().all() for x in weights if x.numel())
+
+
+def test_lightning_refuses_wrong_numbers_in_a_line(tmp_path, capsys):
+    module = importlib.import_module("lightning_simclr")
+    assert module.main(["--threshold", "1.5", "--out", str(tmp_path / "out")]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("lightning_simclr.py: error: --threshold: got '1.5', wanted a cosine")
+    assert errors.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_method_refuses_a_threshold_that_is_no_cosine(script, few_digits, tmp_path, capsys):
+    assert run(script, "--threshold", "1.5", "--out", tmp_path / "out") == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"{script}.py: error: --threshold: got '1.5', wanted a cosine")
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_method_that_diverges_keeps_a_good_checkpoint(script, few_digits, tmp_path, capsys):
+    assert run(script, "--epochs", 3, "--lr", "1e30", "--out", tmp_path) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"{script}.py: training diverged: ") and errors.count("\n") == 1
+    kept = state(tmp_path)
+    assert all(
+        x.isfinite().all() for name, x in kept.items()
+        if x.is_floating_point() and "threshold" not in name
+    )  # fmt: skip
+    assert not (tmp_path / "result.json").exists()
+
+
 def test_lightning_refuses_wrong_data_in_a_line(tmp_path, capsys):
     module = importlib.import_module("lightning_simclr")
     assert module.main(["--data", "cifar10", "--out", str(tmp_path)]) == 2

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 import study  # noqa: E402
 from common import data  # noqa: E402
-from common.training import parser_of  # noqa: E402
+from common.training import parser_of, train_epoch  # noqa: E402
 from effect import differences, measure, plots, report, rows  # noqa: E402
 from effect.run import Images, read_superclasses  # noqa: E402
 from effect.run import run as run_one  # noqa: E402
@@ -95,6 +95,25 @@ def test_a_run_that_another_process_claims_is_left_to_it(tmp_path):
     assert list(rows.read(path)) == [second.key]
     with rows.claim(path, first.key) as mine:
         assert mine
+
+
+def test_a_run_that_diverges_is_named_in_a_line_and_leaves_no_row(tmp_path, capsys, monkeypatch):
+    path, epochs = tmp_path / "rows.jsonl", []
+
+    def spoiled(*arguments):
+        epochs.append(0)
+        last = len(epochs) == 2 * TINY.epochs  # of the second run that trains
+        for loss in train_epoch(*arguments):
+            yield loss * (torch.nan if last else 1)
+
+    monkeypatch.setattr("effect.run.train_epoch", spoiled)
+    assert run("--rows", path) == 1
+    errors = capsys.readouterr().err
+    key, _, text = errors.removeprefix("study.py: ").partition(" diverged: ")
+    assert text == f"the loss of step 1 of epoch {TINY.epochs} is nan\n"
+    there = rows.read(path)
+    assert len(there) == 2 and key not in there  # with the one that is untrained
+    assert key in {config.key for config in plan("tiny", TINY_STUDY, rows.without_test(there))}
 
 
 def test_rows_that_contradict_the_table_are_refused(whole, tmp_path, capsys):

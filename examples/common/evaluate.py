@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """How good frozen features are: nearest neighbours and linear probes, by scikit-learn."""
 
+from itertools import islice
+
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -13,14 +15,27 @@ from common.data import Split
 Features = tuple[np.ndarray, np.ndarray]  # (N, D) float32, (N,) labels
 
 
+class Diverged(Exception):
+    """A training has come to numbers that are not finite; the text is for the user."""
+
+
 @torch.no_grad()
-def features(network: nn.Module, split: Split) -> Features:
-    """What the network, in evaluation mode, makes of the images of a split, and their labels."""
+def features(network: nn.Module, split: Split, batches: int | None = None) -> Features:
+    """What the network, in evaluation mode, makes of the images of a split, and their labels.
+
+    Args:
+        batches: of images, the first ones only; None: all.
+
+    Raises:
+        Diverged: not all features are finite.
+    """
     was_training = network.training
     network.eval()
-    rows = [network(images).float().cpu() for images in split.images()]
+    rows = torch.cat([network(x).float().cpu() for x in islice(split.images(), batches)])
     network.train(was_training)
-    return torch.cat(rows).numpy(), split.labels.numpy()
+    if not rows.isfinite().all():
+        raise Diverged("the features of some images are not finite")
+    return rows.numpy(), split.labels[: len(rows)].numpy()
 
 
 def knn_predictions(train: Features, x: np.ndarray, neighbours: int = 20) -> np.ndarray:

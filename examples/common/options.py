@@ -2,6 +2,7 @@
 """The command line that the method scripts share, and what it makes: device, threshold, folder."""
 
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 from common import data
 from hex import ThresholdTracker
 
+RULES = ("adaptive", 0), ("fixed", 1), ("step", 3), ("cosine", 2)  # and how many numbers each has
+NAMED = {-1: "cosine", 0: "cosine scaled by row"}
 AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -40,21 +43,21 @@ def make_parser(
         default=224,
         help="side of a view in pixels, for --data folder",
     )
-    add("--workers", type=int, default=0, help="processes that read images, for --data folder")
+    add("--workers", type=natural, default=0, help="processes that read images, for --data folder")
 
     add = parser.add_argument_group("loss").add_argument
     text = "; ".join(f"{name}: {what}" for name, what in losses.items())
     add("--loss", choices=tuple(losses), default="hex", help=text)
-    add("--temperature", type=float, default=0.1, help="of HEX or InfoNCE")
+    add("--temperature", type=above_zero, default=0.1, help="of HEX or InfoNCE")
     add("--variant", choices=("paper", "released"), default="paper", help="of HEX")
     add(
         "--threshold",
         default="adaptive",
         help="adaptive, a cosine such as 0.7, step:START,DROP,EVERY or cosine:START,END",
     )
-    add("--quantile", type=float, default=0.99, help="of a row's cosines, for adaptive")
+    add("--quantile", type=fraction, default=0.99, help="of a row's cosines, for adaptive")
     add("--over", choices=("all", "negatives"), default="all", help="the row for adaptive")
-    add("--warmup", type=int, default=0, help="epochs with H empty before adaptive")
+    add("--warmup", type=natural, default=0, help="epochs with H empty before adaptive")
     add("--normalize-rows", action="store_true", help="scale each row to [0, 1], for the others")
 
     add = parser.add_argument_group("training").add_argument
@@ -62,10 +65,10 @@ def make_parser(
     add("--features", type=positive, default=128, help="of the projection")
     add("--epochs", type=positive, default=40)
     add("--batch-size", type=positive, default=256, help="images; the loss sees two views of each")
-    add("--lr", type=float, default=3e-3, help="greatest learning rate, of AdamW")
+    add("--lr", type=above_zero, default=3e-3, help="greatest learning rate, of AdamW")
     add("--amp", choices=AMP, default="off", help="mixed precision")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--seed", type=int, default=0)
+    add("--seed", type=natural, default=0)
 
     add = parser.add_argument_group("run").add_argument
     add("--out", help="the run's folder; by default runs/ and a name with the time")
@@ -74,7 +77,7 @@ def make_parser(
         add("--stop-after", type=positive, metavar="EPOCHS", help="leave the rest for --resume")
         add(
             "--knn-every",
-            type=int,
+            type=natural,
             default=10,
             help="epochs between k-NN tests; 0: only at the end",
         )
@@ -88,30 +91,69 @@ def threshold(options: argparse.Namespace) -> ThresholdTracker:
     Raises:
         ValueError: it describes none.
     """
-    rule, _, rest = options.threshold.partition(":")
     rows = options.normalize_rows
-    numbers = []
-    try:
-        numbers = [float(x) for x in rest.split(",") if x]
-        if rule != "adaptive" and not numbers:
-            rule, numbers = "fixed", [float(rule)]
-    except ValueError:
-        rule = "unknown"
-    match rule, numbers:
-        case "adaptive", []:
+    match parse_threshold(options.threshold):
+        case "adaptive", _:
             return ThresholdTracker.adaptive(
                 options.quantile, over=options.over, warmup_epochs=options.warmup
             )
-        case "fixed", [t]:
-            return ThresholdTracker.fixed(t, normalize_rows=rows)
         case "step", [start, drop, every]:
             return ThresholdTracker.step(start, drop, int(every), normalize_rows=rows)
         case "cosine", [start, end]:
             return ThresholdTracker.cosine(start, end, options.epochs, normalize_rows=rows)
-    raise ValueError(
-        f"--threshold: got {options.threshold!r}, wanted adaptive, a cosine, "
-        "step:START,DROP,EVERY or cosine:START,END"
-    )
+        case _, [t]:
+            return ThresholdTracker.fixed(t, normalize_rows=rows)
+
+
+def parse_threshold(text: str) -> tuple[str, list[float]]:
+    """The rule in --threshold, and its numbers.
+
+    Raises:
+        ValueError: it is none of them, or has not its numbers.
+    """
+    rule, colon, rest = text.partition(":")
+    if not colon and rule != "adaptive":
+        rule, rest = "fixed", text
+    try:
+        numbers = [float(x) for x in rest.split(",")] if rule != "adaptive" or colon else []
+    except ValueError:
+        numbers = [math.nan]
+    if (rule, len(numbers)) not in RULES or not all(map(math.isfinite, numbers)):
+        raise ValueError(
+            f"--threshold: got {text!r}, wanted adaptive, a cosine, "
+            "step:START,DROP,EVERY or cosine:START,END"
+        )
+    if rule == "step" and not (numbers[2] >= 1 and numbers[2].is_integer()):
+        raise ValueError(f"--threshold: got {text!r}, wanted whole epochs for EVERY, 1 or more")
+    return rule, numbers
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuses a threshold that would train another loss than HEX, and nobody told.
+
+    Raises:
+        ValueError: it is no cosine in some epoch, or H is empty, or all there is, in all of them.
+    """
+    rule, numbers = parse_threshold(options.threshold)
+    if rule == "adaptive":
+        if options.warmup >= options.epochs:
+            raise ValueError(
+                f"--warmup: got {options.warmup} of {options.epochs} epochs, wanted fewer; H would "
+                "be empty in all of them, and HEX be InfoNCE"
+            )
+        return
+    if rule == "step":
+        start, drop, every = numbers
+        numbers = [start, start - drop * ((options.epochs - 1) // every)]
+    got = f"--threshold: got {options.threshold!r}"
+    least = 0 if options.normalize_rows else -1  # of what it is compared with; the greatest is 1
+    if not all(least <= t <= 1 for t in numbers):
+        among = f", {min(numbers):g} to {max(numbers):g}" if len(numbers) > 1 else ""
+        raise ValueError(f"{got}{among}, wanted a {NAMED[least]}, from {least} to 1")
+    if min(numbers) == 1:
+        raise ValueError(f"{got}: no {NAMED[least]} is above 1, so HEX would be InfoNCE")
+    if max(numbers) == least and options.variant == "released":
+        raise ValueError(f"{got}: all negatives are in H, which --variant released leaves out")
 
 
 def check_device(name: str) -> torch.device:
@@ -147,6 +189,20 @@ def positive(text: str) -> int:
     """For argparse: an integer of at least 1."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"got {number}, wanted at least 1")
+    return number
+
+
+def natural(text: str) -> int:
+    """For argparse: an integer of at least 0."""
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"got {number}, wanted at least 0")
+    return number
+
+
+def above_zero(text: str) -> float:
+    """For argparse: a finite number above 0."""
+    if not 0 < (number := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"got {number}, wanted a finite number above 0")
     return number
 
 

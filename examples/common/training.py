@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from common import checkpoint, data, encoder, evaluate
-from common.options import AMP, check_device, make_folder, make_parser
+from common.evaluate import Diverged
+from common.options import AMP, check, check_device, make_folder, make_parser
+from hex import ThresholdTracker
 
 ONE_CALL = "resume", "stop_after"  # options that a resumed run does not inherit
 console = Console(highlight=False)
@@ -73,7 +75,8 @@ class Method(nn.Module):
 
 
 def main(method: type[Method], arguments: list[str] | None = None, **defaults: object) -> int:
-    """A script; its exit status: 2 for what the user must mend, 130 after Ctrl-C.
+    """A script; its exit status: 2 for what the user must mend, 1 for a training that diverged,
+    130 after Ctrl-C.
 
     Args:
         defaults: the method's, for options that all have.
@@ -89,6 +92,9 @@ def main(method: type[Method], arguments: list[str] | None = None, **defaults: o
     except (UsageError, data.DataError, checkpoint.CheckpointError) as error:
         print(f"{script}.py: error: {error}", file=sys.stderr)
         return 2
+    except Diverged as error:
+        print(f"{script}.py: training diverged: {error}; {run.what_is_kept()}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         console.print(
             "interrupted before training" if run is None else run.how_to_go_on(), soft_wrap=True
@@ -206,6 +212,8 @@ class Run:
         for step, row in enumerate(table.tolist(), epoch * self.steps):
             for name, value in zip(names, row, strict=False):
                 log.add_scalar(f"train/{name}", value, step)
+        scaled = self.scaler.is_enabled()
+        check_finite(self.model, self.optimizer, epoch, table[:, 0].tolist(), self.images, scaled)
         means = dict(zip(names, table.mean(0).tolist(), strict=False))
         line = f"epoch {epoch + 1:3}  loss {means['loss']:.4f}"
         if math.isfinite(means.get("eps", math.inf)):
@@ -223,10 +231,13 @@ class Run:
         backbone = self.model.backbone
         return evaluate.features(backbone, self.images), evaluate.features(backbone, self.test)
 
-    def how_to_go_on(self) -> str:
+    def what_is_kept(self) -> str:
         epochs = checkpoint.load(self.file)["values"]["epoch"]
+        return f"{self.file} has the run as it was after {epochs} whole epochs"
+
+    def how_to_go_on(self) -> str:
         return (
-            f"interrupted; {self.file} has the run as it was after {epochs} whole epochs, the "
+            f"interrupted; {self.what_is_kept()}, the "
             f"steps since then are lost.\nTo go on: python {sys.argv[0]} --resume {self.folder}"
         )
 
@@ -276,6 +287,38 @@ def train_epoch(
         scheduler.step()
         method.after_step(scheduler.last_epoch, steps)
         yield loss.detach()
+
+
+def check_finite(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    losses: list[float],
+    images: data.Split,
+    scaled: bool = False,
+) -> None:
+    """Looks, when an epoch is over, at all that the next one or a checkpoint would start from.
+
+    Args:
+        model: has a `backbone`. epoch: counted from 0. losses: of the epoch's steps.
+        images: some of them are tried on the backbone.
+        scaled: by a GradScaler, which leaves out a step whose gradient is not finite: then a loss
+            that is not does no harm.
+
+    Raises:
+        Diverged: something there is not finite.
+    """
+    for step, loss in enumerate(losses, 1):
+        if not (math.isfinite(loss) or scaled):
+            raise Diverged(f"the loss of step {step} of epoch {epoch + 1} is {loss}")
+    state = [x for of in optimizer.state.values() for x in of.values() if isinstance(x, Tensor)]
+    for module in model.modules():
+        if not isinstance(module, ThresholdTracker):  # whose eps may be infinite
+            state += module.parameters(recurse=False)
+            state += module.buffers(recurse=False)
+    if not all(x.isfinite().all() for x in state):
+        raise Diverged(f"after epoch {epoch + 1} not all weights and moments are finite")
+    evaluate.features(model.backbone, images, batches=1)
 
 
 def schedule(
@@ -369,6 +412,7 @@ def parse(
     parser = parser_of(method, script, **defaults)
     options = parser.parse_args(arguments)
     if options.resume is None:
+        check(options)
         return options, None
     file = options.resume / "last.pt" if options.resume.is_dir() else options.resume
     state = checkpoint.load(file)
@@ -378,5 +422,9 @@ def parse(
     # what the command line does not say is as it was when the run began
     parser.set_defaults(**saved)
     options = parser.parse_args(arguments)
+    check(options)
+    for name in ("lr", "seed"):  # the checkpoint has what became of them
+        if (wanted := getattr(options, name)) != saved[name]:
+            raise ValueError(f"--{name}: got {wanted} with --resume, of a run with {saved[name]}")
     options.out = str(file.parent)
     return options, state

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from common import augment, data
 from common.options import AMP
-from common.training import parser_of, schedule, train_epoch
+from common.training import check_finite, parser_of, schedule, train_epoch
 from simclr import SimCLR
 from torch import Tensor, nn
 
@@ -120,7 +120,11 @@ def read_superclasses(path: Path, classes: list[str]) -> Tensor:
 
 
 def run(config: Config, images: Images, commit: str) -> dict[str, Any]:
-    """Trains and measures; the row. Warnings of the loss come through."""
+    """Trains and measures; the row. Warnings of the loss come through.
+
+    Raises:
+        Diverged: in training; there is no row.
+    """
     wall, cpu = time.time(), time.process_time()
     setup, device = config.setup, images.device
     train, held, test = images.splits(setup, config.seed)
@@ -181,9 +185,8 @@ def _train(model: SimCLR, images: data.MemorySplit, setup: Setup):
         table = torch.stack(
             [torch.stack([x.double() for x in (loss, *model.criterion.last)]) for loss in losses]
         )
+        check_finite(model, optimizer, epoch, table[:, 0].tolist(), images)
         means = table.mean(0).tolist()
-        if not math.isfinite(means[0]):
-            raise FloatingPointError(f"the mean loss of epoch {epoch + 1} is {means[0]}")
         values = zip(("loss", "eps", "hard", "share"), means, strict=True)
         yield {name: value if math.isfinite(value) else None for name, value in values}
 

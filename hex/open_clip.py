@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: MIT
+"""The HEX loss where open_clip has its ClipLoss: called as that is, with the same result's form.
+
+It imports nothing of open_clip. The mathematics is that of loss.py in mode "cross".
+"""
+
+import math
+
+from torch import Tensor
+
+from .functional import Variant, check_embeddings
+from .loss import HEXLoss
+from .threshold import ThresholdTracker
+
+__all__ = ["HEXClipLoss"]
+
+
+class HEXClipLoss(HEXLoss):
+    """The HEX loss of images and texts in place of open_clip's `ClipLoss`.
+
+    With c_ij the cosine of image i and text j, s the scale that the model learns, l = s c, and L_i
+    the rows of `HEXLoss` in mode "cross" (the positive of i is i, the others are negatives)::
+
+        loss = ( mean_i L_i(images against texts) + mean_i L_i(texts against images) ) / 2
+
+    With `threshold=None` that is ClipLoss. The logits are never stored.
+
+    In open_clip's releases put it in place of `create_loss(args)`; where there are tasks,
+    `CLIPTask(model, loss=HEXClipLoss())`, where create_task makes one.
+
+    Args:
+        threshold, beta, tau_plus, variant: as in `HEXLoss`.
+        gather_distributed: as in `HEXLoss`, but True by default, for ClipLoss gathers too: with
+            several ranks every rank computes the loss of all pairs, with the gradient that ClipLoss
+            has with gather_with_grad=True and local_loss=False. One process: no effect.
+
+    Shape:
+        image_features, text_features: (B, D), any scale: they are normalised here too.
+        logit_scale: one number or element, the inverse of the temperature. Result: 0-d.
+
+    Attributes:
+        threshold, last, statistics(), set_epoch(): as in `HEXLoss`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value, named in the text.
+
+    Example:
+        >>> import torch
+        >>> from hex.open_clip import HEXClipLoss
+        >>> loss = HEXClipLoss()
+        >>> model_out = {
+        ...     "image_features": torch.randn(256, 64, requires_grad=True),
+        ...     "text_features": torch.randn(256, 64, requires_grad=True),
+        ...     "logit_scale": torch.tensor(14.3),
+        ... }
+        >>> losses = loss(**model_out, output_dict=True)
+        >>> losses["contrastive_loss"].backward()
+
+    Source: Radford et al. 2021 (arXiv 2103.00020); Kokilepersaud et al., WACV 2025 (arXiv
+    2410.23200).
+    """
+
+    def __init__(
+        self,
+        *,
+        threshold: float | str | ThresholdTracker | None = "adaptive",
+        beta: float = 1.0,
+        tau_plus: float = 0.1,
+        variant: Variant = "paper",
+        gather_distributed: bool = True,
+    ) -> None:
+        super().__init__(
+            threshold=threshold,
+            beta=beta,
+            tau_plus=tau_plus,
+            variant=variant,
+            mode="cross",
+            gather_distributed=gather_distributed,
+        )
+
+    def forward(  # type: ignore[override]
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss of a batch, by itself or as {"contrastive_loss": loss}.
+
+        Args:
+            image_features, text_features: (B, D), pairs.
+            logit_scale: exp of the model's parameter; it gets its gradient.
+            logit_bias: None, or what a model with a bias gives. One number added to all logits
+                changes no softmax, so it has no part; its gradient is 0, as in ClipLoss, and not
+                missing, which DDP would refuse.
+            output_dict: whether a dict is wanted.
+        """
+        check_embeddings("image_features", image_features)
+        check_embeddings("text_features", text_features)
+        if image_features.dim() != 2:
+            raise ValueError(
+                f"image_features: got shape {tuple(image_features.shape)}, wanted (B, D)"
+            )
+        if text_features.shape != image_features.shape:
+            raise ValueError(
+                f"text_features: got shape {tuple(text_features.shape)}, wanted that of "
+                f"image_features, {tuple(image_features.shape)}"
+            )
+        if text_features.device != image_features.device:
+            raise ValueError(
+                f"text_features: got device {text_features.device}, wanted that of "
+                f"image_features, {image_features.device}"
+            )
+        value: Tensor = super().forward(
+            image_features, text_features, temperature=_inverse(logit_scale)
+        )
+        if isinstance(logit_bias, Tensor):
+            value = value + 0 * logit_bias.sum().to(value)
+        return {"contrastive_loss": value} if output_dict else value
+
+    def extra_repr(self) -> str:
+        return ", ".join(
+            part for part in super().extra_repr().split(", ")
+            if part.split("=")[0] not in ("temperature", "mode", "reduction")
+        )  # fmt: skip
+
+
+def _inverse(logit_scale: Tensor | float) -> Tensor | float:
+    """The temperature; 0-d if it is a tensor."""
+    if isinstance(logit_scale, Tensor):
+        if not logit_scale.is_floating_point():
+            raise TypeError(f"logit_scale: got {logit_scale.dtype}, wanted a floating dtype")
+        if logit_scale.numel() != 1:
+            raise ValueError(
+                f"logit_scale: got shape {tuple(logit_scale.shape)}, wanted one element"
+            )
+        return 1 / logit_scale.reshape(())
+    if isinstance(logit_scale, bool) or not isinstance(logit_scale, (int, float)):
+        raise TypeError(
+            f"logit_scale: got {type(logit_scale).__name__}, wanted a number or a tensor"
+        )
+    if not 0 < logit_scale < math.inf:
+        raise ValueError(f"logit_scale: got {logit_scale}, wanted a finite number > 0")
+    return 1 / logit_scale

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: MIT
+"""hex.open_clip: in place of ClipLoss, as open_clip's releases and its main call it."""
+
+import copy
+import inspect
+
+import conftest  # noqa: F401 (in a spawned process too: it lets torchvision be imported)
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hex import HEXLoss, ThresholdTracker
+from hex.open_clip import HEXClipLoss
+
+B, D = 37, 19
+# Of both losses in float64: logits of up to 25 in size, with a bias, and sums of B + D terms.
+ROUNDING = 2 * 25 * (B + D) * 2.0**-53
+
+
+def features(dtype=torch.float64) -> dict[str, Tensor]:
+    """What a model of open_clip gives, under the names that it has for it."""
+    generator = torch.Generator().manual_seed(0)
+    image, text = torch.randn(2, B, D, dtype=dtype, generator=generator)
+    return {
+        "image_features": F.normalize(image, dim=1).requires_grad_(),
+        "text_features": F.normalize(image + text, dim=1).requires_grad_(),
+        "logit_scale": torch.tensor(14.3, dtype=dtype, requires_grad=True),
+    }
+
+
+def release():
+    return pytest.importorskip("open_clip", exc_type=ImportError)
+
+
+@pytest.mark.parametrize("bias", [None, -10.0])
+@pytest.mark.parametrize("scale_shape", [(), (1,)])  # (1,): its models for FSDP
+def test_without_threshold_it_is_the_releases_clip_loss_and_its_gradients(bias, scale_shape):
+    theirs, ours, values = release().ClipLoss(), HEXClipLoss(threshold=None), []
+    given = features()
+    given["logit_scale"] = given["logit_scale"].detach().reshape(scale_shape).requires_grad_()
+    if bias is not None:
+        given["logit_bias"] = torch.tensor([bias], dtype=torch.float64, requires_grad=True)
+    leaves = list(given.values())
+    for name in ("image_features", "text_features"):  # its models normalise
+        given[name] = F.normalize(3 * given[name], dim=1)
+    for loss in (ours, theirs):
+        losses = loss(**given, output_dict=True)
+        assert list(losses) == ["contrastive_loss"] and losses["contrastive_loss"].dim() == 0
+        assert torch.equal(loss(**given), losses["contrastive_loss"])
+        gradients = torch.autograd.grad(sum(losses.values()), leaves, retain_graph=True)
+        values.append([losses["contrastive_loss"].detach(), *gradients])
+    for a, b in zip(*values, strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a, b, rtol=0, atol=ROUNDING)
+    if bias is not None:
+        assert values[0][-1] == 0
+
+
+def test_it_is_called_as_the_releases_clip_loss_is():
+    def arguments(loss):
+        return [(p.name, p.default) for p in inspect.signature(loss.forward).parameters.values()]
+
+    assert arguments(HEXClipLoss()) == arguments(release().ClipLoss())
+
+
+class Task(nn.Module):
+    """How open_clip's main (CLIPTask) takes a loss and calls it."""
+
+    def __init__(self, model: nn.Module, *, loss: nn.Module) -> None:
+        super().__init__()
+        self.trainable_module = model
+        self.loss = loss
+
+    def training_forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        model_out = self.trainable_module(image=batch["image"], text=batch["text"])
+        losses = self.loss(**model_out, output_dict=True)
+        losses["loss"] = sum(v for k, v in losses.items() if k.endswith("_loss"))
+        return losses
+
+
+class Model(nn.Module):
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.image, self.text = nn.Linear(12, D), nn.Linear(9, D)
+        self.logit_scale = nn.Parameter(torch.tensor(2.66))
+        self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if bias else None
+
+    def forward(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+        out = {
+            "image_features": F.normalize(self.image(image), dim=-1),
+            "text_features": F.normalize(self.text(text), dim=-1),
+            "logit_scale": self.logit_scale.exp(),
+        }
+        return out if self.logit_bias is None else out | {"logit_bias": self.logit_bias}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_task_of_open_clips_main_trains_with_it_and_every_parameter_has_a_gradient(bias):
+    torch.manual_seed(0)
+    tracker = ThresholdTracker.adaptive(0.9, over="negatives", momentum=0.5)
+    task = Task(Model(bias), loss=HEXClipLoss(threshold=tracker))
+    optimizer = torch.optim.SGD(task.parameters(), 0.05)
+    batch = {"image": torch.randn(B, 12), "text": torch.randn(B, 9)}
+    values = []
+    for epoch in range(8):
+        task.loss.set_epoch(epoch)
+        losses = task.training_forward(batch)
+        assert losses["loss"] == losses["contrastive_loss"]
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        assert all(p.grad is not None for p in task.parameters())
+        optimizer.step()
+        values.append(float(losses["loss"].detach()))
+    assert values[-1] < values[0]
+    assert task.loss.statistics()["hard"] > 0
+    assert int(tracker.updates) == 8
+    assert "loss.threshold.state" in task.state_dict()
+    twin = Task(Model(bias), loss=HEXClipLoss(threshold=copy.deepcopy(tracker)))
+    twin.load_state_dict(task.state_dict())
+    assert twin.training_forward(batch)["loss"] == task.training_forward(batch)["loss"]
+
+
+RANKS = 2
+
+
+def worker(rank: int, folder: str) -> None:
+    """The value of each loss on a rank's part of the pairs, and the gradients that DDP averages."""
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
+    clip = release().ClipLoss(gather_with_grad=True, rank=rank, world_size=RANKS)
+    found = []
+    for loss in (HEXClipLoss(threshold=None), clip):
+        torch.manual_seed(0)
+        model = nn.parallel.DistributedDataParallel(Model(bias=True).double())
+        image = torch.randn(RANKS, B, 12, dtype=torch.float64)[rank]
+        text = torch.randn(RANKS, B, 9, dtype=torch.float64)[rank]
+        value = loss(**model(image=image, text=text))
+        value.backward()
+        found.append([value.detach(), *(p.grad for p in model.parameters())])
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_have_the_value_and_gradients_of_clip_loss_that_gathers(tmp_path):
+    release()
+    mp.spawn(worker, (str(tmp_path),), nprocs=RANKS)
+    for rank in range(RANKS):
+        ours, theirs = torch.load(tmp_path / f"{rank}.pt")
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=RANKS * ROUNDING)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_it_is_hex_in_mode_cross_with_its_options_passed_on(dtype):
+    given = features(dtype)
+    options = {"threshold": 0.3, "beta": 0.5, "tau_plus": 0.2, "variant": "paper"}
+    wanted = HEXLoss(mode="cross", **options)(
+        given["image_features"], given["text_features"], temperature=1 / given["logit_scale"]
+    )
+    assert torch.equal(HEXClipLoss(**options)(**given), wanted)
+    released = HEXClipLoss(threshold=0.3, variant="released")(**given)
+    assert not torch.isclose(released, wanted)
+
+
+def test_a_scale_may_be_a_number():
+    given = features()
+    value = HEXClipLoss(threshold=None)(**given)
+    given["logit_scale"] = 14.3
+    torch.testing.assert_close(HEXClipLoss(threshold=None)(**given), value, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    "name, value, error, text",
+    [
+        ("image_features", "cat", TypeError, "image_features: got str"),
+        ("image_features", torch.zeros(4), ValueError, r"image_features: got shape \(4,\)"),
+        ("text_features", torch.zeros(B, D).int(), TypeError, "text_features: got torch.int32"),
+        ("text_features", torch.zeros(B, 3), ValueError, r"text_features: got shape \(37, 3\), wa"),
+        ("logit_scale", torch.ones(2), ValueError, r"logit_scale: got shape \(2,\), wanted one"),
+        ("logit_scale", torch.ones((), dtype=torch.int64), TypeError, "logit_scale: got torch.int"),
+        ("logit_scale", 0, ValueError, "logit_scale: got 0, wanted a finite number > 0"),
+        ("logit_scale", None, TypeError, "logit_scale: got NoneType, wanted a number"),
+    ],
+)
+def test_wrong_arguments_are_named_as_open_clip_names_them(name, value, error, text):
+    with pytest.raises(error, match=text):
+        HEXClipLoss()(**features() | {name: value})
+
+
+def test_options_that_clip_has_no_use_for_are_refused():
+    with pytest.raises(TypeError, match="mode"):
+        HEXClipLoss(mode="ntxent")
