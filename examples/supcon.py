@@ -44,8 +44,7 @@ class SupCon(training.Method):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    # A row's highest cosines are of its own class: only over the negatives is the quantile theirs.
-    return training.main(SupCon, arguments, over="negatives")
+    return training.main(SupCon, arguments)
 
 
 if __name__ == "__main__":

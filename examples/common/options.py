@@ -56,7 +56,7 @@ def make_parser(
         help="adaptive, a cosine such as 0.7, step:START,DROP,EVERY or cosine:START,END",
     )
     add("--quantile", type=fraction, default=0.99, help="of a row's cosines, for adaptive")
-    add("--over", choices=("all", "negatives"), default="all", help="the row for adaptive")
+    add("--over", choices=("all", "negatives"), default="negatives", help="the row for adaptive")
     add("--warmup", type=natural, default=0, help="epochs with H empty before adaptive")
     add("--normalize-rows", action="store_true", help="scale each row to [0, 1], for the others")
 
