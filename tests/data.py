@@ -7,8 +7,10 @@ Every batch is deterministic in its arguments, float64, and unnormalised (rows d
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +137,36 @@ def rows(
     eps = eps if isinstance(eps, Tensor) else f64(eps)
     tau = tau if isinstance(tau, Tensor) else f64(tau)
     return reference.loss_rows(z0, z1, negatives, eps, tau, mode, **options)[0]
+
+
+# ---- NaNs ----
+
+# bits of the type, of its mantissa
+_LAYOUT = {
+    torch.float64: (64, 52),
+    torch.float32: (32, 23),
+    torch.bfloat16: (16, 7),
+    torch.float16: (16, 10),
+}
+
+
+def _of_bits(bits: int, dtype: torch.dtype) -> Tensor:
+    """The number of these bits, which Python's own floats would not carry."""
+    size = _LAYOUT[dtype][0]
+    integer = {64: torch.int64, 32: torch.int32, 16: torch.int16}[size]
+    signed = bits - (1 << size) if bits >> (size - 1) else bits
+    return torch.tensor(signed, dtype=integer).view(dtype)
+
+
+def nans(dtype: torch.dtype, step: int = 1) -> Iterator[Tensor]:
+    """NaNs with every single bit of the payload, with it and the quiet one, with the lowest ones;
+    of both signs. step: every so many of them."""
+    size, mantissa = _LAYOUT[dtype]
+    infinite = (1 << (size - 1)) - (1 << mantissa)
+    payloads = {1 << k for k in range(mantissa)} | {(1 << k) - 1 for k in range(1, mantissa + 1)}
+    payloads |= {1 << (mantissa - 1) | 1 << k for k in range(mantissa - 1)}
+    signed = list(itertools.product((0, 1), sorted(payloads)))
+    for sign, payload in signed[::step]:
+        value = _of_bits(sign << (size - 1) | infinite | payload, dtype)
+        assert value.isnan()
+        yield value

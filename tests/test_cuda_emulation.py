@@ -19,7 +19,7 @@ from conftest import (
     eps_of_each_row,
     problem,
 )
-from data import KINDS, f64
+from data import KINDS, f64, nans
 from emulator import (
     HOPPER,
     ROUNDED,
@@ -404,6 +404,23 @@ def test_strides_and_mixed_dtypes_are_read_as_they_are(mma):
             )
         )
     )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_nan_of_any_bits_reaches_every_row_that_sees_it(mma, mode):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        p = problem("gauss", 6, 8, mode, dtype=dtype)
+        for n, nan in enumerate(nans(dtype, 17 if dtype == torch.float64 else 7)):
+            inputs = [z.clone() for z in p.inputs]
+            inputs[n % len(inputs)][2, ..., -1] = nan
+            c, positive, negative = reference.cosines(*(*inputs, None)[:3], mode)
+            wanted = (c.isnan() & negative).any(1) | positive.isnan()
+            inputs = [z.requires_grad_() for z in inputs]
+            rows = p.loss(*inputs)
+            rows.sum().backward()
+            assert torch.equal(rows.isnan(), wanted), (dtype, nan)
+            for i in range(6):
+                assert inputs[0].grad[i].isnan().all() or not wanted[i], (dtype, nan)
 
 
 def test_gradients_that_are_not_wanted_are_not_computed(mma):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from class_problems import HEX
 from conftest import without_kernels
-from data import f64
+from data import f64, nans
 
 from hex import (
     HEXCrossEntropyLoss,
@@ -26,36 +26,7 @@ from hex import (
 )
 from hex import reference_classes as classes
 
-# bits of the type, of its mantissa
-LAYOUT = {
-    torch.float64: (64, 52),
-    torch.float32: (32, 23),
-    torch.bfloat16: (16, 7),
-    torch.float16: (16, 10),
-}
-DTYPES = list(LAYOUT)
-
-
-def of_bits(bits, dtype):
-    """The number of these bits, which Python's own floats would not carry."""
-    size = LAYOUT[dtype][0]
-    integer = {64: torch.int64, 32: torch.int32, 16: torch.int16}[size]
-    signed = bits - (1 << size) if bits >> (size - 1) else bits
-    return torch.tensor(signed, dtype=integer).view(dtype)
-
-
-def nans(dtype, step=1):
-    """NaNs with every single bit of the payload, with it and the quiet one, with the lowest ones;
-    of both signs. step: every so many of them."""
-    size, mantissa = LAYOUT[dtype]
-    infinite = (1 << (size - 1)) - (1 << mantissa)
-    payloads = {1 << k for k in range(mantissa)} | {(1 << k) - 1 for k in range(1, mantissa + 1)}
-    payloads |= {1 << (mantissa - 1) | 1 << k for k in range(mantissa - 1)}
-    signed = list(itertools.product((0, 1), sorted(payloads)))
-    for sign, payload in signed[::step]:
-        value = of_bits(sign << (size - 1) | infinite | payload, dtype)
-        assert value.isnan()
-        yield value
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def batch(B, D, dtype, *others):
