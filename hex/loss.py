@@ -7,7 +7,7 @@ in threshold.py.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from .functional import (
     check_choice,
     check_options,
     check_temperature,
+    is_number,
     temperature_tensor,
 )
 from .threshold import ThresholdTracker
@@ -42,6 +43,8 @@ class Statistics(NamedTuple):
 
 class _Contrastive(nn.Module):
     """What HEXLoss and InfoNCELoss share: everything but where eps comes from."""
+
+    temperature: float | Tensor  # may be set later; each call checks it
 
     def __init__(
         self,
@@ -87,7 +90,7 @@ class _Contrastive(nn.Module):
             temperature: overrides the module's for this call (CLIP: `1 / logit_scale.exp()`).
         """
         batch = self._gathered(check_batch(z0, z1, negatives, self.mode))
-        tau = self.temperature if temperature is None else check_temperature(temperature)
+        tau = check_temperature(self.temperature if temperature is None else temperature)
         options: tuple[Any, ...] = (
             temperature_tensor(tau, z0),
             batch.mode,
@@ -115,6 +118,12 @@ class _Contrastive(nn.Module):
             value, hard, share = ops.loss(*batch.inputs, eps, *options)
         self._keep(batch.inputs, eps, hard, share)
         return value
+
+    def __prepare_scriptable__(self) -> None:  # called by torch.jit.script
+        raise NotImplementedError(
+            f"torch.jit.script cannot compile {type(self).__name__}; take torch.compile or "
+            "torch.export"
+        )
 
     def _gathered(self, batch: Batch) -> Batch:
         """With the rows of the other ranks, if they are wanted and there are any."""
@@ -222,7 +231,7 @@ class HEXLoss(_Contrastive):
     emerge in the embedding, eps falls.
 
     Args:
-        temperature: tau > 0; a 0-d Parameter is learned.
+        temperature: tau > 0; a Parameter of one element is learned.
         threshold: "adaptive"; a `ThresholdTracker` (quantile, warm-up, momentum, schedules); a
             number, a fixed cosine; or None, InfoNCE.
         beta: >= 0, how much more the closest members of H weigh.
@@ -263,7 +272,7 @@ class HEXLoss(_Contrastive):
         self,
         temperature: float | Tensor = 0.1,
         *,
-        threshold: float | str | ThresholdTracker | None = "adaptive",
+        threshold: float | Literal["adaptive"] | ThresholdTracker | None = "adaptive",
         beta: float = 1.0,
         tau_plus: float = 0.1,
         variant: Variant = "paper",
@@ -308,10 +317,10 @@ class HEXLoss(_Contrastive):
         """
         if groups is None and guide is None:
             return super().forward(z0, z1, negatives, temperature=temperature)
+        batch = check_batch(z0, z1, negatives, self.mode)
         if groups is not None and guide is not None:
             raise ValueError("groups, guide: got both, wanted one of them")
-        batch = check_batch(z0, z1, negatives, self.mode)
-        tau = self.temperature if temperature is None else check_temperature(temperature)
+        tau = check_temperature(self.temperature if temperature is None else temperature)
         given = None if groups is None else membership.check_groups(groups, batch)
         guiding = None if guide is None else membership.check_guide(guide, batch, self.mode)
         batch = self._gathered(batch)
@@ -383,7 +392,7 @@ def _tracker(threshold: float | str | ThresholdTracker | None) -> ThresholdTrack
         raise ValueError(
             f"threshold: got {threshold!r}, wanted 'adaptive', a number, a ThresholdTracker or None"
         )
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+    if not is_number(threshold):
         raise TypeError(
             f"threshold: got {type(threshold).__name__}, wanted 'adaptive', a number, "
             "a ThresholdTracker or None"

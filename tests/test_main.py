@@ -32,6 +32,14 @@ def test_it_reports_the_installation_and_that_every_kernel_is_right():
     assert done.stdout.endswith("All is right.\n")
 
 
+def test_a_reader_that_has_seen_enough_is_no_error():
+    read, write = os.pipe()
+    os.close(read)  # as of `python -m hex | head`, when head is done
+    with os.fdopen(write, "w") as out:
+        done = subprocess.run([sys.executable, "-m", "hex"], stdout=out, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_help_explains_the_exit_status(capsys):
     with pytest.raises(SystemExit, match="0"):
         main.main(["--help"])
