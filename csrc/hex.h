@@ -122,8 +122,9 @@ const char *hex_cpu_threshold(const hex_problem *p, double quantile, bool over_n
                               double *mean);
 const char *hex_cpu_adaptive(const hex_problem *p, hex_tracker *t, void *loss, void *stats);
 const char *hex_cpu_row_range(const hex_problem *p, void *low, void *high);
-/* How many cosines the forward of such shapes can leave for the backward to use again; 0: none. */
-int64_t hex_cpu_kept(const hex_problem *p);
+/* Room, in numbers, for the cosines that the forward of such shapes leaves for the backward to use
+ * again; *used: whether it leaves any. */
+int64_t hex_cpu_kept(const hex_problem *p, bool *used);
 
 /* Chooses the instruction set once: the best this CPU has, or what HEX_ISA asks for. Returns the
  * name in use and an explanation in *problem where HEX_ISA could not be followed (NULL name: it

@@ -259,16 +259,22 @@ static hex_dtype compute_dtype(const hex_problem *p) { return p->wide ? HEX_F64 
 
 /* ---- the operators ---- */
 
-/* The cosines for the backward as the next output: none if they are not wanted, too many, or the
- * core has no use for them. */
+/* Room for the cosines that are kept for the backward, in numbers; *used: whether they are. */
+static int64_t kept_room(const call *c, const hex_problem *p, bool *used)
+{
+    *used = false;
+    return hex_place_is_cuda(&c->place) ? 0 : hex_cpu_kept(p, used);
+}
+
+/* The cosines for the backward as the next output: none if they are not wanted. */
 static bool add_kept(call *c, hex_problem *p, bool wanted)
 {
-    const bool cpu = !hex_place_is_cuda(&c->place);
-    const int64_t n = wanted && cpu ? hex_cpu_kept(p) : 0;
+    bool used = false;
+    const int64_t n = wanted ? kept_room(c, p, &used) : 0;
     void *data;
     if (!add_output(c, 1, &n, compute_dtype(p), &data))
         return false;
-    p->kept = n ? data : NULL;
+    p->kept = used ? data : NULL;
     return true;
 }
 
@@ -359,11 +365,12 @@ void hex_backward_boxed(StableIValue *stack, uint64_t arguments, uint64_t output
             (rows > 0 && (stats.stride[0] != rows || (rows > 1 && stats.stride[1] != 1))))
             fail(&c, "stats: expected the contiguous (statistics, rows) tensor of the forward");
         g.stats = stats.data;
+        bool used;
+        const int64_t room = kept_room(&c, &p, &used);
         if (kept.dtype != compute_dtype(&p) || kept.dim != 1 ||
-            (kept.size[0] != 0 && (hex_place_is_cuda(&c.place) ||
-                                   kept.size[0] != hex_cpu_kept(&p) || kept.stride[0] != 1)))
+            (kept.size[0] != 0 && (kept.size[0] != room || (room > 1 && kept.stride[0] != 1))))
             fail(&c, "kept: expected the contiguous tensor of the forward");
-        p.kept = kept.size[0] ? (void *)kept.data : NULL;
+        p.kept = used && kept.size[0] ? (void *)kept.data : NULL;
         for (int k = 0; k < 3; k++) {
             int64_t size[3] = {k == 2 && p.mode != HEX_OWN ? p.K : p.B, p.D, 0};
             if (k == 2 && p.mode == HEX_OWN)

@@ -6,16 +6,15 @@ reference_classes.py where a device has no kernel for them. Arguments arrive che
 logits.py).
 """
 
-import inspect
 import math
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference_classes as reference
-from .ops import _on_one_device, _reduce, _register_vmap
+from ._calls import warn
+from .ops import _applied, _on_one_device, _reduce, _register_vmap, no_forward_mode
 
 __all__ = ["PAIRINGS", "POSITIVES", "labelled_loss", "labelled_row_range", "labelled_threshold",
            "logits_loss", "logits_row_range", "logits_threshold"]  # fmt: skip
@@ -141,6 +140,7 @@ def _second(loss: Any, reduction: int, needs: int, grad: Tensor, inputs: tuple[T
 
 class _Labelled(torch.autograd.Function):
     generate_vmap_rule = True
+    jvp = staticmethod(no_forward_mode)
 
     @staticmethod
     def forward(
@@ -166,7 +166,7 @@ class _Labelled(torch.autograd.Function):
         wanted = [ctx.needs_input_grad[i] for i in (0, 1, 10)]
         needs = sum(1 << k for k, w in enumerate(wanted) if w)
         function: Any = (
-            _LabelledGradient.apply if torch.is_grad_enabled() else _LabelledGradient.forward
+            _apply_labelled_gradient if torch.is_grad_enabled() else _LabelledGradient.forward
         )
         grads = function(grad, *ctx.saved_tensors, *ctx.options, needs)
         if ctx.options[0] == 0 and wanted[1]:  # y is not looked at
@@ -177,6 +177,7 @@ class _Labelled(torch.autograd.Function):
 
 class _LabelledGradient(torch.autograd.Function):
     generate_vmap_rule = True
+    jvp = staticmethod(no_forward_mode)
 
     @staticmethod
     def forward(
@@ -216,6 +217,7 @@ class _LabelledGradient(torch.autograd.Function):
 
 class _Logits(torch.autograd.Function):
     generate_vmap_rule = True
+    jvp = staticmethod(no_forward_mode)
 
     @staticmethod
     def forward(
@@ -239,7 +241,7 @@ class _Logits(torch.autograd.Function):
         wanted = [ctx.needs_input_grad[i] for i in (0, 4)]
         needs = sum(1 << k for k, w in enumerate(wanted) if w)
         function: Any = (
-            _LogitsGradient.apply if torch.is_grad_enabled() else _LogitsGradient.forward
+            _apply_logits_gradient if torch.is_grad_enabled() else _LogitsGradient.forward
         )
         grads = function(grad, *ctx.saved_tensors, *ctx.options, needs)
         dlogits, dtau = (g if w else None for g, w in zip(grads, wanted, strict=True))
@@ -248,6 +250,7 @@ class _Logits(torch.autograd.Function):
 
 class _LogitsGradient(torch.autograd.Function):
     generate_vmap_rule = True
+    jvp = staticmethod(no_forward_mode)
 
     @staticmethod
     def forward(
@@ -278,9 +281,9 @@ class _LogitsGradient(torch.autograd.Function):
         return dgrad, dlogits, None, None, dtau, *(None,) * 7
 
 
-_functions: tuple[Any, ...] = (_Labelled, _LabelledGradient, _Logits, _LogitsGradient)
-for _function in _functions:  # or apply() would work it out anew at each call, for 0.1 ms
-    _function.forward.__signature__ = inspect.signature(_function.forward)
+_apply_labelled, _apply_labelled_gradient, _apply_logits, _apply_logits_gradient = map(
+    _applied, (_Labelled, _LabelledGradient, _Logits, _LogitsGradient)
+)
 
 
 # ---- kernels, or the reference where there are none --------------------------------------------
@@ -294,12 +297,11 @@ def _has_kernel(z: Tensor) -> bool:
         return True
     if device not in _warned and not torch.compiler.is_compiling():
         _warned.add(device)
-        warnings.warn(
+        warn(
             "hex-ssl has no kernels for labels, groups, guides and logits on device "
             f"'{device}': the formulas run as plain PyTorch operators there, correct but with "
             "N x N memory",
             RuntimeWarning,
-            stacklevel=5,
         )
     return False
 
@@ -313,7 +315,7 @@ def labelled_loss(
     inputs = (x, y, ids, candidate_ids, mask, groups, candidate_groups, guide, candidate_guide, eps,
               tau)  # fmt: skip
     if _has_kernel(x):
-        value, stats = _Labelled.apply(  # type: ignore[no-untyped-call]
+        value, stats = _apply_labelled(
             *inputs, pairing, reduction, variant, positives, beta, tau_plus
         )
         return value, stats[_COUNT], stats[_SHARE]
@@ -370,7 +372,7 @@ def logits_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The reduced loss, and of each row |H| and the local term's share (no gradient)."""
     if _has_kernel(logits):
-        value, stats = _Logits.apply(  # type: ignore[no-untyped-call]
+        value, stats = _apply_logits(
             logits, target, score, eps, tau, given, reduction, variant, beta, tau_plus
         )
         return value, stats[_COUNT], stats[_SHARE]

@@ -35,7 +35,9 @@ def gather_constant(x: Tensor) -> Tensor:
     if not is_distributed():
         return x
     out = x.new_empty((dist.get_world_size() * x.shape[0], *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.detach().contiguous())
+    # torch renamed it, and 2.13 warns of the name that 2.10 has
+    gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(out, x.detach().contiguous())
     return out
 
 

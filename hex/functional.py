@@ -6,7 +6,8 @@ is left to ops.py: the kernels; to loss.py: modules, the threshold over training
 """
 
 import math
-from typing import Literal, NamedTuple, get_args
+import numbers
+from typing import Any, Literal, NamedTuple, TypeGuard, get_args
 
 import torch
 from torch import Tensor
@@ -57,8 +58,8 @@ def hex_loss(
             (B, K, D), K for each anchor. With negatives only z0 are anchors, and the negatives
             are the only ones; `mode` is not looked at.
         eps: threshold, a cosine: a number, a 0-d tensor, or one value a row, (N,).
-        temperature: tau > 0, a number or a 0-d tensor, which may require grad. A tensor <= 0 gives
-            NaN, for seeing it would wait for the device.
+        temperature: tau > 0, a number or a tensor of one element, which may require grad. A tensor
+            <= 0 gives NaN, for seeing it would wait for the device.
         beta: >= 0, how much more the closest members of H weigh.
         tau_plus: in [0, 1), the share of H expected to be false negatives.
         variant: "paper", the above; "released", what the authors' code computes (docs/math.md).
@@ -227,12 +228,19 @@ def check_batch(z0: Tensor, z1: Tensor, negatives: Tensor | None, mode: str) -> 
     return Batch((z0, z1, negatives), ops.MODES["own" if own else "shared"])
 
 
-def check_embeddings(name: str, z: Tensor) -> None:
+def check_embeddings(name: str, z: Any) -> None:
+    if isinstance(z, torch.fx.Proxy):
+        raise TypeError(
+            f"{name}: got a Proxy, and torch.fx.symbolic_trace cannot follow the checks of a loss; "
+            "make the loss a leaf module of the Tracer, or take torch.export or torch.compile"
+        )
     if not isinstance(z, Tensor):
         raise TypeError(f"{name}: got {type(z).__name__}, wanted a torch.Tensor")
     if z.dtype not in _DTYPES:
+        labels = z.dim() == 1 and not z.is_complex() and not z.is_floating_point()
         raise TypeError(
             f"{name}: got {z.dtype}, wanted torch.float64, float32, bfloat16 or float16"
+            + "; labels go to HEXSupConLoss, the target of logits to HEXCrossEntropyLoss" * labels
         )
     if z.layout != torch.strided:
         raise TypeError(f"{name}: got layout {z.layout}, wanted a dense tensor")
@@ -250,10 +258,15 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(map(repr, choices))}")
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Real, and no bool: Python's own, numpy's scalars, fractions."""
+    return isinstance(value, (float, int, numbers.Real)) and not isinstance(value, bool)
+
+
 def check_number(
     name: str, value: object, low: float, high: float, *, open_end: bool = False
 ) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted a number")
     if not (low <= value < high or (value == high and not open_end)):
         end = ")" if open_end else "]"
@@ -264,14 +277,14 @@ def check_temperature(temperature: float | Tensor) -> float | Tensor:
     if isinstance(temperature, Tensor):
         if not temperature.is_floating_point():
             raise TypeError(f"temperature: got {temperature.dtype}, wanted a floating dtype")
-        if temperature.dim():
+        if temperature.numel() != 1:
             raise ValueError(
-                f"temperature: got shape {tuple(temperature.shape)}, wanted a number or 0-d"
+                f"temperature: got shape {tuple(temperature.shape)}, wanted a number or one element"
             )
         return temperature
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+    if not is_number(temperature):
         raise TypeError(
-            f"temperature: got {type(temperature).__name__}, wanted a number or a 0-d tensor"
+            f"temperature: got {type(temperature).__name__}, wanted a number or a tensor"
         )
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: got {temperature}, wanted a finite number > 0")
@@ -281,19 +294,28 @@ def check_temperature(temperature: float | Tensor) -> float | Tensor:
 def temperature_tensor(temperature: float | Tensor, like: Tensor) -> Tensor:
     """tau as the operators take it: 0-d, float32 or float64, on the batch's device."""
     if not isinstance(temperature, Tensor):
-        return torch.full((), temperature, dtype=torch.float64, device=like.device)
+        return number_tensor(temperature, like.device)
     wide = temperature.dtype in (torch.float32, torch.float64)
+    if temperature.dim():  # (1,), say: sharded training wants one dimension
+        temperature = temperature.reshape(())
     return temperature.to(like.device, temperature.dtype if wide else torch.float32)
+
+
+def number_tensor(value: float, device: torch.device) -> Tensor:
+    """A Python number as the operators take it: 0-d float64."""
+    if torch.compiler.is_compiling():  # of full() it would make a graph for each value
+        return torch.ones((), dtype=torch.float64, device=device) * value
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 def eps_tensor(eps: float | Tensor, rows: int, device: torch.device) -> Tensor:
     """eps as the operators take it: float64, 0-d or (rows,), without gradient."""
     if not isinstance(eps, Tensor):
-        if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        if not is_number(eps):
             raise TypeError(f"eps: got {type(eps).__name__}, wanted a number or a tensor")
-        if math.isnan(eps):
+        if eps != eps:  # which torch.compile reads where it does not read math.isnan
             raise ValueError("eps: got nan, wanted a cosine")
-        return torch.full((), eps, dtype=torch.float64, device=device)
+        return number_tensor(float(eps), device)
     if not eps.is_floating_point():
         raise TypeError(f"eps: got {eps.dtype}, wanted a floating dtype")
     if eps.dim() and tuple(eps.shape) != (rows,):

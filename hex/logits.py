@@ -5,7 +5,7 @@ The function with eps given, the module, and the checks of their arguments. The 
 docs/math.md; the kernels behind class_ops.py.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -76,7 +76,7 @@ def hex_cross_entropy(
     target = _check(logits, target)
     check_options(beta, tau_plus, variant, reduction)
     tau = temperature_tensor(check_temperature(temperature), logits)
-    given = eps_tensor(eps, len(logits), logits.device)
+    given = eps_tensor(eps, logits.shape[0], logits.device)
     return _loss(logits, target, given, tau, reduction, variant, float(beta), float(tau_plus))[0]
 
 
@@ -120,7 +120,7 @@ class HEXCrossEntropyLoss(_Contrastive):
         self,
         temperature: float | Tensor,
         *,
-        threshold: float | str | ThresholdTracker | None = "adaptive",
+        threshold: float | Literal["adaptive"] | ThresholdTracker | None = "adaptive",
         self_column: bool = False,
         beta: float = 1.0,
         tau_plus: float = 0.1,
@@ -138,7 +138,7 @@ class HEXCrossEntropyLoss(_Contrastive):
     ) -> Tensor:
         """The loss of a batch; arguments, result and errors as in `hex_cross_entropy`."""
         target = _check(logits, target)
-        given = self.temperature if temperature is None else check_temperature(temperature)
+        given = check_temperature(self.temperature if temperature is None else temperature)
         tau = temperature_tensor(given, logits)
         eps = self._threshold(
             logits.device,

@@ -6,9 +6,8 @@ in threshold.py.
 """
 
 import math
-import numbers
 from collections.abc import Callable
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from .functional import (
     check_choice,
     check_options,
     check_temperature,
+    is_number,
     temperature_tensor,
 )
 from .threshold import ThresholdTracker
@@ -45,6 +45,8 @@ class Statistics(NamedTuple):
 
 class _Contrastive(nn.Module):
     """What HEXLoss and InfoNCELoss share: everything but where eps comes from."""
+
+    temperature: float | Tensor  # may be set later; each call checks it
 
     def __init__(
         self,
@@ -92,7 +94,7 @@ class _Contrastive(nn.Module):
             temperature: overrides the module's for this call (CLIP: `1 / logit_scale.exp()`).
         """
         batch = self._gathered(check_batch(z0, z1, negatives, self.mode))
-        given = self.temperature if temperature is None else check_temperature(temperature)
+        given = check_temperature(self.temperature if temperature is None else temperature)
         tau = temperature_tensor(given, z0)
         learner = *batch.inputs, tau
         options: tuple[Any, ...] = (
@@ -125,6 +127,12 @@ class _Contrastive(nn.Module):
             value, hard, share = ops.loss(*batch.inputs, eps, *options)
         self._keep(learner, value, eps, hard, share)
         return value
+
+    def __prepare_scriptable__(self) -> None:  # called by torch.jit.script
+        raise NotImplementedError(
+            f"torch.jit.script cannot compile {type(self).__name__}; take torch.compile or "
+            "torch.export"
+        )
 
     def _gathered(self, batch: Batch) -> Batch:
         """With the rows of the other ranks, if they are wanted and there are any."""
@@ -262,7 +270,7 @@ class HEXLoss(_Contrastive):
     emerge in the embedding, eps falls.
 
     Args:
-        temperature: tau > 0; a 0-d Parameter is learned.
+        temperature: tau > 0; a Parameter of one element is learned.
         threshold: "adaptive"; a `ThresholdTracker` (quantile, warm-up, momentum, schedules); a
             number, a fixed cosine; or None, InfoNCE.
         beta: >= 0, how much more the closest members of H weigh.
@@ -303,7 +311,7 @@ class HEXLoss(_Contrastive):
         self,
         temperature: float | Tensor = 0.1,
         *,
-        threshold: float | str | ThresholdTracker | None = "adaptive",
+        threshold: float | Literal["adaptive"] | ThresholdTracker | None = "adaptive",
         beta: float = 1.0,
         tau_plus: float = 0.1,
         variant: Variant = "paper",
@@ -348,10 +356,10 @@ class HEXLoss(_Contrastive):
         """
         if groups is None and guide is None:
             return super().forward(z0, z1, negatives, temperature=temperature)
+        batch = check_batch(z0, z1, negatives, self.mode)
         if groups is not None and guide is not None:
             raise ValueError("groups, guide: got both, wanted one of them")
-        batch = check_batch(z0, z1, negatives, self.mode)
-        tau = self.temperature if temperature is None else check_temperature(temperature)
+        tau = check_temperature(self.temperature if temperature is None else temperature)
         given = None if groups is None else membership.check_groups(groups, batch)
         guiding = None if guide is None else membership.check_guide(guide, batch, self.mode)
         batch = self._gathered(batch)
@@ -423,7 +431,7 @@ def _tracker(threshold: Any) -> ThresholdTracker | None:
         if threshold == "adaptive":
             return ThresholdTracker.adaptive()
         raise ValueError(f"threshold: got {threshold!r}, {wanted}")
-    if isinstance(threshold, bool) or not isinstance(threshold, numbers.Real):
+    if not is_number(threshold):
         raise TypeError(f"threshold: got {type(threshold).__name__}, {wanted}")
     if math.isnan(threshold):
         raise ValueError("threshold: got nan, wanted a cosine")

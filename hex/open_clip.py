@@ -5,6 +5,7 @@ It imports nothing of open_clip. The mathematics is that of loss.py in mode "cro
 """
 
 import math
+from typing import Literal
 
 from torch import Tensor
 
@@ -63,7 +64,7 @@ class HEXClipLoss(HEXLoss):
     def __init__(
         self,
         *,
-        threshold: float | str | ThresholdTracker | None = "adaptive",
+        threshold: float | Literal["adaptive"] | ThresholdTracker | None = "adaptive",
         beta: float = 1.0,
         tau_plus: float = 0.1,
         variant: Variant = "paper",

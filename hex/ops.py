@@ -7,7 +7,6 @@ kernel, and the second derivative everywhere. Arguments arrive checked (function
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._calls import warn
 from ._load import _C, cuda_problem
 
 __all__ = [
@@ -59,25 +59,24 @@ def _compute_dtype(z0: Tensor, z1: Tensor, negatives: Tensor, mode: int) -> torc
 
 
 def _kept_numbers(z0: Tensor, negatives: Tensor, mode: int, wide: bool) -> int:
-    """What the CPU's forward leaves for the backward: kept_numbers in csrc/cpu/pairs.inc."""
-    B, symmetric, shared = z0.shape[0], mode == MODES["ntxent"], mode == MODES["shared"]
+    """Room for what the CPU's forward leaves for the backward: kept_room in csrc/cpu/pairs.inc.
+
+    The sizes may be symbolic, and a branch on one would be a guard: so this bounds from above what
+    is used, by an expression that torch knows to be more than 0.
+    """
+    B = z0.shape[0]
     if z0.device.type not in ("cpu", "meta") or mode == MODES["own"]:
         return 0
-    rows, columns = (2 * B, 2 * B) if symmetric else (B, negatives.shape[0] if shared else B)
-    if B < 16 or columns < 192:
-        return 0
-    item, most = (8, 96) if wide else (4, 192)
-    if symmetric:
-        row_block = column_block = min(96 if rows <= 1024 else 192, most)
+    item, block = (8, 96) if wide else (4, 192)
+    tile = block * (block + 64 // item)
+    if mode == MODES["ntxent"]:
+        across = (2 * B + block - 1) // block
+        tiles = across * (across + 1) // 2
     else:
-        row_block, column_block = (
-            min(48 if rows <= 384 else 96 if rows <= 1536 else 192, most),
-            most,
-        )
-    down, across = -(-rows // row_block), -(-columns // column_block)
-    tiles = down * (down + 1) // 2 if symmetric else down * across
-    tile = row_block * (column_block + 64 // item)
-    return tiles * tile if tiles <= (24 << 20) // item // tile else 0
+        columns = negatives.shape[0] if mode == MODES["shared"] else B
+        tiles = ((B + block - 1) // block) * ((columns + block - 1) // block)
+    room: int = torch.sym_min(tiles * tile, (24 << 20) // item)  # type: ignore[no-untyped-call]
+    return room
 
 
 def _forward_fake(
@@ -177,8 +176,16 @@ for _name in ("forward", "adaptive", "backward", "threshold", "row_range"):
 # a word and torch.func.grad raises; here grad and vmap are right and jvp raises.
 
 
+def no_forward_mode(ctx: Any, *tangents: Any) -> Any:
+    raise NotImplementedError(
+        "hex-ssl: a loss has no forward-mode derivative (jvp, jacfwd, hessian, forward_ad); take "
+        "grad, vjp or jacrev, for a Hessian jacrev twice"
+    )
+
+
 class _Loss(torch.autograd.Function):
     generate_vmap_rule = True
+    jvp = staticmethod(no_forward_mode)
 
     @staticmethod
     def forward(
@@ -207,6 +214,8 @@ class _Loss(torch.autograd.Function):
 
 class _Adaptive(torch.autograd.Function):
     """The same where eps comes from the batch by way of a tracker's state: one call for all."""
+
+    jvp = staticmethod(no_forward_mode)
 
     @staticmethod
     def forward(  # every argument by its name: torch.compile counts them
@@ -243,7 +252,7 @@ def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     z0, z1, negatives, tau, stats, kept = ctx.saved_tensors
     wanted = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
     needs = sum(1 << k for k, w in enumerate(wanted) if w)
-    function: Any = _Gradient.apply if torch.is_grad_enabled() else _Gradient.forward
+    function: Any = _apply_gradient if torch.is_grad_enabled() else _Gradient.forward
     grads = function(grad, z0, z1, negatives, tau, stats, kept, *ctx.options, needs)
     return tuple(g if w else None for g, w in zip(grads, wanted, strict=True))
 
@@ -252,6 +261,7 @@ class _Gradient(torch.autograd.Function):
     """The gradient as a function of its own, so that it can be differentiated again."""
 
     generate_vmap_rule = True
+    jvp = staticmethod(no_forward_mode)
 
     @staticmethod
     def forward(
@@ -294,9 +304,24 @@ class _Gradient(torch.autograd.Function):
         return *pull(tuple(outer[k] for k in wanted)), *(None,) * 8
 
 
-_functions: tuple[Any, ...] = (_Loss, _Adaptive, _Gradient)
-for _function in _functions:  # or apply() would work it out anew at each call, for 0.1 ms
-    _function.forward.__signature__ = inspect.signature(_function.forward)
+def _applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply`, which torch.compile puts into its graph as it is.
+
+    Looked into, it would come out wrong: inside a func transform the compiler traces the operator
+    of `forward` alone, and the gradient is 0 without a word; elsewhere it refuses a tensor that is
+    passed twice. Autograd's own tracing, which comes after it, does both.
+    """
+    forward: Any = function.forward
+    forward.__signature__ = inspect.signature(forward)  # or worked out at each call, for 0.1 ms
+
+    def apply(*arguments: Any) -> Any:
+        return function.apply(*arguments)  # type: ignore[no-untyped-call]
+
+    applied: Callable[..., Any] = torch.compiler.allow_in_graph(apply)  # type: ignore[no-untyped-call]
+    return applied
+
+
+_apply_loss, _apply_adaptive, _apply_gradient = map(_applied, (_Loss, _Adaptive, _Gradient))
 
 
 def _reduce(rows: Tensor, reduction: int) -> Tensor:
@@ -332,23 +357,12 @@ def _has_kernel(z: Tensor, op: str = "") -> bool:
         device, why = f"cuda:{z.device.index}", f" ({problem})"
     if device not in _warned and not torch.compiler.is_compiling():
         _warned.add(device)
-        warnings.warn(
+        warn(
             f"hex-ssl has no kernels for device '{device}'{why}: its formulas run as plain PyTorch "
             "operators there, correct but with N x N memory",
             RuntimeWarning,
-            stacklevel=4,
         )
     return False
-
-
-def _leave_graph_in_transforms() -> None:
-    """Has func transforms inside a compiled region run uncompiled: the compiler would trace the
-    operator there and not its autograd.Function, and the gradient would be zero without a word."""
-    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        torch._dynamo.graph_break(
-            msg="hex-ssl: a loss under torch.func inside torch.compile is not compiled; compile "
-            "without fullgraph=True, or what is around it"
-        )
 
 
 def _mode(z: Tensor, mode: int) -> int:
@@ -361,24 +375,18 @@ def loss(
     mode: int, reduction: int, variant: int, beta: float, tau_plus: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The reduced loss, and of each row |H| and the local term's share (no gradient)."""
-    _leave_graph_in_transforms()
     if _has_kernel(z0, "forward"):
         if eps.device != z0.device:  # of a tracker that was not moved: right, though it waits
             eps = eps.to(z0.device)
-        value, stats, _ = _Loss.apply(  # type: ignore[no-untyped-call]
-            z0, _another(z0, z1), negatives, eps, tau, _mode(z0, mode), reduction, variant, beta,
-            tau_plus, _learns(z0, z1, negatives),
+        value, stats, _ = _apply_loss(
+            z0, z1, negatives, eps, tau, _mode(z0, mode), reduction, variant, beta, tau_plus,
+            _learns(z0, z1, negatives),
         )  # fmt: skip
         return value, stats[_COUNT], stats[_SHARE]
     rows, hard, share = reference.loss_rows(
         z0, z1, negatives, eps, tau, mode, beta, tau_plus, variant
     )
     return _reduce(rows, reduction), hard, share
-
-
-def _another(z0: Tensor, z1: Tensor) -> Tensor:
-    """z1 as a tensor of its own: the compiler refuses one that is passed twice."""
-    return z1.view(z1.shape) if z1 is z0 else z1
 
 
 def _learns(*inputs: Tensor) -> bool:
@@ -393,8 +401,8 @@ def adaptive_loss(
     each row, eps and the tracker's new state. Arguments: those of torch.ops.hex.adaptive but the
     last."""
     keep = _learns(z0, z1, negatives)
-    value, stats, eps, state, _ = _Adaptive.apply(  # type: ignore[no-untyped-call]
-        z0, _another(z0, z1), negatives, state, tau, _mode(z0, mode), *options, keep
+    value, stats, eps, state, _ = _apply_adaptive(
+        z0, z1, negatives, state, tau, _mode(z0, mode), *options, keep
     )
     return value, stats[_COUNT], stats[_SHARE], eps, state
 

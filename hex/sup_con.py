@@ -66,8 +66,10 @@ def hex_sup_con(
             are flattened. dtypes, strides and scale as in `hex_loss`.
         labels: (B,), or (N,), integers: rows of one label are positives of each other. None: the
             views of an image are.
-        mask: (B, B), or (N, N): positives of row i are the columns that are not 0, in all views;
-            it may be asymmetric. With labels given: ValueError.
+        mask: (B, B), or (N, N): positives of row i are the columns of 1, in all views; it may be
+            asymmetric. bool, or a number type with values 0 and 1: others are refused on the CPU;
+            elsewhere they are not looked at, which would wait for the device, and what is not 0
+            counts as 1. With labels given: ValueError.
         eps: threshold, a cosine: a number, 0-d, or (N,); not wanted with groups.
         groups: (B,), or (N,), integers: H(i) is given, the negatives of i's group.
         guide: of the shape of features but for D: H(i) is decided on its cosines.
@@ -100,7 +102,7 @@ def hex_sup_con(
     check_base(base_temperature)
     if (eps is None) != (groups is not None):
         raise ValueError("eps: wanted a threshold, or groups in its place, and not both")
-    given = unknown_eps(rows.x) if eps is None else eps_tensor(eps, len(rows.x), rows.x.device)
+    given = unknown_eps(rows.x) if eps is None else eps_tensor(eps, rows.x.shape[0], rows.x.device)
     return _loss(
         rows, given, temperature_tensor(check_temperature(temperature), rows.x), reduction, variant,
         positives, float(beta), float(tau_plus), base_temperature,
@@ -145,7 +147,7 @@ class HEXSupConLoss(_Contrastive):
         self,
         temperature: float | Tensor = 0.1,
         *,
-        threshold: float | str | ThresholdTracker | None = "adaptive",
+        threshold: float | Literal["adaptive"] | ThresholdTracker | None = "adaptive",
         beta: float = 1.0,
         tau_plus: float = 0.1,
         variant: Variant = "paper",
@@ -161,7 +163,7 @@ class HEXSupConLoss(_Contrastive):
             temperature, tracker, beta, tau_plus, variant, "ntxent", reduction, gather_distributed
         )
         self.positives: Positives = positives
-        self.base_temperature = base_temperature
+        self.base_temperature = None if base_temperature is None else float(base_temperature)
 
     def forward(
         self,
@@ -183,7 +185,7 @@ class HEXSupConLoss(_Contrastive):
                 )
             if distributed.is_distributed():
                 rows = _gathered(features, labels, groups, guide)
-        chosen = self.temperature if temperature is None else check_temperature(temperature)
+        chosen = check_temperature(self.temperature if temperature is None else temperature)
         tau = temperature_tensor(chosen, rows.x)
         eps = unknown_eps(rows.x) if groups is not None else self._measured(rows, tau)
         value, hard, share = _loss(
@@ -199,8 +201,8 @@ class HEXSupConLoss(_Contrastive):
         return self._threshold(
             seen.device,
             (rows.x, tau),
-            len(seen),
-            len(seen),
+            seen.shape[0],
+            seen.shape[0],
             True,
             lambda quantile, over: class_ops.labelled_threshold(*pairs, quantile, over),
             lambda: class_ops.labelled_row_range(*pairs),
@@ -296,13 +298,27 @@ def _check_mask(mask: Any, images: int, device: torch.device) -> Tensor:
         raise TypeError(f"mask: got {mask.dtype}, {mask.layout}, wanted bool or real, dense")
     if tuple(mask.shape) != (images, images):
         raise ValueError(f"mask: got shape {tuple(mask.shape)}, wanted ({images}, {images})")
-    return mask.to(device) != 0
+    positive = mask != 0
+    if mask.dtype != torch.bool and _readable(mask) and not torch.equal(positive.to(mask), mask):
+        raise ValueError(
+            "mask: got values other than 0 and 1, wanted which rows are positives; there are no "
+            "weights, so decide with mask > t"
+        )
+    return positive.to(device)
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether its values are at hand: on the CPU, and not in a trace or a transform."""
+    return (
+        x.is_cpu
+        and type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
 
 
 def _view_major(z: Tensor) -> Tensor:
-    if z.dim() == 2:
-        return z
-    return z.flatten(2).transpose(0, 1).flatten(0, 1)
+    return z if z.dim() == 2 else z.flatten(2).transpose(0, 1).flatten(0, 1)
 
 
 def _loss(
@@ -318,5 +334,5 @@ def _loss(
         class_ops.POSITIVES[positives], beta, tau_plus,
     )  # fmt: skip
     if base_temperature is not None:
-        value = value * (tau / base_temperature).to(value)
+        value = value * (tau / float(base_temperature)).to(value)
     return value, hard, share

@@ -5,6 +5,8 @@ The processes are real (gloo, on the CPU); each test compares parameters' gradie
 averaged, with those of one process. NCCL is the same code and was not tried.
 """
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -58,6 +60,7 @@ def step(model: nn.Module, part: slice, case: str) -> list[Tensor]:
 
 
 def worker(rank: int, folder: str) -> None:
+    warnings.simplefilter("error", FutureWarning)  # torch's, of a name that it will drop
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)

@@ -7,15 +7,31 @@ tests.
 """
 
 import ast
+import fractions
 import inspect
 import math
 import traceback
 
+import numpy as np
 import pytest
 import torch
 from conftest import problem
+from torch import nn
 
-from hex import HEXLoss, InfoNCELoss, batch_threshold, functional, hex_loss, info_nce, loss
+from hex import (
+    HEXCrossEntropyLoss,
+    HEXLoss,
+    HEXSupConLoss,
+    InfoNCELoss,
+    ThresholdTracker,
+    batch_threshold,
+    functional,
+    hex_loss,
+    info_nce,
+    loss,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
 Z = torch.ones(4, 3)
 ERRORS = (
@@ -32,6 +48,33 @@ ERRORS = (
         lambda: info_nce(Z, Z.to_sparse()),
         TypeError,
         "z1: got layout torch.sparse_coo, wanted a dense tensor",
+    ),
+    *(
+        (
+            call,
+            TypeError,
+            f"{name}: got torch.int64, wanted torch.float64, float32, bfloat16 or float16; labels "
+            "go to HEXSupConLoss, the target of logits to HEXCrossEntropyLoss",
+        )
+        for name, call in (
+            ("z1", lambda: HEXLoss()(Z, torch.arange(4))),
+            ("z1", lambda: HEXLoss()(Z[:, None], torch.arange(4))),
+            ("negatives", lambda: InfoNCELoss()(Z, Z, torch.arange(4))),
+        )
+    ),
+    *(
+        (
+            lambda make=make: torch.fx.symbolic_trace(make()),
+            TypeError,
+            f"{name}: got a Proxy, and torch.fx.symbolic_trace cannot follow the checks of a loss; "
+            "make the loss a leaf module of the Tracer, or take torch.export or torch.compile",
+        )
+        for name, make in (("z0", HEXLoss), ("z0", InfoNCELoss), ("features", HEXSupConLoss))
+    ),
+    (
+        lambda: torch.jit.script(nn.Sequential(InfoNCELoss())),
+        NotImplementedError,
+        "torch.jit.script cannot compile InfoNCELoss; take torch.compile or torch.export",
     ),
     (lambda: InfoNCELoss()(Z[0], Z[0]), ValueError, "z0: got shape (3,), wanted (B, D)"),
     (
@@ -106,14 +149,14 @@ ERRORS = (
         "temperature: got torch.int64, wanted a floating dtype",
     ),
     (
-        lambda: InfoNCELoss(torch.ones(1)),
+        lambda: InfoNCELoss(torch.ones(2)),
         ValueError,
-        "temperature: got shape (1,), wanted a number or 0-d",
+        "temperature: got shape (2,), wanted a number or one element",
     ),
     (
         lambda: InfoNCELoss("0.1"),
         TypeError,
-        "temperature: got str, wanted a number or a 0-d tensor",
+        "temperature: got str, wanted a number or a tensor",
     ),
     (lambda: HEXLoss(0), ValueError, "temperature: got 0, wanted a finite number > 0"),
     (
@@ -199,3 +242,79 @@ def test_a_refused_call_changes_nothing():
     with pytest.raises(ValueError):
         module(z0, z1, temperature=-1)
     assert (str(module.state_dict()), module.last) == (before, last)
+
+
+LABELS = torch.arange(4)
+MODULES = {
+    "HEXLoss": lambda module: module(Z, Z),
+    "InfoNCELoss": lambda module: module(Z, Z),
+    "groups": lambda module: module(Z, Z, groups=LABELS),
+    "HEXSupConLoss": lambda module: module(Z, LABELS),
+    "HEXCrossEntropyLoss": lambda module: module(torch.eye(4), LABELS),
+}
+
+
+def made(name: str, temperature) -> nn.Module:
+    kinds = {c.__name__: c for c in (InfoNCELoss, HEXSupConLoss, HEXCrossEntropyLoss)}
+    return kinds.get(name, HEXLoss)(temperature)
+
+
+@pytest.mark.filterwarnings("ignore:ThresholdTracker")
+@pytest.mark.parametrize("name", MODULES)
+def test_a_temperature_that_is_set_later_is_checked_at_the_next_call(name):
+    module = made(name, 0.1)
+    for value in (0, -1.0, math.nan, math.inf):
+        module.temperature = value
+        with pytest.raises(ValueError, match=f"^temperature: got {value}, wanted a finite number"):
+            MODULES[name](module)
+    module.temperature = "0.1"
+    with pytest.raises(TypeError, match="^temperature: got str, wanted a number or a tensor"):
+        MODULES[name](module)
+    module.temperature = 0.2
+    assert torch.equal(MODULES[name](module), MODULES[name](made(name, 0.2)))
+
+
+@pytest.mark.filterwarnings("ignore:ThresholdTracker")
+@pytest.mark.parametrize("name", MODULES)
+def test_a_temperature_may_be_any_tensor_of_one_element_whose_gradient_has_its_shape(name):
+    scalar = nn.Parameter(torch.tensor(0.3))
+    expected = MODULES[name](made(name, scalar))
+    expected.backward()
+    for shape in ((1,), (1, 1)):
+        tau = nn.Parameter(torch.full(shape, 0.3))
+        value = MODULES[name](made(name, tau))
+        value.backward()
+        assert torch.equal(value, expected)
+        assert torch.equal(tau.grad, scalar.grad.reshape(shape))
+
+
+@pytest.mark.filterwarnings("ignore:ThresholdTracker")
+@pytest.mark.parametrize("kind", (np.float32, np.float64, np.float16, np.int64, fractions.Fraction))
+def test_a_number_may_be_any_real_one(kind):
+    one, zero = kind(1), kind(0)
+    z0, z1 = (z.float() for z in problem("cluster", 83, 7).inputs)
+    ours = HEXLoss(one, threshold=zero, beta=one, tau_plus=zero)(z0, z1)
+    assert torch.equal(ours, HEXLoss(1.0, threshold=0.0, tau_plus=0.0)(z0, z1))
+    function = hex_loss(z0, z1, eps=zero, temperature=one, beta=one, tau_plus=zero)
+    assert torch.equal(ours, function)
+    assert torch.equal(InfoNCELoss()(z0, z1, temperature=one), info_nce(z0, z1, temperature=1.0))
+    assert torch.equal(batch_threshold(z0, z1, quantile=one), batch_threshold(z0, z1, quantile=1))
+    based = HEXSupConLoss(one, threshold=zero, base_temperature=one)
+    labels = torch.arange(83) % 7
+    assert torch.equal(based(z0, labels), HEXSupConLoss(1.0, threshold=0.0)(z0, labels))
+    for tracker in (ThresholdTracker.adaptive(one, momentum=zero), ThresholdTracker.fixed(one)):
+        assert HEXLoss(threshold=tracker)(z0, z1).isfinite()
+
+
+@pytest.mark.parametrize("value", (True, np.bool_(True), "0.1", None, 1j))
+def test_what_is_no_real_number_is_none(value):
+    for call in (
+        lambda: HEXLoss(beta=value),
+        lambda: HEXLoss(value),
+        lambda: hex_loss(Z, Z, eps=value),
+        lambda: batch_threshold(Z, Z, quantile=value),
+        lambda: HEXLoss(threshold=[value]),
+        lambda: HEXSupConLoss(base_temperature=[value]),
+    ):
+        with pytest.raises(TypeError, match="^[a-z_]+: got "):
+            call()

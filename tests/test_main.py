@@ -49,6 +49,14 @@ def test_a_level_that_was_asked_for_and_is_not_there_is_named_with_the_reason():
             assert f"{asked.replace(' = ', '=')}; using {used}" in done.stderr
 
 
+def test_a_reader_that_has_seen_enough_is_no_error():
+    read, write = os.pipe()
+    os.close(read)  # as of `python -m hex | head`, when head is done
+    with os.fdopen(write, "w") as out:
+        done = subprocess.run([sys.executable, "-m", "hex"], stdout=out, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_help_explains_the_exit_status(capsys):
     with pytest.raises(SystemExit, match="0"):
         main.main(["--help"])

@@ -89,7 +89,8 @@ def test_labels_ids_and_a_mask_are_ways_to_say_the_same():
     mask = LABELS[:, None] == LABELS
     by_labels = hex_sup_con(x, LABELS, eps=0.3, reduction="none")
     assert torch.equal(hex_sup_con(x, mask=mask, eps=0.3, reduction="none"), by_labels)
-    assert torch.equal(hex_sup_con(x, mask=3.0 * mask, eps=0.3, reduction="none"), by_labels)
+    for kind in (torch.float32, torch.float16, torch.int64, torch.uint8):
+        assert torch.equal(hex_sup_con(x, mask=mask.to(kind), eps=0.3, reduction="none"), by_labels)
     rows = x.transpose(0, 1).flatten(0, 1)
     assert torch.equal(hex_sup_con(rows, LABELS.repeat(3), eps=0.3, reduction="none"), by_labels)
     eye = torch.eye(B)
@@ -413,6 +414,10 @@ ERRORS = [
     (dict(labels=[1, 2, 3, 4]), TypeError, "labels: got list, wanted a torch.Tensor"),
     (dict(mask=torch.ones(4)), ValueError, "mask: got shape (4,), wanted (4, 4)"),
     (dict(mask=[[1]]), TypeError, "mask: got list, wanted a torch.Tensor"),
+    *(
+        (dict(mask=mask), ValueError, "mask: got values other than 0 and 1, wanted which rows are")
+        for mask in (torch.eye(4) / 2, -torch.eye(4), 2 * torch.eye(4).int(), torch.eye(4) / 0)
+    ),
     (dict(labels=torch.ones(4).int(), mask=torch.eye(4)), ValueError, "labels, mask: got both"),
     (dict(groups=torch.ones(5).int()), ValueError, "groups: got shape (5,), wanted (4,)"),
     (dict(groups=torch.ones(4).int(), guide=X), ValueError, "groups, guide: got both"),

@@ -13,7 +13,9 @@ import pytest
 import torch
 from conftest import DTYPES, Problem, problem
 from data import MODES, f64
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 
 from hex import (
@@ -133,11 +135,28 @@ def test_vmap_of_the_threshold_is_that_of_each_batch():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, on its first use of this mode
 def test_forward_mode_is_refused_and_never_silently_zero():
     z0, z1 = problem("cluster", 9, 5).inputs
-    with pytest.raises(NotImplementedError):
-        torch.func.jvp(lambda z: hex_loss(z, z1, eps=0.2), (z0,), (torch.ones_like(z0),))
-    with pytest.raises(NotImplementedError), torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(z0, torch.ones_like(z0))
-        hex_loss(dual, z1, eps=0.2)
+    labels = torch.arange(9) % 3
+    for loss in (
+        lambda z: hex_loss(z, z1, eps=0.2),
+        HEXLoss(threshold=ThresholdTracker.adaptive(over="negatives")),
+        lambda z: HEXSupConLoss(threshold=0.2)(z, labels),
+        lambda z: hex_cross_entropy(z, labels, eps=0.2, temperature=0.5),
+    ):
+        loss = (lambda z, m=loss: m(z, z1)) if isinstance(loss, HEXLoss) else loss
+        refused = (
+            "^hex-ssl: a loss has no forward-mode derivative .jvp, .*; take grad, vjp or jacrev"
+        )
+        with pytest.raises(NotImplementedError, match=refused):
+            torch.func.jvp(loss, (z0,), (torch.ones_like(z0),))
+        with pytest.raises(NotImplementedError, match=refused):
+            torch.func.jacfwd(loss)(z0)
+        with pytest.raises(NotImplementedError, match=refused):
+            torch.func.hessian(loss)(z0)
+        with (
+            pytest.raises(NotImplementedError, match=refused),
+            torch.autograd.forward_ad.dual_level(),
+        ):
+            loss(torch.autograd.forward_ad.make_dual(z0, torch.ones_like(z0)))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -210,17 +229,16 @@ def test_compiles_once_whatever_the_threshold_and_temperature_and_equals_eager()
 def test_a_compiled_adaptive_step_has_one_operator():
     called = []
 
-    def backend(graph, _):
-        called.extend(
-            str(node.target) for part in graph.modules() if isinstance(part, torch.fx.GraphModule)
-            for node in part.graph.nodes if str(node.target).startswith("hex.")
-        )  # fmt: skip
-        return graph
+    def compiler(graph, _):
+        called.extend(str(n.target) for n in graph.graph.nodes if str(n.target).startswith("hex."))
+        return make_boxed_func(graph)
 
     module = HEXLoss()
     z0, z1 = batches(1)[0]
-    a_step(torch.compile(module, fullgraph=True, backend=backend), z0, z1)
-    assert sorted(called) == ["hex.adaptive", "hex.backward"]
+    a_step(
+        torch.compile(module, fullgraph=True, backend=aot_autograd(fw_compiler=compiler)), z0, z1
+    )
+    assert called == ["hex.adaptive.default", "hex.backward.default"]
 
 
 def of_logits(a: Tensor, b: Tensor) -> Tensor:
@@ -229,32 +247,23 @@ def of_logits(a: Tensor, b: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("module", "loss", "in_one_graph"),
+    ("module", "loss"),
     (
-        (HEXLoss(), None, False),
-        (HEXLoss(threshold=0.2), None, False),
-        (HEXSupConLoss(), lambda module, a, b: module(torch.stack((a, b), 1)), True),
-        (None, lambda _, a, b: hex_loss(a, b, eps=0.2), False),
-        (None, lambda _, a, b: of_logits(a, b), True),
+        (HEXLoss(), None),
+        (HEXLoss(threshold=0.2), None),
+        (HEXSupConLoss(), lambda module, a, b: module(torch.stack((a, b), 1))),
+        (None, lambda _, a, b: hex_loss(a, b, eps=0.2)),
+        (None, lambda _, a, b: of_logits(a, b)),
     ),
     ids=("adaptive", "fixed", "sup_con", "function", "logits"),
 )
-def test_a_transform_inside_a_compiled_function_is_right_and_leaves_nothing(
-    module, loss, in_one_graph
-):
+def test_a_transform_inside_a_compiled_function_is_in_its_graph_and_leaves_nothing(module, loss):
     z0, z1 = batches(1)[0]
     inside = torch.func.grad(lambda a, b: loss(module, a, b) if loss else module(a, b))
-    expected, got = inside(z0, z1), torch.compile(inside, backend="aot_eager")(z0, z1)
+    expected = inside(z0, z1)
+    got = torch.compile(inside, backend="aot_eager", fullgraph=True)(z0, z1)
     assert expected.abs().max() > 0
     assert torch.equal(got, expected)
-    assert module is None or module.last is None
-    torch._dynamo.reset()  # or it would remember that this function is not to be compiled
-    whole = torch.compile(inside, backend="aot_eager", fullgraph=True)
-    if in_one_graph:
-        assert torch.equal(whole(z0, z1), expected)
-    else:
-        with pytest.raises(torch._dynamo.exc.Unsupported, match="hex-ssl: a loss under torch.func"):
-            whole(z0, z1)
     assert module is None or module.last is None
 
 

@@ -31,7 +31,7 @@ typedef struct {
     const char *(*adaptive)(const hex_problem *, hex_tracker *, void *, void *);
     const char *(*threshold)(const hex_problem *, double, bool, double *);
     const char *(*row_range)(const hex_problem *, void *, void *);
-    int64_t (*kept)(const hex_problem *);
+    int64_t (*kept)(const hex_problem *, bool *);
     const char *(*labelled_forward)(const hex_labelled *, void *, void *);
     const char *(*labelled_backward)(const hex_labelled *, const hex_row_gradient *);
     const char *(*labelled_threshold)(const hex_labelled *, double, bool, double *);

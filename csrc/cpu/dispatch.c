@@ -99,7 +99,7 @@ const char *hex_cpu_row_range(const hex_problem *p, void *low, void *high)
     return entry[p->wide]->row_range(p, low, high);
 }
 
-int64_t hex_cpu_kept(const hex_problem *p) { return entry[p->wide]->kept(p); }
+int64_t hex_cpu_kept(const hex_problem *p, bool *used) { return entry[p->wide]->kept(p, used); }
 
 const char *hex_cpu_labelled_forward(const hex_labelled *p, void *loss, void *stats)
 {

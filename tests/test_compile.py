@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: MIT
+"""Every loss under torch.compile: inside and around func transforms, at sizes that change, with
+Python numbers that change, and with one tensor as several arguments.
+
+What is compared: the compiled call with the plain one. The same kernels do both, so in float64 they
+may differ by what the order of torch's own operators around them makes of a rounding error.
+test_transforms.py has what a module keeps over compiled steps.
+"""
+
+import pytest
+import torch
+from data import MODES, f64
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from hex import (
+    HEXCrossEntropyLoss,
+    HEXLoss,
+    HEXSupConLoss,
+    InfoNCELoss,
+    ThresholdTracker,
+    hex_cross_entropy,
+    hex_loss,
+    hex_sup_con,
+    info_nce,
+)
+
+B, D = 12, 5
+
+pytestmark = [
+    # What torch itself does while it traces an autograd.Function.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*which is not a leaf Tensor is being accessed:UserWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    """Rows about a common direction: at eps = 0.4 some negatives are in H and some are not."""
+    generator = torch.Generator().manual_seed(seed)
+    return 0.7 + torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def assert_same(ours: Tensor, eager: Tensor) -> None:
+    assert eager.abs().max() > 0
+    torch.testing.assert_close(ours, eager, rtol=1e-12, atol=1e-12 * eager.abs().max().item())
+
+
+def losses():
+    """Name and loss of an embedding (B, D): every function and module, by every operator."""
+    z1, queue, own = numbers(B, D, seed=1), numbers(9, D, seed=2), numbers(B, 9, D, seed=3)
+    labels, groups, others = torch.arange(B) % 4, torch.arange(B) // 3, torch.arange(9) // 3
+    options = {"eps": 0.4, "temperature": 0.3}
+    for mode in MODES:
+        rest = z1, {"shared": queue, "own": own}.get(mode)
+        named = {"mode": mode if mode in ("query", "cross") else "ntxent"}
+        yield f"hex_loss {mode}", lambda z, r=rest, m=named: hex_loss(z, *r, **m, **options)
+        module = HEXLoss(0.3, threshold=0.4, **named)
+        given = (groups, others) if mode == "shared" else groups
+        guide = tuple(numbers(*x.shape, seed=7) for x in (z1, z1, rest[1]) if x is not None)
+        if mode in ("ntxent", "cross", "shared"):
+            yield f"groups {mode}", lambda z, r=rest, m=module, g=given: m(z, *r, groups=g)
+        else:
+            yield f"guide {mode}", lambda z, r=rest, m=module, g=guide: m(z, *r, guide=g)
+    adaptive = HEXLoss(0.3, threshold=ThresholdTracker.adaptive(0.9, over="negatives"))
+    info, sup_con, logits = InfoNCELoss(0.3), HEXSupConLoss(0.3), HEXCrossEntropyLoss(0.3)
+    yield "HEXLoss", lambda z: adaptive(z, z1)
+    yield "info_nce", lambda z: info_nce(z, z1, queue)
+    yield "InfoNCELoss", lambda z: info(z, z1)
+    yield "views", lambda z: hex_sup_con(torch.stack((z, z1), 1), **options)
+    yield "labels", lambda z: hex_sup_con(z, labels, **options)
+    yield "mask", lambda z: hex_sup_con(z, mask=labels[:, None] == labels, **options)
+    yield "HEXSupConLoss", lambda z: sup_con(z, labels)
+    yield "HEXSupConLoss groups", lambda z: sup_con(z, labels, groups=groups)
+    yield "cross entropy", lambda z: hex_cross_entropy(z, labels, **options)
+    yield "HEXCrossEntropyLoss", lambda z: logits(z @ z1.T, labels)
+
+
+LOSSES = dict(losses())
+
+TRANSFORMS = {
+    "grad": torch.func.grad,
+    "vmap of grad": lambda loss: (
+        lambda z: torch.vmap(torch.func.grad(loss))(torch.stack((z, z.flip(0) * z)))
+    ),
+    "grad of grad": lambda loss: torch.func.grad(lambda z: torch.func.grad(loss)(z).square().sum()),
+    "vjp": lambda loss: lambda z: torch.func.vjp(loss, z)[1](torch.ones((), dtype=z.dtype))[0],
+}
+WITH_ALL = ("hex_loss ntxent", "HEXLoss", "groups cross", "views", "labels", "cross entropy")
+
+
+@pytest.mark.filterwarnings("ignore:ThresholdTracker. the 0.99 quantile of a row")
+@pytest.mark.parametrize(
+    ("name", "transform"),
+    [(n, t) for n in LOSSES for t in TRANSFORMS if t == "grad" or n in WITH_ALL],
+)
+def test_a_func_transform_around_or_inside_what_is_compiled_gives_the_eager_gradient(
+    name, transform
+):
+    loss, transform, z = LOSSES[name], TRANSFORMS[transform], numbers(B, D)
+    eager = transform(loss)(z)
+    assert_same(torch.compile(transform(loss), backend="eager", fullgraph=True)(z), eager)
+    assert_same(transform(torch.compile(loss, backend="eager"))(z), eager)
+
+
+# ---- sizes that change ---------------------------------------------------------------------------
+
+SIZES = (2, 5, 16, 17, 96, 97, 192, 193, 385, 513)  # around the limits of what the core keeps
+
+
+class Labelled(nn.Module):
+    """A loss of embeddings and labels as one of the two inputs that the tests here hand over."""
+
+    def __init__(self, loss: nn.Module, views: bool = False) -> None:
+        super().__init__()
+        self.loss, self.views = loss, views
+
+    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
+        labels = torch.arange(z0.shape[0], device=z0.device) % 2
+        return self.loss(torch.stack((z0, z1), 1) if self.views else z0, labels)
+
+
+def resizable() -> dict[str, nn.Module]:
+    tracker = ThresholdTracker.adaptive(0.9, over="negatives")
+    return {
+        **{mode: HEXLoss(threshold=0.4, mode=mode) for mode in ("ntxent", "query", "cross")},
+        "adaptive": HEXLoss(threshold=tracker),
+        "views": Labelled(HEXSupConLoss(threshold=0.4), views=True),
+        "labels": Labelled(HEXSupConLoss(threshold=0.4)),
+        "logits": Labelled(HEXCrossEntropyLoss(0.1, threshold=0.4)),
+    }
+
+
+@pytest.mark.parametrize("ranged", (True, False), ids=("mark_dynamic", "dynamic"))
+@pytest.mark.parametrize("name", resizable())
+def test_one_graph_serves_every_batch_size(name, ranged):
+    compiled, eager = resizable()[name], resizable()[name]
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(
+        compiled, backend=counter, fullgraph=True, dynamic=None if ranged else True
+    )
+    graphs = set()
+    for images in SIZES:
+        results = []
+        for loss in (step, eager):
+            z0, z1 = numbers(2, images, D).unbind()
+            z0, z1 = z0.clone().requires_grad_(), z1.clone()
+            if ranged:
+                for z in (z0, z1):
+                    torch._dynamo.mark_dynamic(z, 0, min=2, max=4096)
+            value = loss(z0, z1)
+            value.backward()
+            results.append((value, z0.grad))
+        assert all(map(torch.equal, *results)), images
+        graphs.add(counter.frame_count)
+    assert len(graphs) == 1
+
+
+# strict export says that a module keeps its last statistics
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
+@pytest.mark.parametrize(
+    ("name", "strict"),
+    [*((name, False) for name in resizable()), ("ntxent", True), ("views", True)],
+)
+def test_a_loss_is_exported_for_a_range_of_batch_sizes(name, strict):
+    module = resizable()[name].eval()
+    given = tuple(numbers(2, 100, D).unbind())
+    images = torch.export.Dim("B", min=2, max=4096)
+    program = torch.export.export(
+        module, given, dynamic_shapes=({0: images},) * 2, strict=strict
+    ).module()
+    for size in (3, 17, 400):
+        z = tuple(numbers(2, size, D).unbind())
+        assert_same(program(*z), module(*z))
+
+
+# ---- Python numbers that change ------------------------------------------------------------------
+
+NUMBERS = {
+    "hex_loss temperature": lambda z, t: hex_loss(z, z.flip(0), eps=0.4, temperature=t),
+    "hex_loss eps": lambda z, t: hex_loss(z, z.flip(0), eps=t),
+    "hex_sup_con eps": lambda z, t: hex_sup_con(z, torch.arange(B) % 4, eps=t, temperature=t),
+    "hex_cross_entropy eps": lambda z, t: hex_cross_entropy(
+        z, torch.arange(B) % 4, eps=t, temperature=t
+    ),
+}
+
+
+def count(counter: CompileCounterWithBackend, call) -> list[int]:
+    counts = []
+    for k in range(10):  # more than the compiler's limit of graphs
+        call(0.1 + 0.05 * k)
+        counts.append(counter.frame_count)
+    return counts
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_that_changes_with_each_call_makes_no_graph_after_the_second(name):
+    loss, z, counter = NUMBERS[name], numbers(B, D), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, backend=counter, fullgraph=True)
+    counts = count(counter, lambda t: assert_same(compiled(z, t), loss(z, t)))
+    assert counts[0] < counts[-1] == counts[2]
+
+
+@pytest.mark.parametrize("name", ("ntxent", "adaptive", "views", "logits"))
+def test_a_temperature_attribute_that_changes_makes_no_graph_after_the_second(name):
+    module, counter = resizable()[name], CompileCounterWithBackend("aot_eager")
+    loss = getattr(module, "loss", module)
+    z = tuple(numbers(2, B, D).unbind())
+    compiled = torch.compile(module, backend=counter, fullgraph=True)
+
+    def step(t: float) -> None:
+        loss.temperature = t
+        assert_same(compiled(*z), module(*z))
+
+    counts = count(counter, step)
+    assert counts[0] < counts[-1] == counts[2]
+
+
+# ---- one tensor as several arguments -------------------------------------------------------------
+
+Z, OTHER, IDS, ONE = numbers(B, D), numbers(B, D, seed=1), torch.arange(B) // 3, f64(0.3)
+GROUPED = HEXLoss(0.3, threshold=0.4)
+SUP_CON = HEXSupConLoss(0.3, threshold=0.4)
+TWICE = {
+    "views": lambda z: hex_loss(z, z, eps=0.4),
+    "negatives are z0": lambda z: hex_loss(z, OTHER, z, eps=0.4),
+    "negatives are z1": lambda z: hex_loss(OTHER, z, z, eps=0.4),
+    "all three": lambda z: hex_loss(z, z, z, eps=0.4),
+    "guide of z0": lambda z: GROUPED(z, OTHER, guide=(z, z)),
+    "guide of all": lambda z: GROUPED(z, OTHER, z, guide=(z, OTHER, z)),
+    "groups": lambda z: GROUPED(z, OTHER, Z, groups=(IDS, IDS)),
+    "temperature is eps": lambda z: hex_loss(z, OTHER, eps=ONE, temperature=ONE),
+    "guide of features": lambda z: SUP_CON(z, IDS, guide=z),
+    "groups are labels": lambda z: SUP_CON(z, IDS, groups=IDS),
+    "logits": lambda z: hex_cross_entropy(z, IDS, eps=ONE, temperature=ONE),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_one_tensor_as_several_arguments_compiles_into_one_graph(name):
+    def step(loss) -> tuple[Tensor, Tensor]:
+        z = Z.clone().requires_grad_()
+        value = loss(z)
+        value.backward()
+        return value.detach(), z.grad
+
+    eager = step(TWICE[name])
+    compiled = step(torch.compile(TWICE[name], backend="aot_eager", fullgraph=True))
+    for ours, expected in zip(compiled, eager, strict=True):
+        assert_same(ours, expected)
