@@ -58,7 +58,7 @@ class ThresholdTracker(nn.Module):
 
     With activation checkpointing the second run of a loss has the eps of its first, and stores
     nothing. Under DDP, which gives all ranks rank 0's buffers before each forward, every rank goes
-    on from rank 0's state (`broadcast_buffers=False`: from its own), as BatchNorm does.
+    on from rank 0's state, as BatchNorm does; with that turned off, from its own.
 
     Keep the tracker on the device of the embeddings (`loss.to(device)`): elsewhere the result is
     the same, but every step waits for copies between devices.

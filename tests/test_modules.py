@@ -96,7 +96,7 @@ def test_info_nce_is_the_function_and_the_loss_without_threshold_bit_for_bit(mod
     expected = a_step(lambda *x: info_nce(*x, temperature=0.2, **options), *z)
     assert same(a_step(InfoNCELoss(0.2, **options), *z), expected)
     assert same(a_step(HEXLoss(0.2, threshold=None, **options), *z), expected)
-    assert same(a_step(HEXLoss(0.2, threshold=1, **options), *z), expected)
+    assert same(a_step(HEXLoss(0.2, threshold=math.inf, **options), *z), expected)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -393,8 +393,8 @@ def test_repr_names_every_option():
         "HEXLoss(\n"
         "  temperature=0.2, beta=2.0, tau_plus=0.1, variant='released', mode='query', "
         "reduction='sum'\n"
-        "  (threshold): ThresholdTracker(adaptive, quantile=0.99, over='all', warmup_epochs=0, "
-        "momentum=0.0, monotonic=False, lagged=False, warmup_threshold=inf)\n"
+        "  (threshold): ThresholdTracker(adaptive, quantile=0.99, over='negatives', "
+        "warmup_epochs=0, momentum=0.0, monotonic=False, lagged=False, warmup_threshold=inf)\n"
         ")"
     )
     assert HEXLoss(torch.tensor(0.2), threshold=None).extra_repr() == (
@@ -409,15 +409,17 @@ def test_repr_names_every_option():
 def test_a_batch_too_small_for_the_quantile_warns_once(mode, rows):
     z0, z1, *queue = inputs(mode)
     small = (z0[:rows], z1[:rows], *(q[:rows] for q in queue))
-    module = HEXLoss(mode=named(mode))
+    authors = ThresholdTracker.adaptive
+    module = HEXLoss(threshold=authors(over="all"), mode=named(mode))
     with pytest.warns(UserWarning, match="over='negatives'.*larger batch") as caught:
         for _ in range(3):
             module(*small)
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        HEXLoss(threshold=ThresholdTracker.adaptive(over="negatives"))(*small)
-        HEXLoss(mode=named(mode))(z0[:76], z1[:76], *(q[:51] for q in queue))
+        HEXLoss()(*small)
+        large = z0[:76], z1[:76], *(q[:51] for q in queue)
+        HEXLoss(threshold=authors(over="all"), mode=named(mode))(*large)
         HEXLoss(threshold=None)(*small)
         InfoNCELoss()(*small)
 

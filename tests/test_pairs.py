@@ -273,7 +273,7 @@ def test_the_kernels_tracker_takes_the_steps_of_the_composed_one(options, mode):
             m.set_epoch(number // 2)
         module(z0.requires_grad_(), z1)
         p = Problem((z0.detach(), z1), mode)
-        eps = other.threshold.update(in_two_calls(p, **options), store=True)
+        eps = other.threshold.update(in_two_calls(p, **options), store=True, anchors=p.rows)
         assert torch.equal(module._last[0], eps), number
         assert torch.equal(module.threshold.state, other.threshold.state), number
 
@@ -319,6 +319,6 @@ def test_the_reference_agrees_on_a_large_batch():
     p = problem("cluster", 1100, 24, dtype=torch.float32)
     *_, eps, count, _ = step(HEXLoss(), p)
     z0, z1 = (z.double() for z in p.inputs)
-    truth = reference.threshold(z0, z1, None, "ntxent", 0.99)
+    truth = reference.threshold(z0, z1, None, "ntxent", 0.99, "negatives")
     assert abs(eps - truth) < 4 * torch.finfo(torch.float32).eps * 24**0.5
     assert 10 < count.mean() < 100  # a hundredth of the row is 22; the mean eps is not each row's

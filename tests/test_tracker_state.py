@@ -4,16 +4,18 @@ tensors, other dtypes, copies, checkpoints of and for other losses. hex/state.py
 """
 
 import copy
+import inspect
 import io
 import math
-import os
 import pickle
 import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from data import INF, NAN, f64
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
@@ -389,7 +391,9 @@ def test_a_state_that_was_cast_in_place_is_float64_again_after_a_step():
 
 
 @pytest.mark.parametrize(
-    "threshold", (0.5, "adaptive", lambda: ThresholdTracker.cosine(0.9, 0.3, 9)), ids=str
+    "threshold",
+    (0.5, "adaptive", lambda: ThresholdTracker.cosine(0.9, 0.3, 9)),
+    ids=("0.5", "adaptive", "cosine"),
 )
 def test_a_loss_is_made_on_the_meta_device_and_begins_anew_after_to_empty(threshold):
     def made():
@@ -508,50 +512,39 @@ def test_a_checkpoint_in_a_compiled_step_has_the_bits_of_the_step(options):
 # ---- several ranks ------------------------------------------------------------------------------
 
 
-def rank(number: int, port: int, broadcast: bool, queue) -> None:
-    import torch.distributed as dist
-
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=number, world_size=2)
+def rank(number: int, meeting: str, synced: bool, queue) -> None:
+    dist.init_process_group("gloo", init_method=meeting, rank=number, world_size=2)
+    of_ddp = inspect.signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in of_ddp else "broadcast_buffers"
     try:
-        model = nn.parallel.DistributedDataParallel(
-            Model(adaptive(momentum=0.9)), broadcast_buffers=broadcast
-        )
+        model = DistributedDataParallel(Model(adaptive(momentum=0.9)), **{option: synced})
         seen = []
         for step in range(3):
             model(*views(40, 10 * number + step, shift=number)).backward()
-            tracker = model.module.criterion.threshold
-            candidate = float(tracker.state[states.CANDIDATE])
-            seen.append(
-                (candidate, model.module.criterion.statistics()["eps"], float(tracker.value))
-            )
+            loss = model.module.criterion
+            candidate = float(loss.threshold.state[states.CANDIDATE])
+            seen.append((candidate, loss.statistics()["eps"], float(loss.threshold.value)))
         queue.put((number, seen))
     finally:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("broadcast", (True, False), ids=("broadcast", "each its own"))
-def test_under_ddp_every_rank_goes_on_from_rank_0_s_state_or_from_its_own(broadcast):
-    import socket
-
-    import torch.multiprocessing as mp
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = mp.get_context("spawn")
+@pytest.mark.parametrize("synced", (True, False), ids=("rank 0's", "each its own"))
+def test_under_ddp_every_rank_goes_on_from_rank_0_s_state_or_from_its_own(synced, tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()
-    ranks = [context.Process(target=rank, args=(k, port, broadcast, queue)) for k in range(2)]
+    meeting = f"file://{tmp_path / 'meeting'}"
+    ranks = [context.Process(target=rank, args=(k, meeting, synced, queue)) for k in range(2)]
     for process in ranks:
         process.start()
-    seen = dict(queue.get(timeout=120) for _ in ranks)
+    seen = dict(queue.get(timeout=500) for _ in ranks)
     for process in ranks:
-        process.join(60)
+        process.join()
         assert process.exitcode == 0
     for number in (0, 1):
         for step in range(1, 3):
             candidate, eps, value = seen[number][step]
-            before = seen[0 if broadcast else number][step - 1][2]
+            before = seen[0 if synced else number][step - 1][2]
             assert eps == value == candidate + 0.9 * (before - candidate)
     assert seen[0] != seen[1]
 
