@@ -14,9 +14,10 @@ A state is one float64 tensor of fixed shape. What it has to come through decide
 * DDP, which by default sends rank 0's buffers to all ranks before each forward. The state stays a
   buffer, for vmap over stacked modules, FSDP and export need it to be one; so under DDP every step
   begins on every rank with rank 0's state, as with the statistics of BatchNorm, and the state that
-  rank 0 saves is that of all. Without that (`broadcast_buffers`, in newer torch
-  `forward_sync_buffers`) each rank has its own; with `gather_distributed=True` all are the same anyhow. To hide the state from DDP was refused: a run
-  resumed from rank 0's file would not have gone on as it had been.
+  rank 0 saves is that of all. With that turned off (`broadcast_buffers`, in newer torch
+  `forward_sync_buffers`) each rank has its own; with `gather_distributed=True` all are the same
+  anyhow. To hide the state from DDP was refused: a run resumed from rank 0's file would not have
+  gone on as it had been.
 * Activation checkpointing, which runs a forward twice: the second run stores nothing and uses the
   eps of the first (ThresholdTracker.update).
 * Short batches, which a loader gives last: their thresholds are used and not stored.
