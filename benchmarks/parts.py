@@ -170,10 +170,10 @@ def small(settings: Settings) -> list[Result]:
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
             return tuple(torch.empty_like(z) for z in ctx.saved_tensors)
 
-    near = ThresholdTracker.adaptive(over="negatives")
+    near, rows = (ThresholdTracker.adaptive(over=over) for over in ("negatives", peers.OVER))
     case = Case("64", batch)
     case.steps = {
-        "hex HEXLoss": whole(HEXLoss()),
+        "hex HEXLoss": whole(HEXLoss(threshold=rows)),
         'hex HEXLoss, over="negatives"': whole(HEXLoss(threshold=near)),
         "hex InfoNCELoss": whole(InfoNCELoss()),
         "plain InfoNCE": whole(functools.partial(peers.plain_info_nce, mode="ntxent")),
@@ -186,7 +186,8 @@ def large(settings: Settings) -> list[Result]:
     """One call of 65536 rows, timed and its memory measured at once, and calls of a smaller batch:
     warm ones, for what a first call costs more is nothing to a minute."""
     sizes = (256, 600) if settings.quick else (8192, 65536)
-    criterion = HEXLoss(peers.TAU, reduction="none")
+    rule = ThresholdTracker.adaptive(over=peers.OVER)
+    criterion = HEXLoss(peers.TAU, threshold=rule, reduction="none")
     losses: list[Tensor] = []
     results = []
 

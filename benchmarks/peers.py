@@ -25,9 +25,17 @@ import torch.nn.functional as F
 from batches import Batch
 from torch import Tensor, nn
 
-from hex import HEXLoss, InfoNCELoss, batch_threshold, hex_loss, reference
+from hex import (
+    HEXLoss,
+    InfoNCELoss,
+    ThresholdTracker,
+    batch_threshold,
+    hex_loss,
+    reference,
+)
 
 TAU, BETA, TAU_PLUS, QUANTILE = 0.1, 1.0, 0.1, 0.99
+OVER = "all"  # the authors' rule, which all the rows on record have
 HALF = (torch.bfloat16, torch.float16)
 
 Function = Callable[..., Tensor]  # z0, z1 and, where the batch has them, negatives to the loss
@@ -189,12 +197,13 @@ def _mode(batch: Batch) -> str:
 
 
 def hex_adaptive(batch: Batch) -> Function:
-    loss = HEXLoss(TAU, beta=BETA, tau_plus=TAU_PLUS, mode=_mode(batch))
+    rule = ThresholdTracker.adaptive(over=OVER)
+    loss = HEXLoss(TAU, threshold=rule, beta=BETA, tau_plus=TAU_PLUS, mode=_mode(batch))
     return loss.to(batch.z0.device)  # with the tracker's state
 
 
 def hex_eps_given(batch: Batch) -> Function:
-    eps = batch_threshold(*batch[:3], mode=_mode(batch), quantile=QUANTILE)
+    eps = batch_threshold(*batch[:3], mode=_mode(batch), quantile=QUANTILE, over=OVER)
     options = {"temperature": TAU, "beta": BETA, "tau_plus": TAU_PLUS, "mode": _mode(batch)}
     return functools.partial(hex_loss, eps=eps, **options)
 

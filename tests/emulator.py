@@ -281,7 +281,7 @@ def assert_one_call_is_two(p: Problem) -> None:
     rule = (*tracker.kernel_rule(), keep)
     one = torch.ops.hex.adaptive(z0, z1, negatives, tracker.state, tau, mode, *options, *rule)
     quantile = ops.threshold(z0, z1, negatives, mode, tracker.quantile, tracker.over)
-    eps = tracker.update(quantile, store=True)
+    eps = tracker.update(quantile, store=True, anchors=p.rows)
     two = torch.ops.hex.forward(z0, z1, negatives, eps, tau, mode, *options, keep)
     pairs = ((one[0], two[0]), (one[1], two[1]), (one[2], eps), (one[3], tracker.state))
     assert all(torch.equal(a, b) for a, b in pairs), p

@@ -63,7 +63,7 @@ def test_with_h_empty_the_loss_is_infonce_bit_for_bit(mode, dtype):
     for module in (
         HEXLoss(p.tau, threshold=None, mode=name, reduction="none"),
         InfoNCELoss(p.tau, mode=name, reduction="none"),
-        HEXLoss(p.tau, threshold=1.0, mode=name, reduction="none"),
+        HEXLoss(p.tau, threshold=INF, mode=name, reduction="none"),
     ):
         assert torch.equal(module(*z), infonce)
 

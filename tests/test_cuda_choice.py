@@ -115,6 +115,7 @@ made = {}
 setuptools.setup = lambda **options: made.update(options)
 runpy.run_path("setup.py")
 command = made["cmdclass"]["build_ext"](setuptools.Distribution())
+command.ensure_finalized()
 command.extensions = []
 command.run()
 """],

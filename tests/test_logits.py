@@ -101,11 +101,11 @@ def test_self_column_adds_the_similarity_with_itself_that_simclr_left_out():
     z, logits, target = simclr()
     thresholds = {}
     for self_column in (False, True):
-        tracker = ThresholdTracker.adaptive(0.9)
+        tracker = ThresholdTracker.adaptive(0.9, over="all")
         loss = HEXCrossEntropyLoss(TAU, threshold=tracker, self_column=self_column)
         loss(logits, target)
         thresholds[self_column] = loss.last.eps
-    hexloss = HEXLoss(TAU, threshold=ThresholdTracker.adaptive(0.9))
+    hexloss = HEXLoss(TAU, threshold=ThresholdTracker.adaptive(0.9, over="all"))
     hexloss(*z)
     torch.testing.assert_close(thresholds[True], hexloss.last.eps, rtol=0, atol=1e-12)
     assert thresholds[False] < thresholds[True]

@@ -314,7 +314,8 @@ def test_columns_masked_with_the_lowest_number_are_cosines_of_minus_one(tau, mon
     logits = torch.randn(6, 12, generator=torch.Generator().manual_seed(0))
     logits[:, 4:7] = torch.finfo(torch.float32).min
     target = torch.arange(6) % 4
-    criterion = HEXCrossEntropyLoss(tau, threshold=ThresholdTracker.adaptive(0.5))
+    rule = ThresholdTracker.adaptive(0.5, over="all")
+    criterion = HEXCrossEntropyLoss(tau, threshold=rule)
     value = criterion(logits, target)
     eps = criterion.last.eps
     assert eps == pytest.approx(sorted_quantile(logits, tau, 0.5).mean().item())

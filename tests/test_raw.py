@@ -17,7 +17,7 @@ def raw_calls():
     z, n = torch.zeros(4, 3), torch.zeros(0, 3)
     one, ids, none = f64(0.1), torch.arange(4), torch.empty(0).long()
     logits, mask, no = torch.zeros(4, 6), torch.empty(0, 0, dtype=torch.bool), torch.empty(0, 0)
-    state = torch.zeros(4, dtype=torch.int64)
+    state = torch.zeros(11, dtype=torch.float64)
     pairs = (z, z[:0], ids, none, mask)
     stats, class_stats = torch.zeros(9, 8), torch.zeros(12, 4)
     return {

@@ -1,14 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 /* The CPU core alone, one level without torch, built to count its work (test_work.py): one problem
- * forward and backward, and what was done for each. LEVEL_FILE names csrc/cpu/isa_*.c, TRACKER_FILE
- * csrc/tracker.c. */
+ * forward and backward, and what was done for each. LEVEL_FILE names csrc/cpu/isa_*.c. */
 #include <pthread.h>
 
 #define HEX_COUNT_WORK
 
 #include LEVEL_FILE
-
-#include TRACKER_FILE
 
 _Atomic int64_t hex_work[WORK_KINDS];
 

@@ -102,8 +102,8 @@ def build(level: str, target: Path, csrc: Path = ROOT / "csrc", *extra: str) -> 
     """Not optimised: that is sooner done, and what is counted is the same."""
     command = os.environ.get("CC", "gcc").split()
     command += ["-std=gnu17", "-O0", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread"]
-    command += [f'-DLEVEL_FILE="{csrc}/cpu/isa_{level}.c"', f'-DTRACKER_FILE="{csrc}/tracker.c"']
-    command += [*extra, str(Path(__file__).with_suffix(".c")), "-o", str(target), "-lm"]
+    command += [f'-DLEVEL_FILE="{csrc}/cpu/isa_{level}.c"', *extra]
+    command += [str(Path(__file__).with_suffix(".c")), "-o", str(target), "-lm"]
     subprocess.run(command, check=True)
     return Core(ctypes.CDLL(str(target)), level == "avx512_bf16")
 

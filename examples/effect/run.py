@@ -132,7 +132,8 @@ def run(config: Config, images: Images, commit: str) -> dict[str, Any]:
     look = Look(held, images.superclasses, setup.batch)
 
     torch.manual_seed(config.seed)
-    options = parser_of(SimCLR, "study").parse_args([])
+    # The default when the first rows were made, which a row does not name.
+    options = parser_of(SimCLR, "study", over="all").parse_args([])
     vars(options).update(description["options"], backbone=setup.backbone, epochs=setup.epochs)
     model = SimCLR(options, train).to(device)
     weights = digest(*model.parameters())

@@ -53,7 +53,7 @@ class Loss:
 
 
 def _hex(variant: str, quantile: float, like: Loss | None = None) -> Loss:
-    options = {"loss": "hex", "variant": variant, "quantile": quantile, "over": "all"}
+    options = {"loss": "hex", "variant": variant, "quantile": quantile}
     return Loss(f"{variant} q{quantile:g}", variant, options, like=like and like.name)
 
 
