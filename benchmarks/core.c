@@ -96,8 +96,9 @@ PUBLIC bool loss(const batch *x)
     const hex_gradient g = {
         .grad = {&one, HEX_F64, 0}, .stats = x->stats, .dz = {x->dz, x->dz + B * D}};
     hex_tracker t = {.quantile = 0.99};
-    const int64_t kept = kept_numbers_f32(&p);
-    p.kept = kept ? allocate(kept, 1, sizeof(float)) : NULL;
+    bool used;
+    const int64_t room = kept_room_f32(&p, &used);
+    p.kept = used ? allocate(room, 1, sizeof(float)) : NULL;
     float value;
     const bool done = !adaptive_f32(&p, &t, &value, x->stats) && !backward_f32(&p, &g);
     free(p.kept);

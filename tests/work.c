@@ -127,8 +127,9 @@ PUBLIC const char *count(const request *r, int64_t counts[2][WORK_KINDS])
         p.input[2].inner = K, p.input[2].outer = K * r->D;
     g.stats = stats;
     threads = r->threads;
-    const int64_t kept = r->keep ? CALL(kept_numbers, r->wide, &p) : 0;
-    p.kept = kept ? allocate(kept, 1, (size_t)size) : NULL;
+    bool used = false;
+    const int64_t room = r->keep ? CALL(kept_room, r->wide, &p, &used) : 0;
+    p.kept = used ? allocate(room, 1, (size_t)size) : NULL;
     double value, *bounds = allocate(2, hex_anchors(&p), sizeof(double));
     take(counts[0]);
     const char *error = r->what == ADAPTIVE ? CALL(adaptive, r->wide, &p, &t, &value, stats)
@@ -185,7 +186,7 @@ PUBLIC const char *count_labelled(const labelled_request *r, int64_t counts[3][W
         error = labelled_backward_f32(&p, &g);
     take(counts[1]);
     if (!error)
-        error = labelled_quantile_f32(&p, 0.9, true, &mean, NULL, NULL);
+        error = labelled_threshold_f32(&p, 0.9, true, &mean);
     take(counts[2]);
     free(stats);
     free(d[0]);
@@ -206,7 +207,7 @@ PUBLIC const char *count_logits(const logits_request *r, int64_t counts[3][WORK_
                     .N = r->N,
                     .C = r->C,
                     .logits = matrix(r->logits, HEX_F32, r->N, r->C),
-                    .target = {r->target, 1}};
+                    .target = r->target};
     float *stats = allocate(HEX_ROW_STATS, r->N, sizeof(float)), value;
     float *d = allocate(r->N, r->C, sizeof(float));
     const hex_row_gradient g = {.grad = {&one, HEX_F64, 0}, .stats = stats, .d = {d, NULL}};
@@ -219,7 +220,7 @@ PUBLIC const char *count_logits(const logits_request *r, int64_t counts[3][WORK_
         error = logits_backward_f32(&p, &g);
     take(counts[1]);
     if (!error)
-        error = logits_quantile_f32(&p, 0.9, true, false, &mean, NULL, NULL);
+        error = logits_threshold_f32(&p, 0.9, true, false, &mean);
     take(counts[2]);
     free(stats);
     free(d);

@@ -101,7 +101,15 @@ class Core(NamedTuple):
 def build(level: str, target: Path, csrc: Path = ROOT / "csrc", *extra: str) -> Core:
     """Not optimised: that is sooner done, and what is counted is the same."""
     command = os.environ.get("CC", "gcc").split()
-    command += ["-std=gnu17", "-O0", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread"]
+    command += [
+        "-std=gnu17",
+        "-Werror",
+        "-O0",
+        "-fPIC",
+        "-shared",
+        "-fvisibility=hidden",
+        "-pthread",
+    ]
     command += [f'-DLEVEL_FILE="{csrc}/cpu/isa_{level}.c"', *extra]
     command += [str(Path(__file__).with_suffix(".c")), "-o", str(target), "-lm"]
     subprocess.run(command, check=True)
