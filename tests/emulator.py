@@ -277,7 +277,7 @@ def assert_one_call_is_two(p: Problem) -> None:
     """The loss with its adaptive threshold in one call: threshold, tracker and loss, to the bit."""
     z0, z1, negatives, _, tau, mode, *options, keep = p.raw()
     tracker = ThresholdTracker.adaptive(momentum=0.5, over="negatives").to(z0.device)
-    tracker.update(f64(0.3).to(z0.device), store=True)
+    tracker.update(f64(0.3).to(z0.device), store=True, anchors=p.rows + 1)
     rule = (*tracker.kernel_rule(), keep)
     one = torch.ops.hex.adaptive(z0, z1, negatives, tracker.state, tau, mode, *options, *rule)
     quantile = ops.threshold(z0, z1, negatives, mode, tracker.quantile, tracker.over)

@@ -158,8 +158,14 @@ MUTANTS = {
         ("65535.f", "65536.f"),
         ("lane >= k ? other : 0", "other"),
         ("upto > *rank", "upto >= *rank"),
-        ("__dmul_rn(rule.momentum, stored - candidate)", "0."),
-        ("updates == 0", "true"),
+    ],
+    "../tracker.h": [
+        ("t->momentum > 0", "false"),
+        ("!(s[HEX_STATE_WEIGHT] > 0)", "true"),
+        ("s[HEX_STATE_UPDATES]++;", ";"),
+        ("s[HEX_STATE_WEIGHT] = 1;", ";"),
+        ("2 * anchors < fmax(s[HEX_STATE_MOST], s[HEX_STATE_BEFORE])", "true"),
+        ("fmax(s[HEX_STATE_MOST], anchors)", "anchors"),
     ],
     "fours.cuh": [("127 + e", "126 + e")],
     "threshold.cu": [
