@@ -138,12 +138,13 @@ def make_cuda(build, output):
         raise SystemExit(f"HEX_CUDA: got {wanted!r}, wanted auto, 0 or 1")
     if wanted == "1" and not nvcc:
         raise SystemExit("HEX_CUDA=1, but nvcc is not found: set NVCC or CUDA_HOME")
+    output.unlink(missing_ok=True)  # one of an earlier build would be of other sources
     if not LINUX or not nvcc or wanted == "0":
         return
     try:
         build_cuda(nvcc, build, output, must=wanted == "1")
     except (CudaError, OSError, subprocess.CalledProcessError) as error:
-        output.unlink(missing_ok=True)  # one of an earlier build would be of other sources
+        output.unlink(missing_ok=True)
         if wanted == "1":
             raise SystemExit(f"HEX_CUDA=1, but the CUDA kernels cannot be built: {error}") from None
         say(

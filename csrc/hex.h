@@ -96,7 +96,7 @@ enum {
     HEX_STATE_BEFORE,    /* the same of the window before */
     HEX_STATE_CALLS,     /* calls in this window, while no epoch is named */
     HEX_STATE_RUN,       /* short batches in a row */
-    HEX_STATE_CANDIDATE, /* the last finite one, stored or not */
+    HEX_STATE_CANDIDATE, /* the last, stored or not; 2, which none is, if it was not finite */
     HEX_STATE
 };
 enum { HEX_WINDOW = 50, HEX_SHORT_RUN = 20 };

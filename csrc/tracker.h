@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* The adaptive threshold over training, one step, for the CPU's core and for CUDA's:
- * hex/threshold.py has the same as PyTorch operators (ThresholdTracker.update), for compiled graphs
- * and for devices without kernels; all give the same bits.
+ * hex/state.py has the same as PyTorch operators, for compiled graphs and for devices without
+ * kernels; all give the same bits.
  *
  *     v_t = momentum v_(t-1) + (1 - momentum) candidate_t,  v_1 = candidate_1
  *     v_t = min(v_t, v_(t-1))      if monotonic
@@ -77,8 +77,10 @@ HEX_TRACKER void hex_track(hex_tracker *t, double candidate, int64_t anchors)
             s[HEX_STATE_WEIGHT] = 1;
             s[HEX_STATE_VALUE] = value;
         }
-    } else
+    } else {
+        s[HEX_STATE_CANDIDATE] = 2;
         s[HEX_STATE_SKIPPED]++;
+    }
     t->eps = t->lagged ? stored : value;
 }
 

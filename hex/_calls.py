@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What kind of call this is: transformed, the first or second run of a checkpoint; whose line."""
+"""What kind of call this is: transformed, of a checkpoint, in a backward; and whose line."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-__all__ = ["is_first_run", "is_second_run", "is_transformed", "warn"]
+__all__ = ["is_first_run", "is_in_backward", "is_transformed", "warn"]
 
 _OURS = tuple(os.path.dirname(path) + os.sep for path in (__file__, torch.__file__))
 
@@ -22,9 +22,9 @@ def is_transformed(*tensors: Tensor) -> bool:
     return any(torch._C._functorch.is_functorch_wrapped_tensor(z) for z in tensors)
 
 
-def is_second_run() -> bool:
-    """Inside a backward: of a loss that is activation checkpointing, which runs what it wrapped
-    again, in any of its forms. In a compiled graph the compiler repeats operators, not this code.
+def is_in_backward() -> bool:
+    """Inside a backward: there activation checkpointing, in any of its forms, runs what it wrapped
+    again. In a compiled graph the compiler repeats operators, not this code.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
 
@@ -41,7 +41,9 @@ def is_first_run() -> bool:
     while frame is not None:
         code = frame.f_code
         if code.co_name == "forward" and "ctx" in code.co_varnames[: code.co_argcount]:
-            if isinstance(frame.f_locals.get("ctx"), FunctionCtx):
+            ctx = frame.f_locals.get("ctx")
+            # Without next functions there will be no backward of it; of one around it there may be.
+            if isinstance(ctx, FunctionCtx) and getattr(ctx, "next_functions", False):
                 return True
         frame = frame.f_back
     return False

@@ -2,7 +2,7 @@
 """torch.ops.hex.labelled_* and logits_* as PyTorch sees them: the counterpart of ops.py.
 
 Shapes without data, batching, first and second derivatives, and the formulas of
-reference_classes.py where a device has no kernel for them. Arguments arrive checked (labels.py,
+reference_classes.py where a device has no kernel for them. Arguments arrive checked (sup_con.py,
 logits.py).
 """
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import distributed, membership, ops
 from . import state as states
-from ._calls import is_first_run, is_second_run, is_transformed
+from ._calls import is_first_run, is_in_backward, is_transformed
 from .functional import (
     Batch,
     Mode,
@@ -113,14 +113,14 @@ class _Contrastive(nn.Module):
             and tracker.state.dtype == torch.float64
             and ops.has_adaptive(z0)
             and not is_transformed(*learner, tracker.state)
-            and not is_second_run()
+            and not is_in_backward()
         ):
             tracker.warn_if_too_small(batch.row_length, has_self=batch.has_self)
             value, hard, share, eps, state = ops.adaptive_loss(
                 *batch.inputs, tracker.state, *options, *tracker.kernel_rule()
             )
-            tracker.remember(state[states.CANDIDATE], eps)
             if self._learns(learner):
+                tracker.remember(state[states.CANDIDATE], eps)
                 tracker.store(state)
         else:
             eps = self._eps(batch, learner)
@@ -183,22 +183,37 @@ class _Contrastive(nn.Module):
 
     def _learns(self, learner: tuple[Tensor, ...]) -> bool:
         """Training, with a gradient of anything: the only calls that move the threshold."""
-        if not self.training or is_transformed(*learner) or is_second_run():
+        if not self.training or is_transformed(*learner):
             return False
         if torch.is_grad_enabled():
             return any(z.requires_grad for z in learner)
         return is_first_run()
 
     def _keep(
-        self, learner: tuple[Tensor, ...], value: Tensor, *statistics: Tensor, given: bool = False
+        self,
+        learner: tuple[Tensor, ...],
+        value: Tensor | None,
+        *statistics: Tensor,
+        given: bool = False,
     ) -> None:
-        """The statistics of a batch; given: H was, and the threshold has played no part."""
+        """The statistics of a batch; value: the loss, None where it may be 0 for want of positives;
+        given: H was, and the threshold has played no part."""
+        if is_transformed(*learner, *statistics):
+            return
         eps, hard, share = statistics
-        if is_transformed(*learner, hard) or is_second_run():
+        if (
+            is_in_backward() and self._last is not None
+        ):  # most likely the second run of a checkpoint
+            known = None if given or self.threshold is None else self.threshold.known
+            if known is not None:
+                pairs = zip(self._last, statistics, strict=True)
+                eps, hard, share = (torch.where(known, _mean(a), _mean(b)) for a, b in pairs)
+                self._last = eps, hard, share
             return
         self._last = eps, hard, share
         if self.threshold is not None and not given and self._learns(learner):
-            self.threshold.watch(hard, value.detach() if self.variant == "released" else None)
+            released = self.variant == "released"
+            self.threshold.watch(hard, value.detach() if released and value is not None else None)
 
     @property
     def last(self) -> Statistics | None:

@@ -7,9 +7,10 @@ It imports nothing of open_clip. The mathematics is that of loss.py in mode "cro
 import math
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from .functional import Variant, check_embeddings
+from .functional import Variant, check_embeddings, is_number
 from .loss import HEXLoss
 from .threshold import ThresholdTracker
 
@@ -136,11 +137,12 @@ def _inverse(logit_scale: Tensor | float) -> Tensor | float:
             raise ValueError(
                 f"logit_scale: got shape {tuple(logit_scale.shape)}, wanted one element"
             )
-        return 1 / logit_scale.reshape(())
-    if isinstance(logit_scale, bool) or not isinstance(logit_scale, (int, float)):
+        # Not in half precision, which would round the temperature once more.
+        return 1 / logit_scale.reshape(()).to(torch.promote_types(logit_scale.dtype, torch.float32))
+    if not is_number(logit_scale):
         raise TypeError(
             f"logit_scale: got {type(logit_scale).__name__}, wanted a number or a tensor"
         )
     if not 0 < logit_scale < math.inf:
         raise ValueError(f"logit_scale: got {logit_scale}, wanted a finite number > 0")
-    return 1 / logit_scale
+    return 1 / float(logit_scale)

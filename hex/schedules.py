@@ -10,7 +10,15 @@ from torch import Tensor
 
 from . import functional
 
-__all__ = ["at", "check_count", "check_finite", "check_flag", "check_number", "lowest"]
+__all__ = [
+    "at",
+    "check_count",
+    "check_finite",
+    "check_flag",
+    "check_number",
+    "is_falling",
+    "lowest",
+]
 
 
 def at(rule: str, options: dict[str, Any], epoch: Tensor) -> Tensor:
@@ -40,6 +48,10 @@ def lowest(rule: str, options: dict[str, Any]) -> float:
     return float(min(options.get(name, math.inf) for name in ("t", "start", "end")))
 
 
+def is_falling(rule: str, options: dict[str, Any], value: float) -> bool:
+    return rule in ("step", "cosine") and value > lowest(rule, options)
+
+
 def _half_cosine(k: Tensor, epochs: int) -> Tensor:
     """(1 + cos(pi k / epochs)) / 2, from 1 at k = 0 to 0 at k = epochs."""
     return (1 + torch.cos(math.pi * k.to(torch.float64) / epochs)) / 2
@@ -62,9 +74,10 @@ def check_finite(name: str, value: Any, low: float = -math.inf) -> float:
 def check_count(name: str, value: Any, low: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted an integer")
-    if value < low:
+    count = int(value)
+    if not low <= count < 2**53:  # float64 has all of these
         raise ValueError(f"{name}: got {value!r}, wanted an integer >= {low}")
-    return int(value)
+    return count
 
 
 def check_flag(name: str, value: Any) -> bool:

@@ -88,7 +88,8 @@ def step(
     new[UPDATES] = old[UPDATES] + ~small
     new[WEIGHT] = torch.where(small, old[WEIGHT], 1.0)
     new[VALUE] = torch.where(small, old[VALUE], value)
-    skipped = [*old[:SKIPPED], old[SKIPPED] + 1, *old[SKIPPED + 1 :]]
+    skipped = list(old)
+    skipped[SKIPPED], skipped[CANDIDATE] = old[SKIPPED] + 1, torch.full_like(candidate, 2)
     moved = torch.where(finite, torch.stack(new), torch.stack(skipped))
     return eps, torch.where(warm, state, moved)
 
@@ -118,6 +119,9 @@ def pack_history(history: Sequence[tuple[int, float]]) -> Tensor:
 
 def unpack_history(rows: Tensor) -> list[tuple[int, float]]:
     """What was packed; of an average, the averages. Also (epochs, 2), as it was first saved."""
+    if not isinstance(rows, Tensor) or rows.dim() != 2 or rows.shape[1] not in (2, 3):
+        got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        raise ValueError(f"_extra_state: got {got}, wanted the tensor of a history, (epochs, 3)")
     if rows.shape[1] == 2:
         return [(int(epoch), value) for epoch, value in rows.tolist()]
     history = []

@@ -192,7 +192,10 @@ class HEXSupConLoss(_Contrastive):
             rows, eps, tau, self.reduction, self.variant, self.positives, self.beta, self.tau_plus,
             self.base_temperature,
         )  # fmt: skip
-        self._keep((rows.x, tau), value, eps, hard, share, given=groups is not None)
+        paired = features.dim() > 2 and mask is None  # then every row has a positive, another view
+        self._keep(
+            (rows.x, tau), value if paired else None, eps, hard, share, given=groups is not None
+        )
         return value
 
     def _measured(self, rows: "Rows", tau: Tensor) -> Tensor:

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from . import schedules
 from . import state as states
-from ._calls import is_second_run, warn
+from ._calls import is_in_backward, warn
 from .functional import Over, check_choice
 from .schedules import check_count, check_finite, check_flag, check_number
 
 __all__ = ["ThresholdTracker"]
 
-_RECENT = 64  # calls between a step's forward and its backward, for activation checkpointing
+_RECENT = 256  # training calls between a forward and its backward, for activation checkpointing
 _NEAR = 1e-5  # a second run's candidate differs by rounding at most, where it differs at all
 _RULES = {  # and the options that each needs
     "adaptive": ("quantile over warmup_epochs momentum monotonic lagged warmup_threshold").split(),
@@ -54,11 +54,14 @@ class ThresholdTracker(nn.Module):
     A short batch, with less than half the anchors of the largest batch of this and the last epoch
     (of the last hundred calls, at most, where no epoch is named), is given the eps of its own
     candidate, which is not stored: the last batch of an epoch, where a loader does not drop it,
-    says little of the next. After twenty of them in a row that length is the normal one.
+    says little of the next. After twenty of them in a row that length is the normal one. Where two
+    sizes alternate, give each a loss of its own: the smaller would never move the threshold.
 
-    With activation checkpointing the second run of a loss has the eps of its first, and stores
-    nothing. Under DDP, which gives all ranks rank 0's buffers before each forward, every rank goes
-    on from rank 0's state, as BatchNorm does; with that turned off, from its own.
+    With activation checkpointing the second run of a loss has the eps of its first, found by the
+    candidate among the last 256 training calls, and stores nothing. Compile around a checkpoint,
+    not a loss alone inside one, for a compiled graph cannot tell a second run. Under DDP, which
+    gives all ranks rank 0's buffers before each forward, every rank goes on from rank 0's state,
+    as BatchNorm does; with that turned off, from its own.
 
     Keep the tracker on the device of the embeddings (`loss.to(device)`): elsewhere the result is
     the same, but every step waits for copies between devices.
@@ -290,6 +293,7 @@ class ThresholdTracker(nn.Module):
         self._recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=_RECENT)
         self._warned: set[str] = set()
         self._longest_row = 0
+        self.known: Tensor | None = None  # whether the last candidate was a second run's
         self._epoch_set = False
         for count in self._tally:
             count.zero_()
@@ -305,7 +309,8 @@ class ThresholdTracker(nn.Module):
             candidate: 0-d, the batch's own threshold. One that is not finite counts as skipped,
                 leaves the value as it is, and the stored value is used.
             store: whether to keep the result; False (evaluation) computes the same eps. Under
-                torch.func transforms and in the second run of a checkpoint nothing is kept.
+                torch.func transforms nothing is kept, nor of a candidate that is met again in a
+                backward, the second run of a checkpoint.
             anchors: rows of the batch, by which a short one is known; 0 where all are alike.
 
         Returns: 0-d float64 on the candidate's device, no gradient, never the buffer.
@@ -318,10 +323,12 @@ class ThresholdTracker(nn.Module):
         eps, moved = states.step(state, candidate, anchors, *self.kernel_rule()[2:])
         if torch._C._are_functorch_transforms_active():
             return eps
-        if is_second_run():
-            return self._recalled(candidate, eps)
-        self.remember(candidate, eps)
+        self.known = None
+        if is_in_backward() and self._recent:
+            eps, self.known = self._recalled(candidate, eps)
+            moved = torch.where(self.known.to(state.device), state, moved)
         if store:
+            self.remember(candidate, eps)
             self.store(moved)
         return eps
 
@@ -338,15 +345,15 @@ class ThresholdTracker(nn.Module):
         if not torch.compiler.is_compiling():
             self._recent.appendleft((candidate, eps))
 
-    def _recalled(self, candidate: Tensor, eps: Tensor) -> Tensor:
-        """The eps that this candidate was given in its first run; eps if there was none."""
-        if not self._recent:
-            return eps
+    def _recalled(self, candidate: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """The eps that this candidate was given in its first run, or eps if there was none; and
+        whether there was one (a candidate that is not finite is not asked for)."""
         seen, given = (torch.stack(column) for column in zip(*self._recent, strict=True))
         distance = (seen.to(candidate.device) - candidate).abs().nan_to_num(nan=math.inf)
         nearest = distance.argmin()  # the newest of several
         first = given.to(eps.device).index_select(0, nearest.reshape(1)).squeeze(0)
-        return torch.where(distance.amin() <= _NEAR, first, eps)
+        known = distance.amin() <= _NEAR
+        return torch.where(known, first, eps), known | ~candidate.isfinite()
 
     def watch(self, hard: Tensor, loss: Tensor | None) -> None:
         """Counts a training batch, whether any row had members of H, and of the released form
@@ -379,10 +386,13 @@ class ThresholdTracker(nn.Module):
         if schedules.lowest(self.rule, self.options) >= 1 or self._is_warm_up():
             return  # InfoNCE, or the warm-up's threshold, is wanted, or warned of already
         if members == 0:
+            if schedules.is_falling(self.rule, self.options, float(self.value)):
+                return  # it has not come to where it is meant to go
             self._warn(
                 "never any",
-                f"no negative was above the threshold in any row of {period}: H was empty, which "
-                f"is InfoNCE; take a lower threshold or quantile ({self})",
+                f"no row of {period} had a negative above the threshold: H was empty, so this was "
+                "InfoNCE (decoupled, in the released form); take a lower threshold or quantile, or "
+                f"larger batches ({self})",
             )
         elif nothing == batches:
             self._warn(
@@ -489,7 +499,7 @@ class ThresholdTracker(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For deepcopy and pickle: without what a backward yet to come would need."""
-        return {**self.__dict__, "_recent": deque(maxlen=_RECENT)}
+        return {**self.__dict__, "_recent": deque(maxlen=_RECENT), "known": None}
 
     def _warn_without_epochs(self, consequence: str) -> None:
         if not torch.compiler.is_compiling() and not self._epoch_set:

@@ -158,8 +158,10 @@ def test_two_ranks_have_the_value_and_gradients_of_clip_loss_that_gathers(tmp_pa
 def test_it_is_hex_in_mode_cross_with_its_options_passed_on(dtype):
     given = features(dtype)
     options = {"threshold": 0.3, "beta": 0.5, "tau_plus": 0.2, "variant": "paper"}
+    scale = given["logit_scale"]
+    wide = scale.float() if scale.dtype == torch.bfloat16 else scale  # rounded once, not twice
     wanted = HEXLoss(mode="cross", **options)(
-        given["image_features"], given["text_features"], temperature=1 / given["logit_scale"]
+        given["image_features"], given["text_features"], temperature=1 / wide
     )
     assert torch.equal(HEXClipLoss(**options)(**given), wanted)
     released = HEXClipLoss(threshold=0.3, variant="released")(**given)
@@ -194,3 +196,19 @@ def test_wrong_arguments_are_named_as_open_clip_names_them(name, value, error, t
 def test_options_that_clip_has_no_use_for_are_refused():
     with pytest.raises(TypeError, match="mode"):
         HEXClipLoss(mode="ntxent")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_scale_in_half_precision_is_inverted_in_more(dtype):
+    """open_clip's pure_bf16 and fp16: 1 / 100 in bfloat16 is the inverse of 99.9."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.nn.functional.normalize(torch.randn(64, 16, generator=generator), dim=1)
+    text = torch.nn.functional.normalize(image + 0.1 * image.flip(1), dim=1)
+    scale = torch.tensor(100.0, dtype=dtype)
+    logits = 100 * image.double() @ text.double().T
+    target = torch.arange(64)
+    entropy = torch.nn.functional.cross_entropy
+    wanted = (entropy(logits, target) + entropy(logits.T, target)) / 2
+    got = HEXClipLoss(threshold=None)(image, text, scale)
+    # 100 cosines of float32 are off by 4 of its ulp, and the loss with them
+    assert abs(float(got) - float(wanted)) < 100 * 4 * torch.finfo(torch.float32).eps

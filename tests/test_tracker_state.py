@@ -137,7 +137,7 @@ def test_a_batch_that_is_not_finite_changes_nothing_but_its_count():
     before = tracker.state.tolist()
     for bad in (NAN, INF, -INF):
         tracker.update(f64(bad), store=True, anchors=2)
-    before[states.SKIPPED] = 3
+    before[states.SKIPPED], before[states.CANDIDATE] = 3, 2
     assert tracker.state.tolist() == before
 
 
@@ -240,6 +240,76 @@ def test_under_checkpointing_the_second_run_has_the_eps_of_the_first_and_stores_
         for a, b in zip(plain, twice, strict=True):
             # The gradients of the two forwards are added in another order.
             torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-14 if a.dim() else 0)
+
+
+BETWEEN = {
+    "the same batch, without gradient": lambda loss, z0, z1: torch.no_grad()(loss)(z0, z1),
+    "one image": lambda loss, z0, z1: loss(z0[:1], z1[:1]),
+    "none": lambda loss, z0, z1: loss(z0[:0], z1[:0]),
+    "not finite": lambda loss, z0, z1: loss(z0 * NAN, z1),
+    "many without gradient": lambda loss, z0, z1: [
+        torch.no_grad()(loss)(*views(9, k)) for k in range(300)
+    ],
+    "many others": lambda loss, z0, z1: [loss(z0 + k, z1) for k in range(1, 100)],
+}
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+@pytest.mark.parametrize("way", ("plain", "reentrant"))
+@pytest.mark.parametrize("options", ({"momentum": 0.5}, {"lagged": True}), ids=str)
+def test_calls_between_a_forward_and_its_backward_change_no_second_run(options, way, between):
+    def gradient(checkpointed: bool):
+        loss = HEXLoss(threshold=adaptive(**options))
+        train(loss, *views(40, 1))
+        z0, z1 = (z.requires_grad_() for z in views(40, 2, shift=0.5))
+        run = loss
+        if checkpointed:
+            run = lambda *z: checkpoint(loss, *z, use_reentrant=WAYS[way][0])  # noqa: E731
+        value = run(z0, z1)
+        BETWEEN[between](loss, z0, z1)
+        before = loss.threshold.state.clone(), loss.statistics()
+        value.backward()
+        assert torch.equal(loss.threshold.state, before[0])
+        assert loss.statistics() == pytest.approx(before[1], nan_ok=True)
+        return [z0.grad, z1.grad]
+
+    assert same(gradient(False), gradient(True))
+
+
+def test_a_loss_that_runs_in_a_backward_first_trains_there():
+    """As where representations are cached and their loss is taken in a Function's backward."""
+
+    class Cached(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss, z0, z1):
+            ctx.loss = loss
+            ctx.save_for_backward(z0, z1)
+            return z0.new_zeros(())
+
+        @staticmethod
+        def backward(ctx, grad):
+            leaves = [z.detach().requires_grad_() for z in ctx.saved_tensors]
+            with torch.enable_grad():
+                value = ctx.loss(*leaves)
+            return None, *torch.autograd.grad(value, leaves)
+
+    cached, plain = (HEXLoss(threshold=adaptive(momentum=0.5)) for _ in range(2))
+    for step in range(3):
+        inputs = views(40, step, shift=step)
+        got = train(lambda *z: Cached.apply(cached, *z), *inputs)[1:]
+        assert same(got, train(plain, *inputs)[1:])
+        assert cached.statistics() == pytest.approx(plain.statistics())
+    assert torch.equal(cached.threshold.state, plain.threshold.state)
+
+
+def test_a_reentrant_checkpoint_without_gradient_is_no_training():
+    loss = HEXLoss(threshold=adaptive())
+    z0, z1 = views(40)
+    with torch.no_grad():
+        checkpoint(loss, z0.requires_grad_(), z1, use_reentrant=True)
+    with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
+        checkpoint(loss, z0.detach(), z1, use_reentrant=True)
+    assert counts(loss.threshold) == [0, 0, 0]
 
 
 def test_a_loss_without_checkpointing_in_eval_or_without_gradients_stores_nothing():
@@ -545,8 +615,8 @@ def test_under_ddp_every_rank_goes_on_from_rank_0_s_state_or_from_its_own(synced
 # ---- warnings -----------------------------------------------------------------------------------
 
 
-def epoch_of(loss, number: int, *inputs) -> None:
-    loss.set_epoch(number)
+def epoch_of(loss, number: int, *inputs, of=None) -> None:
+    (of or loss).set_epoch(number)
     for _ in range(2):
         train(loss, *inputs)
 
@@ -554,9 +624,7 @@ def epoch_of(loss, number: int, *inputs) -> None:
 def test_an_epoch_in_which_nothing_was_hard_is_warned_of_once_at_the_users_line():
     loss = HEXLoss(threshold=0.9999)
     epoch_of(loss, 0, *views(40))
-    with pytest.warns(
-        UserWarning, match=r"no negative was above .* of epoch 0: H was empty"
-    ) as got:
+    with pytest.warns(UserWarning, match="no row of epoch 0 had a negative above .*: H was") as got:
         loss.set_epoch(1)
     assert len(got) == 1 and got[0].filename == __file__
     with warnings.catch_warnings():
@@ -570,6 +638,17 @@ def test_an_epoch_in_which_all_was_hard_and_the_released_loss_0_is_warned_of():
     epoch_of(loss, 0, *views(40))
     with pytest.warns(UserWarning, match="the loss and its gradient were 0"):
         loss.set_epoch(1)
+
+
+def test_a_loss_of_0_for_want_of_positives_and_a_schedule_that_is_still_to_fall_warn_of_nothing():
+    sup_con = HEXSupConLoss(variant="released", threshold=adaptive())
+    falling = HEXLoss(threshold=ThresholdTracker.cosine(0.9999, 0.1, 100))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        epoch_of(lambda z: sup_con(z, torch.arange(40)), 0, views(40)[0], of=sup_con)
+        epoch_of(falling, 0, *views(40))
+        for loss in (sup_con, falling):
+            loss.set_epoch(1)
 
 
 def test_the_authors_schedule_beyond_its_own_run_is_warned_of():
@@ -617,7 +696,9 @@ def test_without_epochs_statistics_warns_after_a_hundred_batches():
             train(loss, *inputs)
         loss.statistics()
     train(loss, *inputs)
-    with pytest.warns(UserWarning, match="of the last 100 batches: H was empty") as got:
+    with pytest.warns(
+        UserWarning, match="no row of the last 100 batches had a negative above"
+    ) as got:
         loss.statistics()
     assert got[0].filename == __file__
 
