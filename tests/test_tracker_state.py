@@ -596,6 +596,7 @@ def rank(number: int, folder, synced: bool) -> None:
             candidate = float(loss.threshold.state[states.CANDIDATE])
             seen.append((candidate, loss.statistics()["eps"], float(loss.threshold.value)))
         torch.save(seen, folder / str(number))
+        dist.barrier()  # neither leaves while the other still talks to it
     finally:
         dist.destroy_process_group()
 

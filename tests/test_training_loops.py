@@ -225,6 +225,7 @@ def sharded(number: int, folder, way: str) -> None:
         value = train(model)
         criterion = model.criterion
         torch.save(f64([float(value), *criterion.threshold.state.tolist()]), folder / str(number))
+        dist.barrier()  # neither leaves while the other still talks to it
     finally:
         dist.destroy_process_group()
 

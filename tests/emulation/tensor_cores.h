@@ -27,12 +27,14 @@ inline float add_truncated(float c, const float *x, const float *y)
 {
     double term[17], largest = fabs((double)c);
     term[16] = c;
+    bool finite = fabs((double)c) < INFINITY; // a NaN is not
     for (int k = 0; k < 16; k++) {
         term[k] = (double)x[k] * (double)y[k];
-        if (!(fabs(term[k]) <= largest)) // a NaN, too
+        if (fabs(term[k]) > largest)
             largest = fabs(term[k]);
+        finite = finite && fabs(term[k]) < INFINITY;
     }
-    if (!(largest > 0 && largest < INFINITY)) { // nothing to align
+    if (!finite || largest == 0) { // nothing to align
         for (int k = 0; k < 16; k++)
             term[16] += term[k];
         return (float)term[16];
