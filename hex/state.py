@@ -61,7 +61,7 @@ def step(
     number = old[EPOCH].round() - 1  # -1 before the first
     warm = number.clamp(min=0) < warmup_epochs
     first = ~(old[WEIGHT] > 0)
-    before = torch.where(first, math.inf, old[VALUE] / old[WEIGHT])
+    before = stored(state)
     value = candidate
     if momentum:
         value = torch.where(first, candidate, candidate + momentum * (before - candidate))

@@ -424,7 +424,7 @@ class ThresholdTracker(nn.Module):
             raise RuntimeError("current: got an adaptive tracker, wanted a schedule")
         if self.rule != "fixed" and torch.is_grad_enabled():
             self._warn_without_epochs("the threshold stays at its start")
-        return schedules.at(self.rule, self.options, self.state[states.EPOCH] - 1)
+        return self.value
 
     def warn_if_never(self) -> None:
         """Warns of a schedule that stays where no cosine is above it, but for math.inf."""
