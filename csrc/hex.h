@@ -84,7 +84,7 @@ typedef struct {
 
 /* The threshold over training (tracker.h): what the adaptive loss is given, what it does with the
  * batch's candidate, and the eps that comes of it. All numbers of the state are doubles, so that an
- * average of states is a state (hex/threshold.py says why); the counts are whole. */
+ * average of states is a state (hex/state.py says why); the counts are whole. */
 enum {
     HEX_STATE_WEIGHT,    /* 1 when a candidate has been stored, 0 before; an average: in between */
     HEX_STATE_VALUE,     /* weight times the stored threshold */

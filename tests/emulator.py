@@ -278,6 +278,7 @@ def assert_one_call_is_two(p: Problem) -> None:
     z0, z1, negatives, _, tau, mode, *options, keep = p.raw()
     tracker = ThresholdTracker.adaptive(momentum=0.5, over="negatives").to(z0.device)
     tracker.update(f64(0.3).to(z0.device), store=True, anchors=p.rows + 1)
+    tracker.state[:2] *= 0.5  # the average with a new one
     rule = (*tracker.kernel_rule(), keep)
     one = torch.ops.hex.adaptive(z0, z1, negatives, tracker.state, tau, mode, *options, *rule)
     quantile = ops.threshold(z0, z1, negatives, mode, tracker.quantile, tracker.over)
