@@ -8,15 +8,15 @@ averaged, with those of one process. NCCL is the same code and was not tried.
 import warnings
 
 import pytest
+import ranks
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from data import f64
+from ranks import RANKS
 from torch import Tensor, nn
 
 from hex import HEXLoss, HEXSupConLoss, InfoNCELoss, ThresholdTracker
 
-RANKS, LOCAL = 2, 100  # of 200 images: 400 rows, which go by tiles
+LOCAL = 100  # of 200 images: 400 rows, which go by tiles
 NEGATIVES = {"threshold": ThresholdTracker.adaptive(quantile=0.9, over="negatives")}
 
 
@@ -59,29 +59,23 @@ def step(model: nn.Module, part: slice, case: str) -> list[Tensor]:
     return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
 
 
-def worker(rank: int, folder: str) -> None:
+def steps(rank: int):
     warnings.simplefilter("error", FutureWarning)  # torch's, of a name that it will drop
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
     model = nn.parallel.DistributedDataParallel(encoder())
     part = slice(rank * LOCAL, (rank + 1) * LOCAL)
-    torch.save({case: step(model, part, case) for case in CASES}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return {case: step(model, part, case) for case in CASES}
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("ranks"))
-    mp.spawn(worker, (folder,), nprocs=RANKS)
-    return [torch.load(f"{folder}/{rank}.pt") for rank in range(RANKS)]
+def seen(tmp_path_factory):
+    return ranks.run(steps, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_have_the_loss_and_gradients_of_one(case, ranks):
+def test_two_processes_have_the_loss_and_gradients_of_one(case, seen):
     whole = step(encoder(), slice(None), case)
-    for got in (rank[case] for rank in ranks):
-        assert torch.equal(got[0], ranks[0][case][0])  # and so the threshold, to the bit
+    for got in (rank[case] for rank in seen):
+        assert torch.equal(got[0], seen[0][case][0])  # and so the threshold, to the bit
         for ours, wanted in zip(got, whole, strict=True):
             torch.testing.assert_close(ours, wanted, rtol=1e-11, atol=1e-13)
 

@@ -6,9 +6,9 @@ import inspect
 
 import conftest  # noqa: F401 (in a spawned process too: it lets torchvision be imported)
 import pytest
+import ranks
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import RANKS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -123,14 +123,8 @@ def test_a_task_of_open_clips_main_trains_with_it_and_every_parameter_has_a_grad
     assert twin.training_forward(batch)["loss"] == task.training_forward(batch)["loss"]
 
 
-RANKS = 2
-
-
-def worker(rank: int, folder: str) -> None:
+def steps(rank: int):
     """The value of each loss on a rank's part of the pairs, and the gradients that DDP averages."""
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
     clip = release().ClipLoss(gather_with_grad=True, rank=rank, world_size=RANKS)
     found = []
     for loss in (HEXClipLoss(threshold=None), clip):
@@ -141,15 +135,12 @@ def worker(rank: int, folder: str) -> None:
         value = loss(**model(image=image, text=text))
         value.backward()
         found.append([value.detach(), *(p.grad for p in model.parameters())])
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 def test_two_ranks_have_the_value_and_gradients_of_clip_loss_that_gathers(tmp_path):
     release()
-    mp.spawn(worker, (str(tmp_path),), nprocs=RANKS)
-    for rank in range(RANKS):
-        ours, theirs = torch.load(tmp_path / f"{rank}.pt")
+    for ours, theirs in ranks.run(steps, tmp_path):
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=RANKS * ROUNDING)
 

@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""What the threshold's state has to come through: short batches, checkpointing, averages, DDP, meta
-tensors, other dtypes, copies, checkpoints of and for other losses. hex/state.py has the reasons.
+"""What the threshold's state has to come through: short batches, averages, DDP, meta tensors, other
+dtypes, copies, checkpoints of and for other losses. hex/state.py has the reasons.
 """
 
 import copy
 import inspect
 import io
-import math
 import pickle
-import warnings
 
 import pytest
+import ranks
 import torch
-import torch.distributed as dist
 from data import INF, NAN, f64
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.checkpoint import checkpoint
+from tracked import STATEFUL, adaptive, counts, same, train, views
 
 from hex import (
     HEXCrossEntropyLoss,
@@ -28,30 +26,6 @@ from hex import (
     batch_threshold,
 )
 from hex import state as states
-
-STATEFUL = ({}, {"momentum": 0.9}, {"monotonic": True}, {"lagged": True})
-
-
-def adaptive(**options) -> ThresholdTracker:
-    return ThresholdTracker.adaptive(**{"quantile": 0.9, **options})
-
-
-def views(images: int, seed: int = 0, features: int = 8, shift: float = 0.0):
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(2, images, features, generator=generator, dtype=torch.float64)
-    return (rows + shift).unbind()
-
-
-def train(loss, *inputs):
-    leaves = [z.clone().requires_grad_() for z in inputs]
-    value = loss(*leaves)
-    value.backward()
-    return [value.detach(), *(z.grad for z in leaves)]
-
-
-def counts(tracker) -> list[int]:
-    return [int(tracker.updates), int(tracker.skipped), int(tracker.short)]
-
 
 # ---- short batches ------------------------------------------------------------------------------
 
@@ -74,10 +48,6 @@ def test_a_short_last_batch_is_used_and_neither_moves_the_state_nor_stands_for_t
     assert whole.threshold.history == dropped.threshold.history
     assert counts(whole.threshold) == [9, 0, 3] and counts(dropped.threshold) == [9, 0, 0]
     assert same(train(whole, *views(64, 70)), train(dropped, *views(64, 70)))
-
-
-def same(one, two) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
 def test_the_eps_of_a_short_batch_is_of_its_own_candidate_and_last_shows_it():
@@ -173,171 +143,6 @@ def test_every_loss_knows_a_short_batch(make):
             logits = views(size, features=16)[0]
             train(lambda z: loss(z, torch.zeros(len(z), dtype=torch.int64)), logits)  # noqa: B023
     assert counts(loss.threshold) == [2, 0, 1]
-
-
-# ---- activation checkpointing -------------------------------------------------------------------
-
-WAYS = {
-    "plain": (False, 1),
-    "nested": (False, 2),
-    "reentrant": (True, 1),
-    "reentrant, nested": (True, 2),
-}
-
-
-def losses(options):
-    labels = torch.arange(40) // 2
-    hex_loss = HEXLoss(threshold=adaptive(**options))
-    sup_con = HEXSupConLoss(threshold=adaptive(**options))
-    entropy = HEXCrossEntropyLoss(0.1, threshold=adaptive(**options))
-    guided = HEXLoss(threshold=adaptive(**options))
-    yield hex_loss, lambda z0, z1: hex_loss(z0, z1)
-    yield sup_con, lambda z0, z1: sup_con(z0 + z1, labels)
-    yield entropy, lambda z0, z1: entropy(z0 @ z1.T / 40, torch.arange(40))
-    yield guided, lambda z0, z1: guided(z0, z1, guide=(z1, z0))
-
-
-def trained(options, way, number, after):
-    """Gradients, statistics and states of steps in which the threshold moves much."""
-    loss, function = list(losses(options))[number]
-    torch.manual_seed(0)
-    weight = torch.randn(8, 8, dtype=torch.float64).requires_grad_()
-    seen = []
-
-    def head(z0, z1):
-        value = function(z0 @ weight, z1 @ weight)
-        return (value * value).exp().log() if after else value  # saves a tensor after the loss
-
-    def wrapped(f, reentrant):
-        return lambda z0, z1: checkpoint(f, z0, z1, use_reentrant=reentrant)
-
-    run = head
-    if way:
-        reentrant, times = WAYS[way]
-        for _ in range(times):
-            run = wrapped(run, reentrant)
-    for step in range(4):
-        z0, z1 = (z.requires_grad_() for z in views(40, step, shift=step))
-        first = run(z0, z1)
-        second = run(z1, z0 + 1)  # two forwards before a backward
-        before = loss.threshold.state.clone(), loss.statistics()
-        (second + first).backward()
-        assert torch.equal(loss.threshold.state, before[0]) and loss.statistics() == before[1]
-        seen += [weight.grad, *before[0], *(f64(x) for x in before[1].values())]
-        weight.grad = None
-    assert counts(loss.threshold) == [8, 0, 0]
-    return seen
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("number", range(4), ids=("hex", "supcon", "entropy", "guide"))
-@pytest.mark.parametrize("options", STATEFUL, ids=str)
-def test_under_checkpointing_the_second_run_has_the_eps_of_the_first_and_stores_nothing(
-    options, number, way
-):
-    for after in (False, True):
-        plain, twice = (trained(options, w, number, after) for w in (None, way))
-        for a, b in zip(plain, twice, strict=True):
-            # The gradients of the two forwards are added in another order.
-            torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-14 if a.dim() else 0)
-
-
-BETWEEN = {
-    "the same batch, without gradient": lambda loss, z0, z1: torch.no_grad()(loss)(z0, z1),
-    "one image": lambda loss, z0, z1: loss(z0[:1], z1[:1]),
-    "none": lambda loss, z0, z1: loss(z0[:0], z1[:0]),
-    "not finite": lambda loss, z0, z1: loss(z0 * NAN, z1),
-    "many without gradient": lambda loss, z0, z1: [
-        torch.no_grad()(loss)(*views(9, k)) for k in range(300)
-    ],
-    "many others": lambda loss, z0, z1: [loss(z0 + k, z1) for k in range(1, 100)],
-}
-
-
-@pytest.mark.parametrize("between", BETWEEN)
-@pytest.mark.parametrize("way", ("plain", "reentrant"))
-@pytest.mark.parametrize("options", ({"momentum": 0.5}, {"lagged": True}), ids=str)
-def test_calls_between_a_forward_and_its_backward_change_no_second_run(options, way, between):
-    def gradient(checkpointed: bool):
-        loss = HEXLoss(threshold=adaptive(**options))
-        train(loss, *views(40, 1))
-        z0, z1 = (z.requires_grad_() for z in views(40, 2, shift=0.5))
-        run = loss
-        if checkpointed:
-            run = lambda *z: checkpoint(loss, *z, use_reentrant=WAYS[way][0])  # noqa: E731
-        value = run(z0, z1)
-        BETWEEN[between](loss, z0, z1)
-        before = loss.threshold.state.clone(), loss.statistics()
-        value.backward()
-        assert torch.equal(loss.threshold.state, before[0])
-        assert loss.statistics() == pytest.approx(before[1], nan_ok=True)
-        return [z0.grad, z1.grad]
-
-    assert same(gradient(False), gradient(True))
-
-
-def test_a_loss_that_runs_in_a_backward_first_trains_there():
-    """As where representations are cached and their loss is taken in a Function's backward."""
-
-    class Cached(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, loss, z0, z1):
-            ctx.loss = loss
-            ctx.save_for_backward(z0, z1)
-            return z0.new_zeros(())
-
-        @staticmethod
-        def backward(ctx, grad):
-            leaves = [z.detach().requires_grad_() for z in ctx.saved_tensors]
-            with torch.enable_grad():
-                value = ctx.loss(*leaves)
-            return None, *torch.autograd.grad(value, leaves)
-
-    cached, plain = (HEXLoss(threshold=adaptive(momentum=0.5)) for _ in range(2))
-    for step in range(3):
-        inputs = views(40, step, shift=step)
-        got = train(lambda *z: Cached.apply(cached, *z), *inputs)[1:]
-        assert same(got, train(plain, *inputs)[1:])
-        assert cached.statistics() == pytest.approx(plain.statistics())
-    assert torch.equal(cached.threshold.state, plain.threshold.state)
-
-
-def test_a_reentrant_checkpoint_without_gradient_is_no_training():
-    loss = HEXLoss(threshold=adaptive())
-    z0, z1 = views(40)
-    with torch.no_grad():
-        checkpoint(loss, z0.requires_grad_(), z1, use_reentrant=True)
-    with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
-        checkpoint(loss, z0.detach(), z1, use_reentrant=True)
-    assert counts(loss.threshold) == [0, 0, 0]
-
-
-def test_a_loss_without_checkpointing_in_eval_or_without_gradients_stores_nothing():
-    loss = HEXLoss(threshold=adaptive())
-    z0, z1 = views(40)
-    with torch.no_grad():
-        loss(z0.requires_grad_(), z1)
-    loss(z0.detach(), z1)
-    loss.eval()(z0, z1)
-    assert counts(loss.threshold) == [0, 0, 0]
-
-
-def test_a_learned_temperature_alone_is_training():
-    """Embeddings of a frozen encoder."""
-    tau = nn.Parameter(f64(0.1))
-    for loss, inputs in (
-        (HEXLoss(tau, threshold=adaptive(lagged=True)), views(40)),
-        (
-            HEXSupConLoss(tau, threshold=adaptive(lagged=True)),
-            (views(40)[0], torch.arange(40) // 2),
-        ),
-        (
-            HEXCrossEntropyLoss(tau, threshold=adaptive(lagged=True)),
-            (views(40)[0], torch.zeros(40, dtype=torch.int64)),
-        ),
-    ):
-        loss(*inputs).backward()
-        assert counts(loss.threshold) == [1, 0, 0]
 
 
 # ---- averages of buffers and of state_dicts -----------------------------------------------------
@@ -546,7 +351,7 @@ def test_a_strict_load_goes_from_hex_to_a_baseline_and_back(baseline):
         theirs.load_state_dict({**ours.state_dict(), "criterion.other": f64(1.0)}, strict=True)
 
 
-# ---- vmap over stacked modules, compiled checkpoints --------------------------------------------
+# ---- vmap over stacked modules ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", STATEFUL, ids=str)
@@ -565,165 +370,28 @@ def test_vmap_over_stacked_modules_uses_the_threshold_of_each(options):
     torch.testing.assert_close(got, torch.stack(wanted), rtol=1e-13, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's
-@pytest.mark.parametrize("options", STATEFUL, ids=str)
-def test_a_checkpoint_in_a_compiled_step_has_the_bits_of_the_step(options):
-    def trained(compiled: bool):
-        torch._dynamo.reset()
-        loss = HEXLoss(threshold=adaptive(**options))
-        run = lambda *z: checkpoint(loss, *z, use_reentrant=False)  # noqa: E731
-        step = torch.compile(run, backend="aot_eager") if compiled else loss
-        seen = [x for k in range(4) for x in train(step, *views(40, k, shift=k))]
-        return [*seen, loss.threshold.state.clone()]
-
-    assert same(trained(False), trained(True))
-
-
 # ---- several ranks ------------------------------------------------------------------------------
 
 
-def rank(number: int, folder, synced: bool) -> None:
-    meeting = f"file://{folder / 'meeting'}"
-    dist.init_process_group("gloo", init_method=meeting, rank=number, world_size=2)
+def step_under_ddp(rank: int, synced: bool):
     of_ddp = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in of_ddp else "broadcast_buffers"
-    try:
-        model = DistributedDataParallel(Model(adaptive(momentum=0.9)), **{option: synced})
-        seen = []
-        for step in range(3):
-            model(*views(40, 10 * number + step, shift=number)).backward()
-            loss = model.module.criterion
-            candidate = float(loss.threshold.state[states.CANDIDATE])
-            seen.append((candidate, loss.statistics()["eps"], float(loss.threshold.value)))
-        torch.save(seen, folder / str(number))
-        dist.barrier()  # neither leaves while the other still talks to it
-    finally:
-        dist.destroy_process_group()
+    model = DistributedDataParallel(Model(adaptive(momentum=0.9)), **{option: synced})
+    seen = []
+    for step in range(3):
+        model(*views(40, 10 * rank + step, shift=rank)).backward()
+        loss = model.module.criterion
+        candidate = float(loss.threshold.state[states.CANDIDATE])
+        seen.append((candidate, loss.statistics()["eps"], float(loss.threshold.value)))
+    return seen
 
 
 @pytest.mark.parametrize("synced", (True, False), ids=("rank 0's", "each its own"))
 def test_under_ddp_every_rank_goes_on_from_rank_0_s_state_or_from_its_own(synced, tmp_path):
-    torch.multiprocessing.spawn(rank, (tmp_path, synced), nprocs=2)
-    seen = [torch.load(tmp_path / str(number)) for number in (0, 1)]
+    seen = ranks.run(step_under_ddp, tmp_path, synced)
     for number in (0, 1):
         for step in range(1, 3):
             candidate, eps, value = seen[number][step]
             before = seen[0 if synced else number][step - 1][2]
             assert eps == value == candidate + 0.9 * (before - candidate)
     assert seen[0] != seen[1]
-
-
-# ---- warnings -----------------------------------------------------------------------------------
-
-
-def epoch_of(loss, number: int, *inputs, of=None) -> None:
-    (of or loss).set_epoch(number)
-    for _ in range(2):
-        train(loss, *inputs)
-
-
-def test_an_epoch_in_which_nothing_was_hard_is_warned_of_once_at_the_users_line():
-    loss = HEXLoss(threshold=0.9999)
-    epoch_of(loss, 0, *views(40))
-    with pytest.warns(UserWarning, match="no row of epoch 0 had a negative above .*: H was") as got:
-        loss.set_epoch(1)
-    assert len(got) == 1 and got[0].filename == __file__
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        epoch_of(loss, 1, *views(40))
-        loss.set_epoch(2)
-
-
-def test_an_epoch_in_which_all_was_hard_and_the_released_loss_0_is_warned_of():
-    loss = HEXLoss(threshold=-1.5, variant="released")
-    epoch_of(loss, 0, *views(40))
-    with pytest.warns(UserWarning, match="the loss and its gradient were 0"):
-        loss.set_epoch(1)
-
-
-def test_a_loss_of_0_for_want_of_positives_and_a_schedule_that_is_still_to_fall_warn_of_nothing():
-    sup_con = HEXSupConLoss(variant="released", threshold=adaptive())
-    falling = HEXLoss(threshold=ThresholdTracker.cosine(0.9999, 0.1, 100))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        epoch_of(lambda z: sup_con(z, torch.arange(40)), 0, views(40)[0], of=sup_con)
-        epoch_of(falling, 0, *views(40))
-        for loss in (sup_con, falling):
-            loss.set_epoch(1)
-
-
-def test_the_authors_schedule_beyond_its_own_run_is_warned_of():
-    from hex.presets import authors_threshold
-
-    loss = HEXLoss(threshold=authors_threshold("step", every=25), variant="released")
-    epoch_of(loss, 250, *views(40))
-    with pytest.warns(UserWarning, match="the loss and its gradient were 0"):
-        loss.set_epoch(251)
-
-
-@pytest.mark.parametrize("loss", (
-    lambda: HEXLoss(threshold=math.inf),
-    lambda: HEXLoss(threshold=None),
-    lambda: InfoNCELoss(),
-    lambda: HEXLoss(threshold=adaptive(warmup_epochs=5)),
-    lambda: HEXLoss(threshold=adaptive(warmup_epochs=5, warmup_threshold=0.9999)),
-    lambda: HEXLoss(threshold=-1.5),
-    lambda: HEXLoss(threshold=0.3),
-))  # fmt: skip
-def test_an_epoch_that_is_as_it_was_meant_warns_of_nothing(loss):
-    loss = loss()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        epoch_of(loss, 0, *views(40))
-        loss.set_epoch(1)
-        loss.statistics()
-
-
-def test_groups_are_not_looked_at():
-    loss = HEXLoss(threshold=0.9999)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        loss.set_epoch(0)
-        loss(*(z.requires_grad_() for z in views(40)), groups=torch.arange(40)).backward()
-        loss.set_epoch(1)
-
-
-def test_without_epochs_statistics_warns_after_a_hundred_batches():
-    loss = HEXLoss(threshold=0.9999)
-    inputs = views(4)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(99):
-            train(loss, *inputs)
-        loss.statistics()
-    train(loss, *inputs)
-    with pytest.warns(
-        UserWarning, match="no row of the last 100 batches had a negative above"
-    ) as got:
-        loss.statistics()
-    assert got[0].filename == __file__
-
-
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's
-def test_a_compiled_step_counts_without_another_graph():
-    torch._dynamo.reset()
-    loss = HEXLoss(threshold=0.9999)
-    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
-    loss.set_epoch(0)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for _ in range(3):
-            train(compiled, *views(40))
-    with pytest.warns(UserWarning, match="H was empty"):
-        loss.set_epoch(1)
-
-
-def test_a_warning_of_a_call_is_at_the_line_of_the_call():
-    model = nn.Sequential(nn.Identity())
-    loss = HEXLoss(threshold=ThresholdTracker.step(0.9, 0.1, 5))
-    with pytest.warns(UserWarning, match="set_epoch was never called") as got:
-        loss(*views(40))
-    assert got[0].filename == __file__
-    model.append(HEXLoss(threshold=adaptive(over="all")))
-    with pytest.warns(UserWarning, match="of 8 cosines") as got:
-        model[1](*views(4))
-    assert got[0].filename == __file__

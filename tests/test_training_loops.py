@@ -6,8 +6,8 @@ settings of torch's own. Each is held against the plain step.
 import contextlib
 
 import pytest
+import ranks
 import torch
-import torch.distributed as dist
 from data import f64
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -201,41 +201,34 @@ def test_a_subclass_of_tensor_is_a_tensor(kind):
 # ---- sharded ------------------------------------------------------------------------------------
 
 
-def sharded(number: int, folder, way: str) -> None:
-    meeting = f"file://{folder / 'meeting'}"
-    dist.init_process_group("gloo", init_method=meeting, rank=number, world_size=2)
-    try:
-        if way == "FSDP":
-            model = FullyShardedDataParallel(Model(), device_id=torch.device("cpu"))
-        elif way == "fully_shard":
+def sharded(rank: int, way: str):
+    if way == "FSDP":
+        model = FullyShardedDataParallel(Model(), device_id=torch.device("cpu"))
+    elif way == "fully_shard":
+        model = Model()
+        fully_shard(model)
+    else:
+        with torch.device("meta"):
             model = Model()
-            fully_shard(model)
-        else:
-            with torch.device("meta"):
-                model = Model()
-            fully_shard(model)
-            model.to_empty(device="cpu")
-            model.criterion.threshold.reset_parameters()
-            full = Model().head
-            for sharded_p, whole in zip(model.head.parameters(), full.parameters(), strict=True):
-                first = dist.get_rank() * sharded_p.to_local().shape[0]
-                with torch.no_grad():
-                    local = whole[first : first + sharded_p.to_local().shape[0]]
-                    sharded_p.to_local().copy_(local)
-        value = train(model)
-        criterion = model.criterion
-        torch.save(f64([float(value), *criterion.threshold.state.tolist()]), folder / str(number))
-        dist.barrier()  # neither leaves while the other still talks to it
-    finally:
-        dist.destroy_process_group()
+        fully_shard(model)
+        model.to_empty(device="cpu")
+        model.criterion.threshold.reset_parameters()
+        full = Model().head
+        for sharded_p, whole in zip(model.head.parameters(), full.parameters(), strict=True):
+            first = rank * sharded_p.to_local().shape[0]
+            with torch.no_grad():
+                local = whole[first : first + sharded_p.to_local().shape[0]]
+                sharded_p.to_local().copy_(local)
+    value = train(model)
+    return f64([float(value), *model.criterion.threshold.state.tolist()])
 
 
 @pytest.mark.parametrize("way", ("FSDP", "fully_shard", "fully_shard from meta"))
 def test_a_sharded_model_trains_as_a_whole_one(way, tmp_path):
     """Both ranks have the same batches, so that the mean of their gradients is that of one."""
-    torch.multiprocessing.spawn(sharded, (tmp_path, way), nprocs=2)
+    seen = ranks.run(sharded, tmp_path, way)
     model = Model()
     value = train(model)
     wanted = f64([float(value), *model.criterion.threshold.state.tolist()])
-    for number in "01":
-        torch.testing.assert_close(torch.load(tmp_path / number), wanted, rtol=1e-12, atol=1e-14)
+    for got in seen:
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-14)

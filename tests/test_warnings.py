@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: MIT
+"""Warnings of a threshold with which H was always empty, or all there was, each once and at the
+line of the user's code.
+"""
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from tracked import adaptive, train, views
+
+from hex import HEXLoss, HEXSupConLoss, InfoNCELoss, ThresholdTracker
+
+
+def epoch_of(loss, number: int, *inputs, of=None) -> None:
+    (of or loss).set_epoch(number)
+    for _ in range(2):
+        train(loss, *inputs)
+
+
+def test_an_epoch_in_which_nothing_was_hard_is_warned_of_once_at_the_users_line():
+    loss = HEXLoss(threshold=0.9999)
+    epoch_of(loss, 0, *views(40))
+    with pytest.warns(UserWarning, match="no row of epoch 0 had a negative above .*: H was") as got:
+        loss.set_epoch(1)
+    assert len(got) == 1 and got[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        epoch_of(loss, 1, *views(40))
+        loss.set_epoch(2)
+
+
+def test_an_epoch_in_which_all_was_hard_and_the_released_loss_0_is_warned_of():
+    loss = HEXLoss(threshold=-1.5, variant="released")
+    epoch_of(loss, 0, *views(40))
+    with pytest.warns(UserWarning, match="the loss and its gradient were 0"):
+        loss.set_epoch(1)
+
+
+def test_a_loss_of_0_for_want_of_positives_and_a_schedule_that_is_still_to_fall_warn_of_nothing():
+    sup_con = HEXSupConLoss(variant="released", threshold=adaptive())
+    falling = HEXLoss(threshold=ThresholdTracker.cosine(0.9999, 0.1, 100))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        epoch_of(lambda z: sup_con(z, torch.arange(40)), 0, views(40)[0], of=sup_con)
+        epoch_of(falling, 0, *views(40))
+        for loss in (sup_con, falling):
+            loss.set_epoch(1)
+
+
+def test_the_authors_schedule_beyond_its_own_run_is_warned_of():
+    from hex.presets import authors_threshold
+
+    loss = HEXLoss(threshold=authors_threshold("step", every=25), variant="released")
+    epoch_of(loss, 250, *views(40))
+    with pytest.warns(UserWarning, match="the loss and its gradient were 0"):
+        loss.set_epoch(251)
+
+
+@pytest.mark.parametrize("loss", (
+    lambda: HEXLoss(threshold=math.inf),
+    lambda: HEXLoss(threshold=None),
+    lambda: InfoNCELoss(),
+    lambda: HEXLoss(threshold=adaptive(warmup_epochs=5)),
+    lambda: HEXLoss(threshold=adaptive(warmup_epochs=5, warmup_threshold=0.9999)),
+    lambda: HEXLoss(threshold=-1.5),
+    lambda: HEXLoss(threshold=0.3),
+))  # fmt: skip
+def test_an_epoch_that_is_as_it_was_meant_warns_of_nothing(loss):
+    loss = loss()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        epoch_of(loss, 0, *views(40))
+        loss.set_epoch(1)
+        loss.statistics()
+
+
+def test_groups_are_not_looked_at():
+    loss = HEXLoss(threshold=0.9999)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss.set_epoch(0)
+        loss(*(z.requires_grad_() for z in views(40)), groups=torch.arange(40)).backward()
+        loss.set_epoch(1)
+
+
+def test_without_epochs_statistics_warns_after_a_hundred_batches():
+    loss = HEXLoss(threshold=0.9999)
+    inputs = views(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(99):
+            train(loss, *inputs)
+        loss.statistics()
+    train(loss, *inputs)
+    with pytest.warns(
+        UserWarning, match="no row of the last 100 batches had a negative above"
+    ) as got:
+        loss.statistics()
+    assert got[0].filename == __file__
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's
+def test_a_compiled_step_counts_without_another_graph():
+    torch._dynamo.reset()
+    loss = HEXLoss(threshold=0.9999)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    loss.set_epoch(0)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            train(compiled, *views(40))
+    with pytest.warns(UserWarning, match="H was empty"):
+        loss.set_epoch(1)
+
+
+def test_a_warning_of_a_call_is_at_the_line_of_the_call():
+    model = nn.Sequential(nn.Identity())
+    loss = HEXLoss(threshold=ThresholdTracker.step(0.9, 0.1, 5))
+    with pytest.warns(UserWarning, match="set_epoch was never called") as got:
+        loss(*views(40))
+    assert got[0].filename == __file__
+    model.append(HEXLoss(threshold=adaptive(over="all")))
+    with pytest.warns(UserWarning, match="of 8 cosines") as got:
+        model[1](*views(4))
+    assert got[0].filename == __file__
