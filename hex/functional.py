@@ -273,21 +273,19 @@ def check_number(
         raise ValueError(f"{name}: got {value}, wanted a number in [{low}, {high}{end}")
 
 
-def check_temperature(temperature: float | Tensor) -> float | Tensor:
+def check_temperature(temperature: float | Tensor, name: str = "temperature") -> float | Tensor:
     if isinstance(temperature, Tensor):
         if not temperature.is_floating_point():
-            raise TypeError(f"temperature: got {temperature.dtype}, wanted a floating dtype")
+            raise TypeError(f"{name}: got {temperature.dtype}, wanted a floating dtype")
         if temperature.numel() != 1:
             raise ValueError(
-                f"temperature: got shape {tuple(temperature.shape)}, wanted a number or one element"
+                f"{name}: got shape {tuple(temperature.shape)}, wanted a number or one element"
             )
         return temperature
     if not is_number(temperature):
-        raise TypeError(
-            f"temperature: got {type(temperature).__name__}, wanted a number or a tensor"
-        )
+        raise TypeError(f"{name}: got {type(temperature).__name__}, wanted a number or a tensor")
     if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: got {temperature}, wanted a finite number > 0")
+        raise ValueError(f"{name}: got {temperature}, wanted a finite number > 0")
     return float(temperature)
 
 

@@ -4,13 +4,12 @@
 It imports nothing of open_clip. The mathematics is that of loss.py in mode "cross".
 """
 
-import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .functional import Variant, check_embeddings, is_number
+from .functional import Variant, check_embeddings, check_temperature
 from .loss import HEXLoss
 from .threshold import ThresholdTracker
 
@@ -130,19 +129,7 @@ class HEXClipLoss(HEXLoss):
 
 def _inverse(logit_scale: Tensor | float) -> Tensor | float:
     """The temperature; 0-d if it is a tensor."""
-    if isinstance(logit_scale, Tensor):
-        if not logit_scale.is_floating_point():
-            raise TypeError(f"logit_scale: got {logit_scale.dtype}, wanted a floating dtype")
-        if logit_scale.numel() != 1:
-            raise ValueError(
-                f"logit_scale: got shape {tuple(logit_scale.shape)}, wanted one element"
-            )
-        # Not in half precision, which would round the temperature once more.
-        return 1 / logit_scale.reshape(()).to(torch.promote_types(logit_scale.dtype, torch.float32))
-    if not is_number(logit_scale):
-        raise TypeError(
-            f"logit_scale: got {type(logit_scale).__name__}, wanted a number or a tensor"
-        )
-    if not 0 < logit_scale < math.inf:
-        raise ValueError(f"logit_scale: got {logit_scale}, wanted a finite number > 0")
-    return 1 / float(logit_scale)
+    scale = check_temperature(logit_scale, "logit_scale")
+    if isinstance(scale, Tensor):  # not in half precision, which would round once more
+        scale = scale.reshape(()).to(torch.promote_types(scale.dtype, torch.float32))
+    return 1 / scale

@@ -191,6 +191,11 @@ THRESHOLDS = [  # in 40 epochs
     (["--threshold", "-0.5"], "got '-0.5', wanted a cosine scaled by row, from 0 to 1"),
     (["--threshold", "-1", "--variant", "released"], "got '-1': all negatives are in H"),
     (["--warmup", "40"], "--warmup: got 40 of 40 epochs, wanted fewer; H would be empty"),
+    (
+        ["--threshold", "0.7", "--warmup", "5"],
+        "--warmup: got 5 with --threshold 0.7",
+    ),
+    (["--normalize-rows"], "--normalize-rows: got it with an adaptive threshold"),
 ]
 
 
@@ -208,7 +213,6 @@ def test_a_threshold_that_would_train_another_loss_is_refused(arguments, text, t
     "arguments",
     [
         ["--threshold", "-1"],
-        ["--threshold", "0.7", "--warmup", "99"],  # that is adaptive's
         ["--threshold", "step:0.9,0.1,25", "--normalize-rows"],
         ["--threshold", "step:1,0.1,25"],
         ["--threshold", "cosine:1,-1"],

@@ -173,7 +173,12 @@ def test_a_scale_may_be_a_number():
         ("image_features", torch.zeros(4), ValueError, r"image_features: got shape \(4,\)"),
         ("text_features", torch.zeros(B, D).int(), TypeError, "text_features: got torch.int32"),
         ("text_features", torch.zeros(B, 3), ValueError, r"text_features: got shape \(37, 3\), wa"),
-        ("logit_scale", torch.ones(2), ValueError, r"logit_scale: got shape \(2,\), wanted one"),
+        (
+            "logit_scale",
+            torch.ones(2),
+            ValueError,
+            r"logit_scale: got shape \(2,\), wanted a n",
+        ),
         ("logit_scale", torch.ones((), dtype=torch.int64), TypeError, "logit_scale: got torch.int"),
         ("logit_scale", 0, ValueError, "logit_scale: got 0, wanted a finite number > 0"),
         ("logit_scale", None, TypeError, "logit_scale: got NoneType, wanted a number"),

@@ -132,16 +132,27 @@ def check(options: argparse.Namespace) -> None:
     """Refuses a threshold that would train another loss than HEX, and nobody told.
 
     Raises:
-        ValueError: it is no cosine in some epoch, or H is empty, or all there is, in all of them.
+        ValueError: it is no cosine in some epoch, or H is empty, or all there is, in all of them;
+            or an option is of another threshold.
     """
     rule, numbers = parse_threshold(options.threshold)
     if rule == "adaptive":
+        if options.normalize_rows:
+            raise ValueError(
+                "--normalize-rows: got it with an adaptive threshold, which is among the row's own "
+                "cosines; wanted it with a fixed one, step or cosine"
+            )
         if options.warmup >= options.epochs:
             raise ValueError(
                 f"--warmup: got {options.warmup} of {options.epochs} epochs, wanted fewer; H would "
                 "be empty in all of them, and HEX be InfoNCE"
             )
         return
+    if options.warmup:
+        raise ValueError(
+            f"--warmup: got {options.warmup} with --threshold {options.threshold}, which has none; "
+            "wanted it with adaptive"
+        )
     if rule == "step":
         start, drop, every = numbers
         numbers = [start, start - drop * ((options.epochs - 1) // every)]
