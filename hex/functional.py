@@ -7,6 +7,7 @@ is left to ops.py: the kernels; to loss.py: modules, the threshold over training
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeGuard, get_args
 
 import torch
@@ -203,7 +204,7 @@ def check_batch(z0: Tensor, z1: Tensor, negatives: Tensor | None, mode: str) -> 
     check_embeddings("z1", z1)
     if z0.dim() != 2:
         raise ValueError(f"z0: got shape {tuple(z0.shape)}, wanted (B, D)")
-    if z1.shape != z0.shape:
+    if not has_shape(z1, z0.shape):
         raise ValueError(f"z1: got shape {tuple(z1.shape)}, wanted that of z0, {tuple(z0.shape)}")
     if z1.device != z0.device:
         raise ValueError(f"z1: got device {z1.device}, wanted that of z0, {z0.device}")
@@ -212,10 +213,8 @@ def check_batch(z0: Tensor, z1: Tensor, negatives: Tensor | None, mode: str) -> 
     check_embeddings("negatives", negatives)
     images, features = z0.shape
     own = negatives.dim() == 3
-    if (
-        negatives.dim() not in (2, 3)
-        or negatives.shape[-1] != features
-        or (own and negatives.shape[0] != images)
+    if negatives.dim() < 2 or not has_shape(
+        negatives, ((images,) if own else ()) + (negatives.shape[-2], features)
     ):
         raise ValueError(
             f"negatives: got shape {tuple(negatives.shape)}, wanted (K, {features}) or "
@@ -226,6 +225,22 @@ def check_batch(z0: Tensor, z1: Tensor, negatives: Tensor | None, mode: str) -> 
             f"negatives: got device {negatives.device}, wanted that of z0, {z0.device}"
         )
     return Batch((z0, z1, negatives), ops.MODES["own" if own else "shared"])
+
+
+def has_shape(z: Tensor, wanted: Sequence[int]) -> bool:
+    """Whether z is of this shape. A size that a compiled graph does not know, as after
+    mark_unbacked, is taken for the wanted one, and the graph guards it."""
+    if not torch.compiler.is_compiling():
+        return z.shape == tuple(wanted)
+    from torch.fx.experimental.symbolic_shapes import guard_or_true
+
+    if z.dim() != len(wanted):
+        return False
+    for size, right in zip(z.shape, wanted, strict=True):
+        if not guard_or_true(size == right):
+            return False
+        torch._check(size == right)  # type: ignore[no-untyped-call]
+    return True
 
 
 def check_embeddings(name: str, z: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import class_ops, ops
-from .functional import Batch, check_batch
+from .functional import Batch, check_batch, has_shape
 from .reference import _dots, _unit_rows
 
 __all__ = ["check_groups", "check_guide", "check_labels", "loss", "unknown_eps"]
@@ -27,7 +27,7 @@ def check_labels(name: str, labels: Any, shape: tuple[int, ...], device: torch.d
         raise TypeError(f"{name}: got {type(labels).__name__}, wanted a torch.Tensor")
     if labels.dtype not in _INTEGERS:
         raise TypeError(f"{name}: got {labels.dtype}, wanted an integer dtype")
-    if tuple(labels.shape) != shape:
+    if not has_shape(labels, shape):
         raise ValueError(f"{name}: got shape {tuple(labels.shape)}, wanted {shape}")
     return labels.to(device, torch.int64)
 
@@ -63,7 +63,9 @@ def check_guide(guide: Any, batch: Batch, mode: str) -> Batch:
     except (TypeError, ValueError) as error:
         raise type(error)(f"guide: {error}") from None
     g0, g1, g_negatives = checked.inputs
-    if g0.shape[0] != z0.shape[0] or g_negatives.shape[:-1] != negatives.shape[:-1]:
+    if not has_shape(g0, (z0.shape[0], g0.shape[1])) or not has_shape(
+        g_negatives, (*negatives.shape[:-1], g_negatives.shape[-1])
+    ):
         raise ValueError(
             f"guide: got {[tuple(g.shape) for g in guide]}, wanted as many rows as the embeddings"
         )

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .functional import Variant, check_embeddings, check_temperature
+from .functional import Variant, check_embeddings, check_temperature, has_shape
 from .loss import HEXLoss
 from .threshold import ThresholdTracker
 
@@ -103,7 +103,7 @@ class HEXClipLoss(HEXLoss):
             raise ValueError(
                 f"image_features: got shape {tuple(image_features.shape)}, wanted (B, D)"
             )
-        if text_features.shape != image_features.shape:
+        if not has_shape(text_features, image_features.shape):
             raise ValueError(
                 f"text_features: got shape {tuple(text_features.shape)}, wanted that of "
                 f"image_features, {tuple(image_features.shape)}"

@@ -21,6 +21,7 @@ from .functional import (
     check_options,
     check_temperature,
     eps_tensor,
+    has_shape,
     temperature_tensor,
 )
 from .loss import _Contrastive, _tracker
@@ -274,9 +275,9 @@ def check_rows(
     guiding = None
     if guide is not None:
         check_embeddings("guide", guide)
-        if guide.dim() != features.dim() or guide.shape[:2] != (
-            features.shape[:2] if features.dim() > 2 else (images, guide.shape[-1])
-        ):
+        leading = min(features.dim() - 1, 2)  # images, and views
+        wanted = *features.shape[:leading], *guide.shape[leading:]
+        if guide.dim() != features.dim() or not has_shape(guide, wanted):
             raise ValueError(
                 f"guide: got shape {tuple(guide.shape)}, wanted that of features but for the last "
                 f"axis, {tuple(features.shape)}"
@@ -299,7 +300,7 @@ def _check_mask(mask: Any, images: int, device: torch.device) -> Tensor:
         raise TypeError(f"mask: got {type(mask).__name__}, wanted a torch.Tensor")
     if mask.is_complex() or mask.layout != torch.strided:
         raise TypeError(f"mask: got {mask.dtype}, {mask.layout}, wanted bool or real, dense")
-    if tuple(mask.shape) != (images, images):
+    if not has_shape(mask, (images, images)):
         raise ValueError(f"mask: got shape {tuple(mask.shape)}, wanted ({images}, {images})")
     positive = mask != 0
     if mask.dtype != torch.bool and _readable(mask) and not torch.equal(positive.to(mask), mask):

@@ -24,6 +24,7 @@ from hex import (
     hex_sup_con,
     info_nce,
 )
+from hex.open_clip import HEXClipLoss
 
 B, D = 12, 5
 
@@ -160,6 +161,35 @@ def test_one_graph_serves_every_batch_size(name, ranged):
         assert all(map(torch.equal, *results)), images
         graphs.add(counter.frame_count)
     assert len(graphs) == 1
+
+
+FACTORS = numbers(5, D)
+UNKNOWN = {
+    "ntxent": lambda z0, z1, k: HEXLoss(threshold=0.4)(z0, z1),
+    "guide": lambda z0, z1, k: HEXLoss(threshold=0.4)(z0, z1, guide=(z1, z0)),
+    "groups": lambda z0, z1, k: HEXLoss(threshold=0.4)(z0, z1, groups=k),
+    "own": lambda z0, z1, k: InfoNCELoss()(z0, z1, z1[:, None] * FACTORS),
+    "labels": lambda z0, z1, k: HEXSupConLoss(threshold=0.4)(z0, k, guide=z1),
+    "mask": lambda z0, z1, k: HEXSupConLoss(threshold=0.4)(z0, mask=k[:, None] == k),
+    "logits": lambda z0, z1, k: HEXCrossEntropyLoss(0.1, threshold=0.4)(z0, k),
+    "clip": lambda z0, z1, k: HEXClipLoss(threshold=0.4)(z0, z1, 2.0),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_sizes_that_the_compiler_does_not_know_are_taken_for_right_and_guarded(name):
+    loss = torch.compile(UNKNOWN[name], backend="aot_eager", fullgraph=True)
+    labels = torch.arange(B) % 2
+    for z0, z1, k in ((*numbers(2, B, D), labels), (*numbers(2, 5, D), labels[:5].clone())):
+        expected = UNKNOWN[name](z0, z1, k)
+        for x in (z0, z1, k):
+            torch._dynamo.decorators.mark_unbacked(x, 0)
+        assert_same(loss(z0, z1, k), expected)
+    z0, z1, k = numbers(B, D), numbers(7, D), labels[:6].clone()
+    for x in (z0, z1, k):
+        torch._dynamo.decorators.mark_unbacked(x, 0)
+    with pytest.raises(AssertionError, match=r"size\(\)\[0\] == "):  # torch's guard
+        loss(z0, z1, k)
 
 
 # strict export says that a module keeps its last statistics
