@@ -52,7 +52,8 @@ def hex_cross_entropy(
         logits: (N, C), cosine / temperature; float64, float32, bfloat16 or float16; -inf leaves a
             column out of its row.
         target: (N,) integers, the positive's column, in [0, C). Where that is -inf the loss is
-            +inf, as torch's, and the gradient that of its limit: -1 there.
+            +inf, as torch's, and the gradient that of its limit: -1 there. Where nothing is left
+            beside it (in the released form nothing outside H) both are NaN, as torch's.
         eps: threshold, a cosine: a number, 0-d or (N,).
         temperature: what the cosines were divided by. Only eps and the floor of Q know it: its own
             gradient is at constant logits, and a learned temperature learns through the logits.

@@ -94,7 +94,8 @@ def class_rows(
     Returns:
         loss (N,), n_hard (N,), share (N,) = Q / D; the last two carry no gradient. A row without
         positives has loss and gradient 0, as has one with a single positive and no negatives. A
-        row whose only positive is -inf has loss +inf, and the gradient of log D - l.
+        row whose only positive is -inf has loss +inf, and the gradient of log D - l; NaN if there
+        is nothing else in D. Where the loss is NaN so is the gradient.
     """
     seen = positive | negative
     tau = tau.to(logits)
@@ -147,8 +148,9 @@ def class_rows(
         loss = torch.where(plain, loss, released)
         share = torch.where(plain, share, 0.0)
     loss = loss - torch.where(positive & lost[:, None], l, 0.0).sum(1)
+    loss = torch.where(some, loss, nothing)
     known = torch.where(tau.isnan(), math.nan, 1.0).detach()
-    loss = torch.where(some, loss, nothing) * known
+    loss = loss * torch.where(loss.isnan(), math.nan, known).detach()  # and so is the gradient
     return loss, n_h * known, torch.where(some, share, 0.0) * known
 
 

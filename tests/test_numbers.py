@@ -386,3 +386,40 @@ def test_the_gradient_of_a_target_of_minus_infinity_is_that_of_a_target_far_belo
             grads.append(x.grad)
     for other in grads[:3]:
         torch.testing.assert_close(other, grads[3], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_a_target_of_minus_infinity_alone_in_the_denominator_is_nan_as_torchs(
+    variant, kernels, monkeypatch
+):
+    if not kernels:
+        without_kernels(monkeypatch)
+    logits = torch.tensor([[1.0, 2, -math.inf, 4], [-math.inf] * 4, [1, 2, 3, 4]]).requires_grad_()
+    target = torch.tensor([2, 2, 2])
+    rows = hex_cross_entropy(
+        logits, target, eps=-20.0, temperature=0.1, variant=variant, reduction="none"
+    )
+    (gradient,) = torch.autograd.grad(rows.sum(), logits)
+    if variant == "released":  # all negatives are in H, which it leaves out
+        assert rows.isnan().tolist() == [True, True, False]
+        assert gradient[0].isnan().all() and (gradient[2] == 0).all()
+    else:
+        assert rows[0] == math.inf and rows.isnan().tolist() == [False, True, False]
+        assert gradient[0, 2] == -1
+    assert gradient[1, 2].isnan() and not gradient[2].isnan().any()
+    assert F.cross_entropy(logits[1:2], target[1:2]).isnan()
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_row_without_positives_that_holds_a_nan_has_a_gradient_of_nan(kernels, monkeypatch):
+    if not kernels:
+        without_kernels(monkeypatch)
+    z = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with torch.no_grad():
+        z[3, 1] = math.nan
+    rows = hex_sup_con(z, torch.arange(6), eps=0.3, reduction="none")
+    assert rows.isnan().all()
+    for row in range(6):
+        (gradient,) = torch.autograd.grad(rows[row], z, retain_graph=True)
+        assert gradient[row].isnan().all()
