@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-__all__ = ["is_first_run", "is_in_backward", "is_transformed", "warn"]
+__all__ = ["is_compiled_in_checkpoint", "is_first_run", "is_in_backward", "is_transformed", "warn"]
 
 _OURS = tuple(os.path.dirname(path) + os.sep for path in (__file__, torch.__file__))
 
@@ -27,6 +27,18 @@ def is_in_backward() -> bool:
     again. In a compiled graph the compiler repeats operators, not this code.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
+
+
+def is_compiled_in_checkpoint() -> bool:
+    """In a graph that is being made inside an activation checkpoint of the form that is not
+    reentrant. That graph runs again in the backward and cannot know it there."""
+    return torch.compiler.is_compiling() and _is_in_checkpoint()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_in_checkpoint() -> bool:
+    hooks: tuple[object, ...] | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return any("checkpoint_hook" in getattr(hook, "__qualname__", "") for hook in hooks or ())
 
 
 def is_first_run() -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import distributed, membership, ops
 from . import state as states
-from ._calls import is_first_run, is_in_backward, is_transformed
+from ._calls import is_compiled_in_checkpoint, is_first_run, is_in_backward, is_transformed
 from .functional import (
     Batch,
     Mode,
@@ -114,6 +114,7 @@ class _Contrastive(nn.Module):
             and ops.has_adaptive(z0)
             and not is_transformed(*learner, tracker.state)
             and not is_in_backward()
+            and not is_compiled_in_checkpoint()
         ):
             tracker.warn_if_too_small(batch.row_length, has_self=batch.has_self)
             value, hard, share, eps, state = ops.adaptive_loss(
@@ -174,7 +175,8 @@ class _Contrastive(nn.Module):
         if tracker.adaptive_rule:
             tracker.warn_if_too_small(row_length, has_self=has_self)
             candidate = measure(tracker.quantile, tracker.over)
-            return tracker.update(candidate, store=self._learns(learner), anchors=anchors)
+            update = _update_outside if is_compiled_in_checkpoint() else ThresholdTracker.update
+            return update(tracker, candidate, store=self._learns(learner), anchors=anchors)
         eps = tracker.current()
         if not tracker.normalize_rows:
             return eps
@@ -192,12 +194,12 @@ class _Contrastive(nn.Module):
     def _keep(
         self,
         learner: tuple[Tensor, ...],
-        value: Tensor | None,
+        value: Tensor,
         *statistics: Tensor,
         given: bool = False,
     ) -> None:
-        """The statistics of a batch; value: the loss, None where it may be 0 for want of positives;
-        given: H was, and the threshold has played no part."""
+        """The statistics of a batch; value: the loss, but not 0 where it is that for want of
+        positives; given: H was, and the threshold has played no part."""
         if is_transformed(*learner, *statistics):
             return
         eps, hard, share = statistics
@@ -212,8 +214,7 @@ class _Contrastive(nn.Module):
             return
         self._last = eps, hard, share
         if self.threshold is not None and not given and self._learns(learner):
-            released = self.variant == "released"
-            self.threshold.watch(hard, value.detach() if released and value is not None else None)
+            self.threshold.watch(hard, value.detach(), could_be_0=self.variant == "released")
 
     @property
     def last(self) -> Statistics | None:
@@ -270,6 +271,12 @@ class _Contrastive(nn.Module):
             + ", gather_distributed=True"
             * self.gather_distributed
         )
+
+
+@torch.compiler.disable(reason="compile around an activation checkpoint, not a HEX loss inside one")  # type: ignore[untyped-decorator, no-untyped-call]
+def _update_outside(tracker: ThresholdTracker, candidate: Tensor, **options: Any) -> Tensor:
+    """`tracker.update` outside the graph, where it knows the second run of a checkpoint."""
+    return tracker.update(candidate, **options)
 
 
 class HEXLoss(_Contrastive):

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Thresholds that are known beforehand, epoch by epoch; and the checks of a tracker's options."""
+"""The rules of a threshold: their options, with checks, and the schedules, which are known
+beforehand epoch by epoch."""
 
 import math
 import numbers
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -11,11 +14,12 @@ from torch import Tensor
 from . import functional
 
 __all__ = [
+    "OPTIONS",
     "at",
     "check_count",
-    "check_finite",
     "check_flag",
     "check_number",
+    "checked",
     "is_falling",
     "lowest",
 ]
@@ -57,18 +61,23 @@ def _half_cosine(k: Tensor, epochs: int) -> Tensor:
     return (1 + torch.cos(math.pi * k.to(torch.float64) / epochs)) / 2
 
 
+def checked(rule: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a rule as plain Python values.
+
+    Raises: TypeError, ValueError: one of another type, or outside its range.
+    """
+    values = {name: check(name, options[name]) for name, check in OPTIONS[rule].items()}
+    for name in ("t", "start", "drop", "end"):  # an infinite t is InfoNCE, or all in H
+        if math.isinf(values.get(name, 0)) and (name != "t" or values["normalize_rows"]):
+            raise ValueError(f"{name}: got {options[name]}, wanted a finite number")
+    return values
+
+
 def check_number(
     name: str, value: Any, low: float = -math.inf, high: float = math.inf, open_end: bool = False
 ) -> float:
     functional.check_number(name, value, low, high, open_end=open_end)
     return float(value)
-
-
-def check_finite(name: str, value: Any, low: float = -math.inf) -> float:
-    number = check_number(name, value, low)
-    if math.isinf(number):
-        raise ValueError(f"{name}: got {value}, wanted a finite number")
-    return number
 
 
 def check_count(name: str, value: Any, low: int) -> int:
@@ -81,6 +90,40 @@ def check_count(name: str, value: Any, low: int) -> int:
 
 
 def check_flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: got {type(value).__name__}, wanted a bool")
+    kind = type(value)
+    of_numpy = kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_")
+    if not isinstance(value, bool) and not of_numpy:
+        raise TypeError(f"{name}: got {kind.__name__}, wanted a bool")
+    return bool(value)
+
+
+def check_over(name: str, value: Any) -> Any:
+    functional.check_choice(name, value, get_args(functional.Over))
     return value
+
+
+OPTIONS: dict[str, dict[str, Callable[[str, Any], Any]]] = {  # rule: what each option must be
+    "adaptive": {
+        "quantile": partial(check_number, low=0, high=1),
+        "over": check_over,
+        "warmup_epochs": partial(check_count, low=0),
+        "momentum": partial(check_number, low=0, high=1, open_end=True),
+        "monotonic": check_flag,
+        "lagged": check_flag,
+        "warmup_threshold": check_number,
+    },
+    "fixed": {"t": check_number, "normalize_rows": check_flag},
+    "step": {
+        "start": check_number,
+        "drop": partial(check_number, low=0),
+        "every": partial(check_count, low=1),
+        "normalize_rows": check_flag,
+    },
+    "cosine": {
+        "start": check_number,
+        "end": check_number,
+        "epochs": partial(check_count, low=1),
+        "normalize_rows": check_flag,
+        "compounded": check_flag,
+    },
+}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import class_ops, distributed, ops
+from ._calls import is_transformed
 from .functional import (
     Reduction,
     Variant,
@@ -68,9 +69,9 @@ def hex_sup_con(
         labels: (B,), or (N,), integers: rows of one label are positives of each other. None: the
             views of an image are.
         mask: (B, B), or (N, N): positives of row i are the columns of 1, in all views; it may be
-            asymmetric. bool, or a number type with values 0 and 1: others are refused on the CPU;
-            elsewhere they are not looked at, which would wait for the device, and what is not 0
-            counts as 1. With labels given: ValueError.
+            asymmetric. bool, or a number type with values 0 and 1: others are refused, on another
+            device than the CPU and in a compiled graph by a RuntimeError as it runs, and not under
+            vmap, where what is not 0 counts as 1. With labels given: ValueError.
         eps: threshold, a cosine: a number, 0-d, or (N,); not wanted with groups.
         groups: (B,), or (N,), integers: H(i) is given, the negatives of i's group.
         guide: of the shape of features but for D: H(i) is decided on its cosines.
@@ -193,10 +194,10 @@ class HEXSupConLoss(_Contrastive):
             rows, eps, tau, self.reduction, self.variant, self.positives, self.beta, self.tau_plus,
             self.base_temperature,
         )  # fmt: skip
-        paired = features.dim() > 2 and mask is None  # then every row has a positive, another view
-        self._keep(
-            (rows.x, tau), value if paired else None, eps, hard, share, given=groups is not None
-        )
+        shown = value
+        if self.variant == "released" and groups is None:
+            shown = torch.where(_any_positive(rows), value.detach(), 1.0)
+        self._keep((rows.x, tau), shown, eps, hard, share, given=groups is not None)
         return value
 
     def _measured(self, rows: "Rows", tau: Tensor) -> Tensor:
@@ -288,6 +289,16 @@ def check_rows(
     return Rows(_view_major(features), ids.repeat(views), positive, grouped, guiding)
 
 
+def _any_positive(rows: Rows) -> Tensor:
+    """Whether any row has a positive; 0-d, on the device."""
+    if rows.mask.numel():
+        views = rows.x.shape[0] // rows.mask.shape[0]
+        others = rows.mask if views > 1 else rows.mask.triu(1) | rows.mask.tril(-1)
+        return others.any()
+    ids = rows.ids.sort().values
+    return (ids[1:] == ids[:-1]).any()
+
+
 def check_base(base_temperature: Any) -> None:
     if base_temperature is not None:
         check_number("base_temperature", base_temperature, 0, math.inf, open_end=True)
@@ -303,22 +314,25 @@ def _check_mask(mask: Any, images: int, device: torch.device) -> Tensor:
     if not has_shape(mask, (images, images)):
         raise ValueError(f"mask: got shape {tuple(mask.shape)}, wanted ({images}, {images})")
     positive = mask != 0
-    if mask.dtype != torch.bool and _readable(mask) and not torch.equal(positive.to(mask), mask):
-        raise ValueError(
-            "mask: got values other than 0 and 1, wanted which rows are positives; there are no "
-            "weights, so decide with mask > t"
-        )
+    if mask.dtype != torch.bool:
+        _check_ones(positive.to(mask) == mask)
     return positive.to(device)
 
 
-def _readable(x: Tensor) -> bool:
-    """Whether its values are at hand: on the CPU, and not in a trace or a transform."""
-    return (
-        x.is_cpu
-        and type(x) is Tensor
-        and not torch.compiler.is_compiling()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+def _check_ones(right: Tensor) -> None:
+    """ValueError where an entry of a mask was neither 0 nor 1; where that would mean to wait for a
+    device, or in a compiled graph, torch's RuntimeError as it runs."""
+    text = (
+        "mask: got values other than 0 and 1, wanted which rows are positives; there are no "
+        "weights, so decide with mask > t"
     )
+    plain = right.is_cpu and type(right) is Tensor and not torch.compiler.is_compiling()
+    if is_transformed(right):
+        return  # it has no values of its own
+    if not plain:
+        torch._assert_async(right.all(), text)
+    elif not right.all():
+        raise ValueError(text)
 
 
 def _view_major(z: Tensor) -> Tensor:

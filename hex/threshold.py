@@ -24,18 +24,12 @@ from . import schedules
 from . import state as states
 from ._calls import is_in_backward, warn
 from .functional import Over, check_choice
-from .schedules import check_count, check_finite, check_flag, check_number
+from .schedules import check_count
 
 __all__ = ["ThresholdTracker"]
 
 _RECENT = 256  # training calls between a forward and its backward, for activation checkpointing
 _NEAR = 1e-5  # a second run's candidate differs by rounding at most, where it differs at all
-_RULES = {  # and the options that each needs
-    "adaptive": ("quantile over warmup_epochs momentum monotonic lagged warmup_threshold").split(),
-    "fixed": ["t", "normalize_rows"],
-    "step": ["start", "drop", "every", "normalize_rows"],
-    "cosine": ["start", "end", "epochs", "normalize_rows", "compounded"],
-}
 
 
 class ThresholdTracker(nn.Module):
@@ -58,10 +52,12 @@ class ThresholdTracker(nn.Module):
     sizes alternate, give each a loss of its own: the smaller would never move the threshold.
 
     With activation checkpointing the second run of a loss has the eps of its first, found by the
-    candidate among the last 256 training calls, and stores nothing. Compile around a checkpoint,
-    not a loss alone inside one, for a compiled graph cannot tell a second run. Under DDP, which
-    gives all ranks rank 0's buffers before each forward, every rank goes on from rank 0's state,
-    as BatchNorm does; with that turned off, from its own.
+    candidate among the last 256 training calls, and stores nothing; of two equal batches before one
+    backward both have that of the second. Compile around a checkpoint: a loss that is compiled
+    inside one leaves the graph for its threshold, and one that was compiled elsewhere before, and
+    is then called in one, is not known there. Under DDP, which gives all ranks rank 0's buffers
+    before each forward, every rank goes on from rank 0's state, as BatchNorm does; with that turned
+    off, from its own.
 
     Keep the tracker on the device of the embeddings (`loss.to(device)`): elsewhere the result is
     the same, but every step waits for copies between devices.
@@ -89,16 +85,16 @@ class ThresholdTracker(nn.Module):
     state: Tensor
 
     def __init__(self, rule: str, **options: Any) -> None:
-        """For the class methods, which check the options of their rule and fill in the defaults."""
+        """For the class methods, which fill in the defaults."""
         super().__init__()
-        check_choice("rule", rule, tuple(_RULES))
-        if sorted(options) != sorted(_RULES[rule]):
+        check_choice("rule", rule, tuple(schedules.OPTIONS))
+        if sorted(options) != sorted(schedules.OPTIONS[rule]):
             raise TypeError(
                 f"ThresholdTracker: got {rule!r} with {', '.join(options) or 'no options'}, wanted "
-                f"ThresholdTracker.{rule}(...), which checks the options and has the defaults"
+                f"ThresholdTracker.{rule}(...), which has the defaults"
             )
         self.rule = rule
-        self.options = options
+        self.options = schedules.checked(rule, options)
         self.normalize_rows: bool = options.get("normalize_rows", False)
         self.quantile: float = options.get("quantile", 0.99)
         self.over: Over = options.get("over", "negatives")
@@ -138,16 +134,15 @@ class ThresholdTracker(nn.Module):
 
         Raises: TypeError, ValueError: an argument of another type, or outside its range.
         """
-        check_choice("over", over, ("all", "negatives"))
         return cls(
             "adaptive",
-            quantile=check_number("quantile", quantile, 0.0, 1.0),
+            quantile=quantile,
             over=over,
-            warmup_epochs=check_count("warmup_epochs", warmup_epochs, 0),
-            momentum=check_number("momentum", momentum, 0.0, 1.0, open_end=True),
-            monotonic=check_flag("monotonic", monotonic),
-            lagged=check_flag("lagged", lagged),
-            warmup_threshold=check_number("warmup_threshold", warmup_threshold),
+            warmup_epochs=warmup_epochs,
+            momentum=momentum,
+            monotonic=monotonic,
+            lagged=lagged,
+            warmup_threshold=warmup_threshold,
         )
 
     @classmethod
@@ -162,9 +157,7 @@ class ThresholdTracker(nn.Module):
 
         Raises: TypeError, ValueError: t is no number, NaN, or infinite with normalize_rows.
         """
-        rows = check_flag("normalize_rows", normalize_rows)
-        number = check_finite("t", t) if rows else check_number("t", t)
-        return cls("fixed", t=number, normalize_rows=rows)
+        return cls("fixed", t=t, normalize_rows=normalize_rows)
 
     @classmethod
     def step(
@@ -177,13 +170,7 @@ class ThresholdTracker(nn.Module):
 
         Raises: TypeError, ValueError: an argument of another type, or outside its range.
         """
-        return cls(
-            "step",
-            start=check_finite("start", start),
-            drop=check_finite("drop", drop, 0.0),
-            every=check_count("every", every, 1),
-            normalize_rows=check_flag("normalize_rows", normalize_rows),
-        )
+        return cls("step", start=start, drop=drop, every=every, normalize_rows=normalize_rows)
 
     @classmethod
     def cosine(
@@ -207,11 +194,11 @@ class ThresholdTracker(nn.Module):
         """
         return cls(
             "cosine",
-            start=check_finite("start", start),
-            end=check_finite("end", end),
-            epochs=check_count("epochs", epochs, 1),
-            normalize_rows=check_flag("normalize_rows", normalize_rows),
-            compounded=check_flag("compounded", compounded),
+            start=start,
+            end=end,
+            epochs=epochs,
+            normalize_rows=normalize_rows,
+            compounded=compounded,
         )
 
     @property
@@ -231,7 +218,7 @@ class ThresholdTracker(nn.Module):
         return self._count_of(states.SHORT)
 
     def _count_of(self, index: int) -> Tensor:
-        return self.state[index].round().to(torch.int64)
+        return self.state[index].round().clamp(max=2**53).to(torch.int64)
 
     @property
     def adaptive_rule(self) -> bool:
@@ -334,6 +321,8 @@ class ThresholdTracker(nn.Module):
 
     def store(self, state: Tensor) -> None:
         """Takes a new `state`: of an update made elsewhere, as by `torch.ops.hex.adaptive`."""
+        if state.is_meta and not self.state.is_meta:
+            return  # a call for the shapes alone
         if self.options["warmup_epochs"] > 0:
             self._warn_without_epochs("the warm-up never ends")
         if self.state.dtype != torch.float64:  # cast in place, as by FSDP's buffer_dtype
@@ -342,7 +331,7 @@ class ThresholdTracker(nn.Module):
 
     def remember(self, candidate: Tensor, eps: Tensor) -> None:
         """Notes what a candidate was given, for the second run of a checkpoint."""
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not candidate.is_meta:
             self._recent.appendleft((candidate, eps))
 
     def _recalled(self, candidate: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
@@ -355,17 +344,19 @@ class ThresholdTracker(nn.Module):
         known = distance.amin() <= _NEAR
         return torch.where(known, first, eps), known | ~candidate.isfinite()
 
-    def watch(self, hard: Tensor, loss: Tensor | None) -> None:
-        """Counts a training batch, whether any row had members of H, and of the released form
-        whether any had a loss; on the device, without waiting for it."""
-        if torch.compiler.is_exporting():
+    def watch(self, hard: Tensor, loss: Tensor, could_be_0: bool) -> None:
+        """Counts a training batch, whether any row had members of H, and whether any had a loss, if
+        `could_be_0` by the threshold; on the device, without waiting for it. A batch whose loss is
+        not finite says nothing."""
+        if torch.compiler.is_exporting() or hard.is_meta:
             return
         if self._tally[0].device != hard.device:
             self._tally = tuple(count.to(hard.device) for count in self._tally)
         batches, members, nothing = self._tally
-        batches.add_(1)
-        members.add_(hard.any())
-        if loss is not None:
+        finite = loss.isfinite().all()
+        batches.add_(finite)
+        members.add_(hard.any() & finite)
+        if could_be_0:
             nothing.add_(~loss.any())
 
     def look(self, ended: bool = False) -> None:
@@ -383,8 +374,8 @@ class ThresholdTracker(nn.Module):
         period = period.format(batches)
         for count in self._tally:
             count.zero_()
-        if schedules.lowest(self.rule, self.options) >= 1 or self._is_warm_up():
-            return  # InfoNCE, or the warm-up's threshold, is wanted, or warned of already
+        if schedules.lowest(self.rule, self.options) == math.inf or self._is_warm_up():
+            return  # InfoNCE, or the warm-up's threshold, is wanted
         if members == 0:
             if schedules.is_falling(self.rule, self.options, float(self.value)):
                 return  # it has not come to where it is meant to go
@@ -494,7 +485,8 @@ class ThresholdTracker(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.state.dtype != torch.float64:
             self.state = before.to(self.state.device)
-        self._tally = tuple(count.to(self.state.device) for count in self._tally)
+        if not self.state.is_meta:
+            self._tally = tuple(count.to(self.state.device) for count in self._tally)
         return self
 
     def __getstate__(self) -> dict[str, Any]:

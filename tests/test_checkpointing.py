@@ -187,3 +187,29 @@ def test_a_checkpoint_in_a_compiled_step_has_the_bits_of_the_step(options):
         return [*seen, loss.threshold.state.clone()]
 
     assert same(trained(False), trained(True))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's
+@pytest.mark.filterwarnings("ignore:.*is not a leaf Tensor is being accessed:UserWarning")
+@pytest.mark.parametrize("reentrant", (False, True))
+@pytest.mark.parametrize("number", range(4), ids=("hex", "supcon", "entropy", "guide"))
+@pytest.mark.parametrize("options", ({"momentum": 0.5}, {"lagged": True}), ids=str)
+def test_a_loss_that_is_compiled_in_a_checkpoint_trains_as_without_one(options, number, reentrant):
+    def trained(compiled: bool):
+        torch._dynamo.reset()
+        loss, function = list(losses(options))[number]
+        inside = torch.compile(function, backend="aot_eager") if compiled else function
+        run = lambda *z: checkpoint(inside, *z, use_reentrant=reentrant)  # noqa: E731
+        step = run if compiled else function
+        seen = [x for k in range(4) for x in train(step, *views(40, k, shift=k))]
+        return [*seen, loss.threshold.state.clone()]
+
+    assert same(trained(False), trained(True))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's
+def test_a_whole_graph_in_a_checkpoint_is_refused_and_says_what_to_do():
+    torch._dynamo.reset()
+    loss = torch.compile(HEXLoss(threshold=adaptive(lagged=True)), fullgraph=True)
+    with pytest.raises(Exception, match="compile around an activation checkpoint"):
+        checkpoint(loss, *(z.requires_grad_() for z in views(40)), use_reentrant=False)

@@ -416,7 +416,13 @@ ERRORS = [
     (dict(mask=[[1]]), TypeError, "mask: got list, wanted a torch.Tensor"),
     *(
         (dict(mask=mask), ValueError, "mask: got values other than 0 and 1, wanted which rows are")
-        for mask in (torch.eye(4) / 2, -torch.eye(4), 2 * torch.eye(4).int(), torch.eye(4) / 0)
+        for mask in (
+            torch.eye(4) / 2,
+            -torch.eye(4),
+            2 * torch.eye(4).int(),
+            torch.eye(4) / 0,
+            torch.nn.Parameter(torch.eye(4) / 2),
+        )
     ),
     (dict(labels=torch.ones(4).int(), mask=torch.eye(4)), ValueError, "labels, mask: got both"),
     (dict(groups=torch.ones(5).int()), ValueError, "groups: got shape (5,), wanted (4,)"),
@@ -462,3 +468,27 @@ def test_a_guide_takes_no_gradient_and_hexloss_agrees_with_two_views():
     assert guide.grad is None
     other = HEXLoss(threshold=0.2)(x[:, 0], x[:, 1], guide=(guide[:, 0], guide[:, 1]))
     assert torch.equal(value, other)
+
+
+class Named(torch.Tensor):
+    """A subclass of no behaviour of its own."""
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's
+@pytest.mark.parametrize("way", ("compiled", "subclass"))
+def test_a_soft_mask_is_refused_as_the_graph_runs(way):
+    loss = HEXSupConLoss()
+    ones = torch.eye(4)
+    if way == "compiled":
+        loss = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    else:
+        ones = ones.as_subclass(Named)
+    x = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(loss(x, mask=ones).as_subclass(torch.Tensor), HEXSupConLoss()(x))
+    with pytest.raises(RuntimeError, match="mask: got values other than 0 and 1"):
+        loss(x, mask=ones / 2)
+
+
+def test_a_mask_on_the_meta_device_has_no_values():
+    x = X.to("meta")
+    assert HEXSupConLoss()(x, mask=torch.eye(4, device="meta")).is_meta

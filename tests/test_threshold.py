@@ -7,6 +7,7 @@ import math
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from data import INF, NAN, f64
@@ -524,6 +525,18 @@ def test_a_threshold_that_some_cosine_can_be_above_does_not_warn():
             TypeError,
             "ThresholdTracker: got 'fixed' with t, beta",
         ),
+        (lambda t: t("fixed", t=NAN, normalize_rows=False), ValueError, "t: got nan"),
+        (lambda t: t("fixed", t="x", normalize_rows=False), TypeError, "t: got str"),
+        (
+            lambda t: t("step", start=0.9, drop=0.1, every=0, normalize_rows=True),
+            ValueError,
+            "every: got 0, wanted an integer >= 1",
+        ),
+        (
+            lambda t: t("adaptive", **{**t.adaptive().options, "quantile": 5}),
+            ValueError,
+            "quantile: got 5, wanted a number in",
+        ),
         (lambda t: t.adaptive().set_epoch(-1), ValueError, "epoch: got -1, wanted an integer >= 0"),
         (lambda t: t.adaptive().set_epoch(1.5), TypeError, "epoch: got float, wanted an integer"),
     ],
@@ -531,6 +544,11 @@ def test_a_threshold_that_some_cosine_can_be_above_does_not_warn():
 def test_bad_arguments_are_refused_by_name_with_what_came_and_what_was_wanted(make, error, text):
     with pytest.raises(error, match=f"^{text}"):
         make(ThresholdTracker)
+
+
+def test_a_flag_may_be_numpys():
+    tracker = ThresholdTracker.adaptive(monotonic=np.bool_(True), lagged=np.bool_(False))
+    assert tracker.options["monotonic"] is True and tracker.options["lagged"] is False
 
 
 def test_a_refused_epoch_changes_nothing():

@@ -289,6 +289,37 @@ def test_a_loss_is_made_on_the_meta_device_and_begins_anew_after_to_empty(thresh
     assert torch.equal(loss.threshold.state, fresh.threshold.state)
 
 
+@pytest.mark.parametrize("make", (HEXLoss, HEXSupConLoss))
+def test_a_loss_comes_back_from_the_meta_device_as_a_new_one(make):
+    loss = make(threshold=adaptive(momentum=0.5))
+    inputs = views(40) if make is HEXLoss else (views(40)[0], torch.arange(40) // 2)
+    loss(*(z.requires_grad_() if z.is_floating_point() else z for z in inputs)).backward()
+    on_meta = [z.detach().to("meta") for z in inputs]
+    moved = copy.deepcopy(loss).to("meta")
+    for criterion in (loss, moved):  # shapes alone: nothing is kept
+        before = criterion.threshold.state.clone()
+        leaves = [z.requires_grad_() if z.is_floating_point() else z for z in on_meta]
+        assert criterion(*leaves).is_meta
+        assert criterion.threshold.state.is_meta or torch.equal(criterion.threshold.state, before)
+    back = moved.to_empty(device="cpu")
+    back.threshold.reset_parameters()
+    new = make(threshold=adaptive(momentum=0.5))
+    for criterion in (back, new):
+        for _ in range(2):
+            leaves = [z.detach().requires_grad_() if z.is_floating_point() else z for z in inputs]
+            criterion(*leaves).backward()
+    assert torch.equal(back.threshold.state, new.threshold.state)
+    assert back.statistics() == new.statistics()
+
+
+def test_a_count_beyond_what_a_float64_has_reads_as_the_largest():
+    tracker = adaptive()
+    bits = torch.tensor(0.5, dtype=torch.float64).view(torch.int64)
+    first_form = torch.tensor([int(bits), 3, 2**63 - 1, 0])
+    tracker.load_state_dict({"state": first_form, "_extra_state": tracker.get_extra_state()})
+    assert int(tracker.updates) == 2**53 and float(tracker.value) == 0.5
+
+
 def test_a_copy_in_a_pickle_or_by_deepcopy_is_small_and_has_the_statistics():
     loss = HEXLoss(threshold=adaptive(momentum=0.9))
     bare = len(pickle.dumps(loss))

@@ -125,3 +125,56 @@ def test_a_warning_of_a_call_is_at_the_line_of_the_call():
     with pytest.warns(UserWarning, match="of 8 cosines") as got:
         model[1](*views(4))
     assert got[0].filename == __file__
+
+
+LABELS = torch.arange(40) // 2
+SAME = LABELS[:, None] == LABELS
+ALL_HARD = {
+    "labels": lambda loss, z0, z1: loss(z0, LABELS),
+    "mask": lambda loss, z0, z1: loss(z0, mask=SAME),
+    "views and a mask": lambda loss, z0, z1: loss(torch.stack((z0, z1), 1), mask=SAME),
+    "views": lambda loss, z0, z1: loss(torch.stack((z0, z1), 1)),
+}
+WITHOUT_POSITIVES = {
+    "labels": lambda loss, z0, z1: loss(z0, torch.arange(40)),
+    "mask": lambda loss, z0, z1: loss(z0, mask=torch.eye(40)),
+    "one view": lambda loss, z0, z1: loss(z0[:, None]),
+}
+
+
+@pytest.mark.parametrize("positives", ("inside", "outside"))
+@pytest.mark.parametrize("name", ALL_HARD)
+def test_a_labelled_loss_of_0_because_all_was_hard_is_warned_of(name, positives):
+    loss = HEXSupConLoss(threshold=-1.5, variant="released", positives=positives)
+    epoch_of(lambda *z: ALL_HARD[name](loss, *z), 0, *views(40), of=loss)
+    with pytest.warns(UserWarning, match="the loss and its gradient were 0"):
+        loss.set_epoch(1)
+
+
+@pytest.mark.parametrize("name", WITHOUT_POSITIVES)
+def test_a_labelled_loss_of_0_for_want_of_positives_is_not(name):
+    loss = HEXSupConLoss(threshold=-1.5, variant="released")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        epoch_of(lambda *z: WITHOUT_POSITIVES[name](loss, *z), 0, *views(40), of=loss)
+        loss.set_epoch(1)
+
+
+@pytest.mark.parametrize("variant", ("paper", "released"))
+@pytest.mark.parametrize("rows", (False, True))
+def test_a_threshold_that_is_never_reached_is_warned_of_in_every_form(variant, rows):
+    tracker = ThresholdTracker.fixed(1.5, normalize_rows=rows)
+    with warnings.catch_warnings(record=True) as got:
+        warnings.simplefilter("always")
+        loss = HEXLoss(threshold=tracker, variant=variant)
+        epoch_of(loss, 0, *views(40))
+        loss.set_epoch(1)
+    assert len(got) == 1 and "H" in str(got[0].message) and "empty" in str(got[0].message)
+
+
+def test_batches_whose_loss_is_not_finite_say_nothing_of_the_threshold():
+    loss = HEXLoss()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        epoch_of(loss, 0, *(math.nan * z for z in views(40)))
+        loss.set_epoch(1)
