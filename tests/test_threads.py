@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""Threads, forks and memory: the same bits for any number of threads and in a forked child, and
-never an N x N buffer.
+"""Threads, forks and memory: the same bits for any number of threads, in threads of Python's and in
+a forked child, a quiet end, and never an N x N buffer.
 
-The fork and the memory are tried in processes of their own: a child that hangs must not take the
-tests with it, and a peak of memory is the whole process's.
+The fork, the end and the memory are tried in processes of their own: a child that hangs must not
+take the tests with it, and a peak of memory is the whole process's.
 """
 
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from conftest import problem
 from data import MODES
 from torch import Tensor
 
-from hex import ops
+from hex import HEXCrossEntropyLoss, HEXLoss, HEXSupConLoss, InfoNCELoss, ThresholdTracker, ops
 
 THREADS = (1, 2, 3, 4)
 
@@ -62,13 +64,75 @@ def test_the_bits_do_not_depend_on_what_ran_before(mode, threads):
         assert all(map(torch.equal, everything(p), expected))
 
 
-def python(code: str, timeout: float) -> str:
-    """What a process of its own prints."""
+LABELS = torch.arange(151) % 7
+CALLS = (
+    (HEXLoss, lambda loss, z: loss(z, z.roll(1, 0))),
+    (HEXLoss, lambda loss, z: loss(z, z.roll(1, 0), z[:97])),
+    (lambda **o: HEXLoss(mode="cross", **o), lambda loss, z: loss(z, z.flip(1))),
+    (HEXSupConLoss, lambda loss, z: loss(z, LABELS)),
+    (lambda **o: HEXCrossEntropyLoss(0.1, **o), lambda loss, z: loss(z @ z.T / 61, LABELS)),
+    (lambda **_: InfoNCELoss(mode="query"), lambda loss, z: loss(z, z.roll(1, 0))),
+)
+
+
+def test_python_threads_with_a_loss_each_get_the_bits_of_one_thread(threads):
+    start = threading.Barrier(len(CALLS))
+
+    def train(number: int, wait=lambda: None) -> list[Tensor]:
+        make, call = CALLS[number]
+        loss = make(threshold=ThresholdTracker.adaptive(0.9, momentum=0.5))
+        generator = torch.Generator().manual_seed(number)
+        results = []
+        for _ in range(20):
+            z = torch.randn(151, 61, generator=generator).requires_grad_()
+            wait()
+            value = call(loss, z)
+            value.backward()
+            results += [value.detach(), z.grad, *(x.clone() for x in loss.state_dict().values())]
+        return results
+
+    threads(1)
+    expected = [train(number) for number in range(len(CALLS))]
+    threads(2)
+    with ThreadPoolExecutor(len(CALLS)) as pool:
+        running = [pool.submit(train, number, start.wait) for number in range(len(CALLS))]
+        found = [each.result(120) for each in running]
+    for number, (ours, alone) in enumerate(zip(found, expected, strict=True)):
+        assert all(map(torch.equal, ours, alone)), number
+
+
+def process(code: str, timeout: float) -> subprocess.CompletedProcess[str]:
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout
     )
     assert run.returncode == 0, run.stderr
-    return run.stdout.strip()
+    return run
+
+
+def python(code: str, timeout: float) -> str:
+    """What a process of its own prints."""
+    return process(code, timeout).stdout.strip()
+
+
+END = """
+import atexit, threading, torch
+from hex import HEXLoss
+
+def step():
+    HEXLoss()(*torch.randn(2, 301, 37).requires_grad_()).backward()
+    print("a step")
+
+torch.set_num_threads(2)
+step()
+atexit.register(step)
+threading.Thread(target=lambda: (threading.main_thread().join(), step())).start()
+"""
+
+
+def test_a_process_ends_without_a_word_with_steps_after_its_last_line():
+    run = process(END, timeout=120)
+    assert run.stdout.split("\n") == 3 * ["a step"] + [""]
+    assert run.stderr == ""
 
 
 FORK = """
