@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """What a person reads when `import hex` cannot work, word by word; and that it works twice.
 
-Each case of the first is a fresh Python without site-packages (-I -S), given a copy of the package and, where it
-needs one, a stand-in for torch: a torch/__init__.py that loads a libtorch_cpu.so made here.
+Each case of the former is a fresh Python without site-packages (-I -S), given a copy of the package
+and, where it needs one, a stand-in for torch: a torch/__init__.py that loads a libtorch_cpu.so made
+here.
 """
 
 import os
