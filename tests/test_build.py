@@ -195,7 +195,10 @@ def test_mypy_finds_the_types_of_what_is_installed(kind, request, tmp_path):
     shutil.copytree(site, packages, dirs_exist_ok=True)
     (tmp_path / "typed.py").write_text(TYPED)
     command = [sys.executable, "-m", "mypy", "--python-executable", tmp_path / "venv/bin/python"]
-    done = subprocess.run([*command, "typed.py"], cwd=tmp_path, capture_output=True, text=True)
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MYPYPATH")}
+    done = subprocess.run(
+        [*command, "typed.py"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     over, beta, found = done.stdout.splitlines()
     assert over.startswith('typed.py:3: error: Argument "over" to "adaptive" of "ThresholdTracker"')
     assert beta.startswith('typed.py:4: error: Argument "beta" to "HEXLoss" has incompatible type')
