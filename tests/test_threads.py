@@ -114,6 +114,74 @@ def python(code: str, timeout: float) -> str:
     return process(code, timeout).stdout.strip()
 
 
+# Takes the place of torch's function, and fails at the loop numbered `fail`.
+POOL = """
+#include <dlfcn.h>
+#include <stdint.h>
+
+typedef void (*function)(int64_t, int64_t, void *);
+int64_t loops, fail = -1;
+
+int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t grain, function body, void *context)
+{
+    static int32_t (*of_torch)(int64_t, int64_t, int64_t, function, void *);
+    if (!of_torch)
+        *(void **)&of_torch =
+            dlsym(dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD), "torch_parallel_for");
+    return loops++ == fail ? 1 : of_torch(begin, end, grain, body, context);
+}
+"""
+WITHOUT = """
+import ctypes, torch
+from hex import HEXCrossEntropyLoss, HEXLoss, HEXSupConLoss, ThresholdTracker, batch_threshold
+
+pool = ctypes.CDLL(None)
+loops, fail = (ctypes.c_int64.in_dll(pool, name) for name in ("loops", "fail"))
+B, D = 601, 61  # loops over rows are shared out too
+z = torch.randn(B, D, generator=torch.Generator().manual_seed(0)).requires_grad_()
+other, own, labels = z.detach().roll(1, 0), z.detach().expand(B, B, D), torch.arange(B) % 7
+
+def step(make, *args):
+    value = make(threshold=ThresholdTracker.adaptive(over="negatives"))(*args)
+    return value, *torch.autograd.grad(value, z)
+
+calls = [
+    lambda: step(HEXLoss, z, other),
+    lambda: step(HEXLoss, z, other, other),
+    lambda: step(HEXLoss, z, other, own),
+    lambda: step(lambda **o: HEXLoss(mode="cross", **o), z, other),
+    lambda: step(HEXSupConLoss, z, labels),
+    lambda: step(lambda **o: HEXCrossEntropyLoss(0.1, **o), z @ other.T / 61, labels),
+    lambda: [batch_threshold(z, other)],
+]
+for call in calls:
+    loops.value, fail.value = 0, -1
+    expected = call()
+    assert loops.value > 0
+    for number in range(loops.value):
+        loops.value, fail.value = 0, number
+        try:
+            call()
+        except RuntimeError as error:
+            assert "the thread pool could not run the loop" in str(error), error
+        else:
+            raise AssertionError(f"loop {number} did not run, and nothing was said")
+        fail.value = -1
+        assert all(map(torch.equal, call(), expected))
+"""
+
+
+def test_a_pool_that_cannot_run_a_loop_is_an_error_and_the_next_call_is_right(
+    tmp_path, monkeypatch
+):
+    library = tmp_path / "pool.so"
+    command = ["gcc", "-shared", "-fPIC", "-xc", "-", "-o", library]
+    subprocess.run(command, input=POOL, text=True, check=True)
+    preload = (os.environ.get("LD_PRELOAD", ""), str(library))
+    monkeypatch.setenv("LD_PRELOAD", " ".join(filter(None, preload)))
+    process(WITHOUT, timeout=120)
+
+
 END = """
 import atexit, threading, torch
 from hex import HEXLoss
