@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The source archive, and the wheel that is built from it: what is in them, what the extension
-exports and needs, which instructions its portable part has; what a build says and does where nvcc
-is old or fails, and where the compiler is clang.
+exports and needs, which instructions its portable part has, what a type checker finds, there and in
+an editable install; what a build says and does where nvcc is old or fails, and where the compiler
+is clang.
 
 `make wheel` builds them in an environment of their own; here, to save its download, with the
 setuptools that is installed.
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,6 +145,64 @@ def test_the_wheel_works_without_this_tree(built):
     file, isa = run(sys.executable, "-c", code, cwd=built.site, env=environment).split()
     assert Path(file) == built.site / "hex/__init__.py"
     assert isa in ("base", "avx2", "avx512")
+
+
+# ---- type checkers ----
+
+TYPED = """
+from hex import HEXLoss, ThresholdTracker
+ThresholdTracker.adaptive(over="q")
+HEXLoss(beta="1")
+"""
+EDITABLE = """
+from setuptools import build_meta
+from setuptools.command.build_ext import build_ext
+build_ext.run = lambda self: None  # which takes a minute and writes elsewhere
+build_meta.build_editable("..")
+"""
+
+
+@pytest.fixture(scope="module")
+def editable(tmp_path_factory):
+    """What `pip install -e` puts into site-packages, and the tree where it was called."""
+    folder = tmp_path_factory.mktemp("editable")
+    shutil.copytree(ROOT / "hex", folder / "tree/hex", ignore=GENERATED)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / "tree")
+    environment = {**os.environ, "HEX_CUDA": "0"}
+    run(sys.executable, "-c", EDITABLE, cwd=folder / "tree", env=environment)
+    (wheel,) = folder.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(folder / "site")
+    return folder / "site", folder / "tree"
+
+
+def test_an_editable_install_is_a_path_and_no_hook(editable):
+    site, tree = editable
+    (path,) = (p for p in site.iterdir() if p.is_file())
+    assert path.suffix == ".pth"
+    assert path.read_text().split() == [str(tree)]
+
+
+@pytest.mark.skipif(find_spec("mypy") is None, reason="mypy is not installed")
+@pytest.mark.parametrize("kind", ("wheel", "editable"))
+def test_mypy_finds_the_types_of_what_is_installed(kind, request, tmp_path):
+    if kind == "wheel":
+        site = request.getfixturevalue("built").site
+    else:
+        site, _ = request.getfixturevalue("editable")
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
+    (packages,) = tmp_path.glob("venv/lib/python*/site-packages")
+    shutil.copytree(site, packages, dirs_exist_ok=True)
+    (tmp_path / "typed.py").write_text(TYPED)
+    command = [sys.executable, "-m", "mypy", "--python-executable", tmp_path / "venv/bin/python"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MYPYPATH")}
+    done = subprocess.run(
+        [*command, "typed.py"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    over, beta, found = done.stdout.splitlines()
+    assert over.startswith('typed.py:3: error: Argument "over" to "adaptive" of "ThresholdTracker"')
+    assert beta.startswith('typed.py:4: error: Argument "beta" to "HEXLoss" has incompatible type')
+    assert found.startswith("Found 2 errors")
 
 
 # ---- clang ----

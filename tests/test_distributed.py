@@ -6,6 +6,7 @@ averaged, with those of one process. NCCL is the same code and was not tried.
 """
 
 import warnings
+from collections.abc import Callable
 
 import pytest
 import ranks
@@ -13,6 +14,7 @@ import torch
 from data import f64
 from ranks import RANKS
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from hex import HEXLoss, HEXSupConLoss, InfoNCELoss, ThresholdTracker
 
@@ -59,11 +61,37 @@ def step(model: nn.Module, part: slice, case: str) -> list[Tensor]:
     return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
 
 
+def training(part: slice, gather: bool, counter: Callable | None) -> list[Tensor]:
+    """Of two steps under DDP, compiled by the counter if there is one."""
+    model = nn.parallel.DistributedDataParallel(encoder())
+    tracker = ThresholdTracker.adaptive(0.9, over="negatives", momentum=0.5)
+    criterion = HEXLoss(threshold=tracker, gather_distributed=gather)
+    x0, x1, _ = (x[part] for x in images())
+
+    def step() -> Tensor:
+        return criterion(*model(torch.cat((x0, x1))).chunk(2))
+
+    run = torch.compile(step, backend=counter) if counter else step
+    results = []
+    for _ in range(2):
+        model.zero_grad()
+        loss = run()
+        loss.backward()
+        results += [loss.detach(), criterion.last.eps]
+        results += [p.grad.clone() for p in model.parameters()]
+    return results
+
+
 def steps(rank: int):
     warnings.simplefilter("error", FutureWarning)  # torch's, of a name that it will drop
     model = nn.parallel.DistributedDataParallel(encoder())
     part = slice(rank * LOCAL, (rank + 1) * LOCAL)
-    return {case: step(model, part, case) for case in CASES}
+    results = {case: step(model, part, case) for case in CASES}
+    for gather in (False, True):
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = training(part, gather, counter)
+        results["compiled", gather] = compiled, training(part, gather, None), counter.frame_count
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +105,15 @@ def test_two_processes_have_the_loss_and_gradients_of_one(case, seen):
     for got in (rank[case] for rank in seen):
         assert torch.equal(got[0], seen[0][case][0])  # and so the threshold, to the bit
         for ours, wanted in zip(got, whole, strict=True):
+            torch.testing.assert_close(ours, wanted, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("gather", (False, True), ids=("local", "gathered"))
+def test_a_compiled_step_is_the_plain_one(gather, seen):
+    for compiled, plain, graphs in (rank["compiled", gather] for rank in seen):
+        assert graphs > 0
+        assert all(x.abs().max() > 0 for x in plain)
+        for ours, wanted in zip(compiled, plain, strict=True):
             torch.testing.assert_close(ours, wanted, rtol=1e-11, atol=1e-13)
 
 

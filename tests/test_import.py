@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What a person reads when `import hex` cannot work, word by word.
+"""What a person reads when `import hex` cannot work, word by word; and that it works twice.
 
-Each case is a fresh Python without site-packages (-I -S), given a copy of the package and, where it
-needs one, a stand-in for torch: a torch/__init__.py that loads a libtorch_cpu.so made here.
+Each case of the former is a fresh Python without site-packages (-I -S), given a copy of the package
+and, where it needs one, a stand-in for torch: a torch/__init__.py that loads a libtorch_cpu.so made
+here.
 """
 
 import os
@@ -143,3 +144,34 @@ def test_asking_for_the_extension_first_brings_torch_in():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     levels = ("base", "avx2", "avx512", "avx512_bf16")
     assert run.stdout in {f"True {isa}\n" for isa in levels}, run.stderr
+
+
+TWICE = """
+import importlib, sys, warnings
+import torch, hex
+warnings.simplefilter("error")
+warnings.filterwarnings("ignore", "Warning only once for all operators")  # torch's, of vmap's rules
+
+def step():
+    loss = hex.HEXLoss()
+    views = [z.clone().requires_grad_() for z in batch]
+    value = loss(*views)
+    value.backward()
+    rows = torch.vmap(lambda z: hex.hex_loss(z, views[1], eps=0.2))(torch.stack(views))
+    return value, rows, *(z.grad for z in views), *loss.state_dict().values()
+
+batch = torch.randn(2, 101, 37).unbind()
+first, expected = hex.HEXLoss, step()
+importlib.reload(hex)
+print(all(map(torch.equal, step(), expected)), hex.HEXLoss is first)
+for name in [name for name in sys.modules if name.partition(".")[0] == "hex"]:
+    del sys.modules[name]
+import hex
+print(all(map(torch.equal, step(), expected)), hex.HEXLoss is first)
+"""
+
+
+def test_hex_is_reloaded_and_imported_a_second_time():
+    run = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout == "True True\nTrue False\n"

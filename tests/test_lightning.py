@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""hex.lightning: a short training with Lightning, and what is said where there is none."""
+"""hex.lightning: short trainings with Lightning, and what is said where there is none."""
 
 import subprocess
 import sys
 import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,6 +96,96 @@ def test_a_training_tells_the_losses_the_epoch_and_logs_their_statistics(tmp_pat
         assert set(seen[-1]) == names
         assert seen[-1][f"hex/{of}eps"] == pytest.approx(tracker.value.item(), rel=1e-6)
         assert seen[-1][f"hex/{of}hard"] == pytest.approx(model.criterion.last.hard.item())
+
+
+EPOCHS, IMAGES = 4, 24  # by twos of batches of 6
+
+
+def model() -> nn.Module:
+    """Whose every update counts in the next: the threshold is an average."""
+
+    class Model(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 4)
+            tracker = ThresholdTracker.adaptive(0.8, momentum=0.5, warmup_epochs=1)
+            self.criterion = HEXLoss(0.2, threshold=tracker)
+            self.seen: list[Tensor] = []
+
+        def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+            z0, z1 = self.layer(batch[0]), self.layer(batch[0].flip(1))
+            self.seen.append(z0.detach())
+            return self.criterion(z0, z1)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    torch.manual_seed(0)
+    return Model()
+
+
+def images() -> torch.utils.data.DataLoader:
+    generator = torch.Generator().manual_seed(1)
+    data = torch.utils.data.TensorDataset(torch.randn(IMAGES, 6, generator=generator))
+    return torch.utils.data.DataLoader(data, batch_size=6)
+
+
+def fit(folder: Path, epochs: int = EPOCHS, resume: Path | None = None, **options: Any):
+    """A model trained by Lightning, and its Trainer."""
+    from hex.lightning import HEXCallback
+
+    trained = model()
+    trainer = pl.Trainer(
+        max_epochs=epochs, callbacks=[HEXCallback()], logger=False, accelerator="cpu",
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=folder, **options,
+    )  # fmt: skip
+    trainer.fit(trained, images(), ckpt_path=resume)
+    return trained, trainer
+
+
+def assert_same_state(ours: nn.Module, expected: nn.Module) -> None:
+    state = expected.state_dict()
+    assert ours.state_dict().keys() == state.keys()
+    for name, value in ours.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+@needs_lightning
+@pytest.mark.filterwarnings("ignore")  # Lightning's, of the machine and of torch
+def test_a_training_resumed_from_a_checkpoint_ends_as_one_without_a_break(tmp_path):
+    whole, _ = fit(tmp_path)
+    half, trainer = fit(tmp_path, EPOCHS // 2)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, _ = fit(tmp_path, resume=tmp_path / "half.ckpt")
+    assert_same_state(resumed, whole)
+    for tracker in (whole.criterion.threshold, resumed.criterion.threshold):
+        assert (int(tracker.epoch), int(tracker.updates)) == (EPOCHS - 1, 4 * (EPOCHS - 1))
+    assert resumed.criterion.threshold.history == whole.criterion.threshold.history
+    assert not torch.equal(half.criterion.threshold.value, whole.criterion.threshold.value)
+
+
+@needs_lightning
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("precision", ("32-true", "bf16-mixed"))
+def test_accumulation_and_mixed_precision_train_as_the_plain_loop(precision, tmp_path):
+    ours, _ = fit(tmp_path, accumulate_grad_batches=2, precision=precision)
+    plain, narrow = model(), precision == "bf16-mixed"
+    optimizer = plain.configure_optimizers()
+    for epoch in range(EPOCHS):
+        plain.criterion.set_epoch(epoch)
+        for index, batch in enumerate(images()):
+            # Without a cache of the narrow weights, as Lightning has it.
+            with torch.autocast("cpu", torch.bfloat16, enabled=narrow, cache_enabled=False):
+                loss = plain.training_step(batch, index)
+            assert loss.dtype == torch.float32
+            (loss / 2).backward()
+            if index % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+    assert_same_state(ours, plain)
+    assert {z.dtype for z in ours.seen} == {torch.bfloat16 if narrow else torch.float32}
+    assert all(map(torch.equal, ours.seen, plain.seen))
 
 
 @needs_lightning

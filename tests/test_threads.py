@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""Threads, forks and memory: the same bits for any number of threads and in a forked child, and
-never an N x N buffer.
+"""Threads, forks and memory: the same bits for any number of threads, in threads of Python's and in
+a forked child, a quiet end, and never an N x N buffer.
 
-The fork and the memory are tried in processes of their own: a child that hangs must not take the
-tests with it, and a peak of memory is the whole process's.
+The fork, the end and the memory are tried in processes of their own: a child that hangs must not
+take the tests with it, and a peak of memory is the whole process's.
 """
 
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from conftest import problem
 from data import MODES
 from torch import Tensor
 
-from hex import ops
+from hex import HEXCrossEntropyLoss, HEXLoss, HEXSupConLoss, InfoNCELoss, ThresholdTracker, ops
 
 THREADS = (1, 2, 3, 4)
 
@@ -62,13 +64,143 @@ def test_the_bits_do_not_depend_on_what_ran_before(mode, threads):
         assert all(map(torch.equal, everything(p), expected))
 
 
-def python(code: str, timeout: float) -> str:
-    """What a process of its own prints."""
+LABELS = torch.arange(151) % 7
+CALLS = (
+    (HEXLoss, lambda loss, z: loss(z, z.roll(1, 0))),
+    (HEXLoss, lambda loss, z: loss(z, z.roll(1, 0), z[:97])),
+    (lambda **o: HEXLoss(mode="cross", **o), lambda loss, z: loss(z, z.flip(1))),
+    (HEXSupConLoss, lambda loss, z: loss(z, LABELS)),
+    (lambda **o: HEXCrossEntropyLoss(0.1, **o), lambda loss, z: loss(z @ z.T / 61, LABELS)),
+    (lambda **_: InfoNCELoss(mode="query"), lambda loss, z: loss(z, z.roll(1, 0))),
+)
+
+
+def test_python_threads_with_a_loss_each_get_the_bits_of_one_thread(threads):
+    start = threading.Barrier(len(CALLS))
+
+    def train(number: int, wait=lambda: None) -> list[Tensor]:
+        make, call = CALLS[number]
+        loss = make(threshold=ThresholdTracker.adaptive(0.9, momentum=0.5))
+        generator = torch.Generator().manual_seed(number)
+        results = []
+        for _ in range(20):
+            z = torch.randn(151, 61, generator=generator).requires_grad_()
+            wait()
+            value = call(loss, z)
+            value.backward()
+            results += [value.detach(), z.grad, *(x.clone() for x in loss.state_dict().values())]
+        return results
+
+    threads(1)
+    expected = [train(number) for number in range(len(CALLS))]
+    threads(2)
+    with ThreadPoolExecutor(len(CALLS)) as pool:
+        running = [pool.submit(train, number, start.wait) for number in range(len(CALLS))]
+        found = [each.result(120) for each in running]
+    for number, (ours, alone) in enumerate(zip(found, expected, strict=True)):
+        assert all(map(torch.equal, ours, alone)), number
+
+
+def process(code: str, timeout: float) -> subprocess.CompletedProcess[str]:
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout
     )
     assert run.returncode == 0, run.stderr
-    return run.stdout.strip()
+    return run
+
+
+def python(code: str, timeout: float) -> str:
+    """What a process of its own prints."""
+    return process(code, timeout).stdout.strip()
+
+
+# Takes the place of torch's function, and fails at the loop numbered `fail`.
+POOL = """
+#include <dlfcn.h>
+#include <stdint.h>
+
+typedef void (*function)(int64_t, int64_t, void *);
+int64_t loops, fail = -1;
+
+int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t grain, function body, void *context)
+{
+    static int32_t (*of_torch)(int64_t, int64_t, int64_t, function, void *);
+    if (!of_torch)
+        *(void **)&of_torch =
+            dlsym(dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD), "torch_parallel_for");
+    return loops++ == fail ? 1 : of_torch(begin, end, grain, body, context);
+}
+"""
+WITHOUT = """
+import ctypes, torch
+from hex import HEXCrossEntropyLoss, HEXLoss, HEXSupConLoss, ThresholdTracker, batch_threshold
+
+pool = ctypes.CDLL(None)
+loops, fail = (ctypes.c_int64.in_dll(pool, name) for name in ("loops", "fail"))
+B, D = 601, 61  # loops over rows are shared out too
+z = torch.randn(B, D, generator=torch.Generator().manual_seed(0)).requires_grad_()
+other, own, labels = z.detach().roll(1, 0), z.detach().expand(B, B, D), torch.arange(B) % 7
+
+def step(make, *args):
+    value = make(threshold=ThresholdTracker.adaptive(over="negatives"))(*args)
+    return value, *torch.autograd.grad(value, z)
+
+calls = [
+    lambda: step(HEXLoss, z, other),
+    lambda: step(HEXLoss, z, other, other),
+    lambda: step(HEXLoss, z, other, own),
+    lambda: step(lambda **o: HEXLoss(mode="cross", **o), z, other),
+    lambda: step(HEXSupConLoss, z, labels),
+    lambda: step(lambda **o: HEXCrossEntropyLoss(0.1, **o), z @ other.T / 61, labels),
+    lambda: [batch_threshold(z, other)],
+]
+for call in calls:
+    loops.value, fail.value = 0, -1
+    expected = call()
+    assert loops.value > 0
+    for number in range(loops.value):
+        loops.value, fail.value = 0, number
+        try:
+            call()
+        except RuntimeError as error:
+            assert "the thread pool could not run the loop" in str(error), error
+        else:
+            raise AssertionError(f"loop {number} did not run, and nothing was said")
+        fail.value = -1
+        assert all(map(torch.equal, call(), expected))
+"""
+
+
+def test_a_pool_that_cannot_run_a_loop_is_an_error_and_the_next_call_is_right(
+    tmp_path, monkeypatch
+):
+    library = tmp_path / "pool.so"
+    command = ["gcc", "-shared", "-fPIC", "-xc", "-", "-o", library]
+    subprocess.run(command, input=POOL, text=True, check=True)
+    preload = (os.environ.get("LD_PRELOAD", ""), str(library))
+    monkeypatch.setenv("LD_PRELOAD", " ".join(filter(None, preload)))
+    process(WITHOUT, timeout=120)
+
+
+END = """
+import atexit, threading, torch
+from hex import HEXLoss
+
+def step():
+    HEXLoss()(*torch.randn(2, 301, 37).requires_grad_()).backward()
+    print("a step")
+
+torch.set_num_threads(2)
+step()
+atexit.register(step)
+threading.Thread(target=lambda: (threading.main_thread().join(), step())).start()
+"""
+
+
+def test_a_process_ends_without_a_word_with_steps_after_its_last_line():
+    run = process(END, timeout=120)
+    assert run.stdout.split("\n") == 3 * ["a step"] + [""]
+    assert run.stderr == ""
 
 
 FORK = """

@@ -338,9 +338,10 @@ def test_one_tensor_as_both_views_compiles_too(threshold):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, on importing inductor
-def test_inductor_compiles_a_training_step():
+@pytest.mark.parametrize("mode", ("default", "reduce-overhead", "max-autotune"))
+def test_inductor_compiles_a_training_step(mode):
     module, eager = HEXLoss(), HEXLoss()
-    compiled = torch.compile(module, fullgraph=True)
+    compiled = torch.compile(module, fullgraph=True, mode=mode)
     for z0, z1 in batches(2):
         ours, expected = a_step(compiled, z0, z1), a_step(eager, z0, z1)
         assert all(map(torch.equal, ours, expected))
