@@ -282,8 +282,12 @@ class ThresholdTracker(nn.Module):
         self._longest_row = 0
         self.known: Tensor | None = None  # whether the last candidate was a second run's
         self._epoch_set = False
+        self._forget_tally()
+
+    def _forget_tally(self) -> None:
         for count in self._tally:
             count.zero_()
+        self._passed, self._is_fine = 0, False  # of batches on the CPU, of which one was fine
 
     def reset_parameters(self) -> None:
         """`reset`, under the name that is called after `to_empty`, as by FSDP."""
@@ -350,6 +354,10 @@ class ThresholdTracker(nn.Module):
         not finite says nothing."""
         if torch.compiler.is_exporting() or hard.is_meta:
             return
+        at_hand = hard.is_cpu and type(hard) is Tensor and not torch.compiler.is_compiling()
+        if at_hand and self._is_fine:
+            self._passed += 1
+            return
         if self._tally[0].device != hard.device:
             self._tally = tuple(count.to(hard.device) for count in self._tally)
         batches, members, nothing = self._tally
@@ -358,6 +366,8 @@ class ThresholdTracker(nn.Module):
         members.add_(hard.any() & finite)
         if could_be_0:
             nothing.add_(~loss.any())
+        if at_hand:
+            self._is_fine = bool(members > 0) and bool(nothing < batches)
 
     def look(self, ended: bool = False) -> None:
         """Warns of what `watch` has counted, where no epochs are named or where the last of them
@@ -369,11 +379,11 @@ class ThresholdTracker(nn.Module):
 
     def _judge(self, period: str, least: int = 1) -> None:
         batches, members, nothing = (float(count) for count in self._tally)
+        batches += self._passed
         if batches < least:
             return
         period = period.format(batches)
-        for count in self._tally:
-            count.zero_()
+        self._forget_tally()
         if schedules.lowest(self.rule, self.options) == math.inf or self._is_warm_up():
             return  # InfoNCE, or the warm-up's threshold, is wanted
         if members == 0:
