@@ -179,7 +179,7 @@ class _Contrastive(nn.Module):
             return update(tracker, candidate, store=self._learns(learner), anchors=anchors)
         eps = tracker.current()
         if not tracker.normalize_rows:
-            return eps
+            return eps.to(device)
         low, high = row_range()
         return low + eps.to(low) * (high - low)
 
@@ -198,11 +198,11 @@ class _Contrastive(nn.Module):
         *statistics: Tensor,
         given: bool = False,
     ) -> None:
-        """The statistics of a batch; value: the loss, but not 0 where it is that for want of
-        positives; given: H was, and the threshold has played no part."""
-        if is_transformed(*learner, *statistics):
-            return
+        """The statistics of a batch; value: the loss, but NaN where it is 0 for want of positives;
+        given: H was, and the threshold has played no part. Meta tensors have none."""
         eps, hard, share = statistics
+        if hard.is_meta or is_transformed(*learner, *statistics):
+            return
         if (
             is_in_backward() and self._last is not None
         ):  # most likely the second run of a checkpoint

@@ -95,7 +95,7 @@ def class_rows(
         loss (N,), n_hard (N,), share (N,) = Q / D; the last two carry no gradient. A row without
         positives has loss and gradient 0, as has one with a single positive and no negatives. A
         row whose only positive is -inf has loss +inf, and the gradient of log D - l; NaN if there
-        is nothing else in D. Where the loss is NaN so is the gradient.
+        is nothing else in D. Where the loss is NaN the gradient has NaN in it.
     """
     seen = positive | negative
     tau = tau.to(logits)
@@ -128,15 +128,15 @@ def class_rows(
     s = local + torch.where(rest, e, 0.0).sum(1)  # (N,)
     share = (local / (big_e + s)).detach()
 
+    nothing = 0 * torch.where(seen, l, 0.0).sum(1)  # (N,), NaN for NaN, in the graph
     log_e = torch.logsumexp(torch.where(held, d, -math.inf), 1)  # (N,)
     there = s > 0
     if inside:
         x = m + torch.log(torch.where(there, s, 1.0)) - log_e
-        loss = torch.where(there, -F.logsigmoid(-x), s)
+        loss = torch.where(there, -F.logsigmoid(-x), s + nothing)
     else:
         loss = _log1p_scaled(s + torch.where(n_p > 1, big_e - torch.exp(-m), 0.0), m)
     loss = torch.where(lost, m + torch.log(torch.where(lost, s, 1.0)), loss)
-    nothing = 0 * torch.where(seen, l, 0.0).sum(1)  # (N,), NaN for NaN, in the graph
     if variant == 1:
         g = _row_max(d, rest)
         total = torch.exp(torch.where(rest, d - g[:, None], -math.inf)).sum(1)

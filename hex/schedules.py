@@ -53,7 +53,8 @@ def lowest(rule: str, options: dict[str, Any]) -> float:
 
 
 def is_falling(rule: str, options: dict[str, Any], value: float) -> bool:
-    return rule in ("step", "cosine") and value > lowest(rule, options)
+    falls = rule == "step" or (rule == "cosine" and options["start"] > options["end"])
+    return falls and value > lowest(rule, options)
 
 
 def _half_cosine(k: Tensor, epochs: int) -> Tensor:
@@ -99,7 +100,7 @@ def check_flag(name: str, value: Any) -> bool:
 
 def check_over(name: str, value: Any) -> Any:
     functional.check_choice(name, value, get_args(functional.Over))
-    return value
+    return str(value)
 
 
 OPTIONS: dict[str, dict[str, Callable[[str, Any], Any]]] = {  # rule: what each option must be

@@ -69,9 +69,9 @@ def hex_sup_con(
         labels: (B,), or (N,), integers: rows of one label are positives of each other. None: the
             views of an image are.
         mask: (B, B), or (N, N): positives of row i are the columns of 1, in all views; it may be
-            asymmetric. bool, or a number type with values 0 and 1: others are refused, on another
-            device than the CPU and in a compiled graph by a RuntimeError as it runs, and not under
-            vmap, where what is not 0 counts as 1. With labels given: ValueError.
+            asymmetric. bool, or a number type with values 0 and 1: others are refused; on another
+            device than the CPU, of a subclass and in a compiled graph by a RuntimeError as it runs.
+            Of a mask that vmap takes apart, what is not 0 counts as 1. With labels: ValueError.
         eps: threshold, a cosine: a number, 0-d, or (N,); not wanted with groups.
         groups: (B,), or (N,), integers: H(i) is given, the negatives of i's group.
         guide: of the shape of features but for D: H(i) is decided on its cosines.
@@ -196,7 +196,7 @@ class HEXSupConLoss(_Contrastive):
         )  # fmt: skip
         shown = value
         if self.variant == "released" and groups is None:
-            shown = torch.where(_any_positive(rows), value.detach(), 1.0)
+            shown = torch.where(_any_positive(rows), value.detach(), math.nan)
         self._keep((rows.x, tau), shown, eps, hard, share, given=groups is not None)
         return value
 
@@ -315,23 +315,23 @@ def _check_mask(mask: Any, images: int, device: torch.device) -> Tensor:
         raise ValueError(f"mask: got shape {tuple(mask.shape)}, wanted ({images}, {images})")
     positive = mask != 0
     if mask.dtype != torch.bool:
-        _check_ones(positive.to(mask) == mask)
+        _check_ones(mask)
     return positive.to(device)
 
 
-def _check_ones(right: Tensor) -> None:
-    """ValueError where an entry of a mask was neither 0 nor 1; where that would mean to wait for a
-    device, or in a compiled graph, torch's RuntimeError as it runs."""
+def _check_ones(mask: Tensor) -> None:
+    """ValueError where an entry is neither 0 nor 1; where that would mean to wait for a device, in
+    a compiled graph and of a subclass, torch's RuntimeError as it runs."""
+    if is_transformed(mask):
+        return  # it has no values of its own
     text = (
         "mask: got values other than 0 and 1, wanted which rows are positives; there are no "
         "weights, so decide with mask > t"
     )
-    plain = right.is_cpu and type(right) is Tensor and not torch.compiler.is_compiling()
-    if is_transformed(right):
-        return  # it has no values of its own
-    if not plain:
-        torch._assert_async(right.all(), text)
-    elif not right.all():
+    right = ((mask == 0) | (mask == 1)).all()
+    if not right.is_cpu or type(right) is not Tensor or torch.compiler.is_compiling():
+        torch._assert_async(right, text)
+    elif not right:
         raise ValueError(text)
 
 

@@ -55,9 +55,11 @@ class ThresholdTracker(nn.Module):
     candidate among the last 256 training calls, and stores nothing; of two equal batches before one
     backward both have that of the second. Compile around a checkpoint: a loss that is compiled
     inside one leaves the graph for its threshold, and one that was compiled elsewhere before, and
-    is then called in one, is not known there. Under DDP, which gives all ranks rank 0's buffers
-    before each forward, every rank goes on from rank 0's state, as BatchNorm does; with that turned
-    off, from its own.
+    is then called in one, is not known there. A selective checkpoint wants the same operators in
+    both runs, and refuses an adaptive threshold.
+
+    Under DDP, which gives all ranks rank 0's buffers before each forward, every rank goes on from
+    rank 0's state, as BatchNorm does; with that turned off, from its own.
 
     Keep the tracker on the device of the embeddings (`loss.to(device)`): elsewhere the result is
     the same, but every step waits for copies between devices.
@@ -95,9 +97,9 @@ class ThresholdTracker(nn.Module):
             )
         self.rule = rule
         self.options = schedules.checked(rule, options)
-        self.normalize_rows: bool = options.get("normalize_rows", False)
-        self.quantile: float = options.get("quantile", 0.99)
-        self.over: Over = options.get("over", "negatives")
+        self.normalize_rows: bool = self.options.get("normalize_rows", False)
+        self.quantile: float = self.options.get("quantile", 0.99)
+        self.over: Over = self.options.get("over", "negatives")
         self.register_buffer("state", torch.zeros(states.STATE, dtype=torch.float64))
         # (1,): what is written to a 0-d float64 on the CPU a compiled graph loses (torch 2.13)
         self._tally = tuple(torch.zeros(1, dtype=torch.float64, device="cpu") for _ in range(3))
@@ -389,6 +391,8 @@ class ThresholdTracker(nn.Module):
         if members == 0:
             if schedules.is_falling(self.rule, self.options, float(self.value)):
                 return  # it has not come to where it is meant to go
+            if self.options.get("lagged") and batches == 1:
+                return  # the first batch of all has nothing before it
             self._warn(
                 "never any",
                 f"no row of {period} had a negative above the threshold: H was empty, so this was "

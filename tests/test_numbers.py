@@ -412,6 +412,23 @@ def test_a_target_of_minus_infinity_alone_in_the_denominator_is_nan_as_torchs(
 
 
 @pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("positives", ["inside", "outside"])
+@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize("eps", [math.inf, 0.3])
+def test_a_nan_among_positives_alone_is_seen(eps, variant, positives, kernels, monkeypatch):
+    if not kernels:
+        without_kernels(monkeypatch)
+    z = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with torch.no_grad():
+        z[3, 1] = math.nan
+    rows = hex_sup_con(
+        z, torch.zeros(6).int(), eps=eps, variant=variant, positives=positives, reduction="none"
+    )
+    assert rows.isnan().all()
+    assert torch.autograd.grad(rows.sum(), z)[0].isnan().all()
+
+
+@pytest.mark.parametrize("kernels", [True, False])
 def test_a_row_without_positives_that_holds_a_nan_has_a_gradient_of_nan(kernels, monkeypatch):
     if not kernels:
         without_kernels(monkeypatch)

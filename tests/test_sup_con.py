@@ -489,6 +489,14 @@ def test_a_soft_mask_is_refused_as_the_graph_runs(way):
         loss(x, mask=ones / 2)
 
 
+def test_a_soft_mask_is_refused_under_func_transforms():
+    soft, x = torch.eye(4) / 2, X[:, 0].clone()
+    with pytest.raises(ValueError, match="mask: got values other than 0 and 1"):
+        torch.func.grad(lambda f: hex_sup_con(f, mask=soft, eps=0.3))(x)
+    with pytest.raises(ValueError, match="mask: got values other than 0 and 1"):
+        torch.vmap(lambda f: hex_sup_con(f, mask=soft, eps=0.3))(x[None])
+
+
 def test_a_mask_on_the_meta_device_has_no_values():
     x = X.to("meta")
     assert HEXSupConLoss()(x, mask=torch.eye(4, device="meta")).is_meta

@@ -525,6 +525,7 @@ def test_a_threshold_that_some_cosine_can_be_above_does_not_warn():
             TypeError,
             "ThresholdTracker: got 'fixed' with t, beta",
         ),
+        (lambda t: t.adaptive(over=np.array(["all"])), ValueError, "over: got array"),
         (lambda t: t("fixed", t=NAN, normalize_rows=False), ValueError, "t: got nan"),
         (lambda t: t("fixed", t="x", normalize_rows=False), TypeError, "t: got str"),
         (
@@ -546,9 +547,14 @@ def test_bad_arguments_are_refused_by_name_with_what_came_and_what_was_wanted(ma
         make(ThresholdTracker)
 
 
-def test_a_flag_may_be_numpys():
-    tracker = ThresholdTracker.adaptive(monotonic=np.bool_(True), lagged=np.bool_(False))
+def test_numpys_scalars_become_pythons():
+    tracker = ThresholdTracker.adaptive(
+        np.float64(0.9), over=np.str_("all"), monotonic=np.bool_(True), lagged=np.bool_(False)
+    )
+    kept = tracker.quantile, tracker.over, *tracker.options.values()
+    assert all(type(value) in (float, str, bool, int) for value in kept)
     assert tracker.options["monotonic"] is True and tracker.options["lagged"] is False
+    assert ThresholdTracker.fixed(0.3, normalize_rows=np.bool_(True)).normalize_rows is True
 
 
 def test_a_refused_epoch_changes_nothing():

@@ -301,6 +301,7 @@ def test_a_loss_comes_back_from_the_meta_device_as_a_new_one(make):
         leaves = [z.requires_grad_() if z.is_floating_point() else z for z in on_meta]
         assert criterion(*leaves).is_meta
         assert criterion.threshold.state.is_meta or torch.equal(criterion.threshold.state, before)
+    assert loss.statistics()["eps"] == float(loss.threshold.value)  # of the batch before
     back = moved.to_empty(device="cpu")
     back.threshold.reset_parameters()
     new = make(threshold=adaptive(momentum=0.5))
@@ -310,6 +311,18 @@ def test_a_loss_comes_back_from_the_meta_device_as_a_new_one(make):
             criterion(*leaves).backward()
     assert torch.equal(back.threshold.state, new.threshold.state)
     assert back.statistics() == new.statistics()
+
+
+@pytest.mark.parametrize("threshold", (0.3, "adaptive"))
+def test_a_tracker_that_was_left_on_another_device_serves_every_loss(threshold):
+    on_cpu = {"threshold": threshold}
+    x, labels = torch.randn(12, 4, device="meta"), torch.arange(12, device="meta") // 2
+    assert HEXSupConLoss(**on_cpu)(x, labels).is_meta
+    assert HEXCrossEntropyLoss(0.1, **on_cpu)(x, labels % 4).is_meta
+    for mode in ("ntxent", "query", "cross"):
+        assert HEXLoss(mode=mode, **on_cpu)(x, x).is_meta
+        assert HEXLoss(mode=mode, **on_cpu)(x, x, guide=(x, x)).is_meta
+    assert HEXLoss(**on_cpu)(x, x, x[:, None], guide=(x, x, x[:, None])).is_meta
 
 
 def test_a_count_beyond_what_a_float64_has_reads_as_the_largest():

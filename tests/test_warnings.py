@@ -178,3 +178,32 @@ def test_batches_whose_loss_is_not_finite_say_nothing_of_the_threshold():
         warnings.simplefilter("error")
         epoch_of(loss, 0, *(math.nan * z for z in views(40)))
         loss.set_epoch(1)
+
+
+def test_a_batch_without_positives_does_not_hide_that_the_others_had_no_loss():
+    loss = HEXSupConLoss(threshold=-1.5, variant="released")
+    loss.set_epoch(0)
+    for labels in (LABELS, torch.arange(40), LABELS):
+        train(lambda z, y=labels: loss(z, y), views(40)[0])
+    with pytest.warns(UserWarning, match="the loss and its gradient were 0"):
+        loss.set_epoch(1)
+
+
+def test_a_schedule_that_rises_is_warned_of():
+    loss = HEXLoss(threshold=ThresholdTracker.cosine(0.3, 1.5, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        epoch_of(loss, 0, *views(40))
+        loss.set_epoch(1)
+    epoch_of(loss, 2, *views(40))
+    with pytest.warns(UserWarning, match="no row of epoch 2 had a negative above"):
+        loss.set_epoch(3)
+
+
+def test_the_first_batch_of_a_lagged_threshold_is_not_warned_of():
+    loss = HEXLoss(threshold=adaptive(lagged=True))
+    loss.set_epoch(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(loss, *views(40))
+        loss.set_epoch(1)
