@@ -525,7 +525,7 @@ def test_a_gpu_that_the_library_has_no_code_for_is_composed_with_a_warning(libra
 
 
 @pytest.mark.skipif(
-    emulator.SANITIZED, reason="after what the sanitizers skip, the launch is refused: to be found out"
+    emulator.SANITIZED, reason="a launch is refused after skipped tests: to be found out"
 )
 def test_asking_a_gpu_for_code_leaves_the_current_device_and_no_error(libraries):
     library = libraries["mma"]
