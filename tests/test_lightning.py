@@ -130,11 +130,18 @@ def images() -> torch.utils.data.DataLoader:
     return torch.utils.data.DataLoader(data, batch_size=6)
 
 
-def fit(folder: Path, epochs: int = EPOCHS, resume: Path | None = None, **options: Any):
-    """A model trained by Lightning, and its Trainer."""
+def fit(
+    folder: Path,
+    epochs: int = EPOCHS,
+    resume: Path | None = None,
+    criterion: nn.Module | None = None,
+    **options: Any,
+):
+    """A model trained by Lightning, with its own or another loss, and its Trainer."""
     from hex.lightning import HEXCallback
 
     trained = model()
+    trained.criterion = criterion or trained.criterion
     trainer = pl.Trainer(
         max_epochs=epochs, callbacks=[HEXCallback()], logger=False, accelerator="cpu",
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -207,18 +214,9 @@ def test_an_epoch_with_nothing_in_h_is_warned_of_at_the_end_of_the_training():
 @needs_lightning
 @pytest.mark.parametrize("epochs", (1, 2), ids=("at its end", "between epochs"))
 def test_a_warning_in_a_training_is_at_the_line_that_began_it(epochs, tmp_path):
-    from hex.lightning import HEXCallback
-
-    trained = model()
-    trained.criterion = HEXLoss(0.2, threshold=0.9999)
     with warnings.catch_warnings(record=True) as got:
         warnings.simplefilter("always")
-        trainer = pl.Trainer(
-            max_epochs=epochs, callbacks=[HEXCallback()], logger=False, accelerator="cpu",
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-            default_root_dir=tmp_path,
-        )  # fmt: skip
-        trainer.fit(trained, images())
+        fit(tmp_path, epochs, criterion=HEXLoss(0.2, threshold=0.9999))
     (ours,) = (w for w in got if "H was empty" in str(w.message))
     assert ours.filename == __file__
 
