@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
 
 BIN := $(CURDIR)/.venv/bin
-C_FILES := $(wildcard csrc/*.[ch] csrc/*/*.[ch] csrc/cpu/*.inc csrc/cuda/*.cu* \
+C_FILES := $(wildcard csrc/*.[ch] csrc/*/*.[ch] csrc/cpu/levels/*.[ch] csrc/cuda/*.cu* \
     tests/emulation/*) tests/abi_check.cpp tests/work.c benchmarks/core.c
 # The CUDA kernels take minutes to compile; `make cuda` does it once. `make build
 # HEX_CUDA=1` has them in .venv, `make wheel HEX_CUDA=1` in the wheel.
@@ -101,6 +101,6 @@ clean: ## remove what was built, .venv included
 	$(PIP) --no-deps '$(TORCHVISION)'
 	@touch $@
 
-.venv/hex: .venv/torch setup.py pyproject.toml $(wildcard csrc/*.[ch] csrc/cpu/* csrc/cuda/*.h)
+.venv/hex: .venv/torch setup.py pyproject.toml $(wildcard csrc/*.[ch] csrc/cpu/*.[ch] csrc/cpu/levels/*.[ch] csrc/cuda/*.h)
 	@PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --editable '.[examples,test,dev]' '$(TORCH)' '$(TORCHVISION)'
 	@touch $@

@@ -180,8 +180,8 @@ setup(
     ext_modules=[
         Extension(
             "hex._C",
-            sources=sorted(glob("csrc/*.c") + glob("csrc/cpu/*.c")),
-            depends=sorted(glob("csrc/*.h") + glob("csrc/*/*.h") + glob("csrc/cpu/*.inc")),
+            sources=sorted(glob("csrc/*.c") + glob("csrc/cpu/*.c") + glob("csrc/cpu/levels/*.c")),
+            depends=sorted(glob("csrc/**/*.h", recursive=True)),
             # Python's stable ABI as of 3.10: with the tag below, one wheel for all from there on.
             define_macros=[("Py_LIMITED_API", "0x030A0000")],
             py_limited_api=True,

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* The CPU core alone, one level on one thread without torch, to be timed and counted (core.py): the
  * loss with its gradient, and beside it the product of two blocks in cache by the core's own
- * register tile, which is the most that it could reach. LEVEL_FILE names csrc/cpu/isa_*.c: one
+ * register tile, which is the most that it could reach. LEVEL_FILE names csrc/cpu/levels/*_f32.c: one
  * unit, so that -fwhole-program leaves out what is not called. */
 #include <stdio.h>
 #include <time.h>
@@ -35,7 +35,7 @@ PUBLIC double product(int64_t times)
     for (int64_t n = 0; n < times; n++)
         for (int64_t j = 0; j < SIDE; j += WIDE)
             for (int64_t i = 0; i < SIDE; i += MR)
-                tile_f32(DEEP, a + i * DEEP, DEEP, b + j * DEEP, WIDE, c + i * SIDE + j, SIDE, 0);
+                tile(DEEP, a + i * DEEP, DEEP, b + j * DEEP, WIDE, c + i * SIDE + j, SIDE, 0);
     return 2.0 * SIDE * SIDE * DEEP * (double)times;
 }
 
@@ -97,10 +97,10 @@ PUBLIC bool loss(const batch *x)
         .grad = {&one, HEX_F64, 0}, .stats = x->stats, .dz = {x->dz, x->dz + B * D}};
     hex_tracker t = {.quantile = 0.99};
     bool used;
-    const int64_t room = kept_room_f32(&p, &used);
+    const int64_t room = kept_room(&p, &used);
     p.kept = used ? allocate(room, 1, sizeof(float)) : NULL;
     float value;
-    const bool done = !adaptive_f32(&p, &t, &value, x->stats) && !backward_f32(&p, &g);
+    const bool done = !adaptive(&p, &t, &value, x->stats) && !backward(&p, &g);
     free(p.kept);
     return done && isfinite(value) && value > 0;
 }

@@ -52,7 +52,7 @@ def build(level: str, *, program: bool, csrc: Path = ROOT / "csrc") -> Path:
     # Of the program profiler.py reads the lines, at fixed addresses; the code stays the same.
     kind = ["-g", "-fPIE", "-no-pie"] if program else ["-fPIC", "-shared"]
     command = [*compiler, *flags(), "-fwhole-program", "-Wno-unused-function", *kind]
-    command += [f'-DLEVEL_FILE="{csrc}/cpu/isa_{level}.c"', str(source)]
+    command += [f'-DLEVEL_FILE="{csrc}/cpu/levels/{level}_f32.c"', str(source)]
     text = b"".join(path.read_bytes() for path in [source, *sorted(csrc.rglob("*.*"))])
     name = hashlib.sha256(text + repr(command).encode()).hexdigest()[:16]
     target = ROOT / "build" / "benchmarks" / f"core_{level}_{name}{'' if program else '.so'}"

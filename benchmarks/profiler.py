@@ -19,11 +19,11 @@ import core
 # What a sample is laid to: the first whose pattern is in the chain of its functions and files.
 PARTS = {
     "not the loss": r"\b(product|main|make|noise)\b",
-    "matrix products": r"\bany_tile",
+    "matrix products": r"\b(any|dot)_tile",
     "exponentials": r"\bexp2",
-    "unit rows": r"unit\.inc|tile\.inc",
-    "threshold and lists": r"shortlist\.inc|threshold\.inc|push|select",
-    "sums and coefficients": r"pairs\.inc|rows\.inc|loss\.inc",
+    "unit rows": r"unit\.h|product\.h|dot_",
+    "threshold and lists": r"onepass\.h|quantile\.h|push|select",
+    "sums and coefficients": r"tiles\.h|row\.h|blocks\.h|schedule\.h|real\.h",
 }
 
 

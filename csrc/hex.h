@@ -1,21 +1,22 @@
 /* SPDX-License-Identifier: MIT */
-/* The contract between the torch layer (ops.c) and the compute cores (cpu/, later cuda/): notation,
- * the problem a core is given, and the core's entry points. No torch types here.
+/* The contract between the torch layer (ops.c) and the compute cores (cpu/, cuda/): notation, the
+ * problem that a core is given, and the core's entry points. No torch types here.
  *
- *   B images, D features, K queue negatives; c_ij the cosine of anchor i and candidate j; tau the
- * temperature; p = p(i) the positive of anchor i; eps the threshold, a cosine. Rows with c_ij > eps
- * are H(i), the rest G(i).
+ *     B images, D features, K negatives      c_ij the cosine of anchor i and candidate j
+ *     tau the temperature                    p = p(i) the positive of anchor i
+ *     eps the threshold, a cosine            H(i) the negatives j with c_ij > eps, G(i) the others
+ *     N_h = |H(i)|
  *
- *     d_j = (c_j - c_p) / tau        m = max(0, max_j d_j)     e_j = exp(d_j - m)     e_0 = exp(-m)
- *     b_j = exp(beta d_j), any common scale                    r   = sum_H b e / sum_H b
- *     q   = N_h (r - tau_plus e_0) / (1 - tau_plus)            f   = N_h exp(-(1 + c_p) / tau - m)
- *     S   = max(q, f) + sum_G e                                L   = log(1 + S / e_0), computed as
- * softplus(m + log S)
+ *     d_j = (c_j - c_p) / tau      m = max(0, max_j d_j)     e_j = exp(d_j - m)      e_0 = exp(-m)
+ *     b_j = exp(beta d_j), up to any common factor           r   = sum_H b e / sum_H b
+ *     q   = N_h (r - tau_plus e_0) / (1 - tau_plus)          f   = N_h exp(-(1 + c_p) / tau - m)
+ *     S   = max(q, f) + sum_G e
+ *     L   = log(1 + S / e_0)                                 computed as softplus(m + log S)
  *
  * docs/math.md derives the gradient. Unit rows have one index space, whatever the mode:
  *
- *     [0, B) z0      [B, 2B) z1      [2B, 2B + K) the shared negatives      partner p(i) = i + B or
- * i - B
+ *     [0, B) z0      [B, 2B) z1      [2B, 2B + K) the shared negatives
+ *     the partner p(i) is i + B or i - B
  *
  * Anchors are always its first `hex_anchors()` rows, so a row of the loss and its anchor have the
  * same index. */
@@ -30,9 +31,11 @@ typedef enum { HEX_NTXENT, HEX_QUERY, HEX_CROSS, HEX_SHARED, HEX_OWN, HEX_MODES 
 typedef enum { HEX_NONE, HEX_MEAN, HEX_SUM, HEX_REDUCTIONS } hex_reduction;
 typedef enum { HEX_PAPER, HEX_RELEASED, HEX_VARIANTS } hex_variant;
 
-/* What the forward keeps of each row, stats[kind][row] in the compute type. A gradient entry of row
- * i is, with e = exp((c - shift) / tau) and b = exp(beta (c - shift) / tau):  rest e on G(i),  b
- * (hard_e e - hard) on H(i). */
+/* What the forward keeps of each row, stats[kind][row] in the compute type. With
+ * e = exp((c - shift) / tau) and b = e^beta a gradient entry of row i is
+ *
+ *     rest e               on G(i)
+ *     b (hard_e e - hard)  on H(i) */
 enum {
     HEX_STAT_EPS,   /* the threshold used, rounded down to the compute type */
     HEX_STAT_SHIFT, /* largest cosine of the row (of G(i) in the released variant) */
@@ -46,8 +49,8 @@ enum {
     HEX_STATS
 };
 
-/* A matrix of feature rows with any strides, in elements. Row r starts at (r / inner) outer + (r %
- * inner) row: inner = rows for a matrix, inner = K for the (B, K, D) negatives. */
+/* A matrix of feature rows with any strides, in elements. Row r starts at
+ * (r / inner) outer + (r % inner) row: inner = rows for a matrix, K for the (B, K, D) negatives. */
 typedef struct {
     const void *data;
     hex_dtype dtype;

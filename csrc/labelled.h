@@ -3,12 +3,15 @@
  * entry has a class of its own: several positives by labels or a mask, H(i) by groups or by a
  * guide's cosines, and logits given instead of embeddings. hex.h has the rest of the notation.
  *
- *     P(i) positives, n_P of them     H(i), G(i) negatives, hard and not     the others are left
- * out l_ij = v_ij / t                 v the cosines and t = tau; of logits, v the logits and t = 1
- *     E = sum_P exp(l)                q = (R - tau_plus N_h E / n_P) / (1 - tau_plus)
+ *     P(i) the positives, n_P of them     H(i), G(i) the negatives, hard and not
+ *     the other entries are left out
+ *
+ *     l_ij = v_ij / t      v the cosines and t = tau; of logits, v the logits and t = 1
+ *     E = sum_P exp(l)
+ *     q = (R - tau_plus N_h E / n_P) / (1 - tau_plus)
  *     D = E + max(q, N_h exp(-1/tau)) + sum_G exp(l)
- *     L = log D - mean_P l            positives outside the logarithm
- *     L = log D - log E               inside
+ *     L = log D - mean_P l      positives outside the logarithm
+ *     L = log D - log E         inside
  *
  * docs/math.md has the difference form and the gradient. */
 #ifndef HEX_LABELLED_H
@@ -21,9 +24,12 @@
 typedef enum { HEX_SELF, HEX_PAIR, HEX_QUEUE, HEX_PAIRINGS } hex_pairing;
 typedef enum { HEX_OUTSIDE, HEX_INSIDE, HEX_POSITIVES } hex_positives;
 
-/* What the forward keeps of each row, stats[kind][row] in the compute type. With e = exp((v -
- * shift) / t) and b = e^beta a gradient entry dL_i / dv is: rest e on G(i), b (hard_e e - hard) on
- * H(i), and with shift the positives' own, pos_e (e - pos_mean) - pos on P(i). */
+/* What the forward keeps of each row, stats[kind][row] in the compute type. With
+ * e = exp((v - shift) / t) and b = e^beta a gradient entry dL_i / dv is
+ *
+ *     rest e                     on G(i)
+ *     b (hard_e e - hard)        on H(i)
+ *     pos_e (e - pos_mean) - pos on P(i), where shift is the positives' own */
 enum {
     HEX_ROW_EPS,   /* what a score is compared with, rounded down to the compute type */
     HEX_ROW_SHIFT, /* largest v of the negatives that count */

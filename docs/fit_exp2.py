@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The coefficients of 2^x on [-1/2, 1/2] that csrc/cpu/isa.inc holds; prints them when run.
+"""The coefficients of 2^x on [-1/2, 1/2] that csrc/cpu/real.h holds; prints them when run.
 
     2^x = 1 + x (c_1 + c_2 x + ... + c_n x^(n-1))
 

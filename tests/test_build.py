@@ -131,11 +131,11 @@ def test_the_extension_has_no_openmp_and_no_cpp(built):
 @pytest.mark.skipif(not X86, reason="the vector levels are for x86-64")
 def test_no_instruction_beyond_the_baseline_outside_the_vector_levels(built):
     registers = re.compile(r"%(ymm|zmm)")
-    assert registers.search(run("objdump", "-d", built.object("cpu/isa_avx2")))
+    assert registers.search(run("objdump", "-d", built.object("cpu/levels/avx2_f32")))
     for path in built.source.glob("build/temp*/csrc/**/*.o"):
-        if not path.name.startswith("isa_avx"):
+        if not path.name.startswith("avx"):
             assert not registers.search(run("objdump", "-d", path)), path.name
-    assert built.object("cpu/isa_base").exists()
+    assert built.object("cpu/levels/base_f32").exists()
 
 
 def test_the_wheel_works_without_this_tree(built):

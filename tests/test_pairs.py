@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Fixed shift: from 192 candidates on, the modes that share them are computed by tiles, and the
-adaptive loss finds its threshold and its sums in one pass (csrc/cpu/pairs.inc, shortlist.inc).
+adaptive loss finds its threshold and its sums in one pass (csrc/cpu/tiles.h, onepass.h).
 
 What every batch must give is in the other files, mostly with fewer rows; here are sizes around the
 blocks, batches that the shortlists do not fit, and the one call against the two that it replaces.
@@ -108,7 +108,7 @@ def test_cosines_that_were_kept_and_computed_again_give_the_same_bits(mode, dtyp
 
 
 def test_the_fake_of_what_is_kept_has_the_size_of_the_real_which_bounds_what_is_used():
-    """The rule is written twice, in csrc/cpu/pairs.inc and for shapes without data; the sizes lie
+    """The rule is written twice, in csrc/cpu/schedule.h and for shapes without data; the sizes lie
     about each of its limits. That the core writes no more than there is room for, AddressSanitizer
     sees, and the backward by these cosines or by its own is the same."""
     sizes = (1, 15, 16, 95, 96, 97, 192, 193, 384, 385, 512, 513, 1000, 1024, 1025)

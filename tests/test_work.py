@@ -325,55 +325,55 @@ TWICE = "for (int twice = 0; twice < 2; twice++) "
 # What is planted: the file, what it stands before or takes the place of, and the text.
 PLANTED = {
     "every tile is gone through twice, its cosines made once":
-        ("pairs.inc", r"(?=t->play\(t->context, &tile,)", TWICE),
+        ("schedule.h", r"(?=t->visit\(t->context, &tile,)", TWICE),
     "the cosines of a tile are made twice":
-        ("pairs.inc", r"(?=FN\(cosines\)\(t->unit, i, tile\.rows)", TWICE),
+        ("schedule.h", r"(?=cosines\(t->unit, i, tile\.rows)", TWICE),
     "kept cosines are made again":
-        ("loss.inc", r"if \(!p->kept\)((?s:.*?))panels, p->kept\)", r"if (true)\1panels, NULL)"),
+        ("tiles.h", r"if \(!p->kept\)((?s:.*?))panels, p->kept\)", r"if (true)\1panels, NULL)"),
     "no use is made of symmetry":
-        ("pairs.inc", r"const bool symmetric = p->mode == HEX_NTXENT", "const bool symmetric = 0"),
+        ("schedule.h", r"const bool symmetric = p->mode == HEX_NTXENT", "const bool symmetric = 0"),
     "rows are gathered twice":
-        ("pairs.inc", r"(?=FN\(gather\)\(g->unit)", TWICE),
+        ("tiles.h", r"(?=accumulate\(g->unit)", TWICE),
     "columns are gathered twice":
-        ("pairs.inc", r"(?=FN\(gather_transposed\)\(g->unit)", TWICE),
+        ("tiles.h", r"(?=accumulate_transposed\(g->unit)", TWICE),
     "an exponential for the row and one for the column":
-        ("pairs.inc", r"x = \(c\[j\] - 1\) \* scale, e = ", "x = (c[j] - 1) * scale, "
-         "column_e = FN(exp2)(x), e = 0 * column_e + "),
+        ("tiles.h", r"x = \(c\[j\] - 1\) \* scale, e = ", "x = (c[j] - 1) * scale, "
+         "column_e = exp2_of(x), e = 0 * column_e + "),
     "the threshold has a pass of its own":
-        ("shortlist.inc", r"if \(FN\(by_tiles\)\(p\) && !hex_is_warm_up\(t\)",
-         "if (false && FN(by_tiles)(p) && !hex_is_warm_up(t)"),
+        ("entry.h", r"if \(by_tiles\(p\) && !hex_is_warm_up\(t\)",
+         "if (false && by_tiles(p) && !hex_is_warm_up(t)"),
     "the bound is made twice":
-        ("quantiles.inc", r"(?=FN\(cosines\)\(&b->s->unit, from, rows)", TWICE),
+        ("quantile.h", r"(?=cosines\(&b->s->unit, from, rows)", TWICE),
     "twice as many rows are sampled":
-        ("quantiles.inc", r"<= 1024 \? 128 : 256", "<= 1024 ? 256 : 512"),
+        ("quantile.h", r"<= 1024 \? 128 : 256", "<= 1024 ? 256 : 512"),
     "a list's quantile is selected twice":
-        ("quantiles.inc", r"q->threshold\.low\[i\] = (?=FN\(cosine\))",
-         "FN(select_above)(list, n, q->k, limit), q->threshold.low[i] = "),
+        ("quantile.h", r"q->threshold\.low\[i\] = (?=cosine\()",
+         "select_above(list, n, q->k, limit), q->threshold.low[i] = "),
     "every row is normalised twice":
-        ("unit.inc", r"c->unit->inverse\[i\] = (?=FN\(normalize\))",
-         "FN(normalize)(u, D), c->unit->inverse[i] = "),
+        ("unit.h", r"c->unit->inverse\[i\] = (?=normalize\()",
+         "normalize(u, D), c->unit->inverse[i] = "),
     "the positive's cosine is made for either row":
-        ("quantiles.inc", r"s->cp\[i \+ s->p->B\] = s->cp\[i\];",
-         "s->cp[i + s->p->B] = (double)FN(positive_cosine)(s->p, &s->unit, i + s->p->B);"),
+        ("quantile.h", r"s->cp\[i \+ s->p->B\] = s->cp\[i\];",
+         "s->cp[i + s->p->B] = (double)positive_cosine(s->p, &s->unit, i + s->p->B);"),
     "row by row, the cosines are made twice":
-        ("loss.inc", r"(?=FN\(cosines\)\(c->some \?)", TWICE),
+        ("blocks.h", r"(?=cosines\(c->some \?)", TWICE),
     "row by row, a row's quantile is selected twice":
-        ("threshold.inc", r"(?=t->low\[i\] = FN\(row_select\))", TWICE),
+        ("quantile.h", r"(?=t->low\[i\] = row_select\()", TWICE),
     "row by row, the gradient gathers twice":
-        ("loss.inc", r"(?=FN\(gather\)\(c->unit, slice\.begin)", TWICE),
+        ("blocks.h", r"(?=accumulate\(c->unit, slice\.begin)", TWICE),
     "row by row, entries are made twice":
-        ("loss.inc", r"(?=FN\(row_entries\)\(row, columns)", TWICE),
+        ("blocks.h", r"(?=row_entries\(row, columns)", TWICE),
     "an anchor's own negatives are multiplied twice":
-        ("loss.inc", r"(?=own->c\[j\] = \(real\)FN\(dot\))", TWICE),
+        ("blocks.h", r"(?=own->c\[j\] = \(real\)dot_product\()", TWICE),
     "labelled: the cosines are made twice":
-        ("labelled.inc", r"(?=FN\(cosines\)\(&s->u\[side\], from)", TWICE),
+        ("class_blocks.h", r"(?=cosines\(&s->u\[side\], from)", TWICE),
     "labelled: the gradient gathers twice":
-        ("labelled.inc", r"(?=FN\(gather\)\(&c->sides)", TWICE),
+        ("class_blocks.h", r"(?=accumulate\(&c->sides)", TWICE),
     "logits: the largest of a row are found twice":
-        ("classes.inc", r"const FN\(peaks\) peaks = (?=FN\(row_peaks\))",
-         "FN(row_peaks)(v, s, kind, n, eps); const FN(peaks) peaks = "),
+        ("class_row.h", r"const peaks_t peaks = (?=row_peaks\()",
+         "row_peaks(v, s, kind, n, eps); const peaks_t peaks = "),
     "logits: entries are made twice":
-        ("logits.inc", r"(?=FN\(row_class_entries\)\(r\.v)", TWICE),
+        ("class_logits.h", r"(?=row_class_entries\(r\.v)", TWICE),
 }  # fmt: skip
 
 
@@ -410,4 +410,4 @@ def test_work_done_twice_is_found(planted, tmp_path):
     changed, places = re.subn(pattern, text, path.read_text())
     assert places == 1
     path.write_text(changed)
-    assert failures(build(ops.isa(), tmp_path / "core.so", csrc, "-DFLOAT_ONLY="))
+    assert failures(build(ops.isa(), tmp_path / "core.so", csrc, floats_only=True))

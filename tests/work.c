@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 /* The CPU core alone, one level without torch, built to count its work (test_work.py): one problem
- * forward and backward, and what was done for each. LEVEL_FILE names csrc/cpu/isa_*.c. */
+ * forward and backward, and what was done for each. It is compiled with the units of LEVEL from
+ * csrc/cpu/levels, of which LEVEL_FILE names the header. */
 #include <pthread.h>
 
-#define HEX_COUNT_WORK
-
 #include LEVEL_FILE
+#include CPU_FILE
 
 _Atomic int64_t hex_work[WORK_KINDS];
 
@@ -93,11 +93,14 @@ PUBLIC void tile_sides(int64_t wide, int64_t *mr, int64_t *nr)
     *nr = 2 * VEC_BYTES / (wide ? 8 : 4);
 }
 
-#ifdef FLOAT_ONLY
-#define CALL(name, wide, ...) (name##_f32(__VA_ARGS__))
-#else
-#define CALL(name, wide, ...) ((wide) ? name##_f64(__VA_ARGS__) : name##_f32(__VA_ARGS__))
+#define JOIN_(a, b, c) a##b##c
+#define JOIN(a, b, c) JOIN_(a, b, c)
+static const hex_cpu_entry *const level[] = {
+    &JOIN(hex_cpu_, HEX_LEVEL, _f32),
+#ifndef FLOAT_ONLY
+    &JOIN(hex_cpu_, HEX_LEVEL, _f64),
 #endif
+};
 
 /* Fills counts[0] of the forward and counts[1] of the backward. Returns NULL, or an error. */
 PUBLIC const char *count(const request *r, int64_t counts[2][WORK_KINDS])
@@ -128,19 +131,19 @@ PUBLIC const char *count(const request *r, int64_t counts[2][WORK_KINDS])
     g.stats = stats;
     threads = r->threads;
     bool used = false;
-    const int64_t room = r->keep ? CALL(kept_room, r->wide, &p, &used) : 0;
+    const int64_t room = r->keep ? level[r->wide]->kept(&p, &used) : 0;
     p.kept = used ? allocate(room, 1, (size_t)size) : NULL;
     double value, *bounds = allocate(2, hex_anchors(&p), sizeof(double));
     take(counts[0]);
-    const char *error = r->what == ADAPTIVE ? CALL(adaptive, r->wide, &p, &t, &value, stats)
+    const char *error = r->what == ADAPTIVE ? level[r->wide]->adaptive(&p, &t, &value, stats)
                         : r->what == THRESHOLD
-                            ? CALL(threshold, r->wide, &p, r->quantile, r->over_negatives, &value)
+                            ? level[r->wide]->threshold(&p, r->quantile, r->over_negatives, &value)
                         : r->what == ROW_RANGE
-                            ? CALL(row_range, r->wide, &p, bounds, bounds + hex_anchors(&p))
-                            : CALL(forward, r->wide, &p, &value, stats);
+                            ? level[r->wide]->row_range(&p, bounds, bounds + hex_anchors(&p))
+                            : level[r->wide]->forward(&p, &value, stats);
     take(counts[0]);
     if (!error && r->what <= ADAPTIVE)
-        error = CALL(backward, r->wide, &p, &g);
+        error = level[r->wide]->backward(&p, &g);
     take(counts[1]);
     for (int k = 0; k < 3; k++)
         free(dz[k]);
@@ -180,13 +183,13 @@ PUBLIC const char *count_labelled(const labelled_request *r, int64_t counts[3][W
     double mean;
     threads = r->threads;
     take(counts[0]);
-    const char *error = labelled_forward_f32(&p, &value, stats);
+    const char *error = level[0]->labelled_forward(&p, &value, stats);
     take(counts[0]);
     if (!error)
-        error = labelled_backward_f32(&p, &g);
+        error = level[0]->labelled_backward(&p, &g);
     take(counts[1]);
     if (!error)
-        error = labelled_threshold_f32(&p, 0.9, true, &mean);
+        error = level[0]->labelled_threshold(&p, 0.9, true, &mean);
     take(counts[2]);
     free(stats);
     free(d[0]);
@@ -214,13 +217,13 @@ PUBLIC const char *count_logits(const logits_request *r, int64_t counts[3][WORK_
     double mean;
     threads = r->threads;
     take(counts[0]);
-    const char *error = logits_forward_f32(&p, &value, stats);
+    const char *error = level[0]->logits_forward(&p, &value, stats);
     take(counts[0]);
     if (!error)
-        error = logits_backward_f32(&p, &g);
+        error = level[0]->logits_backward(&p, &g);
     take(counts[1]);
     if (!error)
-        error = logits_threshold_f32(&p, 0.9, true, false, &mean);
+        error = level[0]->logits_threshold(&p, 0.9, true, false, &mean);
     take(counts[2]);
     free(stats);
     free(d);

@@ -98,7 +98,9 @@ class Core(NamedTuple):
         return self._count("count_logits", LogitsRequest(**o), 3)
 
 
-def build(level: str, target: Path, csrc: Path = ROOT / "csrc", *extra: str) -> Core:
+def build(
+    level: str, target: Path, csrc: Path = ROOT / "csrc", *extra: str, floats_only: bool = False
+) -> Core:
     """Not optimised: that is sooner done, and what is counted is the same."""
     command = os.environ.get("CC", "gcc").split()
     command += [
@@ -110,8 +112,15 @@ def build(level: str, target: Path, csrc: Path = ROOT / "csrc", *extra: str) -> 
         "-fvisibility=hidden",
         "-pthread",
     ]
-    command += [f'-DLEVEL_FILE="{csrc}/cpu/isa_{level}.c"', *extra]
-    command += [str(Path(__file__).with_suffix(".c")), "-o", str(target), "-lm"]
+    levels = csrc / "cpu" / "levels"
+    command += [f'-DLEVEL_FILE="{levels}/{level}.h"', f'-DCPU_FILE="{csrc}/cpu/cpu.h"']
+    units = [levels / f"{level}_f32.c"]
+    if floats_only or level == "avx512_bf16":
+        command += ["-DFLOAT_ONLY"]
+    else:
+        units += [levels / f"{level}_f64.c"]
+    command += ["-DHEX_COUNT_WORK", *extra, str(Path(__file__).with_suffix(".c")), *map(str, units)]
+    command += ["-o", str(target), "-lm"]
     subprocess.run(command, check=True)
     return Core(ctypes.CDLL(str(target)), level == "avx512_bf16")
 
@@ -128,8 +137,8 @@ def parts(n: int, size: int) -> list[int]:
 
 
 class Need:
-    """A problem's sizes, with the names and the numbers of csrc/cpu: pairs.inc, quantiles.inc,
-    shortlist.inc, loss.inc."""
+    """A problem's sizes, with the names and the numbers of csrc/cpu: schedule.h, quantile.h,
+    onepass.h, blocks.h."""
 
     def __init__(self, core: Core, mode: str, B: int, K: int, D: int, dtype: int = F32) -> None:
         self.wide = dtype == F64

@@ -42,17 +42,29 @@ typedef struct {
     const char *(*logits_row_range)(const hex_logits *, bool, void *, void *);
 } hex_cpu_entry;
 
-typedef struct {
-    const char *name;
-    hex_cpu_entry type[2]; /* float, double */
-} hex_cpu_level;
-
-extern const hex_cpu_level hex_cpu_base, hex_cpu_avx2, hex_cpu_avx512, hex_cpu_avx512_bf16;
+/* One of each file of levels/. */
+extern const hex_cpu_entry hex_cpu_base_f32, hex_cpu_base_f64;
+extern const hex_cpu_entry hex_cpu_avx2_f32, hex_cpu_avx2_f64;
+extern const hex_cpu_entry hex_cpu_avx512_f32, hex_cpu_avx512_f64;
+extern const hex_cpu_entry hex_cpu_avx512_bf16_f32;
 
 #define HEX_NO_MEMORY "out of memory"
 #define HEX_NO_THREADS "the thread pool could not run the loop"
 
 #define INLINE static inline __attribute__((always_inline))
+
+/* Around the functions of a level. gcc has its target by a pragma, in the headers of levels/; clang's
+ * is LEVEL_TARGET, an attribute that has to end where it began. */
+#ifdef __clang__
+#define LEVEL_PRAGMA(text) _Pragma(#text)
+#define LEVEL_PUSH(isa)                                                                            \
+    LEVEL_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define LEVEL_BEGIN LEVEL_PUSH(LEVEL_TARGET)
+#define LEVEL_END _Pragma("clang attribute pop")
+#else
+#define LEVEL_BEGIN
+#define LEVEL_END
+#endif
 
 /* What tests/test_work.py has the core count, in a build of its own with HEX_COUNT_WORK; in any
  * other, nothing. A loop that counts must not be compiled with -fopenmp-simd. */
@@ -82,7 +94,7 @@ static inline hex_power power_of(double beta)
     return beta == 0 ? POWER_0 : beta == 1 ? POWER_1 : POWER_ANY;
 }
 
-/* ---- fixed shift, pairs.inc ---- */
+/* ---- fixed shift: tiles.h ---- */
 
 /* Cosines of the forward that take no more are kept for the backward: at 2048 rows they save a
  * fifth of the time. */

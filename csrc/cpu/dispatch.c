@@ -8,45 +8,59 @@
 
 static const hex_cpu_entry *entry[2]; /* float, double; since hex_cpu_select */
 
-static bool supported(const hex_cpu_level *l)
+typedef struct {
+    const char *name;
+    const hex_cpu_entry *type[2]; /* float, double; NULL: that of the level before */
+} level_t;
+
+static const level_t base = {"base", {&hex_cpu_base_f32, &hex_cpu_base_f64}};
+#ifdef HEX_HAVE_X86_LEVELS
+static const level_t avx2 = {"avx2", {&hex_cpu_avx2_f32, &hex_cpu_avx2_f64}};
+static const level_t avx512 = {"avx512", {&hex_cpu_avx512_f32, &hex_cpu_avx512_f64}};
+#endif
+#ifdef HEX_HAVE_BF16_LEVEL
+static const level_t avx512_bf16 = {"avx512_bf16", {&hex_cpu_avx512_bf16_f32, NULL}};
+#endif
+
+static bool supported(const level_t *l)
 {
 #ifdef HEX_HAVE_X86_LEVELS
     __builtin_cpu_init();
-    if (l == &hex_cpu_avx2)
+    if (l == &avx2)
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (l == &hex_cpu_avx512)
+    if (l == &avx512)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                __builtin_cpu_supports("fma");
 #endif
 #ifdef HEX_HAVE_BF16_LEVEL
 #ifdef HEX_EMULATE_BF16
-    if (l == &hex_cpu_avx512_bf16)
-        return supported(&hex_cpu_avx2);
+    if (l == &avx512_bf16)
+        return supported(&avx2);
 #else
-    if (l == &hex_cpu_avx512_bf16)
-        return supported(&hex_cpu_avx512) && __builtin_cpu_supports("avx512bf16");
+    if (l == &avx512_bf16)
+        return supported(&avx512) && __builtin_cpu_supports("avx512bf16");
 #endif
 #endif
-    return l == &hex_cpu_base;
+    return l == &base;
 }
 
-static bool only_by_name(const hex_cpu_level *l) { return strcmp(l->name, "avx512_bf16") == 0; }
+static bool only_by_name(const level_t *l) { return strcmp(l->name, "avx512_bf16") == 0; }
 
 const char *hex_cpu_select(const char *wanted, const char **problem)
 {
-    static const hex_cpu_level *const levels[] = {
-        &hex_cpu_base,
+    static const level_t *const levels[] = {
+        &base,
 #ifdef HEX_HAVE_X86_LEVELS
-        &hex_cpu_avx2,
-        &hex_cpu_avx512,
+        &avx2,
+        &avx512,
 #endif
 #ifdef HEX_HAVE_BF16_LEVEL
-        &hex_cpu_avx512_bf16,
+        &avx512_bf16,
 #endif
     };
     const int count = sizeof levels / sizeof *levels;
-    const hex_cpu_level *level = NULL;
+    const level_t *level = NULL;
     bool named = !wanted || !*wanted;
     *problem = NULL;
     for (int i = 0; i < count; i++) {
@@ -54,9 +68,9 @@ const char *hex_cpu_select(const char *wanted, const char **problem)
         named |= chosen;
         if (supported(levels[i]) && (chosen || !only_by_name(levels[i]))) {
             level = levels[i];
-            for (int wide = 0; wide < 2; wide++) /* what it leaves out is that of the one before */
-                if (level->type[wide].forward)
-                    entry[wide] = &level->type[wide];
+            for (int wide = 0; wide < 2; wide++)
+                if (level->type[wide])
+                    entry[wide] = level->type[wide];
         } else if (chosen)
             *problem = "this CPU does not have it";
         if (chosen)

@@ -5,7 +5,10 @@
 #ifndef HEX_DOTS_H
 #define HEX_DOTS_H
 
-#include "convert.h"
+#include "cpu.h"
+#ifndef HEX_LEVEL
+#include "levels/base.h"
+#endif
 
 typedef float dot_sums __attribute__((vector_size(VEC_BYTES), aligned(4), may_alias));
 typedef uint32_t dot_pairs __attribute__((vector_size(VEC_BYTES), aligned(4), may_alias));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // What the kernels share beside the tiles: how the work is cut, unit rows, the sums of a row and
-// what becomes of them. Notation: ../hex.h; the formulas are those of ../cpu/rows.inc.
+// what becomes of them. Notation: ../hex.h; the formulas are those of ../cpu/row.h.
 //
 // The sums over G and over H each have a shift of their own, the largest cosine of the set, and are
 // rescaled when a larger one comes. So one pass is right at every temperature; in particular a row

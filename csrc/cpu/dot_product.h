@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* bfloat16 rows, multiplied by an instruction for dot products of pairs of bfloat16: the three
- * products of tile.inc on the rows of dot_rows.inc. Included once per compute type, used for float
- * in a level with that instruction (DOTS).
+ * products of product.h on the rows of dot_rows.h.
  *
  * With z_i the input's row times a power of two, which changes no digit, and f_i = 1 / |z_i|,
  *
@@ -12,6 +11,13 @@
  * bits, each by itself and to nearest: of a row's gradient, which is rounded to 8 bits in the end,
  * that is an error of the same size and no larger, for what is rounded off along u_i falls to the
  * projection, and the positive's part does not come this way. */
+#ifndef HEX_DOT_PRODUCT_H
+#define HEX_DOT_PRODUCT_H
+
+#include "dots.h"
+#include "unit.h"
+
+#define DEPTH 256 /* bounds the rounding of long sums: each slice starts from zero */
 
 /* Rows of v, or columns of its transpose, that are converted at a time. */
 #define DOT_ROWS (2 * MR)
@@ -20,9 +26,8 @@
 _Static_assert(DOT_COLUMNS % LANES == 0, "whole vectors of columns");
 
 /* any_tile of pairs, `depth` of them; the sum times fi[i] fj[j] where they are given. */
-static void FN(dot_tile)(int64_t depth, const uint32_t *a, int64_t ai, int64_t ak,
-                         const uint32_t *b, int64_t ldb, real *c, int64_t ldc, bool add,
-                         const real *fi, const real *fj)
+static void dot_tile(int64_t depth, const uint32_t *a, int64_t ai, int64_t ak, const uint32_t *b,
+                     int64_t ldb, real *c, int64_t ldc, bool add, const real *fi, const real *fj)
 {
     COUNT(WORK_PRODUCTS, 2 * depth * MR * NR);
     dot_sums sum[MR][2] = {{{0}}};
@@ -51,7 +56,7 @@ static void FN(dot_tile)(int64_t depth, const uint32_t *a, int64_t ai, int64_t a
 }
 
 /* A panel of the rows from `first` on, as pairs of features. */
-static void FN(dot_panel)(const FN(unit) *unit, int64_t first, int64_t present, uint32_t *out)
+static void dot_panel(const unit_t *unit, int64_t first, int64_t present, uint32_t *out)
 {
     const int64_t depth = unit->width / 2, stride = unit->dots.stride;
     const uint32_t *rows = unit->dots.features + first * stride;
@@ -60,9 +65,8 @@ static void FN(dot_panel)(const FN(unit) *unit, int64_t first, int64_t present, 
             out[k * NR + j] = j < present ? rows[j * stride + k] : 0;
 }
 
-static void FN(dot_cosines)(const FN(unit) *unit, int64_t first, int64_t rows,
-                            const FN(panels) *panels, int64_t from, int64_t columns, real *c,
-                            int64_t ldc)
+static void dot_cosines(const unit_t *unit, int64_t first, int64_t rows, const panels_t *panels,
+                        int64_t from, int64_t columns, real *c, int64_t ldc)
 {
     const int64_t width = unit->width / 2, stride = unit->dots.stride, slice = DEPTH / 2;
     const uint32_t *panel = (const uint32_t *)panels->data;
@@ -70,15 +74,15 @@ static void FN(dot_cosines)(const FN(unit) *unit, int64_t first, int64_t rows,
         const bool last = k + slice >= width;
         for (int64_t j = 0; j < columns; j += NR)
             for (int64_t i = 0; i < rows; i += MR)
-                FN(dot_tile)(
-                    last ? width - k : slice, unit->dots.features + (first + i) * stride + k,
-                    stride, 1, panel + (from + j) * width + k * NR, NR, c + i * ldc + j, ldc, k > 0,
-                    last ? unit->dots.factor + first + i : NULL, panels->factor + from + j);
+                dot_tile(last ? width - k : slice, unit->dots.features + (first + i) * stride + k,
+                         stride, 1, panel + (from + j) * width + k * NR, NR, c + i * ldc + j, ldc,
+                         k > 0, last ? unit->dots.factor + first + i : NULL,
+                         panels->factor + from + j);
     }
 }
 
 /* v[0..n) times factor[0..n) as pairs of columns, zeros behind them in the last vector. */
-INLINE void FN(dot_row)(const real *v, const real *factor, int64_t n, uint32_t *out)
+INLINE void dot_row(const real *v, const real *factor, int64_t n, uint32_t *out)
 {
     for (int64_t j = 0; j < n; j += 2 * LANES) {
         real tail[2][2 * LANES] = {{0}};
@@ -94,34 +98,33 @@ INLINE void FN(dot_row)(const real *v, const real *factor, int64_t n, uint32_t *
     }
 }
 
-static void FN(dot_gather)(const FN(unit) *unit, int64_t first, int64_t columns, const real *v,
+static void dot_accumulate(const unit_t *unit, int64_t first, int64_t columns, const real *v,
                            int64_t ldv, int64_t rows, real *du)
 {
     const int64_t width = unit->width;
     _Alignas(64) uint32_t a[DOT_ROWS * DEPTH / 2];
     for (int64_t j = 0; j < columns; j += DEPTH) {
         const int64_t n = columns - j < DEPTH ? columns - j : DEPTH;
-        const uint32_t *z = (const uint32_t *)FN(pair_of)(&unit->dots, first + j);
+        const uint32_t *z = (const uint32_t *)pair_of(&unit->dots, first + j);
         for (int64_t i = 0; i < rows; i += DOT_ROWS) {
             const int64_t left = round_up(rows - i, MR), some = left < DOT_ROWS ? left : DOT_ROWS;
             for (int64_t r = 0; r < some; r++)
-                FN(dot_row)(v + (i + r) * ldv + j, unit->dots.factor + first + j, n,
-                            a + r * DEPTH / 2);
+                dot_row(v + (i + r) * ldv + j, unit->dots.factor + first + j, n, a + r * DEPTH / 2);
             for (int64_t d = 0; d < width; d += NR)
                 for (int64_t r = 0; r < some; r += MR)
-                    FN(dot_tile)((n + 1) / 2, a + r * DEPTH / 2, DEPTH / 2, 1, z + d,
-                                 unit->dots.pair_stride, du + (i + r) * width + d, width, true,
-                                 NULL, NULL);
+                    dot_tile((n + 1) / 2, a + r * DEPTH / 2, DEPTH / 2, 1, z + d,
+                             unit->dots.pair_stride, du + (i + r) * width + d, width, true, NULL,
+                             NULL);
         }
     }
 }
 
-static void FN(dot_gather_transposed)(const FN(unit) *unit, int64_t first, int64_t rows,
+static void dot_accumulate_transposed(const unit_t *unit, int64_t first, int64_t rows,
                                       const real *v, int64_t ldv, int64_t columns, real *du)
 {
     const int64_t width = unit->width;
     const real *factor = unit->dots.factor + first;
-    const uint32_t *z = (const uint32_t *)FN(pair_of)(&unit->dots, first);
+    const uint32_t *z = (const uint32_t *)pair_of(&unit->dots, first);
     _Alignas(64) uint32_t a[DEPTH / 2 * DOT_COLUMNS];
     for (int64_t j = 0; j < columns; j += DOT_COLUMNS) {
         for (int64_t i = 0; i < rows; i += 2)
@@ -134,10 +137,12 @@ static void FN(dot_gather_transposed)(const FN(unit) *unit, int64_t first, int64
             }
         for (int64_t d = 0; d < width; d += NR)
             for (int64_t k = 0; k < DOT_COLUMNS && j + k < columns; k += MR)
-                FN(dot_tile)((rows + 1) / 2, a + k, 1, DOT_COLUMNS, z + d, unit->dots.pair_stride,
-                             du + (j + k) * width + d, width, true, NULL, NULL);
+                dot_tile((rows + 1) / 2, a + k, 1, DOT_COLUMNS, z + d, unit->dots.pair_stride,
+                         du + (j + k) * width + d, width, true, NULL, NULL);
     }
 }
 
 #undef DOT_ROWS
 #undef DOT_COLUMNS
+
+#endif

@@ -1,79 +1,55 @@
 /* SPDX-License-Identifier: MIT */
-/* Row kernels: what is done with the cosines of one anchor. Included once per compute type; no
- * threads, no allocation. Notation and formulas: ../hex.h.
+/* Row kernels: what is done with the cosines of one anchor. Notation and formulas: ../hex.h.
  *
  * Exponentials are taken of (c - shift) / tau <= 0 with shift the largest cosine of the row, in the
  * compute type; the row's scalars are then put on the scale of m = max(0, d_max) in double. Sums
  * run in the compute type over SLICE elements and in double beyond, so their error does not grow
  * with the number of negatives. */
+#ifndef HEX_ROW_H
+#define HEX_ROW_H
+
+#include "product.h"
 
 #define SLICE 512
 
-/* 2^x for x <= 0, in plain C that is vectorised: x = n + t with |t| <= 1/2, 2^t by a polynomial
- * (docs/fit_exp2.py; 5e-9 for float, 8e-18 for double, so rounding dominates). Adding EXP2_ROUND,
- * 1.5 * 2^23 (2^52) and the exponent's bias, rounds x to an integer that then stands in the low
- * bits of the sum, biased, which shifted are those of 2^n; -ffast-math would delete that. Below
- * 2^-60 (2^-500) the result is that bound: no sum that holds the row's largest term, 1, can notice,
- * and the product of two of them is not yet subnormal (each would cost 150 cycles).
- *
- * A NaN passes through both comparisons and makes 2^t one. 2^n is any number then, and has to be a
- * factor: added to the exponent of 2^t as an integer it would make a number of many a NaN. It is
- * one of t and of the 1 apart, which changes no bit and does not wait for the polynomial. */
-static inline real FN(exp2)(real x)
-{
-    COUNT(WORK_EXPONENTIALS, 1);
-    x = x > 0 ? 0 : x;
-    x = x < EXP2_LOWEST ? EXP2_LOWEST : x;
-    const real shifted = x + EXP2_ROUND;
-    const real t = x - (shifted - EXP2_ROUND);
-    real y = EXP2_LAST;
-    EXP2_HORNER(y, t)
-    word bits;
-    memcpy(&bits, &shifted, sizeof bits);
-    bits <<= EXP2_MANTISSA;
-    real power;
-    memcpy(&power, &bits, sizeof power);
-    return y * (t * power) + power;
-}
-
 /* b = e^beta, where e = 2^t. The usual powers 0 and 1 cost no second exponential. */
-static inline real FN(weight)(hex_power power, real t, real e, real beta)
+static inline real weight(hex_power power, real t, real e, real beta)
 {
-    return power == POWER_0 ? 1 : power == POWER_1 ? e : FN(exp2)(beta * t);
+    return power == POWER_0 ? 1 : power == POWER_1 ? e : exp2_of(beta * t);
 }
 
 /* The largest c[j] <= limit, -Inf where there is none. NaNs are passed over here: the sums find
  * them. In vectors, as are the other extremes, for clang makes none of a reduction by max. */
-static real FN(largest)(const real *restrict c, int64_t n, real limit)
+static real row_largest(const real *restrict c, int64_t n, real limit)
 {
     COUNT(WORK_COMPARED, n);
-    const FN(vec) none = -(real)INFINITY - (FN(vec)){0};
-    FN(vec) largest = none;
+    const vec_t none = -(real)INFINITY - (vec_t){0};
+    vec_t largest = none;
     for (int64_t j = 0; j < n; j += LANES) {
-        const FN(vec) x = FN(read_vec)(c + j, n - j, -(real)INFINITY);
-        const FN(vec) kept = FN(pick)(x <= limit, x, none);
-        largest = FN(pick)(kept > largest, kept, largest);
+        const vec_t x = read_vec(c + j, n - j, -(real)INFINITY);
+        const vec_t kept = pick(x <= limit, x, none);
+        largest = pick(kept > largest, kept, largest);
     }
-    return FN(vec_largest)(largest);
+    return vec_largest(largest);
 }
 
 /* Sums over the row with x = c - shift: over G of e and x e; over H the count, b, b e, x b and x b
  * e. */
 typedef struct {
     double rest, rest_x, count, b, be, bx, bex;
-} FN(sums);
+} sums_t;
 
-INLINE void FN(add_sums)(const real *restrict c, int64_t n, real shift, real eps, real scale,
-                         real beta, hex_power power, FN(sums) *s)
+INLINE void add_sums(const real *restrict c, int64_t n, real shift, real eps, real scale, real beta,
+                     hex_power power, sums_t *s)
 {
     for (int64_t from = 0; from < n; from += SLICE) {
         const int64_t to = n - from < SLICE ? n : from + SLICE;
         real rest = 0, rest_x = 0, count = 0, sb = 0, sbe = 0, sbx = 0, sbex = 0;
 #pragma omp simd reduction(+ : rest, rest_x, count, sb, sbe, sbx, sbex)
         for (int64_t j = from; j < to; j++) {
-            const real x = c[j] - shift, t = x * scale, e = FN(exp2)(t);
+            const real x = c[j] - shift, t = x * scale, e = exp2_of(t);
             const bool hard = c[j] > eps;
-            const real g = hard ? 0 : e, b = hard ? FN(weight)(power, t, e, beta) : 0;
+            const real g = hard ? 0 : e, b = hard ? weight(power, t, e, beta) : 0;
             rest += g;
             rest_x += x * g;
             count += hard ? (real)1 : (real)0;
@@ -88,27 +64,26 @@ INLINE void FN(add_sums)(const real *restrict c, int64_t n, real shift, real eps
     }
 }
 
-static FN(sums)
-    FN(row_sums)(const real *c, int64_t n, real shift, real eps, real scale, double beta)
+static sums_t row_sums(const real *c, int64_t n, real shift, real eps, real scale, double beta)
 {
-    FN(sums) s = {0};
+    sums_t s = {0};
     switch (power_of(beta)) {
     case POWER_0:
-        FN(add_sums)(c, n, shift, eps, scale, 0, POWER_0, &s);
+        add_sums(c, n, shift, eps, scale, 0, POWER_0, &s);
         break;
     case POWER_1:
-        FN(add_sums)(c, n, shift, eps, scale, 1, POWER_1, &s);
+        add_sums(c, n, shift, eps, scale, 1, POWER_1, &s);
         break;
     default:
-        FN(add_sums)(c, n, shift, eps, scale, (real)beta, POWER_ANY, &s);
+        add_sums(c, n, shift, eps, scale, (real)beta, POWER_ANY, &s);
     }
     return s;
 }
 
 /* A row's statistics but for its eps, from its sums; c: the row again, its n negatives, where the
  * shift is its own, or NULL. Returns the loss. */
-static double FN(row_scalars)(const hex_problem *p, FN(sums) s, const real *c, int64_t n, double cp,
-                              double shift, real eps, double tau, double *out)
+static double row_scalars(const hex_problem *p, sums_t s, const real *c, int64_t n, double cp,
+                          double shift, real eps, double tau, double *out)
 {
     const bool released = p->variant == HEX_RELEASED && eps != (real)INFINITY;
     out[HEX_STAT_COUNT] = s.count;
@@ -139,8 +114,8 @@ static double FN(row_scalars)(const hex_problem *p, FN(sums) s, const real *c, i
     if (clamped && s.count < (double)n && c) {
         /* The largest is in H and no longer counts. G may lie too far below it for the first sums,
          * so it is summed again, by its own largest. */
-        out[HEX_STAT_SHIFT] = shift = (double)FN(largest)(c, n, eps);
-        s = FN(row_sums)(c, n, (real)shift, eps, (real)(M_LOG2E / tau), p->beta);
+        out[HEX_STAT_SHIFT] = shift = (double)row_largest(c, n, eps);
+        s = row_sums(c, n, (real)shift, eps, (real)(M_LOG2E / tau), p->beta);
         unit = exp((shift - cp) / tau - m);
     }
     const double rest = unit * s.rest, above = shift - cp;
@@ -164,7 +139,7 @@ static double FN(row_scalars)(const hex_problem *p, FN(sums) s, const real *c, i
 }
 
 /* Prepares the statistics of a row; false if it has none: its loss is NaN then. */
-static bool FN(row_begin)(real eps, double tau, double *out)
+static bool row_begin(real eps, double tau, double *out)
 {
     const bool valid = tau > 0 && eps == eps;
     for (int k = 0; k < HEX_STATS; k++)
@@ -175,34 +150,34 @@ static bool FN(row_begin)(real eps, double tau, double *out)
 
 /* One row of the loss: c its n negatives, cp its positive. Fills out[HEX_STATS] and returns the
  * loss. */
-static double FN(row_forward)(const hex_problem *p, const real *c, int64_t n, double cp,
-                              double eps_given, double tau, double *out)
+static double row_forward(const hex_problem *p, const real *c, int64_t n, double cp,
+                          double eps_given, double tau, double *out)
 {
-    const real eps = FN(round_down)(eps_given);
-    if (!FN(row_begin)(eps, tau, out))
+    const real eps = round_down(eps_given);
+    if (!row_begin(eps, tau, out))
         return NAN;
     const bool released = p->variant == HEX_RELEASED && eps != (real)INFINITY;
-    const real shift = FN(largest)(c, n, released ? eps : (real)INFINITY);
-    const FN(sums) s = FN(row_sums)(c, n, shift, eps, (real)(M_LOG2E / tau), p->beta);
-    return FN(row_scalars)(p, s, c, n, cp, (double)shift, eps, tau, out);
+    const real shift = row_largest(c, n, released ? eps : (real)INFINITY);
+    const sums_t s = row_sums(c, n, shift, eps, (real)(M_LOG2E / tau), p->beta);
+    return row_scalars(p, s, c, n, cp, (double)shift, eps, tau, out);
 }
 
 /* The coefficients of one row's gradient, times that row's grad_output: see HEX_STAT_*. */
 typedef struct {
     const real *eps, *shift, *rest, *hard_e, *hard;
-} FN(coefficients);
+} coefficients_t;
 
-INLINE real FN(entry)(real c, real eps, real shift, real rest, real hard_e, real hard, real scale,
-                      real beta, hex_power power)
+INLINE real entry(real c, real eps, real shift, real rest, real hard_e, real hard, real scale,
+                  real beta, hex_power power)
 {
-    const real t = (c - shift) * scale, e = FN(exp2)(t);
-    return c > eps ? FN(weight)(power, t, e, beta) * (hard_e * e - hard) : rest * e;
+    const real t = (c - shift) * scale, e = exp2_of(t);
+    return c > eps ? weight(power, t, e, beta) * (hard_e * e - hard) : rest * e;
 }
 
 /* c[j] becomes the coefficient of u_j in the gradient of u_i: dL_i/dc_ij where i is an anchor (row
  * terms, ri), plus dL_j/dc_ji where the others are (column terms, from rj on). */
-INLINE void FN(entries)(real *restrict c, int64_t n, const FN(coefficients) *k, int64_t ri,
-                        int64_t rj, real scale, real beta, hex_power power)
+INLINE void entries(real *restrict c, int64_t n, const coefficients_t *k, int64_t ri, int64_t rj,
+                    real scale, real beta, hex_power power)
 {
     if (ri >= 0) {
         const real eps = k->eps[ri], shift = k->shift[ri], rest = k->rest[ri];
@@ -213,12 +188,12 @@ INLINE void FN(entries)(real *restrict c, int64_t n, const FN(coefficients) *k, 
             const real *restrict hej = k->hard_e + rj, *restrict hj = k->hard + rj;
 #pragma omp simd
             for (int64_t j = 0; j < n; j++)
-                c[j] = FN(entry)(c[j], eps, shift, rest, hard_e, hard, scale, beta, power) +
-                       FN(entry)(c[j], ej[j], sj[j], gj[j], hej[j], hj[j], scale, beta, power);
+                c[j] = entry(c[j], eps, shift, rest, hard_e, hard, scale, beta, power) +
+                       entry(c[j], ej[j], sj[j], gj[j], hej[j], hj[j], scale, beta, power);
         } else {
 #pragma omp simd
             for (int64_t j = 0; j < n; j++)
-                c[j] = FN(entry)(c[j], eps, shift, rest, hard_e, hard, scale, beta, power);
+                c[j] = entry(c[j], eps, shift, rest, hard_e, hard, scale, beta, power);
         }
     } else {
         const real *restrict ej = k->eps + rj, *restrict sj = k->shift + rj,
@@ -226,42 +201,53 @@ INLINE void FN(entries)(real *restrict c, int64_t n, const FN(coefficients) *k, 
         const real *restrict hej = k->hard_e + rj, *restrict hj = k->hard + rj;
 #pragma omp simd
         for (int64_t j = 0; j < n; j++)
-            c[j] = FN(entry)(c[j], ej[j], sj[j], gj[j], hej[j], hj[j], scale, beta, power);
+            c[j] = entry(c[j], ej[j], sj[j], gj[j], hej[j], hj[j], scale, beta, power);
     }
 }
 
-static void FN(row_entries)(real *c, int64_t n, const FN(coefficients) *k, int64_t ri, int64_t rj,
-                            real scale, double beta)
+static void row_entries(real *c, int64_t n, const coefficients_t *k, int64_t ri, int64_t rj,
+                        real scale, double beta)
 {
     switch (power_of(beta)) {
     case POWER_0:
-        FN(entries)(c, n, k, ri, rj, scale, 0, POWER_0);
+        entries(c, n, k, ri, rj, scale, 0, POWER_0);
         break;
     case POWER_1:
-        FN(entries)(c, n, k, ri, rj, scale, 1, POWER_1);
+        entries(c, n, k, ri, rj, scale, 1, POWER_1);
         break;
     default:
-        FN(entries)(c, n, k, ri, rj, scale, (real)beta, POWER_ANY);
+        entries(c, n, k, ri, rj, scale, (real)beta, POWER_ANY);
     }
+}
+
+/* ---- quantiles and bounds ---- */
+
+/* Without what rounding took past 1; NaN stays. */
+static inline real cosine(real c) { return c > 1 ? 1 : c < -1 ? -1 : c; }
+
+/* The 'nearest' rank of a quantile among n, from below; halves to even. */
+static inline int64_t rank(double quantile, int64_t n)
+{
+    return (int64_t)nearbyint(quantile * (double)(n - 1));
 }
 
 /* Least and largest of a row; NaN if it holds one or is empty. */
-static void FN(row_bounds)(const real *restrict c, int64_t n, real *low, real *high)
+static void row_bounds(const real *restrict c, int64_t n, real *low, real *high)
 {
     COUNT(WORK_COMPARED, n);
-    FN(vec) least = (real)INFINITY - (FN(vec)){0}, largest = -least, sum = {0};
+    vec_t least = (real)INFINITY - (vec_t){0}, largest = -least, sum = {0};
     for (int64_t j = 0; j < n; j += LANES) {
-        const FN(vec) x = FN(read_vec)(c + j, n - j, c[0]);
-        least = FN(pick)(x < least, x, least);
-        largest = FN(pick)(x > largest, x, largest);
+        const vec_t x = read_vec(c + j, n - j, c[0]);
+        least = pick(x < least, x, least);
+        largest = pick(x > largest, x, largest);
         sum += x * 0;
     }
-    const bool finite = n && FN(vec_sum)(sum) == 0;
-    *low = finite ? FN(vec_least)(least) : (real)NAN;
-    *high = finite ? FN(vec_largest)(largest) : (real)NAN;
+    const bool finite = n && vec_sum(sum) == 0;
+    *low = finite ? vec_least(least) : (real)NAN;
+    *high = finite ? vec_largest(largest) : (real)NAN;
 }
 
-static inline int64_t FN(count_up_to)(const real *restrict c, int64_t n, real limit)
+static inline int64_t count_up_to(const real *restrict c, int64_t n, real limit)
 {
     COUNT(WORK_COMPARED, n);
     int64_t count = 0;
@@ -281,32 +267,32 @@ static inline int64_t FN(count_up_to)(const real *restrict c, int64_t n, real li
  * soon as the element stands alone in the bracket, some ten steps for a batch of cosines; equal
  * elements end it when the bracket holds no other number. NaN if the row holds one. The numbers are
  * cosines: the difference of any two is finite. */
-static real FN(row_select)(const real *restrict c, int64_t n, int64_t rank)
+static real row_select(const real *restrict c, int64_t n, int64_t rank)
 {
     COUNT(WORK_SELECTED, n);
     real low, high;
-    FN(row_bounds)(c, n, &low, &high);
+    row_bounds(c, n, &low, &high);
     if (low != low || rank == n - 1)
         return high;
-    if (rank == 0 || low == high || FN(count_up_to)(c, n, low) > rank)
+    if (rank == 0 || low == high || count_up_to(c, n, low) > rank)
         return low;
     for (;;) { /* #(c <= low) <= rank < #(c <= high) */
         const real middle = low + (high - low) / 2;
         if (middle <= low || middle >= high)
             return high;
-        const int64_t count = FN(count_up_to)(c, n, middle);
+        const int64_t count = count_up_to(c, n, middle);
         if (count == rank + 1)
-            return FN(largest)(c, n, middle);
+            return row_largest(c, n, middle);
         if (count == rank) { /* the least above */
             COUNT(WORK_COMPARED, n);
-            const FN(vec) none = (real)INFINITY - (FN(vec)){0};
-            FN(vec) least = none;
+            const vec_t none = (real)INFINITY - (vec_t){0};
+            vec_t least = none;
             for (int64_t j = 0; j < n; j += LANES) {
-                const FN(vec) x = FN(read_vec)(c + j, n - j, (real)INFINITY);
-                const FN(vec) above = FN(pick)(x > middle, x, none);
-                least = FN(pick)(above < least, above, least);
+                const vec_t x = read_vec(c + j, n - j, (real)INFINITY);
+                const vec_t above = pick(x > middle, x, none);
+                least = pick(above < least, above, least);
             }
-            return FN(vec_least)(least);
+            return vec_least(least);
         }
         if (count > rank)
             high = middle;
@@ -314,3 +300,5 @@ static real FN(row_select)(const real *restrict c, int64_t n, int64_t rank)
             low = middle;
     }
 }
+
+#endif

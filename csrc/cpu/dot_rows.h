@@ -1,10 +1,14 @@
 /* SPDX-License-Identifier: MIT */
-/* bfloat16 rows as dot_tile.inc multiplies them, beside the unit rows. Included once per compute
- * type, used for float in a level with DOTS.
+/* bfloat16 rows as dot_product.h multiplies them, beside the unit rows: used for float at a level
+ * with DOTS.
  *
  * They are the input's own numbers times a power of two for each row: the rounding of a unit row
  * would cost the product its exactness. A pair of bfloat16 is one uint32_t, the first in the low
  * half. */
+#ifndef HEX_DOT_ROWS_H
+#define HEX_DOT_ROWS_H
+
+#include "real.h"
 
 typedef struct {
     int64_t stride, pair_stride;
@@ -12,18 +16,18 @@ typedef struct {
     uint16_t *rows;     /* (.., pair_stride, 2): two rows by turns, see pair_place; or NULL */
     real *factor;       /* 1 / norm of each row, and zeros for a tile more */
     int64_t gap;        /* B where a place is left free behind each view, else 0 */
-} FN(dots);
+} dots_t;
 
-static bool FN(are_dots)(const hex_problem *p)
+static bool are_dots(const hex_problem *p)
 {
     return DOTS && p->mode != HEX_OWN && p->input[0].dtype == HEX_BF16 &&
            p->input[1].dtype == HEX_BF16 &&
            (p->mode != HEX_SHARED || p->input[2].dtype == HEX_BF16);
 }
 
-static bool FN(allocate_dots)(FN(dots) *x, int64_t count, int64_t width)
+static bool allocate_dots(dots_t *x, int64_t count, int64_t width)
 {
-    x->stride = FN(stride_of)(width / 2);
+    x->stride = stride_of(width / 2);
     x->features = allocate(count + MR, x->stride, sizeof *x->features);
     x->factor = allocate(count + NR + MR, 1, sizeof *x->factor);
     if (!x->features || !x->factor)
@@ -33,14 +37,14 @@ static bool FN(allocate_dots)(FN(dots) *x, int64_t count, int64_t width)
     return true;
 }
 
-static void FN(free_dots)(FN(dots) *x)
+static void free_dots(dots_t *x)
 {
     free(x->features);
     free(x->rows);
     free(x->factor);
 }
 
-static void FN(copy_dots)(const FN(dots) *x, int64_t i, FN(dots) *to, int64_t k)
+static void copy_dots(const dots_t *x, int64_t i, dots_t *to, int64_t k)
 {
     memcpy(to->features + k * to->stride, x->features + i * x->stride,
            (size_t)x->stride * sizeof *x->features);
@@ -49,7 +53,7 @@ static void FN(copy_dots)(const FN(dots) *x, int64_t i, FN(dots) *to, int64_t k)
 
 /* Of row i, from its unit row and 1 / |z|: they give the input's bits back, for a unit row is
  * rounded by far less than half of their last place. The norm loses its power of two. */
-static void FN(make_dots)(FN(dots) *x, int64_t i, const real *u, int64_t width, double inverse)
+static void make_dots(dots_t *x, int64_t i, const real *u, int64_t width, double inverse)
 {
     int exponent;
     const double norm = inverse > 0 ? frexp(1 / inverse, &exponent) : inverse; /* or NaN, or 0 */
@@ -66,27 +70,27 @@ static void FN(make_dots)(FN(dots) *x, int64_t i, const real *u, int64_t width, 
 
 /* Where row i stands. Two rows at places 2 q and 2 q + 1 are a pair; every range of rows that is
  * met, ../hex.h, begins with one, so in ntxent z1 goes on where z0 ends, and else starts anew. */
-static int64_t FN(pair_place)(const FN(dots) *x, int64_t i)
+static int64_t pair_place(const dots_t *x, int64_t i)
 {
     return x->gap == 0 || i < x->gap ? i : i < 2 * x->gap ? i + 1 : i + 2;
 }
 
-static const uint16_t *FN(pair_of)(const FN(dots) *x, int64_t i)
+static const uint16_t *pair_of(const dots_t *x, int64_t i)
 {
-    return x->rows + FN(pair_place)(x, i) / 2 * 2 * x->pair_stride;
+    return x->rows + pair_place(x, i) / 2 * 2 * x->pair_stride;
 }
 
 typedef struct {
-    FN(dots) *x;
+    dots_t *x;
     int64_t width;
-} FN(pair_context);
+} pair_context_t;
 
-static void FN(pair_body)(int64_t begin, int64_t end, void *context)
+static void pair_body(int64_t begin, int64_t end, void *context)
 {
-    const FN(pair_context) *c = context;
+    const pair_context_t *c = context;
     for (int64_t i = begin; i < end; i++) {
         const uint32_t *z = c->x->features + i * c->x->stride;
-        const int64_t place = FN(pair_place)(c->x, i);
+        const int64_t place = pair_place(c->x, i);
         uint16_t *out = c->x->rows + place / 2 * 2 * c->x->pair_stride + place % 2;
         for (int64_t k = 0; k < c->width / 2; k++) {
             out[4 * k] = (uint16_t)z[k];
@@ -96,15 +100,17 @@ static void FN(pair_body)(int64_t begin, int64_t end, void *context)
 }
 
 /* Places without a row, and what is behind the features, are 0. */
-static const char *FN(make_pairs)(const hex_problem *p, FN(dots) *x, int64_t count, int64_t width)
+static const char *make_pairs(const hex_problem *p, dots_t *x, int64_t count, int64_t width)
 {
     const int64_t pairs = count / 2 + 2;
     x->gap = p->mode != HEX_NTXENT && p->B % 2 ? p->B : 0;
-    x->pair_stride = FN(stride_of)(width);
+    x->pair_stride = stride_of(width);
     x->rows = allocate(pairs, 2 * x->pair_stride, sizeof *x->rows);
     if (!x->rows)
         return HEX_NO_MEMORY;
     memset(x->rows, 0, (size_t)(pairs * 2 * x->pair_stride) * sizeof *x->rows);
-    FN(pair_context) c = {x, width};
-    return hex_parallel_for(count, 4 * width, FN(pair_body), &c) ? NULL : HEX_NO_THREADS;
+    pair_context_t c = {x, width};
+    return hex_parallel_for(count, 4 * width, pair_body, &c) ? NULL : HEX_NO_THREADS;
 }
+
+#endif

@@ -1,11 +1,15 @@
 /* SPDX-License-Identifier: MIT */
 /* Row kernels where every entry has a class: what is done with the values of one anchor whose
- * positives may be several and whose H(i) may come from elsewhere. Included once per compute type;
- * no threads, no allocation. Formulas and the meaning of the statistics: ../labelled.h.
+ * positives may be several and whose H(i) may come from elsewhere. Formulas and the meaning of the
+ * statistics: ../labelled.h.
  *
  * A row is three vectors: v its values (cosines, or logits), s its scores, hard where s > eps, and
- * kind. Positives and negatives are summed by their own largest value, as in rows.inc, so that
+ * kind. Positives and negatives are summed by their own largest value, as in row.h, so that
  * neither underflows beside the other; the scalars are put on one scale in double. */
+#ifndef HEX_CLASS_ROW_H
+#define HEX_CLASS_ROW_H
+
+#include "row.h"
 
 #define LEFT_OUT ((real)0)
 #define POSITIVE ((real)1)
@@ -15,46 +19,44 @@ typedef struct {
     real positive, hard, rest;                /* the largest of P, H, G; -Inf where empty */
     double positives, negatives, sum, finite; /* |P|, |H| + |G|, sum_P v; 0, or NaN if any v is */
     double unknown;                           /* negatives with a v, whose s is NaN */
-} FN(peaks);
+} peaks_t;
 
-static FN(peaks) FN(row_peaks)(const real *restrict v, const real *restrict s,
-                               const real *restrict kind, int64_t n, real eps)
+static peaks_t row_peaks(const real *restrict v, const real *restrict s, const real *restrict kind,
+                         int64_t n, real eps)
 {
     COUNT(WORK_COMPARED, n);
-    const FN(vec) none = -(real)INFINITY - (FN(vec)){0}, one = 1 - (FN(vec)){0};
-    FN(vec) positive = none, hard = none, rest = none;
-    FN(peaks) p = {0};
+    const vec_t none = -(real)INFINITY - (vec_t){0}, one = 1 - (vec_t){0};
+    vec_t positive = none, hard = none, rest = none;
+    peaks_t p = {0};
     for (int64_t from = 0; from < n; from += SLICE) {
         const int64_t to = n - from < SLICE ? n : from + SLICE;
-        FN(vec) count_p = {0}, count_n = {0}, finite = {0}, unknown = {0};
+        vec_t count_p = {0}, count_n = {0}, finite = {0}, unknown = {0};
         double sum = 0;
         for (int64_t j = from; j < to; j += LANES) {
-            const FN(vec) of = FN(read_vec)(kind + j, to - j, LEFT_OUT),
-                          x = FN(read_vec)(v + j, to - j, 0),
-                          score = FN(read_vec)(s + j, to - j, 0);
-            const FN(mask) is_p = of == POSITIVE, is_n = of == NEGATIVE,
-                           is_h = is_n & (score > eps);
-            const FN(vec) of_p = FN(pick)(is_p, x, none), of_h = FN(pick)(is_h, x, none),
-                          of_g = FN(pick)(is_n & ~is_h, x, none);
-            positive = FN(pick)(of_p > positive, of_p, positive);
-            hard = FN(pick)(of_h > hard, of_h, hard);
-            rest = FN(pick)(of_g > rest, of_g, rest);
-            count_p += FN(where)(is_p, one);
-            count_n += FN(where)(is_n, one);
-            finite += FN(where)(is_p | is_n, x * 0);
-            unknown += FN(where)(is_n & (score != score) & (x == x), one);
+            const vec_t of = read_vec(kind + j, to - j, LEFT_OUT), x = read_vec(v + j, to - j, 0),
+                        score = read_vec(s + j, to - j, 0);
+            const mask_t is_p = of == POSITIVE, is_n = of == NEGATIVE, is_h = is_n & (score > eps);
+            const vec_t of_p = pick(is_p, x, none), of_h = pick(is_h, x, none),
+                        of_g = pick(is_n & ~is_h, x, none);
+            positive = pick(of_p > positive, of_p, positive);
+            hard = pick(of_h > hard, of_h, hard);
+            rest = pick(of_g > rest, of_g, rest);
+            count_p += where(is_p, one);
+            count_n += where(is_n, one);
+            finite += where(is_p | is_n, x * 0);
+            unknown += where(is_n & (score != score) & (x == x), one);
         }
-        const real positives = FN(vec_sum)(count_p);
+        const real positives = vec_sum(count_p);
         if (positives > 0) /* most slices have none */
             for (int64_t j = from; j < to; j++)
                 sum += kind[j] == POSITIVE ? (double)v[j] : 0;
-        p.positives += (double)positives, p.negatives += (double)FN(vec_sum)(count_n);
-        p.sum += sum, p.finite += (double)FN(vec_sum)(finite);
-        p.unknown += (double)FN(vec_sum)(unknown);
+        p.positives += (double)positives, p.negatives += (double)vec_sum(count_n);
+        p.sum += sum, p.finite += (double)vec_sum(finite);
+        p.unknown += (double)vec_sum(unknown);
     }
-    p.positive = FN(vec_largest)(positive);
-    p.hard = FN(vec_largest)(hard);
-    p.rest = FN(vec_largest)(rest);
+    p.positive = vec_largest(positive);
+    p.hard = vec_largest(hard);
+    p.rest = vec_largest(rest);
     return p;
 }
 
@@ -62,12 +64,11 @@ static FN(peaks) FN(row_peaks)(const real *restrict v, const real *restrict s,
  */
 typedef struct {
     double rest, rest_x, count, b, be, bx, bex, e, x, ex;
-} FN(class_sums);
+} class_sums_t;
 
-INLINE void FN(add_class_sums)(const real *restrict v, const real *restrict s,
-                               const real *restrict kind, int64_t n, real shift, real positive,
-                               real eps, real scale, real beta, hex_power power,
-                               FN(class_sums) *out)
+INLINE void add_class_sums(const real *restrict v, const real *restrict s,
+                           const real *restrict kind, int64_t n, real shift, real positive,
+                           real eps, real scale, real beta, hex_power power, class_sums_t *out)
 {
     for (int64_t from = 0; from < n; from += SLICE) {
         const int64_t to = n - from < SLICE ? n : from + SLICE;
@@ -79,8 +80,8 @@ INLINE void FN(add_class_sums)(const real *restrict v, const real *restrict s,
                        hard = is_n & (s[j] > eps), other = is_n & !hard;
             /* what is left out may be infinite, and 0 times that is not 0 */
             const real x = (is_p | is_n) ? v[j] - (is_p ? positive : shift) : 0;
-            const real t = x * scale, e = FN(exp2)(t);
-            const real b = hard ? FN(weight)(power, t, e, beta) : 0;
+            const real t = x * scale, e = exp2_of(t);
+            const real b = hard ? weight(power, t, e, beta) : 0;
             const real g = other ? e : 0, p = is_p ? e : 0;
             rest += g;
             rest_x += x * g;
@@ -100,29 +101,27 @@ INLINE void FN(add_class_sums)(const real *restrict v, const real *restrict s,
     }
 }
 
-static FN(class_sums)
-    FN(row_class_sums)(const real *v, const real *s, const real *kind, int64_t n, double shift,
-                       real positive, real eps, real scale, double beta)
+static class_sums_t row_class_sums(const real *v, const real *s, const real *kind, int64_t n,
+                                   double shift, real positive, real eps, real scale, double beta)
 {
-    FN(class_sums) sums = {0};
+    class_sums_t sums = {0};
     const real by = (real)shift;
     switch (power_of(beta)) {
     case POWER_0:
-        FN(add_class_sums)(v, s, kind, n, by, positive, eps, scale, 0, POWER_0, &sums);
+        add_class_sums(v, s, kind, n, by, positive, eps, scale, 0, POWER_0, &sums);
         break;
     case POWER_1:
-        FN(add_class_sums)(v, s, kind, n, by, positive, eps, scale, 1, POWER_1, &sums);
+        add_class_sums(v, s, kind, n, by, positive, eps, scale, 1, POWER_1, &sums);
         break;
     default:
-        FN(add_class_sums)(v, s, kind, n, by, positive, eps, scale, (real)beta, POWER_ANY, &sums);
+        add_class_sums(v, s, kind, n, by, positive, eps, scale, (real)beta, POWER_ANY, &sums);
     }
     return sums;
 }
 
 /* -log(mean_P exp l) or its kin, log sum_G, and a constant beside the logarithm: H is left out. */
-static double FN(released_row)(const hex_rule *rule, const FN(peaks) *peaks,
-                               const FN(class_sums) *s, double centre, double t, double tau,
-                               double *out)
+static double released_row(const hex_rule *rule, const peaks_t *peaks, const class_sums_t *s,
+                           double centre, double t, double tau, double *out)
 {
     const double shift = (double)peaks->rest, constant = peaks->negatives * exp(-1 / tau);
     double moment = (s->rest_x / s->rest + (shift - centre)) / t, log_p = 0;
@@ -139,7 +138,7 @@ static double FN(released_row)(const hex_rule *rule, const FN(peaks) *peaks,
 }
 
 /* Of a row without a loss: it is NaN, and so is the gradient. */
-static double FN(no_row)(double *out)
+static double no_row(double *out)
 {
     for (int k = 1; k < HEX_ROW_STATS; k++)
         out[k] = NAN;
@@ -148,7 +147,7 @@ static double FN(no_row)(double *out)
 
 /* Of a row that has nothing to attract or to repel: 0; or NaN, if any entry is NaN or infinite,
  * with a gradient of NaN. */
-static double FN(idle_row)(const FN(peaks) *peaks, double *out)
+static double idle_row(const peaks_t *peaks, double *out)
 {
     if (peaks->finite != 0)
         for (int k = HEX_ROW_REST; k <= HEX_ROW_DTAU; k++)
@@ -158,22 +157,21 @@ static double FN(idle_row)(const FN(peaks) *peaks, double *out)
 
 /* One row of the loss. Fills out[HEX_ROW_STATS] and returns the loss. `logits`: v are logits, and
  * dL/dtau is at constant logits. */
-static double FN(class_forward)(const hex_rule *rule, const real *v, const real *s,
-                                const real *kind, int64_t n, double eps_given, double tau,
-                                bool logits, double *out)
+static double class_forward(const hex_rule *rule, const real *v, const real *s, const real *kind,
+                            int64_t n, double eps_given, double tau, bool logits, double *out)
 {
-    const real eps = rule->given ? (real)0.5 : FN(round_down)(eps_given);
+    const real eps = rule->given ? (real)0.5 : round_down(eps_given);
     const double t = logits ? 1 : tau;
     const real scale = (real)(M_LOG2E / t);
     for (int k = 0; k < HEX_ROW_STATS; k++)
         out[k] = 0;
     out[HEX_ROW_EPS] = (double)eps;
     if (!(tau > 0) || eps != eps)
-        return FN(no_row)(out);
+        return no_row(out);
     const bool released = rule->variant == HEX_RELEASED && (rule->given || eps != (real)INFINITY);
-    const FN(peaks) peaks = FN(row_peaks)(v, s, kind, n, eps);
+    const peaks_t peaks = row_peaks(v, s, kind, n, eps);
     if (peaks.unknown > 0)
-        return FN(no_row)(out);
+        return no_row(out);
     const double nP = peaks.positives;
     /* A logit of -Inf. Its exponential is 0, L = log D - l_p is +Inf and has a gradient, that of D
      * and -1. Its differences are taken from other numbers than itself. */
@@ -181,21 +179,20 @@ static double FN(class_forward)(const hex_rule *rule, const real *v, const real 
     const real positive = lost ? 0 : peaks.positive;
     const bool inside = rule->positives == HEX_INSIDE;
     if (nP == 0) { /* nothing to attract */
-        FN(class_sums) all = FN(row_class_sums)(v, s, kind, n, 0, 0, eps, scale, 0);
+        class_sums_t all = row_class_sums(v, s, kind, n, 0, 0, eps, scale, 0);
         out[HEX_ROW_COUNT] = all.count;
-        return FN(idle_row)(&peaks, out);
+        return idle_row(&peaks, out);
     }
     double shift = (double)(released || peaks.rest > peaks.hard ? peaks.rest : peaks.hard);
-    FN(class_sums) sums =
-        FN(row_class_sums)(v, s, kind, n, shift, positive, eps, scale, rule->beta);
+    class_sums_t sums = row_class_sums(v, s, kind, n, shift, positive, eps, scale, rule->beta);
     out[HEX_ROW_COUNT] = sums.count;
     out[HEX_ROW_POS_SHIFT] = (double)positive;
     const double centre = lost ? shift : inside ? (double)positive : peaks.sum / nP;
     if (peaks.negatives == 0 ? (released || inside || nP == 1)
                              : released && sums.count == peaks.negatives)
-        return FN(idle_row)(&peaks, out); /* nothing to repel */
+        return idle_row(&peaks, out); /* nothing to repel */
     if (released) {
-        const double loss = FN(released_row)(rule, &peaks, &sums, centre, t, tau, out);
+        const double loss = released_row(rule, &peaks, &sums, centre, t, tau, out);
         if (logits)
             out[HEX_ROW_DTAU] = peaks.negatives * exp(-1 / tau) / (tau * tau);
         return lost ? loss + INFINITY : loss;
@@ -218,9 +215,9 @@ static double FN(class_forward)(const hex_rule *rule, const real *v, const real 
         clamped = local < floor_;
         local = clamped ? floor_ : local;
     }
-    if (clamped && sums.count < peaks.negatives) { /* G by its own largest: see rows.inc */
+    if (clamped && sums.count < peaks.negatives) { /* G by its own largest: see row.h */
         shift = (double)peaks.rest;
-        sums = FN(row_class_sums)(v, s, kind, n, shift, positive, eps, scale, rule->beta);
+        sums = row_class_sums(v, s, kind, n, shift, positive, eps, scale, rule->beta);
         above = shift - centre;
         unit = exp(above / t - m);
     }
@@ -265,11 +262,11 @@ typedef struct {
     const real *k[HEX_ROW_POS + 1];
     real scale;
     double beta;
-} FN(class_coefficients);
+} class_coefficients_t;
 
 /* Fills `out` (HEX_ROW_POS + 1, rows) and the coefficients that point into it. */
-static FN(class_coefficients) FN(scale_rows)(const hex_rule *rule, const hex_row_gradient *g,
-                                             int64_t rows, bool logits, real *out)
+static class_coefficients_t scale_rows(const hex_rule *rule, const hex_row_gradient *g,
+                                       int64_t rows, bool logits, real *out)
 {
     const real *stats = g->stats;
     double dtau = 0;
@@ -287,7 +284,7 @@ static FN(class_coefficients) FN(scale_rows)(const hex_rule *rule, const hex_row
     }
     if (g->dtau)
         *g->dtau = dtau;
-    FN(class_coefficients) c = {.beta = local ? rule->beta : 0};
+    class_coefficients_t c = {.beta = local ? rule->beta : 0};
     c.scale = (real)(M_LOG2E / (logits ? 1 : read_vector(rule->tau, 0)));
     for (int k = 0; k <= HEX_ROW_POS; k++)
         c.k[k] = out + k * rows;
@@ -296,10 +293,9 @@ static FN(class_coefficients) FN(scale_rows)(const hex_rule *rule, const hex_row
 
 /* out[j] (+)= the entry's gradient, with the coefficients of row i for all j (each = 0), or of row
  * i + j (each = 1). */
-INLINE void FN(class_entries)(const real *restrict v, const real *restrict s,
-                              const real *restrict kind, int64_t n, const FN(class_coefficients) *c,
-                              int64_t i, int each, bool add, real beta, hex_power power,
-                              real *restrict out)
+INLINE void class_entries(const real *restrict v, const real *restrict s, const real *restrict kind,
+                          int64_t n, const class_coefficients_t *c, int64_t i, int each, bool add,
+                          real beta, hex_power power, real *restrict out)
 {
     const real *restrict eps = c->k[HEX_ROW_EPS] + i, *restrict shift = c->k[HEX_ROW_SHIFT] + i,
                          *restrict positive = c->k[HEX_ROW_POS_SHIFT] + i,
@@ -317,24 +313,24 @@ INLINE void FN(class_entries)(const real *restrict v, const real *restrict s,
                    h_e = hard_e[r], h = hard[r], p_e = pos_e[r], m = mean[r], p = pos[r];
         const bool is_p = kind[j] == POSITIVE, in = kind[j] != LEFT_OUT;
         const real x = in ? value - (is_p ? top_p : top) : 0;
-        const real t = x * scale, e = FN(exp2)(t), b = FN(weight)(power, t, e, beta);
+        const real t = x * scale, e = exp2_of(t), b = weight(power, t, e, beta);
         const real negative = s[j] > own ? b * (h_e * e - h) : g * e;
         const real entry = is_p ? p_e * (e - m) - p : negative;
         out[j] = (add ? out[j] : 0) + (in ? entry : 0);
     }
 }
 
-static void FN(row_class_entries)(const real *v, const real *s, const real *kind, int64_t n,
-                                  const FN(class_coefficients) *c, int64_t i, bool each, bool add,
-                                  real *out)
+static void row_class_entries(const real *v, const real *s, const real *kind, int64_t n,
+                              const class_coefficients_t *c, int64_t i, bool each, bool add,
+                              real *out)
 {
 #define CASE(power, beta)                                                                          \
     if (each && add)                                                                               \
-        FN(class_entries)(v, s, kind, n, c, i, 1, true, beta, power, out);                         \
+        class_entries(v, s, kind, n, c, i, 1, true, beta, power, out);                             \
     else if (each)                                                                                 \
-        FN(class_entries)(v, s, kind, n, c, i, 1, false, beta, power, out);                        \
+        class_entries(v, s, kind, n, c, i, 1, false, beta, power, out);                            \
     else                                                                                           \
-        FN(class_entries)(v, s, kind, n, c, i, 0, false, beta, power, out);                        \
+        class_entries(v, s, kind, n, c, i, 0, false, beta, power, out);                            \
     break;
     switch (power_of(c->beta)) {
     case POWER_0:
@@ -351,7 +347,7 @@ static void FN(row_class_entries)(const real *v, const real *s, const real *kind
 
 /* Keeps of the row what its quantile is taken over, in place; the new length. *finite gets NaN if a
  * value that is seen, kept or not, is NaN or +Inf. */
-static int64_t FN(keep)(real *v, const real *kind, int64_t n, bool over_negatives, double *finite)
+static int64_t keep(real *v, const real *kind, int64_t n, bool over_negatives, double *finite)
 {
     const real least = over_negatives ? NEGATIVE : POSITIVE; /* of what is kept: see the classes */
     int64_t kept = 0;
@@ -378,15 +374,15 @@ static int64_t FN(keep)(real *v, const real *kind, int64_t n, bool over_negative
     return kept;
 }
 
-static real FN(quantile_of)(const real *v, int64_t n, double quantile, double finite)
+static real quantile_of(const real *v, int64_t n, double quantile, double finite)
 {
     if (finite != 0)
         return (real)NAN;
-    return FN(cosine)(FN(row_select)(v, n, (int64_t)nearbyint(quantile * (double)(n - 1))));
+    return cosine(row_select(v, n, (int64_t)nearbyint(quantile * (double)(n - 1))));
 }
 
 /* The mean over the rows that have one (those without hold +Inf); one thread, in their order. */
-static double FN(mean_of_rows)(const real *q, int64_t rows)
+static double mean_of_rows(const real *q, int64_t rows)
 {
     double sum = 0, count = 0;
     for (int64_t i = 0; i < rows; i++) {
@@ -396,3 +392,5 @@ static double FN(mean_of_rows)(const real *q, int64_t rows)
     }
     return sum / count; /* NaN where no row has any */
 }
+
+#endif

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* Unit rows: from the inputs, in any dtype and strides, to packed rows of length one, and the way
- * back for the gradient. Included once per compute type; `real` and FN() come from isa.inc.
+ * back for the gradient.
  *
  *   u_i = z_i / |z_i|         dz_i = (du_i - (du_i . u_i) u_i) / |z_i|
  *
@@ -8,17 +8,10 @@
  * double row whose squares leave the range is first scaled by a power of two. A row of zeros has
  * u = 0 and 1 / |z| = 0, so its cosines and its gradient are 0; a row with a NaN or an Inf becomes
  * NaN throughout, which every cosine with it then is. */
+#ifndef HEX_UNIT_H
+#define HEX_UNIT_H
 
-/* From row to row an odd number of cache lines, so that a column of a matrix, read row after row by
- * a product, falls into all sets of the first-level cache. With D = 128 and no padding it falls
- * into one in eight, and is loaded again for every register tile. */
-static int64_t FN(stride_of)(int64_t width)
-{
-    const int64_t line = 64 / (int64_t)sizeof(real), lines = (width + line - 1) / line;
-    return (lines | 1) * line;
-}
-
-#include "dot_rows.inc"
+#include "dot_rows.h"
 
 /* Rows `stride` apart, of which `width` are D padded by NR; MR rows more (a tile may read past the
  * last one). The padding is 0. */
@@ -26,73 +19,73 @@ typedef struct {
     int64_t count, width, stride;
     real *u;
     double *inverse; /* 1 / |z|, count of them; NULL in copies */
-    FN(dots) dots;   /* none: features NULL */
-} FN(unit);
+    dots_t dots;     /* none: features NULL */
+} unit_t;
 
-static bool FN(has_dots)(const FN(unit) *unit)
+static bool has_dots(const unit_t *unit)
 {
     return DOTS && unit->dots.features; /* false for the compiler in the other levels */
 }
 
-/* Room for rows of a width; with `dots`, for those of dot_rows.inc too. */
-static bool FN(allocate_rows)(FN(unit) *unit, int64_t count, int64_t width, bool dots)
+/* Room for rows of a width; with `dots`, for those of dot_rows.h too. */
+static bool allocate_rows(unit_t *unit, int64_t count, int64_t width, bool dots)
 {
     unit->count = count;
     unit->width = width;
-    unit->stride = FN(stride_of)(width);
+    unit->stride = stride_of(width);
     unit->u = allocate(count + MR, unit->stride, sizeof(real));
     if (!unit->u)
         return false;
     memset(unit->u + count * unit->stride, 0, (size_t)(MR * unit->stride) * sizeof(real));
-    return !dots || FN(allocate_dots)(&unit->dots, count, width);
+    return !dots || allocate_dots(&unit->dots, count, width);
 }
 
 /* Row i as row k of others. */
-static void FN(copy_row)(const FN(unit) *unit, int64_t i, FN(unit) *to, int64_t k)
+static void copy_row(const unit_t *unit, int64_t i, unit_t *to, int64_t k)
 {
     memcpy(to->u + k * to->stride, unit->u + i * unit->stride, (size_t)unit->stride * sizeof(real));
-    if (FN(has_dots)(unit))
-        FN(copy_dots)(&unit->dots, i, &to->dots, k);
+    if (has_dots(unit))
+        copy_dots(&unit->dots, i, &to->dots, k);
 }
 
-static void FN(free_unit)(FN(unit) *unit)
+static void free_unit(unit_t *unit)
 {
     free(unit->u);
     free(unit->inverse);
-    FN(free_dots)(&unit->dots);
+    free_dots(&unit->dots);
 }
 
 /* ---- the index space of ../hex.h ---- */
 
 typedef struct {
     int64_t begin, end;
-} FN(range);
+} range_t;
 
-static FN(range) FN(rows_of)(const hex_problem *p, int input)
+static range_t rows_of(const hex_problem *p, int input)
 {
     const int64_t B = p->B,
                   end = input < 2 ? (input + 1) * B : 2 * B + (p->mode == HEX_SHARED ? p->K : 0);
-    return (FN(range)){input * B, end};
+    return (range_t){input * B, end};
 }
 
 /* The rows that the rows of an input meet: as their candidates, or as anchors whose candidates they
  * are. */
-static FN(range) FN(met_by)(const hex_problem *p, int input)
+static range_t met_by(const hex_problem *p, int input)
 {
     switch (p->mode) {
     case HEX_NTXENT:
-        return (FN(range)){0, 2 * p->B};
+        return (range_t){0, 2 * p->B};
     case HEX_QUERY:
     case HEX_CROSS:
-        return FN(rows_of)(p, 1 - input);
+        return rows_of(p, 1 - input);
     case HEX_SHARED:
-        return input == 0 ? FN(rows_of)(p, 2) : input == 2 ? FN(rows_of)(p, 0) : (FN(range)){0, 0};
+        return input == 0 ? rows_of(p, 2) : input == 2 ? rows_of(p, 0) : (range_t){0, 0};
     default:
-        return (FN(range)){0, 0};
+        return (range_t){0, 0};
     }
 }
 
-static inline int64_t FN(partner)(const hex_problem *p, int64_t i)
+static inline int64_t partner(const hex_problem *p, int64_t i)
 {
     return i < p->B ? i + p->B : i - p->B;
 }
@@ -112,7 +105,7 @@ static inline int64_t FN(partner)(const hex_problem *p, int64_t i)
         return;                                                                                    \
     }
 
-static void FN(load)(const hex_rows *x, int64_t r, int64_t D, real *restrict out)
+static void load(const hex_rows *x, int64_t r, int64_t D, real *restrict out)
 {
     switch (x->dtype) {
     case HEX_F32:
@@ -127,7 +120,7 @@ static void FN(load)(const hex_rows *x, int64_t r, int64_t D, real *restrict out
 }
 #undef LOAD
 
-static double FN(sum_of_squares)(const real *x, int64_t D, double scale)
+static double sum_of_squares(const real *x, int64_t D, double scale)
 {
     double sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -139,10 +132,10 @@ static double FN(sum_of_squares)(const real *x, int64_t D, double scale)
 }
 
 /* Normalises x[0..D) in place and returns 1 / |x|. */
-static double FN(normalize)(real *restrict x, int64_t D)
+static double normalize(real *restrict x, int64_t D)
 {
     COUNT(WORK_ROWS, 1);
-    double scale = 1, sum = FN(sum_of_squares)(x, D, 1);
+    double scale = 1, sum = sum_of_squares(x, D, 1);
     if (!(sum > 1e-200 && sum < 1e200)) { /* of finite floats, a row of zeros only */
         double largest = 0, finite = 0;
         for (int64_t k = 0; k < D; k++) {
@@ -158,7 +151,7 @@ static double FN(normalize)(real *restrict x, int64_t D)
         int exponent;
         frexp(largest, &exponent);
         scale = ldexp(1, exponent > -1000 ? -exponent : 1000); /* largest scale < 1 */
-        sum = FN(sum_of_squares)(x, D, scale);
+        sum = sum_of_squares(x, D, scale);
     }
     const double inverse = 1 / sqrt(sum);
     for (int64_t k = 0; k < D; k++)
@@ -168,48 +161,47 @@ static double FN(normalize)(real *restrict x, int64_t D)
 
 typedef struct {
     const hex_problem *p;
-    FN(unit) *unit;
-} FN(unit_context);
+    unit_t *unit;
+} unit_context_t;
 
 /* The input that unit row i comes from, and its row there. */
-static int FN(source)(const hex_problem *p, int64_t i, int64_t *row)
+static int source(const hex_problem *p, int64_t i, int64_t *row)
 {
     const int input = i < p->B ? 0 : i < 2 * p->B ? 1 : 2;
     *row = i - input * p->B;
     return input;
 }
 
-static void FN(unit_body)(int64_t begin, int64_t end, void *context)
+static void unit_body(int64_t begin, int64_t end, void *context)
 {
-    const FN(unit_context) *c = context;
+    const unit_context_t *c = context;
     const int64_t D = c->p->D, stride = c->unit->stride;
     for (int64_t i = begin; i < end; i++) {
         int64_t row;
-        const hex_rows *x = &c->p->input[FN(source)(c->p, i, &row)];
+        const hex_rows *x = &c->p->input[source(c->p, i, &row)];
         real *u = c->unit->u + i * stride;
-        FN(load)(x, row, D, u);
-        c->unit->inverse[i] = FN(normalize)(u, D);
+        load(x, row, D, u);
+        c->unit->inverse[i] = normalize(u, D);
         for (int64_t k = D; k < stride; k++)
             u[k] = 0;
-        if (FN(has_dots)(c->unit))
-            FN(make_dots)(&c->unit->dots, i, u, c->unit->width, c->unit->inverse[i]);
+        if (has_dots(c->unit))
+            make_dots(&c->unit->dots, i, u, c->unit->width, c->unit->inverse[i]);
     }
 }
 
 /* All unit rows of the problem but the per-anchor negatives, which are many and used once each. */
-static const char *FN(make_unit)(const hex_problem *p, FN(unit) *unit)
+static const char *make_unit(const hex_problem *p, unit_t *unit)
 {
     const int64_t count = 2 * p->B + (p->mode == HEX_SHARED ? p->K : 0);
     unit->inverse = allocate(count, 1, sizeof(double));
-    if (!unit->inverse || !FN(allocate_rows)(unit, count, round_up(p->D, NR), FN(are_dots)(p)))
+    if (!unit->inverse || !allocate_rows(unit, count, round_up(p->D, NR), are_dots(p)))
         return HEX_NO_MEMORY;
-    FN(unit_context) c = {p, unit};
-    return hex_parallel_for(unit->count, 8 * unit->width, FN(unit_body), &c) ? NULL
-                                                                             : HEX_NO_THREADS;
+    unit_context_t c = {p, unit};
+    return hex_parallel_for(unit->count, 8 * unit->width, unit_body, &c) ? NULL : HEX_NO_THREADS;
 }
 
 /* Sums in double: c_p and the projection are few, and their error enters every term of a row. */
-static double FN(dot)(const real *restrict x, const real *restrict y, int64_t n)
+static double dot_product(const real *restrict x, const real *restrict y, int64_t n)
 {
     COUNT(WORK_DOTS, n);
     double sum = 0;
@@ -229,8 +221,8 @@ static double FN(dot)(const real *restrict x, const real *restrict y, int64_t n)
         return;                                                                                    \
     }
 
-static void FN(store)(void *dz, hex_dtype dtype, int64_t row, int64_t D, const real *restrict du,
-                      const real *restrict u, double along, double inverse)
+static void store(void *dz, hex_dtype dtype, int64_t row, int64_t D, const real *restrict du,
+                  const real *restrict u, double along, double inverse)
 {
     switch (dtype) {
     case HEX_F32:
@@ -244,3 +236,13 @@ static void FN(store)(void *dz, hex_dtype dtype, int64_t row, int64_t D, const r
     }
 }
 #undef STORE
+
+/* Unit rows [begin, end) as panels of NR columns: panels[j / NR][k][j % NR], the missing columns of
+ * the last one 0. */
+typedef struct {
+    int64_t begin, end;
+    real *data;
+    const real *factor; /* of the rows, if data is of pairs of bfloat16 */
+} panels_t;
+
+#endif

@@ -1,39 +1,38 @@
 /* SPDX-License-Identifier: MIT */
 /* The AVX-512 level with dot products of bfloat16 (Zen 4, Cooper Lake, Sapphire Rapids and later):
- * that of isa_avx512.c, and dot_tile.inc for bfloat16 inputs.
+ * that of avx512.h, and dot_product.h for bfloat16 inputs. There is no unit for double, which has
+ * no use for it and takes the level below.
  *
- * Only HEX_ISA chooses it, see dispatch.c. HEX_EMULATE_BF16 compiles it for AVX2, with dots.h in
- * place of the instructions: slow, and the same bits, so that what is made of them can be tested on
- * most machines. */
-#include "cpu.h"
-
-#ifdef HEX_HAVE_BF16_LEVEL
-#define LEVEL avx512_bf16
-#define LEVEL_DOTS 1
-#define FLOAT_ONLY
+ * Only HEX_ISA chooses it, see dispatch.c. HEX_EMULATE_BF16 compiles it for AVX2, with the plain C
+ * of dots.h in place of the instructions: slow, and the same bits, so that what is made of them can
+ * be tested on most machines. */
+#ifndef HEX_LEVEL
+#define HEX_LEVEL avx512_bf16
 #define MR 12
 #define VEC_BYTES 64
+#define LEVEL_HAS_DOTS
+
+#include "../cpu.h"
 
 #ifdef HEX_EMULATE_BF16
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#define LEVEL_TARGET "avx2,fma"
 #else
 #pragma GCC target("avx2,fma")
 #endif
 #else
 #ifdef __clang__
-#include <immintrin.h> /* before the attribute: its functions have their own */
-#pragma clang attribute push(                                                                      \
-    __attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))),             \
-    apply_to = function)
+#define LEVEL_TARGET "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"
 #else
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #pragma GCC target("prefer-vector-width=512")
-#include <immintrin.h>
 #endif
-#define MASK_BITS_F32(m) __builtin_ia32_cvtd2mask512(m)
+#include <immintrin.h> /* its functions have targets of their own for clang, that of here for gcc */
+#define MASK_BITS_F32(m) __builtin_ia32_cvtd2mask512(m) /* as in avx512.h */
 #define DOT_INSTRUCTIONS
-#include "dots.h"
+#include "../dots.h"
+
+LEVEL_BEGIN
 
 INLINE dot_sums dot(dot_sums sum, dot_pairs x, dot_pairs y)
 {
@@ -52,12 +51,7 @@ INLINE dot_pairs interleave(dot_pairs x)
                               8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     return (dot_pairs)_mm512_permutexvar_epi16(_mm512_load_si512(order), (__m512i)x);
 }
-#endif
 
-#include "isa.inc"
-#ifdef __clang__
-#pragma clang attribute pop
+LEVEL_END
 #endif
-#else
-typedef int hex_no_avx512_bf16; /* ISO C wants something in every file */
 #endif

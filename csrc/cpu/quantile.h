@@ -1,16 +1,84 @@
 /* SPDX-License-Identifier: MIT */
-/* Rows' quantiles from short lists. Included once per compute type.
+/* The batch's threshold, and each row's bounds for the fixed schedules:
+ *
+ *     eps = mean over the rows of the row's q-quantile, exact, by the nearest rank
+ *
+ * The row is what the table of modes in ../../docs/math.md says: the candidates, with the positive
+ * and, in ntxent, the anchor itself (cosine exactly 1, or 0 for a row of zeros); or the negatives
+ * alone. Small problems select in whole rows. Large ones do it from short lists:
  *
  *   1. Bound. Each row's cosines with some sampled rows give a limit that the row's quantile lies
  *      above, and that a few per cent of the row are above; and a low estimate of eps, the mean of
  *      the quantiles. The limit is lowered to that estimate where the row stays short enough.
  *   2. Lists. What is above a row's limit: of all rows at once, from the pass that makes the sums
- * of the loss (shortlist.inc), or of a block of rows at a time, for a threshold by itself.
+ *      of the loss (onepass.h), or of a block of rows at a time, for a threshold by itself.
  *   3. Select. A row's quantile is an element of its list, exactly; eps is their mean.
  *
  * The bound decides about time only. What equals the limit is counted too, where that is many, as
  * in a collapsed batch. A row whose list is too short or too long for its quantile is computed
  * again whole. */
+#ifndef HEX_QUANTILE_H
+#define HEX_QUANTILE_H
+
+#include "tiles.h"
+
+/* ---- rows, each of them whole ---- */
+
+typedef struct {
+    const hex_problem *p;
+    double quantile;
+    bool over_negatives, bounds;
+    real *low, *high; /* of each row its quantile in low, or its bounds */
+} threshold_context_t;
+
+static double mean_of(const real *x, int64_t n) /* one thread, in order */
+{
+    double sum = 0;
+    for (int64_t i = 0; i < n; i++)
+        sum += (double)x[i];
+    return sum / (double)n; /* NaN for an empty batch */
+}
+
+static void threshold_row(void *context, int64_t i, real *c, int64_t n, int64_t first,
+                          int64_t second, real cp)
+{
+    const threshold_context_t *t = context;
+    if (t->over_negatives)
+        n = drop(c, n, first, second);
+    else if (t->p->mode == HEX_NTXENT) {
+        const int64_t self = i < t->p->B ? first : second, positive = i < t->p->B ? second : first;
+        c[positive] = cp;
+        c[self] = c[self] != c[self] ? c[self] : c[self] == 0 ? 0 : 1;
+    } else if (first >= 0 || second >= 0)
+        c[first >= 0 ? first : second] = cp;
+    else
+        c[n++] = cp;
+    if (t->bounds)
+        row_bounds(c, n, &t->low[i], &t->high[i]);
+    else
+        t->low[i] = row_select(c, n, rank(t->quantile, n));
+    if (cp != cp) /* also where the positive is not in the row: the batch is not finite */
+        t->low[i] = cp;
+    t->low[i] = cosine(t->low[i]);
+    if (t->bounds)
+        t->high[i] = cosine(t->high[i]);
+}
+
+/* Row by row, each of them whole; threshold() in entry.h does what is large by lists. */
+static const char *threshold_rows(const hex_problem *p, double quantile, bool over_negatives,
+                                  double *mean)
+{
+    const int64_t rows = hex_anchors(p);
+    real *q = allocate(rows, 1, sizeof(real));
+    if (!q)
+        return HEX_NO_MEMORY;
+    threshold_context_t t = {p, quantile, over_negatives, false, q, NULL};
+    const char *error = for_each_row(p, threshold_row, &t);
+    if (!error)
+        *mean = mean_of(q, rows);
+    free(q);
+    return error;
+}
 
 /* How many rows are sampled, and the sigmas of the binomial count by which the limit is lower than
  * the quantile, may be lowered further, and by which a list may be longer than expected. The sample
@@ -32,31 +100,31 @@
 
 typedef struct {
     const hex_problem *p;
-    FN(field) field;
-    FN(unit) unit;
-    FN(panels) panels; /* of the field's candidates */
-    FN(pass) pass;
+    field_t field;
+    unit_t unit;
+    panels_t panels; /* of the field's candidates */
+    pass_t pass;
     double tau, *cp; /* the positive cosine of every row */
     int64_t rows;    /* anchors */
     real *limit;
     bool kept; /* p->kept holds the cosines already */
-} FN(batch);
+} batch_t;
 
 /* In cross the anchors of z1 have the rows of z0 as their candidates; else all anchors have the
  * field's. */
-static int FN(count_sides)(const hex_problem *p) { return p->mode == HEX_CROSS ? 2 : 1; }
+static int count_sides(const hex_problem *p) { return p->mode == HEX_CROSS ? 2 : 1; }
 
-static FN(range) FN(anchors_of)(const FN(batch) *s, int side)
+static range_t anchors_of(const batch_t *s, int side)
 {
     return side == 0 ? s->field.anchors : s->field.candidates;
 }
 
-static FN(range) FN(candidates_of)(const FN(batch) *s, int side)
+static range_t candidates_of(const batch_t *s, int side)
 {
     return side == 0 ? s->field.candidates : s->field.anchors;
 }
 
-static void FN(free_batch)(FN(batch) *s)
+static void free_batch(batch_t *s)
 {
     free(s->panels.data);
     free(s->cp);
@@ -64,28 +132,28 @@ static void FN(free_batch)(FN(batch) *s)
     free(s->pass.sums);
     free(s->pass.list);
     free(s->pass.length);
-    FN(free_unit)(&s->unit);
+    free_unit(&s->unit);
 }
 
-static void FN(positive_body)(int64_t begin, int64_t end, void *context)
+static void positive_body(int64_t begin, int64_t end, void *context)
 {
-    FN(batch) *s = context;
+    batch_t *s = context;
     for (int64_t i = begin; i < end; i++) {
-        s->cp[i] = (double)FN(positive_cosine)(s->p, &s->unit, i);
+        s->cp[i] = (double)positive_cosine(s->p, &s->unit, i);
         if (s->rows > s->p->B)
             s->cp[i + s->p->B] = s->cp[i];
     }
 }
 
 /* All but the pass. */
-static const char *FN(make_batch)(const hex_problem *p, FN(batch) *s)
+static const char *make_batch(const hex_problem *p, batch_t *s)
 {
     s->p = p;
-    s->field = FN(field_of)(p);
-    const char *error = FN(make_unit)(p, &s->unit);
+    s->field = field_of(p);
+    const char *error = make_unit(p, &s->unit);
     if (!error)
-        error = FN(make_panels)(&s->unit, s->field.candidates.begin, s->field.candidates.end,
-                                &s->panels);
+        error =
+            make_panels(&s->unit, s->field.candidates.begin, s->field.candidates.end, &s->panels);
     if (error)
         return error;
     const int64_t whole = hex_anchors(p) + s->field.column_block;
@@ -96,12 +164,12 @@ static const char *FN(make_batch)(const hex_problem *p, FN(batch) *s)
         return HEX_NO_MEMORY;
     for (int64_t i = 0; i < whole; i++)
         s->limit[i] = (real)INFINITY;
-    return hex_parallel_for(p->B, 2 * p->D, FN(positive_body), s) ? NULL : HEX_NO_THREADS;
+    return hex_parallel_for(p->B, 2 * p->D, positive_body, s) ? NULL : HEX_NO_THREADS;
 }
 
 /* Room in the list of a row of n candidates, of which a share is above the quantile; 0: lists are
  * not worth it. */
-static int64_t FN(list_capacity)(int64_t n, double share)
+static int64_t list_capacity(int64_t n, double share)
 {
     const double m = (double)SAMPLES(n);
     const double most = share + SIGMA_CAPACITY * sqrt(share * (1 - share) / m);
@@ -111,46 +179,46 @@ static int64_t FN(list_capacity)(int64_t n, double share)
 /* ---- bound ---- */
 
 typedef struct {
-    FN(batch) *s;
-    FN(range) anchors;
-    FN(panels) panels;                   /* of the sampled candidates */
+    batch_t *s;
+    range_t anchors;
+    panels_t panels;                     /* of the sampled candidates */
     int64_t samples, limit, lowest, eps; /* ranks among a row's samples, from above */
     real *low, *guess;                   /* the lowest limit, the low estimate of the quantile */
     atomic_bool no_memory;
-} FN(bound);
+} bound_t;
 
 /* The rank'th from above of c[0..n) and of infinitely many `rest` below them. Writes up to LANES of
  * those behind c, for whole vectors. */
-static real FN(select_above)(real *c, int64_t n, int64_t rank, real rest)
+static real select_above(real *c, int64_t n, int64_t rank, real rest)
 {
     const int64_t whole = round_up(n, LANES);
     if (rank > n)
         return rest;
     for (int64_t k = n; k < whole; k++)
         c[k] = rest;
-    return FN(row_select)(c, whole, whole - rank);
+    return row_select(c, whole, whole - rank);
 }
 
-static void FN(bound_body)(int64_t begin, int64_t end, void *context)
+static void bound_body(int64_t begin, int64_t end, void *context)
 {
-    FN(bound) *b = context;
+    bound_t *b = context;
     const int64_t m = b->samples, ld = round_up(m, NR);
     real *c = allocate(MR, ld + LANES, sizeof(real));
     for (int64_t block = begin; c && block < end; block++) {
         const int64_t from = b->anchors.begin + block * MR, left = b->anchors.end - from;
         const int64_t rows = left < MR ? left : MR;
-        FN(cosines)(&b->s->unit, from, rows, &b->panels, 0, m, c, ld);
+        cosines(&b->s->unit, from, rows, &b->panels, 0, m, c, ld);
         for (int64_t i = 0; i < rows; i++) {
             real *row = c + i * ld;
-            const real low = FN(row_select)(row, m, m - b->lowest);
+            const real low = row_select(row, m, m - b->lowest);
             int64_t n = 0; /* the others are among what is above */
             for (int64_t k = 0; k < m; k++) {
                 row[n] = row[k];
                 n += row[k] > low;
             }
             b->low[from + i] = low;
-            b->s->limit[from + i] = FN(select_above)(row, n, b->limit, low);
-            b->guess[from + i] = FN(select_above)(row, n, b->eps, low);
+            b->s->limit[from + i] = select_above(row, n, b->limit, low);
+            b->guess[from + i] = select_above(row, n, b->eps, low);
         }
     }
     if (!c)
@@ -159,7 +227,7 @@ static void FN(bound_body)(int64_t begin, int64_t end, void *context)
 }
 
 /* The rank from above that `sigmas` deviations more than a share of the samples reach. */
-static int64_t FN(sample_rank)(int64_t samples, double share, double sigmas)
+static int64_t sample_rank(int64_t samples, double share, double sigmas)
 {
     const double m = (double)samples;
     const double rank = ceil(m * share + sigmas * sqrt(m * share * (1 - share)));
@@ -167,14 +235,14 @@ static int64_t FN(sample_rank)(int64_t samples, double share, double sigmas)
 }
 
 /* The bound of one side's anchors. */
-static const char *FN(sample_side)(FN(bound) *b, int side)
+static const char *sample_side(bound_t *b, int side)
 {
-    const FN(unit) *unit = &b->s->unit;
-    const FN(range) of = FN(candidates_of)(b->s, side);
+    const unit_t *unit = &b->s->unit;
+    const range_t of = candidates_of(b->s, side);
     const int64_t m = b->samples;
-    FN(unit) sampled = {0};
-    if (!FN(allocate_rows)(&sampled, m, unit->width, FN(has_dots)(unit))) {
-        FN(free_unit)(&sampled);
+    unit_t sampled = {0};
+    if (!allocate_rows(&sampled, m, unit->width, has_dots(unit))) {
+        free_unit(&sampled);
         return HEX_NO_MEMORY;
     }
     uint32_t random = 1;
@@ -182,35 +250,34 @@ static const char *FN(sample_side)(FN(bound) *b, int side)
         random = random * 1664525u + 1013904223u;
         const int64_t row =
             of.begin + (int64_t)((uint64_t)random * (uint64_t)(of.end - of.begin) >> 32);
-        FN(copy_row)(unit, row, &sampled, q);
+        copy_row(unit, row, &sampled, q);
     }
-    const char *error = FN(make_panels)(&sampled, 0, m, &b->panels);
-    b->anchors = FN(anchors_of)(b->s, side);
+    const char *error = make_panels(&sampled, 0, m, &b->panels);
+    b->anchors = anchors_of(b->s, side);
     if (!error && !hex_parallel_for((b->anchors.end - b->anchors.begin + MR - 1) / MR,
-                                    2 * MR * m * unit->width, FN(bound_body), b))
+                                    2 * MR * m * unit->width, bound_body, b))
         error = HEX_NO_THREADS;
     free(b->panels.data);
     b->panels.data = NULL;
-    FN(free_unit)(&sampled);
+    free_unit(&sampled);
     return error ? error : b->no_memory ? HEX_NO_MEMORY : NULL;
 }
 
 /* Limits for rows whose quantile has a share of them above; `reach`: and eps, where that costs
  * little. */
-static const char *FN(make_bound)(FN(batch) *s, double share, bool reach)
+static const char *make_bound(batch_t *s, double share, bool reach)
 {
-    const int64_t rows = s->rows, m = SAMPLES(FN(columns_of)(s->p));
-    FN(bound)
-    b = {.s = s,
-         .samples = m,
-         .low = allocate(rows, 1, sizeof(real)),
-         .guess = allocate(rows, 1, sizeof(real)),
-         .limit = FN(sample_rank)(m, share, SIGMA_LIMIT),
-         .lowest = FN(sample_rank)(m, share, SIGMA_LOWEST),
-         .eps = FN(sample_rank)(m, share, SIGMA_EPS)};
+    const int64_t rows = s->rows, m = SAMPLES(columns_of(s->p));
+    bound_t b = {.s = s,
+                 .samples = m,
+                 .low = allocate(rows, 1, sizeof(real)),
+                 .guess = allocate(rows, 1, sizeof(real)),
+                 .limit = sample_rank(m, share, SIGMA_LIMIT),
+                 .lowest = sample_rank(m, share, SIGMA_LOWEST),
+                 .eps = sample_rank(m, share, SIGMA_EPS)};
     const char *error = b.low && b.guess ? NULL : HEX_NO_MEMORY;
-    for (int side = 0; !error && side < FN(count_sides)(s->p); side++)
-        error = FN(sample_side)(&b, side);
+    for (int side = 0; !error && side < count_sides(s->p); side++)
+        error = sample_side(&b, side);
     if (!error) {
         double sum = 0;
         for (int64_t i = 0; i < rows; i++)
@@ -232,19 +299,19 @@ static const char *FN(make_bound)(FN(batch) *s, double share, bool reach)
 /* ---- select ---- */
 
 typedef struct {
-    FN(batch) *s;
-    FN(threshold_context) threshold; /* quantiles go to threshold.low */
-    int64_t k;                       /* the quantile's rank from above, 1 the largest */
-    bool *again;                     /* rows that their list does not serve */
+    batch_t *s;
+    threshold_context_t threshold; /* quantiles go to threshold.low */
+    int64_t k;                     /* the quantile's rank from above, 1 the largest */
+    bool *again;                   /* rows that their list does not serve */
     atomic_bool no_memory;
-} FN(selection);
+} selection_t;
 
 /* Row i's quantile from its list, which has room for two and a vector more: n candidates are above
  * its limit, of which more than the capacity are not in it; at least `ties` equal it. */
-static void FN(select_row)(const FN(selection) *q, int64_t i, real *list, int64_t n,
-                           int64_t capacity, int64_t ties, bool finite)
+static void select_row(const selection_t *q, int64_t i, real *list, int64_t n, int64_t capacity,
+                       int64_t ties, bool finite)
 {
-    const FN(batch) *s = q->s;
+    const batch_t *s = q->s;
     const real cp = (real)s->cp[i], limit = s->limit[i], self = s->unit.inverse[i] != 0;
     const bool all = !q->threshold.over_negatives, with_self = all && s->field.symmetric;
     q->again[i] = false;
@@ -263,55 +330,54 @@ static void FN(select_row)(const FN(selection) *q, int64_t i, real *list, int64_
     ties += (with_self && self == limit) + (all && cp == limit);
     q->again[i] = n + ties < q->k;
     if (!q->again[i])
-        q->threshold.low[i] = FN(cosine)(FN(select_above)(list, n, q->k, limit));
+        q->threshold.low[i] = cosine(select_above(list, n, q->k, limit));
 }
 
 /* The rows with a flag, each by itself and whole. */
-static const char *FN(visit_again)(FN(batch) *s, const bool *again, FN(row_function) row,
-                                   void *context)
+static const char *visit_again(batch_t *s, const bool *again, row_function_t row, void *context)
 {
     int64_t *some = allocate(s->rows, 1, sizeof *some);
     const char *error = some ? NULL : HEX_NO_MEMORY;
-    for (int side = 0; !error && side < FN(count_sides)(s->p); side++) {
-        const FN(range) anchors = FN(anchors_of)(s, side), of = FN(candidates_of)(s, side);
-        FN(panels) other = {0};
+    for (int side = 0; !error && side < count_sides(s->p); side++) {
+        const range_t anchors = anchors_of(s, side), of = candidates_of(s, side);
+        panels_t other = {0};
         int64_t count = 0;
         for (int64_t i = anchors.begin; i < anchors.end; i++)
             if (again[i])
                 some[count++] = i;
         COUNT(WORK_AGAIN, round_up(count, MR));
         if (count && side == 1)
-            error = FN(make_panels)(&s->unit, of.begin, of.end, &other);
-        FN(rows_context)
-        c = {s->p, &s->unit, side ? &other : &s->panels, 0, count, 0, some, row, context, false};
+            error = make_panels(&s->unit, of.begin, of.end, &other);
+        rows_context_t c = {s->p,    &s->unit, side ? &other : &s->panels, 0, count, 0, some, row,
+                            context, false};
         if (count && !error)
-            error = FN(visit_rows)(&c);
+            error = visit_rows(&c);
         free(other.data);
     }
     free(some);
     return error;
 }
 
-static const char *FN(make_selection)(FN(batch) *s, double quantile, bool over_negatives, int64_t k,
-                                      FN(selection) *q)
+static const char *make_selection(batch_t *s, double quantile, bool over_negatives, int64_t k,
+                                  selection_t *q)
 {
     q->s = s;
     q->k = k;
     q->again = allocate(s->rows, 1, sizeof(bool));
-    q->threshold = (FN(threshold_context)){
+    q->threshold = (threshold_context_t){
         s->p, quantile, over_negatives, false, allocate(s->rows, 1, sizeof(real)), NULL};
     return q->again && q->threshold.low ? NULL : HEX_NO_MEMORY;
 }
 
 /* The mean, after the rows that are left have been done whole; frees the selection. */
-static const char *FN(end_selection)(FN(selection) *q, const char *error, double *mean)
+static const char *end_selection(selection_t *q, const char *error, double *mean)
 {
     if (!error && q->no_memory)
         error = HEX_NO_MEMORY;
     if (!error)
-        error = FN(visit_again)(q->s, q->again, FN(threshold_row), &q->threshold);
+        error = visit_again(q->s, q->again, threshold_row, &q->threshold);
     if (!error)
-        *mean = FN(mean_of)(q->threshold.low, q->s->rows);
+        *mean = mean_of(q->threshold.low, q->s->rows);
     free(q->again);
     free(q->threshold.low);
     return error;
@@ -322,64 +388,63 @@ static const char *FN(end_selection)(FN(selection) *q, const char *error, double
 #define LISTED 96 /* rows of a block, a multiple of every MR */
 
 typedef struct {
-    FN(selection) *q;
-    FN(range) anchors;
-    const FN(panels) *panels;
+    selection_t *q;
+    range_t anchors;
+    const panels_t *panels;
     int64_t capacity;
-} FN(listing);
+} listing_t;
 
 /* What of c[0..n), whole vectors, is above a row's limit goes to its list, as far as there is room.
  * Returns how many were, and adds what equals the limit, and everything. */
-static int64_t FN(list_above)(const real *c, int64_t n, real limit, real *list, int64_t length,
-                              int64_t capacity, int64_t *ties, real *all)
+static int64_t list_above(const real *c, int64_t n, real limit, real *list, int64_t length,
+                          int64_t capacity, int64_t *ties, real *all)
 {
     COUNT(WORK_COMPARED, n);
-    const FN(vec) one = 1 - (FN(vec)){0};
-    FN(vec) sum = {0}, equal = {0};
+    const vec_t one = 1 - (vec_t){0};
+    vec_t sum = {0}, equal = {0};
     for (int64_t from = 0; from < n; from += 64) {
         const int64_t to = n - from < 64 ? n : from + 64;
         uint64_t above = 0;
         for (int64_t j = from; j < to; j += LANES) {
-            const FN(vec) x = *(const FN(vec) *)(c + j);
+            const vec_t x = *(const vec_t *)(c + j);
             sum += x;
-            equal += FN(where)(x == limit, one);
-            above |= (uint64_t)FN(bits)(x > limit) << (j - from);
+            equal += where(x == limit, one);
+            above |= (uint64_t)bits(x > limit) << (j - from);
         }
         for (; above; above &= above - 1, length++)
             if (length < capacity)
                 list[length] = c[from + __builtin_ctzll(above)];
     }
-    *ties += (int64_t)FN(vec_sum)(equal);
-    *all += FN(vec_sum)(sum);
+    *ties += (int64_t)vec_sum(equal);
+    *all += vec_sum(sum);
     return length;
 }
 
-static void FN(listing_body)(int64_t begin, int64_t end, void *context)
+static void listing_body(int64_t begin, int64_t end, void *context)
 {
-    const FN(listing) *l = context;
-    const FN(batch) *s = l->q->s;
-    const int64_t width = s->field.column_block, ld = FN(tile_stride)(&s->field);
+    const listing_t *l = context;
+    const batch_t *s = l->q->s;
+    const int64_t width = s->field.column_block, ld = tile_stride(&s->field);
     const int64_t room = l->capacity + 2 + LANES, n = l->panels->end - l->panels->begin;
     real *c = allocate(LISTED, ld, sizeof(real)), *lists = allocate(LISTED, room, sizeof(real));
     for (int64_t block = begin; c && lists && block < end; block++) {
         const int64_t first = l->anchors.begin + block * LISTED, left = l->anchors.end - first;
-        FN(tile_of) t = {.i = first, .rows = left < LISTED ? left : LISTED, .ld = ld, .c = c};
+        tile_t t = {.i = first, .rows = left < LISTED ? left : LISTED, .ld = ld, .c = c};
         int64_t length[LISTED] = {0}, ties[LISTED] = {0};
         real sum[LISTED] = {0};
         for (int64_t from = 0; from < n; from += width) {
             const int64_t columns = n - from < width ? n - from : width;
             t.j = l->panels->begin + from;
             t.columns = columns;
-            FN(cosines)(&s->unit, first, t.rows, l->panels, from, columns, c, ld);
-            FN(blank)(s->p, &t, -2); /* below every cosine, and every limit */
+            cosines(&s->unit, first, t.rows, l->panels, from, columns, c, ld);
+            blank(s->p, &t, -2); /* below every cosine, and every limit */
             for (int64_t i = 0; i < t.rows; i++)
-                length[i] =
-                    FN(list_above)(c + i * ld, round_up(columns, NR), s->limit[first + i],
-                                   lists + i * room, length[i], l->capacity, &ties[i], &sum[i]);
+                length[i] = list_above(c + i * ld, round_up(columns, NR), s->limit[first + i],
+                                       lists + i * room, length[i], l->capacity, &ties[i], &sum[i]);
         }
         for (int64_t i = 0; i < t.rows; i++)
-            FN(select_row)(l->q, first + i, lists + i * room, length[i], l->capacity, ties[i],
-                           sum[i] == sum[i]);
+            select_row(l->q, first + i, lists + i * room, length[i], l->capacity, ties[i],
+                       sum[i] == sum[i]);
     }
     if (!c || !lists)
         l->q->no_memory = true;
@@ -387,16 +452,16 @@ static void FN(listing_body)(int64_t begin, int64_t end, void *context)
     free(lists);
 }
 
-static const char *FN(list_side)(FN(selection) *q, int side, int64_t capacity)
+static const char *list_side(selection_t *q, int side, int64_t capacity)
 {
-    FN(batch) *s = q->s;
-    const FN(range) anchors = FN(anchors_of)(s, side), of = FN(candidates_of)(s, side);
-    FN(panels) other = {0};
-    const char *error = side ? FN(make_panels)(&s->unit, of.begin, of.end, &other) : NULL;
-    FN(listing) l = {q, anchors, side ? &other : &s->panels, capacity};
+    batch_t *s = q->s;
+    const range_t anchors = anchors_of(s, side), of = candidates_of(s, side);
+    panels_t other = {0};
+    const char *error = side ? make_panels(&s->unit, of.begin, of.end, &other) : NULL;
+    listing_t l = {q, anchors, side ? &other : &s->panels, capacity};
     const int64_t blocks = (anchors.end - anchors.begin + LISTED - 1) / LISTED;
     const int64_t work = 2 * LISTED * (of.end - of.begin) * (s->unit.width + 4);
-    if (!error && !hex_parallel_for(blocks, work, FN(listing_body), &l))
+    if (!error && !hex_parallel_for(blocks, work, listing_body, &l))
         error = HEX_NO_THREADS;
     free(other.data);
     return error;
@@ -406,35 +471,14 @@ static const char *FN(list_side)(FN(selection) *q, int side, int64_t capacity)
 
 /* The rank of the quantile in a row from above, 1 the largest, and the share of the row from there
  * on. */
-static int64_t FN(rank_above)(const hex_problem *p, double quantile, bool over_negatives,
-                              double *share)
+static int64_t rank_above(const hex_problem *p, double quantile, bool over_negatives, double *share)
 {
-    const int64_t columns = FN(columns_of)(p);
+    const int64_t columns = columns_of(p);
     const int64_t n =
-        over_negatives ? columns - FN(not_negatives)(p) : columns + (p->mode == HEX_SHARED);
-    const int64_t k = n - FN(rank)(quantile, n);
+        over_negatives ? columns - not_negatives(p) : columns + (p->mode == HEX_SHARED);
+    const int64_t k = n - rank(quantile, n);
     *share = (double)k / (double)(n > 0 ? n : 1);
     return k;
 }
 
-static const char *FN(threshold)(const hex_problem *p, double quantile, bool over_negatives,
-                                 double *mean)
-{
-    double share;
-    const int64_t k = FN(rank_above)(p, quantile, over_negatives, &share);
-    const int64_t capacity = FN(list_capacity)(FN(columns_of)(p), share);
-    if (!FN(enough)(p) || FN(columns_of)(p) < FEWEST_LISTED || !capacity)
-        return FN(threshold_rows)(p, quantile, over_negatives, mean);
-    FN(batch) s = {0};
-    FN(selection) q = {0};
-    const char *error = FN(make_batch)(p, &s);
-    if (!error)
-        error = FN(make_bound)(&s, share, false);
-    if (!error)
-        error = FN(make_selection)(&s, quantile, over_negatives, k, &q);
-    for (int side = 0; !error && side < FN(count_sides)(p); side++)
-        error = FN(list_side)(&q, side, capacity);
-    error = FN(end_selection)(&q, error, mean);
-    FN(free_batch)(&s);
-    return error;
-}
+#endif

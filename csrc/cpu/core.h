@@ -1,0 +1,49 @@
+/* SPDX-License-Identifier: MIT */
+/* The whole core for one instruction set and one type. Everything is static but the table here, so
+ * that no wider instruction can leak into a narrower level. Every file includes the layer below it:
+ *
+ *     real, dots            the type, its vectors, 2^x; pairs of bfloat16
+ *     unit, dot_rows        unit rows
+ *     product, dot_product  products of them, by register tiles
+ *     row, class_row        the loss of one row, its gradient, its quantile: the mathematics
+ *     blocks                any problem by blocks of rows
+ *     schedule, tiles       where many anchors share their candidates: order and threads; sums and
+ * gradient quantile, onepass     the batch's threshold; it and the loss from one pass entry which
+ * way a problem goes class_blocks          labels, masks, groups and guides by blocks of rows
+ *     class_logits          logits that are given */
+#include "cpu.h"
+#ifdef LEVEL_TARGET
+LEVEL_BEGIN
+#endif
+#include "class_blocks.h"
+#include "class_logits.h"
+#include "entry.h"
+
+#define JOIN_(a, b, c) a##b##c
+#define JOIN(a, b, c) JOIN_(a, b, c)
+#ifdef HEX_REAL_IS_DOUBLE
+#define ENTRY JOIN(hex_cpu_, HEX_LEVEL, _f64)
+#else
+#define ENTRY JOIN(hex_cpu_, HEX_LEVEL, _f32)
+#endif
+
+const hex_cpu_entry ENTRY = {
+    .forward = forward,
+    .backward = backward,
+    .adaptive = adaptive,
+    .threshold = threshold,
+    .row_range = row_range,
+    .kept = kept_room,
+    .labelled_forward = labelled_forward,
+    .labelled_backward = labelled_backward,
+    .labelled_threshold = labelled_threshold,
+    .labelled_row_range = labelled_row_range,
+    .logits_forward = logits_forward,
+    .logits_backward = logits_backward,
+    .logits_threshold = logits_threshold,
+    .logits_row_range = logits_row_range,
+};
+
+#ifdef LEVEL_TARGET
+LEVEL_END
+#endif

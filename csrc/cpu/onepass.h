@@ -1,0 +1,217 @@
+/* SPDX-License-Identifier: MIT */
+/* The batch's threshold and the loss from one pass over the cosines. The passes are those of tiles.h,
+ * bound and selection those of quantile.h.
+ *
+ *   1. Bound. A limit for each row, below its quantile and, where that costs little, below eps.
+ *   2. Pass. Every tile once: sums of what is below a row's limit, a list of what is above.
+ *   3. Select. Each row's quantile from its list; eps is their mean.
+ *   4. Split. The list's elements above eps are H, the others go to the sums.
+ *
+ * If a row's limit turns out above eps, or its list too long, its H is not known. Few such rows are
+ * computed again whole; of more, one more pass makes all sums of all rows, at the eps that is now
+ * known. */
+#ifndef HEX_ONEPASS_H
+#define HEX_ONEPASS_H
+
+#include "quantile.h"
+
+/* One row in so many may be computed by itself; of more, a pass of all is sooner done: it makes two
+ * rows of each cosine, and none of the cosines that are kept. */
+#define FEW_AGAIN(kept) ((kept) ? 16 : 3)
+
+/* Lists of all rows in bytes: beyond, the threshold has a pass of its own, which keeps the lists of
+ * a block of rows at a time. */
+#define MOST_LIST_BYTES ((int64_t)256 << 20)
+
+static const char *make_pass(batch_t *s)
+{
+    const int64_t whole = s->rows + s->field.column_block;
+    s->tau = read_vector(s->p->tau, 0);
+    const real scale = (real)(M_LOG2E / s->tau);
+    s->pass = (pass_t){.p = s->p,
+                       .scale = scale,
+                       .hole = 1 + 2 * EXP2_LOWEST / scale,
+                       .limit = s->limit,
+                       .rows = whole,
+                       .column_block = s->field.column_block,
+                       .both = s->field.both,
+                       .sums = allocate(SUM_KINDS, whole, sizeof(double))};
+    if (!s->pass.sums)
+        return HEX_NO_MEMORY;
+    memset(s->pass.sums, 0, (size_t)(SUM_KINDS * whole) * sizeof(double));
+    return NULL;
+}
+
+static const char *sum_batch(batch_t *s)
+{
+    const bool keep = !s->kept;
+    s->kept = true;
+    return sum_tiles(&s->unit, &s->panels, &s->field, s->p->kept, keep, &s->pass);
+}
+
+static const char *make_lists(batch_t *s, int64_t capacity)
+{
+    s->pass.capacity = capacity;
+    s->pass.list = allocate(s->rows, capacity, sizeof(real));
+    s->pass.length = allocate(s->rows, 1, sizeof(int32_t));
+    if (!s->pass.list || !s->pass.length)
+        return HEX_NO_MEMORY;
+    memset(s->pass.length, 0, (size_t)s->rows * sizeof(int32_t));
+    return NULL;
+}
+
+/* ---- select ---- */
+
+static bool list_is_whole(const batch_t *s, int64_t i)
+{
+    return s->pass.length[i] <= s->pass.capacity;
+}
+
+static void select_body(int64_t begin, int64_t end, void *context)
+{
+    selection_t *q = context;
+    const batch_t *s = q->s;
+    const pass_t *pass = &s->pass;
+    real *list = allocate(pass->capacity + 2 + LANES, 1, sizeof(real));
+    for (int64_t i = begin; list && i < end; i++) {
+        const double sum = pass->sums[SUM_ALL * pass->rows + i];
+        const double ties =
+            pass->split == SPLIT_TIES ? pass->sums[SUM_COUNT * pass->rows + i] : 0; /* unknown */
+        if (list_is_whole(s, i))
+            memcpy(list, pass->list + i * pass->capacity, (size_t)pass->length[i] * sizeof(real));
+        select_row(q, i, list, pass->length[i], pass->capacity, (int64_t)ties, sum == sum);
+    }
+    if (!list)
+        q->no_memory = true;
+    free(list);
+}
+
+/* The batch's threshold, from lists; the sums of the rest are made on the way. */
+static const char *select_threshold(batch_t *s, const hex_tracker *t, int64_t k, double *mean)
+{
+    selection_t q = {0};
+    const char *error = make_selection(s, t->quantile, t->over_negatives, k, &q);
+    if (!error)
+        error = sum_batch(s);
+    if (!error && !hex_parallel_for(s->rows, 16 * s->pass.capacity, select_body, &q))
+        error = HEX_NO_THREADS;
+    return end_selection(&q, error, mean);
+}
+
+/* ---- split ---- */
+
+typedef struct {
+    batch_t *s;
+    const hex_problem *p; /* with its eps */
+    bool *again;          /* rows whose H is not all in their list */
+    bool listed;          /* the sums are of the rest only, H is in the lists */
+    int64_t negatives;    /* of a row */
+    double *loss;
+    real *stats;
+} splitting_t;
+
+/* A row's loss and statistics from its sums. A row with H empty takes the sum that InfoNCE has. */
+static void write_row(const splitting_t *f, int64_t i, sums_t sums)
+{
+    const batch_t *s = f->s;
+    const real eps = round_down(read_vector(f->p->eps, i));
+    double stats[HEX_STATS];
+    if (sums.count == 0)
+        sums.rest = s->pass.sums[SUM_ALL * s->pass.rows + i];
+    f->loss[i] = row_begin(eps, s->tau, stats)
+                     ? row_scalars(f->p, sums, NULL, f->negatives, s->cp[i], 1, eps, s->tau, stats)
+                     : NAN;
+    for (int k = 0; k < HEX_STATS; k++)
+        f->stats[k * s->rows + i] = (real)stats[k];
+}
+
+static void split_body(int64_t begin, int64_t end, void *context)
+{
+    const splitting_t *f = context;
+    const batch_t *s = f->s;
+    const pass_t *pass = &s->pass;
+    for (int64_t i = begin; i < end; i++) {
+        if (f->again && f->again[i])
+            continue;
+        const double *of = pass->sums + i;
+        sums_t sums = {of[SUM_REST * pass->rows],  of[SUM_REST_X * pass->rows],
+                       of[SUM_COUNT * pass->rows], of[SUM_B * pass->rows],
+                       of[SUM_BE * pass->rows],    of[SUM_BX * pass->rows],
+                       of[SUM_BEX * pass->rows]};
+        if (f->listed) {
+            const double rest = sums.rest, rest_x = sums.rest_x;
+            sums = row_sums(pass->list + i * pass->capacity, pass->length[i], 1,
+                            round_down(read_vector(f->p->eps, i)), pass->scale, f->p->beta);
+            sums.rest += rest;
+            sums.rest_x += rest_x;
+        }
+        write_row(f, i, sums);
+    }
+}
+
+/* A row function. */
+static void split_row(void *context, int64_t i, real *c, int64_t n, int64_t first, int64_t second,
+                      real cp)
+{
+    (void)cp;
+    const splitting_t *f = context;
+    n = drop(c, n, first, second);
+    write_row(
+        f, i,
+        row_sums(c, n, 1, round_down(read_vector(f->p->eps, i)), f->s->pass.scale, f->p->beta));
+}
+
+/* All sums of all rows, split at their eps. */
+static const char *sum_again(batch_t *s, const hex_problem *p)
+{
+    bool any = false;
+    for (int64_t i = 0; i < s->rows; i++) {
+        const real eps = round_down(read_vector(p->eps, i));
+        s->limit[i] = eps < -2 ? -2 : eps; /* below all cosines, above the hole */
+        any |= eps < (real)INFINITY;
+    }
+    memset(s->pass.sums, 0, (size_t)(SUM_KINDS * s->pass.rows) * sizeof(double));
+    s->pass.split = any ? SPLIT_SUMS : SPLIT_NONE;
+    return sum_batch(s);
+}
+
+/* Loss and statistics, where the eps of p is known. */
+static const char *split_rows(batch_t *s, const hex_problem *p, void *loss, void *stats)
+{
+    splitting_t f = {.s = s,
+                     .p = p,
+                     .listed = s->pass.list != NULL,
+                     .negatives = columns_of(p) - not_negatives(p),
+                     .stats = stats,
+                     .loss = allocate(s->rows, 1, sizeof(double))};
+    const char *error = f.loss ? NULL : HEX_NO_MEMORY;
+    if (!error && f.listed) {
+        int64_t count = 0;
+        f.again = allocate(s->rows, 1, sizeof(bool));
+        for (int64_t i = 0; f.again && i < s->rows; i++) {
+            f.again[i] =
+                !list_is_whole(s, i) || !(round_down(read_vector(p->eps, i)) >= s->limit[i]);
+            count += f.again[i];
+        }
+        if (!f.again)
+            error = HEX_NO_MEMORY;
+        else if (count <= s->rows / FEW_AGAIN(p->kept))
+            error = visit_again(s, f.again, split_row, &f);
+        else {
+            f.listed = false;
+            free(f.again);
+            f.again = NULL;
+        }
+    }
+    if (!error && !f.listed)
+        error = sum_again(s, p);
+    if (!error && !hex_parallel_for(s->rows, 256, split_body, &f))
+        error = HEX_NO_THREADS;
+    if (!error)
+        reduce(p->reduction, f.loss, s->rows, loss);
+    free(f.again);
+    free(f.loss);
+    return error;
+}
+
+#endif

@@ -1,0 +1,181 @@
+/* SPDX-License-Identifier: MIT */
+/* The type that one unit of the core computes in, and what there is of it: the number `real`, its
+ * vectors, and 2^x. Each file of levels/ is such a unit: an instruction set and a type. Read by
+ * itself, as an editor reads it, this is float at the portable level. */
+#ifndef HEX_REAL_H
+#define HEX_REAL_H
+
+#include "cpu.h"
+#ifndef HEX_LEVEL
+#include "levels/base.h"
+#endif
+
+/* real; word, the unsigned integer of its size; DOTS, whether bfloat16 rows are multiplied as they
+ * are (dot_product.h); MASK_BITS, where the level has an instruction for the bits of a comparison;
+ * EXP2_*, the numbers of exp2_of below. */
+#ifdef HEX_REAL_IS_DOUBLE
+typedef double real;
+typedef uint64_t word;
+#define DOTS 0
+#ifdef MASK_BITS_F64
+#define MASK_BITS MASK_BITS_F64
+#endif
+#define EXP2_LOWEST (-500.0)
+#define EXP2_ROUND (0x1.8p52 + 1023)
+#define EXP2_MANTISSA 52
+#define EXP2_LAST 0x1.e9d3fe3952179p-32
+#define EXP2_HORNER(y, t)                                                                          \
+    y = y * t + 0x1.e6063f7217bc6p-28, y = y * t + 0x1.b524fae627834p-24,                          \
+    y = y * t + 0x1.62bfd47773353p-20;                                                             \
+    y = y * t + 0x1.ffcbfc670dcd4p-17, y = y * t + 0x1.430913096fd9fp-13,                          \
+    y = y * t + 0x1.5d87fe78a5276p-10;                                                             \
+    y = y * t + 0x1.3b2ab6fba1ddap-7, y = y * t + 0x1.c6b08d704a0c2p-5,                            \
+    y = y * t + 0x1.ebfbdff82c598p-3;                                                              \
+    y = y * t + 0x1.62e42fefa39efp-1;
+#else
+typedef float real;
+typedef uint32_t word;
+#ifdef LEVEL_HAS_DOTS
+#define DOTS 1
+#else
+#define DOTS 0
+#endif
+#ifdef MASK_BITS_F32
+#define MASK_BITS MASK_BITS_F32
+#endif
+#define EXP2_LOWEST (-60.0f)
+#define EXP2_ROUND (0x1.8p23f + 127)
+#define EXP2_MANTISSA 23
+#define EXP2_LAST 0x1.441388p-13f
+#define EXP2_HORNER(y, t)                                                                          \
+    y = y * t + 0x1.5f0890p-10f, y = y * t + 0x1.3b2a54p-7f, y = y * t + 0x1.c6af6cp-5f;           \
+    y = y * t + 0x1.ebfbe0p-3f, y = y * t + 0x1.62e430p-1f;
+#endif
+
+#define LANES (VEC_BYTES / (int)sizeof(real)) /* numbers of a vector */
+#define NR (2 * LANES)                        /* columns of a register tile; MR rows: levels/ */
+
+/* For a number c: c > eps exactly when c > round_down(eps). */
+static inline real round_down(double eps)
+{
+    const double limit = within_reach(eps);
+#ifdef HEX_REAL_IS_DOUBLE
+    return limit;
+#else
+    const float near = (float)limit;
+    return (double)near > limit ? nextafterf(near, -INFINITY) : near;
+#endif
+}
+
+/* From row to row an odd number of cache lines, so that a column of a matrix, read row after row by
+ * a product, falls into all sets of the first-level cache. With D = 128 and no padding it falls
+ * into one in eight, and is loaded again for every register tile. */
+static int64_t stride_of(int64_t width)
+{
+    const int64_t line = 64 / (int64_t)sizeof(real), lines = (width + line - 1) / line;
+    return (lines | 1) * line;
+}
+
+/* ---- vectors ---- */
+
+typedef real vec_t __attribute__((vector_size(VEC_BYTES), aligned(sizeof(real)), may_alias));
+typedef __typeof__((vec_t){0} < (vec_t){0}) mask_t;
+
+INLINE vec_t where(mask_t m, vec_t x) { return (vec_t)((mask_t)x & m); }
+
+INLINE vec_t pick(mask_t m, vec_t x, vec_t y)
+{
+    return (vec_t)(((mask_t)x & m) | ((mask_t)y & ~m));
+}
+
+/* x[0..n), and `rest` where that is no whole vector. */
+INLINE vec_t read_vec(const real *x, int64_t n, real rest)
+{
+    if (n >= LANES)
+        return *(const vec_t *)x;
+    vec_t v = rest - (vec_t){0};
+    memcpy(&v, x, (size_t)n * sizeof(real));
+    return v;
+}
+
+static real vec_sum(vec_t v)
+{
+    real sum = 0;
+    for (int l = 0; l < LANES; l++)
+        sum += v[l];
+    return sum;
+}
+
+/* The largest and the least lane that is no NaN. */
+static real vec_largest(vec_t v)
+{
+    real largest = -(real)INFINITY;
+    for (int l = 0; l < LANES; l++)
+        largest = v[l] > largest ? v[l] : largest;
+    return largest;
+}
+
+static real vec_least(vec_t v)
+{
+    real least = (real)INFINITY;
+    for (int l = 0; l < LANES; l++)
+        least = v[l] < least ? v[l] : least;
+    return least;
+}
+
+/* A bit for each lane of a comparison. */
+INLINE uint32_t bits(mask_t m)
+{
+#ifdef MASK_BITS
+    return (uint32_t)MASK_BITS(m);
+#else
+    uint32_t bits = 0;
+    for (int l = 0; l < LANES; l++)
+        bits |= (uint32_t)(m[l] & 1) << l;
+    return bits;
+#endif
+}
+
+/* ---- 2^x ---- */
+
+/* 2^x for x <= 0, in plain C that is vectorised: x = n + t with |t| <= 1/2, 2^t by a polynomial
+ * (docs/fit_exp2.py; 5e-9 for float, 8e-18 for double, so rounding dominates). Adding EXP2_ROUND,
+ * 1.5 * 2^23 (2^52) and the exponent's bias, rounds x to an integer that then stands in the low
+ * bits of the sum, biased, which shifted are those of 2^n; -ffast-math would delete that. Below
+ * 2^-60 (2^-500) the result is that bound: no sum that holds the row's largest term, 1, can notice,
+ * and the product of two of them is not yet subnormal (each would cost 150 cycles).
+ *
+ * A NaN passes through both comparisons and makes 2^t one. 2^n is any number then, and has to be a
+ * factor: added to the exponent of 2^t as an integer it would make a number of many a NaN. It is
+ * one of t and of the 1 apart, which changes no bit and does not wait for the polynomial. */
+static inline real exp2_of(real x)
+{
+    COUNT(WORK_EXPONENTIALS, 1);
+    x = x > 0 ? 0 : x;
+    x = x < EXP2_LOWEST ? EXP2_LOWEST : x;
+    const real shifted = x + EXP2_ROUND;
+    const real t = x - (shifted - EXP2_ROUND);
+    real y = EXP2_LAST;
+    EXP2_HORNER(y, t)
+    word bits;
+    memcpy(&bits, &shifted, sizeof bits);
+    bits <<= EXP2_MANTISSA;
+    real power;
+    memcpy(&power, &bits, sizeof power);
+    return y * (t * power) + power;
+}
+
+typedef word words_t __attribute__((vector_size(VEC_BYTES)));
+
+/* The same of a vector whose lanes are in range already. */
+INLINE vec_t exp2_vec(vec_t x)
+{
+    COUNT(WORK_EXPONENTIALS, LANES);
+    const vec_t shifted = x + EXP2_ROUND, t = x - (shifted - EXP2_ROUND);
+    vec_t y = EXP2_LAST - (vec_t){0};
+    EXP2_HORNER(y, t)
+    const vec_t power = (vec_t)((words_t)shifted << EXP2_MANTISSA);
+    return y * (t * power) + power;
+}
+
+#endif

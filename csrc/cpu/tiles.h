@@ -1,0 +1,338 @@
+/* SPDX-License-Identifier: MIT */
+/* What is done with a tile of cosines, of a block of anchors I with a block of candidates J:
+ *
+ *     sums         of a tile's rows go to the anchors of I, of its columns to those of J
+ *     gradient     V_ij = g_ij + g_ji;  du_I += V u_J,  du_J += V^T u_I
+ *
+ * with the parts of J only where candidates are anchors too (ntxent, cross). The shift of every row
+ * is 1, the largest cosine there can be, so one exponential serves both rows of a pair. */
+#ifndef HEX_TILES_H
+#define HEX_TILES_H
+
+#include "schedule.h"
+
+/* Where row and positive meet in the tile: neither is a negative. */
+static void mask_self(const hex_problem *p, const tile_t *t, real *c, real hole)
+{
+    const int64_t B = p->B, shift[3] = {0, B, -B}; /* row i with itself, i + B, i - B */
+    for (int k = 0; k < 3; k++) {
+        int64_t from = t->i, to = t->i + t->rows;
+        if (k == 1 && to > B)
+            to = B;
+        if (k == 2 && from < B)
+            from = B;
+        if (from < t->j - shift[k])
+            from = t->j - shift[k];
+        if (to > t->j + t->columns - shift[k])
+            to = t->j + t->columns - shift[k];
+        for (int64_t i = from; i < to; i++)
+            c[(i - t->i) * t->ld + i + shift[k] - t->j] = hole;
+    }
+}
+
+/* What is no negative's cosine: columns that are no rows too. */
+static void blank(const hex_problem *p, const tile_t *t, real hole)
+{
+    for (int64_t i = 0; i < t->rows; i++)
+        for (int64_t j = t->columns; j < round_up(t->columns, NR); j++)
+            t->c[i * t->ld + j] = hole;
+    mask_self(p, t, t->c, hole);
+}
+
+/* ---- sums ---- */
+
+typedef struct {
+    const hex_problem *p;
+    hex_split split;
+    real scale, hole;  /* log2(e) / tau; a cosine whose exponential is nothing */
+    const real *limit; /* of each row, and of a block more */
+    double *sums;      /* sums[kind * rows + row] */
+    int64_t rows, column_block;
+    bool both;
+    real *list;      /* candidates above the limit, list[row * capacity + k] */
+    int32_t *length; /* how many there were, also beyond the capacity */
+    int64_t capacity;
+} pass_t;
+
+static inline void push(const pass_t *s, int64_t row, real c)
+{
+    const int32_t n = s->length[row]++;
+    if (n < s->capacity) {
+        COUNT(WORK_LISTED, 1);
+        s->list[row * s->capacity + n] = c;
+    }
+}
+
+/* The candidates of row i among c[0..n), columns j on, at most 64: bits of those above its own
+ * limit, and of those above the columns'. */
+static void push_all(const pass_t *s, int64_t i, int64_t j, const real *c, uint64_t own,
+                     uint64_t other)
+{
+    for (; own; own &= own - 1)
+        push(s, i, c[__builtin_ctzll(own)]);
+    for (; other; other &= other - 1) {
+        const int b = __builtin_ctzll(other);
+        push(s, j + b, c[b]);
+    }
+}
+
+/* columns: their sums too. */
+INLINE void tile_sums(const pass_t *s, const tile_t *t, real *scratch, bool columns,
+                      hex_split split, hex_power power)
+{
+    const bool lists = split == SPLIT_LIST || split == SPLIT_TIES;
+    const int kinds = split == SPLIT_NONE   ? 2
+                      : split == SPLIT_LIST ? 3
+                      : split == SPLIT_TIES ? 4
+                                            : SUM_KINDS;
+    const int kind_x = split == SPLIT_NONE ? 1 : SUM_REST_X; /* all and rest are one there */
+    const int64_t width = round_up(t->columns, NR), step = s->column_block / LANES;
+    const real beta = (real)s->p->beta;
+    if (columns)
+        memset(scratch, 0, (size_t)(kinds * s->column_block) * sizeof(real));
+    for (int64_t i = 0; i < t->rows; i++) {
+        const real *row = t->c + i * t->ld;
+        const real own_limit = s->limit[t->i + i];
+        vec_t sum[SUM_KINDS] = {{0}};
+        for (int64_t from = 0; from < width; from += 64) {
+            const int64_t to = width - from < 64 ? width : from + 64;
+            uint64_t own_bits = 0, other_bits = 0;
+            for (int64_t j = from; j < to; j += LANES) {
+                const vec_t c = *(const vec_t *)(row + j), x = c - 1;
+                const vec_t power_of_2 = x * s->scale, e = exp2_vec(power_of_2);
+                const vec_t xe = x * e;
+                vec_t *out = (vec_t *)(scratch + j); /* out[kind * step] */
+                sum[SUM_ALL] += e;
+                if (columns)
+                    out[0] += e;
+                if (split == SPLIT_NONE) {
+                    sum[kind_x] += xe;
+                    if (columns)
+                        out[kind_x * step] += xe;
+                    continue;
+                }
+                const vec_t one = 1 - (vec_t){0};
+                const vec_t other_limit =
+                    columns ? *(const vec_t *)(s->limit + t->j + j) : (vec_t){0};
+                const mask_t own = c > own_limit, other = c > other_limit;
+                sum[SUM_REST] += where(~own, e);
+                sum[SUM_REST_X] += where(~own, xe);
+                if (columns) {
+                    out[SUM_REST * step] += where(~other, e);
+                    out[SUM_REST_X * step] += where(~other, xe);
+                }
+                if (split == SPLIT_TIES) {
+                    sum[SUM_COUNT] += where(c == own_limit, one);
+                    if (columns)
+                        out[SUM_COUNT * step] += where(c == other_limit, one);
+                }
+                if (lists) {
+                    own_bits |= (uint64_t)bits(own) << (j - from);
+                    if (columns)
+                        other_bits |= (uint64_t)bits(other) << (j - from);
+                    continue;
+                }
+                const vec_t b = power == POWER_0   ? one
+                                : power == POWER_1 ? e
+                                                   : exp2_vec(beta * power_of_2);
+                const vec_t of[] = {one, b, b * e, b * x, b * xe};
+                for (int k = 0; k < SUM_KINDS - SUM_COUNT; k++) {
+                    sum[SUM_COUNT + k] += where(own, of[k]);
+                    if (columns)
+                        out[(SUM_COUNT + k) * step] += where(other, of[k]);
+                }
+            }
+            if (lists && (own_bits | other_bits))
+                push_all(s, t->i + i, t->j + from, row + from, own_bits, other_bits);
+        }
+        for (int k = 0; k < kinds; k++)
+            s->sums[(k == kind_x ? SUM_REST_X : k) * s->rows + t->i + i] += (double)vec_sum(sum[k]);
+    }
+    for (int k = 0; k < kinds && columns; k++)
+        for (int64_t j = 0; j < t->columns; j++)
+            s->sums[(k == kind_x ? SUM_REST_X : k) * s->rows + t->j + j] +=
+                (double)scratch[k * s->column_block + j];
+}
+
+INLINE void choose_sums(const pass_t *s, const tile_t *t, real *scratch, bool columns)
+{
+    switch (s->split) {
+    case SPLIT_NONE:
+        tile_sums(s, t, scratch, columns, SPLIT_NONE, POWER_0);
+        break;
+    case SPLIT_LIST:
+        tile_sums(s, t, scratch, columns, SPLIT_LIST, POWER_0);
+        break;
+    case SPLIT_TIES:
+        tile_sums(s, t, scratch, columns, SPLIT_TIES, POWER_0);
+        break;
+    case SPLIT_SUMS:
+        switch (power_of(s->p->beta)) {
+        case POWER_0:
+            tile_sums(s, t, scratch, columns, SPLIT_SUMS, POWER_0);
+            break;
+        case POWER_1:
+            tile_sums(s, t, scratch, columns, SPLIT_SUMS, POWER_1);
+            break;
+        default:
+            tile_sums(s, t, scratch, columns, SPLIT_SUMS, POWER_ANY);
+        }
+    }
+}
+
+static void sum_tile(void *context, const tile_t *t, real *scratch)
+{
+    const pass_t *s = context;
+    blank(s->p, t, s->hole);
+    if (s->both && t->i != t->j) /* a block with itself has all its pairs both ways */
+        choose_sums(s, t, scratch, true);
+    else
+        choose_sums(s, t, scratch, false);
+}
+
+static const char *sum_tiles(const unit_t *unit, const panels_t *panels, const field_t *field,
+                             real *kept, bool keep, pass_t *s)
+{
+    schedule_t t = {.unit = unit,
+                    .panels = panels,
+                    .field = *field,
+                    .scratch = SUM_KINDS * field->column_block,
+                    .visit = sum_tile,
+                    .context = s,
+                    .kept = kept,
+                    .keep = keep};
+    return for_each_tile(&t, 2 * unit->width + 64);
+}
+
+/* ---- gradient ---- */
+
+typedef struct {
+    const hex_problem *p;
+    const unit_t *unit;
+    field_t field;
+    const coefficients_t *k;
+    real scale, beta;
+    real *du[2]; /* of anchors, of candidates, in whole register tiles; NULL: not wanted */
+} tile_gradient_t;
+
+/* out_ij = g_ij, with g_ji where candidates are anchors too; one exponential serves both, for the
+ * shift of all rows is 1. */
+INLINE void tile_entries(const tile_gradient_t *g, const tile_t *t, bool both, hex_power power)
+{
+    const coefficients_t *k = g->k;
+    const int64_t jk = both ? t->j : 0;
+    const real *ej = k->eps + jk, *rj = k->rest + jk, *hej = k->hard_e + jk, *hj = k->hard + jk;
+    const real scale = g->scale, beta = g->beta;
+    for (int64_t i = 0; i < t->rows; i++) {
+        const real eps = k->eps[t->i + i], rest = k->rest[t->i + i];
+        const real hard_e = k->hard_e[t->i + i], hard = k->hard[t->i + i];
+        const real *c = t->c + i * t->ld;
+        real *out = t->out + i * t->ld; /* maybe c, and each element depends on its own only */
+#pragma omp simd
+        for (int64_t j = 0; j < t->columns; j++) {
+            const real x = (c[j] - 1) * scale, e = exp2_of(x), b = weight(power, x, e, beta);
+            const real own = c[j] > eps ? b * (hard_e * e - hard) : rest * e;
+            const real other = !both ? 0 : c[j] > ej[j] ? b * (hej[j] * e - hj[j]) : rj[j] * e;
+            out[j] = own + other;
+        }
+    }
+}
+
+INLINE void choose_entries(const tile_gradient_t *g, const tile_t *t, bool both)
+{
+    switch (power_of((double)g->beta)) {
+    case POWER_0:
+        tile_entries(g, t, both, POWER_0);
+        break;
+    case POWER_1:
+        tile_entries(g, t, both, POWER_1);
+        break;
+    default:
+        tile_entries(g, t, both, POWER_ANY);
+    }
+}
+
+static void grad_tile(void *context, const tile_t *t, real *scratch)
+{
+    (void)scratch;
+    const tile_gradient_t *g = context;
+    const int64_t width = g->unit->width;
+    const bool one = g->field.symmetric && t->i == t->j;
+    if (g->field.both)
+        choose_entries(g, t, true);
+    else
+        choose_entries(g, t, false);
+    mask_self(g->p, t, t->out, 0);
+    if (g->du[0])
+        accumulate(g->unit, t->j, t->columns, t->out, t->ld, t->rows,
+                   g->du[0] + (t->i - g->field.anchors.begin) * width);
+    if (g->du[1] && !one)
+        accumulate_transposed(g->unit, t->i, t->rows, t->out, t->ld, t->columns,
+                              g->du[1] + (t->j - g->field.candidates.begin) * width);
+}
+
+/* du, from zero: the negatives' part of every row's gradient. */
+static const char *grad_tiles(tile_gradient_t *g, const panels_t *panels, real *kept)
+{
+    schedule_t t = {.unit = g->unit,
+                    .panels = panels,
+                    .field = g->field,
+                    .visit = grad_tile,
+                    .context = g,
+                    .kept = kept};
+    return for_each_tile(&t, 6 * g->unit->width + 64);
+}
+
+/* Fixed shift: all of du by tiles, then each row by itself. */
+static void finish_body(int64_t begin, int64_t end, void *context)
+{
+    const backward_context_t *c = context;
+    const int64_t first = rows_of(c->p, c->input).begin, width = c->unit->width;
+    for (int64_t o = begin; o < end; o++)
+        finish_row(c, first + o, c->du + o * width);
+}
+
+static const char *backward_tiles(backward_context_t *c, panels_t *panels)
+{
+    const hex_problem *p = c->p;
+    tile_gradient_t pull = {.p = p,
+                            .unit = c->unit,
+                            .field = field_of(p),
+                            .k = &c->k,
+                            .scale = c->scale,
+                            .beta = (real)c->beta};
+    const range_t candidates = pull.field.candidates;
+    const int64_t width = c->unit->width, block = pull.field.column_block;
+    real *du[3] = {NULL}; /* of each input; in ntxent z1's follows z0's */
+    const char *error = NULL;
+    if (!p->kept) /* else no cosine is computed again */
+        error = make_panels(c->unit, candidates.begin, candidates.end, panels);
+    for (int input = 0; !error && input < 3; input++) {
+        const range_t rows = rows_of(p, input);
+        const bool joint = p->mode == HEX_NTXENT;
+        if (joint ? input > 0 : !c->g->dz[input])
+            continue;
+        const int64_t n = (joint ? 2 * p->B : rows.end - rows.begin) + block;
+        du[input] = allocate(n, width, sizeof(real));
+        if (du[input])
+            memset(du[input], 0, (size_t)(n * width) * sizeof(real));
+        else
+            error = HEX_NO_MEMORY;
+    }
+    pull.du[0] = du[0];
+    pull.du[1] = p->mode == HEX_NTXENT ? du[0] : p->mode == HEX_SHARED ? du[2] : du[1];
+    if (!error && (pull.du[0] || pull.du[1]))
+        error = grad_tiles(&pull, panels, p->kept);
+    for (c->input = 0; !error && c->input < 3; c->input++) {
+        const range_t rows = rows_of(p, c->input);
+        c->du = p->mode == HEX_NTXENT ? du[0] + rows.begin * width : du[c->input];
+        if (c->g->dz[c->input] &&
+            !hex_parallel_for(rows.end - rows.begin, 8 * width, finish_body, c))
+            error = HEX_NO_THREADS;
+    }
+    for (int input = 0; input < 3; input++)
+        free(du[input]);
+    return error;
+}
+
+#endif
