@@ -88,6 +88,7 @@ PUBLIC bool loss(const batch *x)
     hex_problem p = {.mode = HEX_NTXENT,
                      .reduction = HEX_MEAN,
                      .B = B,
+                     .M = B,
                      .D = D,
                      .input = {z0, z1},
                      .tau = {&tau, HEX_F64, 0},

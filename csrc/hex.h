@@ -13,10 +13,24 @@
  *     S   = max(q, f) + sum_G e
  *     L   = log(1 + S / e_0)                                 computed as softplus(m + log S)
  *
+ * Where positives may be several, P(i) of them, n_P, with l_ij = v_ij / t, v the cosines and t = tau,
+ * or v logits that are given and t = 1, and e_0 gives way to
+ *
+ *     E = sum_P exp(l)      q = N_h (r - tau_plus E / n_P) / (1 - tau_plus)      D = E + S
+ *     L = log D - mean_P l      positives outside the logarithm
+ *     L = log D - log E         inside
+ *
  * docs/math.md derives the gradient. Unit rows have one index space, whatever the mode:
  *
- *     [0, B) z0      [B, 2B) z1      [2B, 2B + K) the shared negatives
- *     the partner p(i) is i + B or i - B
+ *     [0, B) z0      [B, B + M) z1      [B + M, B + M + K) the shared negatives
+ *     where positives are not given M = B, and the partner p(i) is i + B or i - B
+ *
+ *     ntxent      anchors z0 and z1, candidates the same without the anchor itself
+ *     query       anchors z0, candidates z1
+ *     cross       the same and, beside it, anchors z1, candidates z0
+ *     shared      anchors z0, candidates the negatives and of z1 the positive
+ *     own         the same, where each anchor has K negatives of its own
+ *     logits      rows of values that are given
  *
  * Anchors are always its first `hex_anchors()` rows, so a row of the loss and its anchor have the
  * same index. */
@@ -27,26 +41,34 @@
 #include <stdint.h>
 
 typedef enum { HEX_F32, HEX_F64, HEX_F16, HEX_BF16 } hex_dtype;
-typedef enum { HEX_NTXENT, HEX_QUERY, HEX_CROSS, HEX_SHARED, HEX_OWN, HEX_MODES } hex_mode;
+typedef enum { HEX_NTXENT, HEX_QUERY, HEX_CROSS, HEX_SHARED, HEX_OWN, HEX_LOGITS } hex_mode;
+typedef enum { HEX_OUTSIDE, HEX_INSIDE, HEX_POSITIVES } hex_positives;
 typedef enum { HEX_NONE, HEX_MEAN, HEX_SUM, HEX_REDUCTIONS } hex_reduction;
 typedef enum { HEX_PAPER, HEX_RELEASED, HEX_VARIANTS } hex_variant;
 
 /* What the forward keeps of each row, stats[kind][row] in the compute type. With
  * e = exp((c - shift) / tau) and b = e^beta a gradient entry of row i is
  *
- *     rest e               on G(i)
- *     b (hard_e e - hard)  on H(i) */
+ *     rest e                           on G(i)
+ *     b (hard_e e - hard)              on H(i)
+ *     pos_e (e - pos_mean) + positive  on P(i), where the shift is the positives' own
+ *
+ * The last three are there where positives may be several; one has e = pos_mean = 1. */
 enum {
     HEX_STAT_EPS,   /* the threshold used, rounded down to the compute type */
     HEX_STAT_SHIFT, /* largest cosine of the row (of G(i) in the released variant) */
     HEX_STAT_REST,  /* see above; these three carry 1 / tau */
     HEX_STAT_HARD_E,
     HEX_STAT_HARD,
-    HEX_STAT_POSITIVE, /* dL_i / dc_p */
+    HEX_STAT_POSITIVE, /* of one positive dL_i / dc_p */
     HEX_STAT_DTAU,     /* dL_i / dtau */
     HEX_STAT_COUNT,    /* |H(i)| */
     HEX_STAT_SHARE,    /* the local term's share of the denominator */
-    HEX_STATS
+    HEX_STATS,
+    HEX_STAT_POS_SHIFT = HEX_STATS,
+    HEX_STAT_POS_MEAN,
+    HEX_STAT_POS_E,
+    HEX_STATS_SEVERAL
 };
 
 /* A matrix of feature rows with any strides, in elements. Row r starts at
@@ -64,23 +86,50 @@ typedef struct {
     int64_t stride;
 } hex_vector;
 
+/* Labels, one for each row; data NULL: there are none. */
 typedef struct {
+    const int64_t *data;
+    int64_t stride;
+} hex_ids;
+
+/* Booleans, any byte but 0 is true: a _Bool of another than 0 and 1 is undefined, and torch has
+ * them. data NULL: there are none. */
+typedef struct {
+    const uint8_t *data;
+    int64_t rows, row, col;
+} hex_mask;
+
+typedef struct {
+    /* values */
     hex_mode mode;
+    bool wide;          /* compute in double instead of float */
+    int64_t B, M, K, D; /* rows of z0, of z1; negatives, of all or of one anchor; features */
+    hex_rows input[3];  /* z0, z1, negatives; or logits (B, D) in the first */
+    void *kept; /* of the CPU: hex_cpu_kept() numbers from the forward to the backward, or NULL */
+    /* sets */
+    bool several;   /* positives are those of equal ids, or of the mask; else p(i) alone */
+    hex_ids ids[3]; /* of the rows of each input; of logits the target, a column that is checked */
+    hex_mask mask;  /* ntxent: P(i) where it is given, rows and columns modulo its own */
+    /* who decides H */
+    bool given;        /* groups: eps plays no part */
+    hex_ids groups[3]; /* of the rows of each input */
+    int64_t G;         /* features of a guide, 0: there is none */
+    hex_rows
+        guide[3]; /* its rows, as those of the inputs; of logits the scores (B, D) in the first */
+    hex_vector eps, tau; /* tau has one element; adaptive finds its eps itself */
+    /* the loss */
     hex_reduction reduction;
     hex_variant variant;
-    bool wide;           /* compute in double instead of float */
-    int64_t B, K, D;     /* K: shared negatives, or negatives of one anchor; 0 without */
-    hex_rows input[3];   /* z0, z1, negatives */
-    hex_vector eps, tau; /* tau has one element; adaptive finds its eps itself */
+    hex_positives positives; /* outside the logarithm, or inside */
     double beta, tau_plus;
-    void *kept; /* of the CPU: hex_cpu_kept() numbers from the forward to the backward, or NULL */
+    bool self_column; /* of logits: each row's quantile has a cosine of 1 too, the anchor's own */
 } hex_problem;
 
 /* What the backward is given and fills. An input whose gradient is not wanted has a null pointer in
  * dz. */
 typedef struct {
     hex_vector grad;   /* of the loss: one number, or one a row */
-    const void *stats; /* (HEX_STATS, rows) from the forward, compute type */
+    const void *stats; /* (hex_stats(), rows) from the forward, compute type */
     void *dz[3];       /* contiguous, in the dtype of the input */
     double *dtau;      /* one number, or null */
 } hex_gradient;
@@ -114,7 +163,13 @@ typedef struct {
 
 static inline int64_t hex_anchors(const hex_problem *p)
 {
-    return p->mode == HEX_NTXENT || p->mode == HEX_CROSS ? 2 * p->B : p->B;
+    return p->mode == HEX_NTXENT || p->mode == HEX_CROSS ? p->B + p->M : p->B;
+}
+
+/* How many of the statistics a row has. */
+static inline int hex_stats(const hex_problem *p)
+{
+    return p->several ? HEX_STATS_SEVERAL : HEX_STATS;
 }
 
 /* Every core function returns NULL, or the text of an error after freeing all it took. Arguments

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* Boxed kernels of the rows with classes: torch.ops.hex.labelled_* and logits_*. As ops.c, whose
  * helpers they use: arguments off the stack, checks for memory safety, outputs, a core. */
-#include "labelled.h"
+#include "hex.h"
 
 #include <inttypes.h>
 #include <stdlib.h>
@@ -24,7 +24,9 @@ static bool read_ids(call *c, AtenTensorHandle t, const char *name, int64_t rows
     return true;
 }
 
-static bool read_mask(call *c, AtenTensorHandle t, const hex_labelled *p, hex_mask *out)
+typedef enum { SELF, PAIR, QUEUE, PAIRINGS } pairing_t;
+
+static bool read_mask(call *c, AtenTensorHandle t, const hex_problem *p, hex_mask *out)
 {
     view v;
     if (!read_dense(c, t, "mask", BOOLEANS, &v))
@@ -33,8 +35,8 @@ static bool read_mask(call *c, AtenTensorHandle t, const hex_labelled *p, hex_ma
         return fail(c, "mask: expected a square matrix");
     if (v.size[0] == 0)
         return true;
-    if (p->pairing != HEX_SELF || p->N % v.size[0])
-        return fail(c, "mask: expected self pairing and a part of its %" PRId64 " rows", p->N);
+    if (p->mode != HEX_NTXENT || p->B % v.size[0])
+        return fail(c, "mask: expected self pairing and a part of its %" PRId64 " rows", p->B);
     *out = (hex_mask){v.data, v.size[0], v.stride[0], v.stride[1]};
     return true;
 }
@@ -61,62 +63,84 @@ static bool read_matrix(call *c, AtenTensorHandle t, const char *name, int64_t r
     return true;
 }
 
+/* The candidates' rows as z1 and negatives. */
+static void split_rows(const hex_problem *p, hex_rows x[3])
+{
+    x[2] = x[1];
+    x[2].data = (const char *)x[1].data + p->M * x[1].row * item_size(x[1].dtype);
+    x[2].rows = x[2].inner = p->K;
+    x[1].rows = x[1].inner = p->M;
+}
+
+static void split_ids(const hex_problem *p, hex_ids ids[3])
+{
+    if (p->mode == HEX_SHARED && ids[1].data)
+        ids[2] = (hex_ids){ids[1].data + p->M * ids[1].stride, ids[1].stride};
+}
+
 /* x, y, ids, candidate_ids, mask = in[first..first + 5), and the pairing. */
-static bool read_pairs(call *c, int first, int64_t pairing, hex_labelled *p)
+static bool read_pairs(call *c, int first, int64_t pairing, hex_problem *p)
 {
     int64_t size[2] = {0};
     const AtenTensorHandle *in = c->in + first;
-    if (pairing < 0 || pairing >= HEX_PAIRINGS)
+    if (pairing < 0 || pairing >= PAIRINGS)
         return fail(c, "pairing: expected 0, 1 or 2");
-    p->pairing = (hex_pairing)pairing;
-    if (!read_matrix(c, in[0], "x", -1, -1, &p->x, size))
+    p->mode = pairing == SELF ? HEX_NTXENT : pairing == PAIR ? HEX_QUERY : HEX_SHARED;
+    p->several = true;
+    if (!read_matrix(c, in[0], "x", -1, -1, &p->input[0], size))
         return false;
-    p->N = size[0];
+    p->B = size[0];
     p->D = size[1];
-    const bool self = pairing == HEX_SELF;
-    if (!read_matrix(c, in[1], "y", self ? 0 : -1, p->D, &p->y, size))
+    const bool self = pairing == SELF;
+    if (!read_matrix(c, in[1], "y", self ? 0 : -1, p->D, &p->input[1], size))
         return false;
-    p->M = self ? p->N : size[0];
-    if (pairing == HEX_QUEUE && p->M < p->N)
-        return fail(c, "y: expected at least as many rows as x has, %" PRId64, p->N);
-    p->wide = p->x.dtype == HEX_F64 || (!self && p->y.dtype == HEX_F64);
+    p->M = size[0];
+    if (pairing == QUEUE) {
+        if (size[0] < p->B)
+            return fail(c, "y: expected at least as many rows as x has, %" PRId64, p->B);
+        p->M = p->B;
+        p->K = size[0] - p->B;
+        split_rows(p, p->input);
+    }
+    p->wide = p->input[0].dtype == HEX_F64 || (!self && p->input[1].dtype == HEX_F64);
     if (!read_mask(c, in[4], p, &p->mask) ||
-        !read_ids(c, in[2], "ids", p->N, p->mask.data != NULL, &p->ids[0]) ||
-        !read_ids(c, in[3], "candidate_ids", self ? 0 : p->M, false, &p->ids[1]))
+        !read_ids(c, in[2], "ids", p->B, p->mask.data != NULL, &p->ids[0]) ||
+        !read_ids(c, in[3], "candidate_ids", p->M + p->K, false, &p->ids[1]))
         return false;
-    if (self)
-        p->ids[1] = p->ids[0];
+    split_ids(p, p->ids);
     return true;
 }
 
 /* groups, candidate_groups, guide, candidate_guide = in[first..first + 4). */
-static bool read_membership(call *c, int first, hex_labelled *p)
+static bool read_membership(call *c, int first, hex_problem *p)
 {
     int64_t size[2] = {0};
     const AtenTensorHandle *in = c->in + first;
-    const bool self = p->pairing == HEX_SELF;
-    if (!read_ids(c, in[0], "groups", p->N, true, &p->groups[0]) ||
-        !read_ids(c, in[1], "candidate_groups",
-                  !self && (p->groups[0].data || p->N == 0) ? p->M : 0, p->N == 0, &p->groups[1]))
+    const int64_t candidates = p->M + p->K;
+    if (!read_ids(c, in[0], "groups", p->B, true, &p->groups[0]) ||
+        !read_ids(c, in[1], "candidate_groups", p->groups[0].data || p->B == 0 ? candidates : 0,
+                  p->B == 0, &p->groups[1]))
         return false;
-    if (self)
-        p->groups[1] = p->groups[0];
-    p->rule.given = p->groups[0].data != NULL;
+    p->given = p->groups[0].data != NULL;
+    split_ids(p, p->groups);
     if (!read_matrix(c, in[2], "guide", -1, -1, &p->guide[0], size))
         return false;
-    p->guide_D = size[0] > 0 ? size[1] : 0;
-    if (p->guide_D > 0 && size[0] != p->N)
-        return fail(c, "guide: expected %" PRId64 " rows", p->N);
-    if (p->guide_D > 0 && p->rule.given)
+    p->G = size[0] > 0 ? size[1] : 0;
+    if (p->G > 0 && size[0] != p->B)
+        return fail(c, "guide: expected %" PRId64 " rows", p->B);
+    if (p->G > 0 && p->given)
         return fail(c, "expected groups or a guide, not both");
-    if (p->N == 0) /* whether there is a guide cannot be told, and does not matter */
+    if (p->B == 0) /* whether there is a guide cannot be told, and does not matter */
         return read_matrix(c, in[3], "candidate_guide", -1, -1, &p->guide[1], size);
-    return read_matrix(c, in[3], "candidate_guide", self || p->guide_D == 0 ? 0 : p->M,
-                       p->guide_D == 0 ? -1 : p->guide_D, &p->guide[1], size);
+    if (!read_matrix(c, in[3], "candidate_guide", p->G == 0 ? 0 : candidates, p->G == 0 ? -1 : p->G,
+                     &p->guide[1], size))
+        return false;
+    split_rows(p, p->guide);
+    return true;
 }
 
 static bool read_rule(call *c, int64_t reduction, int64_t variant, int64_t positives, double beta,
-                      double tau_plus, hex_rule *r)
+                      double tau_plus, hex_problem *r)
 {
     if (reduction < 0 || reduction >= HEX_REDUCTIONS)
         return fail(c, "reduction: expected 0, 1 or 2");
@@ -137,39 +161,40 @@ static bool read_rule(call *c, int64_t reduction, int64_t variant, int64_t posit
 /* logits, target = in[first], in[first + 1]. The targets are copied before they are checked:
  * another thread may write to the tensor, and a column that is none would be an address that is
  * none. */
-static bool read_logits(call *c, int first, hex_logits *p)
+static bool read_logits(call *c, int first, hex_problem *p)
 {
     int64_t size[2] = {0};
-    if (!read_matrix(c, c->in[first], "logits", -1, -1, &p->logits, size))
+    p->mode = HEX_LOGITS;
+    p->several = true;
+    if (!read_matrix(c, c->in[first], "logits", -1, -1, &p->input[0], size))
         return false;
-    p->N = size[0];
-    p->C = size[1];
-    p->wide = p->logits.dtype == HEX_F64;
+    p->B = size[0];
+    p->D = size[1];
+    p->wide = p->input[0].dtype == HEX_F64;
     hex_ids given = {0};
-    if (!read_ids(c, c->in[first + 1], "target", p->N, false, &given))
+    if (!read_ids(c, c->in[first + 1], "target", p->B, false, &given))
         return false;
-    int64_t *columns = c->memory = malloc((size_t)(p->N + 1) * sizeof *columns);
+    int64_t *columns = c->memory = malloc((size_t)(p->B + 1) * sizeof *columns);
     if (!columns)
         return fail(c, "out of memory");
-    for (int64_t i = 0; i < p->N; i++) {
+    for (int64_t i = 0; i < p->B; i++) {
         const int64_t column = columns[i] =
             *(const volatile int64_t *)(given.data + i * given.stride);
-        if (column < 0 || column >= p->C)
-            return fail(c, "target: expected columns in [0, %" PRId64 "), got %" PRId64, p->C,
+        if (column < 0 || column >= p->D)
+            return fail(c, "target: expected columns in [0, %" PRId64 "), got %" PRId64, p->D,
                         column);
     }
-    p->target = columns;
+    p->ids[0] = (hex_ids){columns, 1};
     return true;
 }
 
-static bool read_score(call *c, AtenTensorHandle t, hex_logits *p)
+static bool read_score(call *c, AtenTensorHandle t, hex_problem *p)
 {
     int64_t size[2] = {0};
-    if (!read_matrix(c, t, "score", -1, -1, &p->score, size))
+    if (!read_matrix(c, t, "score", -1, -1, &p->guide[0], size))
         return false;
-    if (size[0] == 0)
-        p->score.data = NULL;
-    else if (size[0] != p->N || size[1] != p->C)
+    p->G = size[0] ? size[1] : 0;
+    if (size[0] && (size[0] != p->B || size[1] != p->D))
         return fail(c, "score: expected the shape of the logits");
     return true;
 }
@@ -181,19 +206,19 @@ static hex_dtype real_dtype(bool wide) { return wide ? HEX_F64 : HEX_F32; }
 static bool add_rows(call *c, int64_t rows, bool wide, hex_reduction reduction, void **loss,
                      void **stats)
 {
-    const int64_t size[2] = {HEX_ROW_STATS, rows};
+    const int64_t size[2] = {HEX_STATS_SEVERAL, rows};
     return add_output(c, reduction == HEX_NONE ? 1 : 0, &rows, real_dtype(wide), loss) &&
            add_output(c, 2, size, real_dtype(wide), stats);
 }
 
 static bool read_gradient(call *c, AtenTensorHandle grad, AtenTensorHandle stats, int64_t rows,
-                          bool wide, hex_reduction reduction, hex_row_gradient *g)
+                          bool wide, hex_reduction reduction, hex_gradient *g)
 {
     view v;
     if (!read_numbers(c, grad, "grad", reduction == HEX_NONE ? EACH_ROW : ONE, rows, &g->grad) ||
         !read_view(c, stats, "stats", &v))
         return false;
-    if (v.dtype != real_dtype(wide) || v.dim != 2 || v.size[0] != HEX_ROW_STATS ||
+    if (v.dtype != real_dtype(wide) || v.dim != 2 || v.size[0] != HEX_STATS_SEVERAL ||
         v.size[1] != rows || (rows > 0 && (v.stride[0] != rows || (rows > 1 && v.stride[1] != 1))))
         return fail(c, "stats: expected the contiguous (statistics, rows) tensor of the forward");
     g->stats = v.data;
@@ -234,15 +259,15 @@ void hex_labelled_forward_boxed(StableIValue *stack, uint64_t arguments, uint64_
 {
     (void)arguments, (void)outputs;
     call c = begin(stack, 11);
-    hex_labelled p = {0};
+    hex_problem p = {0};
     void *loss, *stats;
     if (read_pairs(&c, 0, (int64_t)stack[11], &p) && read_membership(&c, 5, &p) &&
         read_rule(&c, (int64_t)stack[12], (int64_t)stack[13], (int64_t)stack[14],
-                  to_double(stack[15]), to_double(stack[16]), &p.rule) &&
-        read_numbers(&c, c.in[9], "eps", ONE | EACH_ROW, p.N, &p.rule.eps) &&
-        read_numbers(&c, c.in[10], "tau", ONE, 0, &p.rule.tau) &&
-        add_rows(&c, p.N, p.wide, p.rule.reduction, &loss, &stats))
-        ok(&c, hex_cpu_labelled_forward(&p, loss, stats));
+                  to_double(stack[15]), to_double(stack[16]), &p) &&
+        read_numbers(&c, c.in[9], "eps", ONE | EACH_ROW, p.B, &p.eps) &&
+        read_numbers(&c, c.in[10], "tau", ONE, 0, &p.tau) &&
+        add_rows(&c, p.B, p.wide, p.reduction, &loss, &stats))
+        ok(&c, hex_cpu_forward(&p, loss, stats));
     finish(&c, stack, "labelled_forward");
 }
 
@@ -252,23 +277,25 @@ void hex_labelled_backward_boxed(StableIValue *stack, uint64_t arguments, uint64
 {
     (void)arguments, (void)outputs;
     call c = begin(stack, 12);
-    hex_labelled p = {0};
-    hex_row_gradient g = {0};
+    hex_problem p = {0};
+    hex_gradient g = {0};
     const int64_t needs = (int64_t)stack[15];
     if (read_pairs(&c, 1, (int64_t)stack[12], &p) && read_membership(&c, 6, &p) &&
-        read_rule(&c, (int64_t)stack[13], HEX_PAPER, HEX_OUTSIDE, to_double(stack[14]), 0,
-                  &p.rule) &&
-        read_gradient(&c, c.in[0], c.in[11], p.N, p.wide, p.rule.reduction, &g) &&
-        read_numbers(&c, c.in[10], "tau", ONE, 0, &p.rule.tau)) {
-        const bool dy = needs & 2 && p.pairing != HEX_SELF;
+        read_rule(&c, (int64_t)stack[13], HEX_PAPER, HEX_OUTSIDE, to_double(stack[14]), 0, &p) &&
+        read_gradient(&c, c.in[0], c.in[11], p.B, p.wide, p.reduction, &g) &&
+        read_numbers(&c, c.in[10], "tau", ONE, 0, &p.tau)) {
+        const bool dy = needs & 2 && p.mode != HEX_NTXENT;
+        hex_rows y = p.input[1];
+        y.rows = p.M + p.K;
         double dtau = 0;
         void *out;
-        if (add_gradient(&c, needs & 1, &p.x, p.D, &g.d[0]) &&
-            add_gradient(&c, dy, &p.y, p.D, &g.d[1]) &&
-            add_dtau(&c, needs & 4, p.rule.tau.dtype, &out)) {
+        if (add_gradient(&c, needs & 1, &p.input[0], p.D, &g.dz[0]) &&
+            add_gradient(&c, dy, &y, p.D, &g.dz[1]) && add_dtau(&c, needs & 4, p.tau.dtype, &out)) {
             g.dtau = &dtau;
-            if (ok(&c, hex_cpu_labelled_backward(&p, &g)))
-                store_dtau(needs & 4, p.rule.tau.dtype, dtau, out);
+            if (g.dz[1] && p.mode == HEX_SHARED)
+                g.dz[2] = (char *)g.dz[1] + p.M * p.D * item_size(y.dtype);
+            if (ok(&c, hex_cpu_backward(&p, &g)))
+                store_dtau(needs & 4, p.tau.dtype, dtau, out);
         }
     }
     finish(&c, stack, "labelled_backward");
@@ -280,13 +307,13 @@ void hex_labelled_threshold_boxed(StableIValue *stack, uint64_t arguments, uint6
 {
     (void)arguments, (void)outputs;
     call c = begin(stack, 5);
-    hex_labelled p = {0};
+    hex_problem p = {0};
     void *mean;
     const double quantile = to_double(stack[6]);
     if (!(quantile >= 0 && quantile <= 1))
         fail(&c, "quantile: expected a number in [0, 1]");
     else if (read_pairs(&c, 0, (int64_t)stack[5], &p) && add_output(&c, 0, NULL, HEX_F64, &mean))
-        ok(&c, hex_cpu_labelled_threshold(&p, quantile, stack[7] & 1, mean));
+        ok(&c, hex_cpu_threshold(&p, quantile, stack[7] & 1, mean));
     finish(&c, stack, "labelled_threshold");
 }
 
@@ -295,12 +322,12 @@ void hex_labelled_row_range_boxed(StableIValue *stack, uint64_t arguments, uint6
 {
     (void)arguments, (void)outputs;
     call c = begin(stack, 5);
-    hex_labelled p = {0};
+    hex_problem p = {0};
     void *low, *high;
     if (read_pairs(&c, 0, (int64_t)stack[5], &p) &&
-        add_output(&c, 1, &p.N, real_dtype(p.wide), &low) &&
-        add_output(&c, 1, &p.N, real_dtype(p.wide), &high))
-        ok(&c, hex_cpu_labelled_row_range(&p, low, high));
+        add_output(&c, 1, &p.B, real_dtype(p.wide), &low) &&
+        add_output(&c, 1, &p.B, real_dtype(p.wide), &high))
+        ok(&c, hex_cpu_row_range(&p, low, high));
     finish(&c, stack, "labelled_row_range");
 }
 
@@ -310,15 +337,15 @@ void hex_logits_forward_boxed(StableIValue *stack, uint64_t arguments, uint64_t 
 {
     (void)arguments, (void)outputs;
     call c = begin(stack, 5);
-    hex_logits p = {.rule.given = stack[5] & 1};
+    hex_problem p = {.given = stack[5] & 1};
     void *loss, *stats;
     if (read_logits(&c, 0, &p) && read_score(&c, c.in[2], &p) &&
         read_rule(&c, (int64_t)stack[6], (int64_t)stack[7], HEX_OUTSIDE, to_double(stack[8]),
-                  to_double(stack[9]), &p.rule) &&
-        read_numbers(&c, c.in[3], "eps", ONE | EACH_ROW, p.N, &p.rule.eps) &&
-        read_numbers(&c, c.in[4], "tau", ONE, 0, &p.rule.tau) &&
-        add_rows(&c, p.N, p.wide, p.rule.reduction, &loss, &stats))
-        ok(&c, hex_cpu_logits_forward(&p, loss, stats));
+                  to_double(stack[9]), &p) &&
+        read_numbers(&c, c.in[3], "eps", ONE | EACH_ROW, p.B, &p.eps) &&
+        read_numbers(&c, c.in[4], "tau", ONE, 0, &p.tau) &&
+        add_rows(&c, p.B, p.wide, p.reduction, &loss, &stats))
+        ok(&c, hex_cpu_forward(&p, loss, stats));
     finish(&c, stack, "logits_forward");
 }
 
@@ -328,20 +355,20 @@ void hex_logits_backward_boxed(StableIValue *stack, uint64_t arguments, uint64_t
 {
     (void)arguments, (void)outputs;
     call c = begin(stack, 6);
-    hex_logits p = {0};
-    hex_row_gradient g = {0};
+    hex_problem p = {0};
+    hex_gradient g = {0};
     const int64_t needs = (int64_t)stack[8];
     if (read_logits(&c, 1, &p) && read_score(&c, c.in[3], &p) &&
-        read_rule(&c, (int64_t)stack[6], HEX_PAPER, HEX_OUTSIDE, to_double(stack[7]), 0, &p.rule) &&
-        read_gradient(&c, c.in[0], c.in[5], p.N, p.wide, p.rule.reduction, &g) &&
-        read_numbers(&c, c.in[4], "tau", ONE, 0, &p.rule.tau)) {
+        read_rule(&c, (int64_t)stack[6], HEX_PAPER, HEX_OUTSIDE, to_double(stack[7]), 0, &p) &&
+        read_gradient(&c, c.in[0], c.in[5], p.B, p.wide, p.reduction, &g) &&
+        read_numbers(&c, c.in[4], "tau", ONE, 0, &p.tau)) {
         double dtau = 0;
         void *out;
-        if (add_gradient(&c, needs & 1, &p.logits, p.C, &g.d[0]) &&
-            add_dtau(&c, needs & 2, p.rule.tau.dtype, &out)) {
+        if (add_gradient(&c, needs & 1, &p.input[0], p.D, &g.dz[0]) &&
+            add_dtau(&c, needs & 2, p.tau.dtype, &out)) {
             g.dtau = &dtau;
-            if (ok(&c, hex_cpu_logits_backward(&p, &g)))
-                store_dtau(needs & 2, p.rule.tau.dtype, dtau, out);
+            if (ok(&c, hex_cpu_backward(&p, &g)))
+                store_dtau(needs & 2, p.tau.dtype, dtau, out);
         }
     }
     finish(&c, stack, "logits_backward");
@@ -352,14 +379,14 @@ void hex_logits_threshold_boxed(StableIValue *stack, uint64_t arguments, uint64_
 {
     (void)arguments, (void)outputs;
     call c = begin(stack, 3);
-    hex_logits p = {0};
+    hex_problem p = {.self_column = stack[5] & 1};
     void *mean;
     const double quantile = to_double(stack[3]);
     if (!(quantile >= 0 && quantile <= 1))
         fail(&c, "quantile: expected a number in [0, 1]");
-    else if (read_logits(&c, 0, &p) && read_numbers(&c, c.in[2], "tau", ONE, 0, &p.rule.tau) &&
+    else if (read_logits(&c, 0, &p) && read_numbers(&c, c.in[2], "tau", ONE, 0, &p.tau) &&
              add_output(&c, 0, NULL, HEX_F64, &mean))
-        ok(&c, hex_cpu_logits_threshold(&p, quantile, stack[4] & 1, stack[5] & 1, mean));
+        ok(&c, hex_cpu_threshold(&p, quantile, stack[4] & 1, mean));
     finish(&c, stack, "logits_threshold");
 }
 
@@ -368,11 +395,11 @@ void hex_logits_row_range_boxed(StableIValue *stack, uint64_t arguments, uint64_
 {
     (void)arguments, (void)outputs;
     call c = begin(stack, 3);
-    hex_logits p = {0};
+    hex_problem p = {.self_column = stack[3] & 1};
     void *low, *high;
-    if (read_logits(&c, 0, &p) && read_numbers(&c, c.in[2], "tau", ONE, 0, &p.rule.tau) &&
-        add_output(&c, 1, &p.N, real_dtype(p.wide), &low) &&
-        add_output(&c, 1, &p.N, real_dtype(p.wide), &high))
-        ok(&c, hex_cpu_logits_row_range(&p, stack[3] & 1, low, high));
+    if (read_logits(&c, 0, &p) && read_numbers(&c, c.in[2], "tau", ONE, 0, &p.tau) &&
+        add_output(&c, 1, &p.B, real_dtype(p.wide), &low) &&
+        add_output(&c, 1, &p.B, real_dtype(p.wide), &high))
+        ok(&c, hex_cpu_row_range(&p, low, high));
     finish(&c, stack, "logits_row_range");
 }

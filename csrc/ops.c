@@ -181,7 +181,7 @@ static bool read_inputs(call *c, int first, int64_t mode, hex_problem *p)
     view v[3];
     c->place.one_product = mode >= 0 && mode & 8; /* hex_device's; the CPU has no use for it */
     mode = mode >= 0 ? mode & ~(int64_t)8 : mode;
-    if (mode < 0 || mode >= HEX_MODES)
+    if (mode < 0 || mode >= HEX_LOGITS)
         return fail(c, "mode: expected 0 to 4");
     for (int k = 0; k < 3; k++) {
         const bool cube = k == 2 && mode == HEX_OWN;
@@ -208,7 +208,7 @@ static bool read_inputs(call *c, int first, int64_t mode, hex_problem *p)
                                  .col = stride[dim - 1]};
     }
     p->mode = (hex_mode)mode;
-    p->B = v[0].size[0];
+    p->B = p->M = v[0].size[0];
     p->D = v[0].size[1];
     p->K = mode == HEX_OWN ? v[2].size[1] : v[2].size[0];
     if (v[1].size[0] != p->B)

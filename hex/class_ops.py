@@ -22,7 +22,7 @@ __all__ = ["PAIRINGS", "POSITIVES", "labelled_loss", "labelled_row_range", "labe
 PAIRINGS = {name: code for code, name in enumerate(reference.PAIRINGS)}
 POSITIVES = {name: code for code, name in enumerate(reference.POSITIVES)}
 
-_EPS, _COUNT, _SHARE, _STATS = 0, 10, 11, 12  # csrc/labelled.h, HEX_ROW_*
+_EPS, _COUNT, _SHARE, _STATS = 0, 7, 8, 12  # csrc/hex.h, HEX_STAT_*
 _KERNELS = {"cpu", "meta"}
 
 

@@ -8,6 +8,7 @@ any number of threads; where the values of the batch decide, a range is derived.
 benchmark's (../benchmarks/core.py).
 """
 
+import itertools
 import os
 import platform
 import re
@@ -29,6 +30,7 @@ from work import (
     Need,
     build,
     most_passes,
+    parts,
 )
 
 from hex import ops
@@ -247,45 +249,49 @@ def test_a_weight_of_its_own_costs_an_exponential_more_at_most(core, beta):
 
 @pytest.mark.parametrize("positives", [0, 1], ids=["outside", "inside"])
 @pytest.mark.parametrize("guided", [False, True], ids=["", "guide"])
-@pytest.mark.parametrize("pairing", [0, 1], ids=["self", "pair"])
-def test_a_labelled_loss(core, pairing, guided, positives):
-    N, D, E = 203, 40, 19
-    M = N if pairing == 0 else 707
+@pytest.mark.parametrize("mode", ["ntxent", "query"])
+def test_a_labelled_loss(core, mode, guided, positives):
+    """By tiles; and where a guide decides, block by block."""
+    B, D, E = 203, 40, 19
+    M = 707 if mode == "query" else 0
     g = torch.Generator().manual_seed(0)
-    x, y = torch.randn(N, D, generator=g), torch.randn(M, D, generator=g)
-    ids = [torch.arange(n) % 7 for n in (N, M)]
+    x, y = torch.randn(B, D, generator=g), torch.randn(M, D, generator=g)
+    ids = [torch.arange(n) % 7 for n in (B, M)]
     given = dict(ids=ids, guide_D=0)
     if guided:
-        given |= dict(guide=[torch.randn(n, E, generator=g) for n in (N, M)], guide_D=E)
+        given |= dict(guide=[torch.randn(n, E, generator=g) for n in (B, M)], guide_D=E)
     forward, backward, threshold = core.count_labelled(
-        x, y if pairing else None, pairing=pairing, positives=positives, **given
+        x, y if M else None, mode=MODES.index(mode), positives=positives, **given
     )
-    need = Need(core, "query", N, 0, D)
-    widths = [need.width] + ([Need(core, "query", N, 0, E).width] if guided else [])
+    need = Need(core, mode, B, 0, D, M=M)
+    assert need.by_tiles
+    N, candidates = need.rows, need.columns
+    unit_rows = need.unit_rows * (1 + guided)
+    widths = [need, *([Need(core, mode, B, 0, E, M=M)] if guided else [])]
+    nothing = dict.fromkeys(forward, 0)
+    products = sum(each.product(N, candidates) for each in widths)
+    if guided:
+        entries = dict(exponentials=N * candidates, compared=N * candidates)
+        assert forward == nothing | entries | dict(products=products, rows=unit_rows)
+        expected = nothing | dict(rows=unit_rows)
+        for owners, met, terms, _ in need.sides():
+            expected["dots"] += owners * D
+            expected["exponentials"] += owners * met * terms
+            for n in parts(met, 512):
+                expected["products"] += sum(each.product(owners, n) for each in widths)
+                expected["products"] += need.gathered(owners, n)
+        assert backward == expected
+    else:
+        assert forward == nothing | dict(
+            products=need.cosines(), exponentials=need.summed(), rows=unit_rows
+        )
+        assert backward == need.backward(False, (1, 1, 0))
 
-    def cosines(owners, met, width):
-        return -(-owners // need.MR) * need.MR * -(-met // need.NR) * need.NR * width
-
-    unit_rows = (N + (M if pairing else 0)) * len(widths)
-    nothing = dict(dots=0, listed=0, again=0)
-    products = sum(cosines(N, M, width) for width in widths)
-    entries = dict(exponentials=N * M, compared=N * M, selected=0)
-    assert forward == nothing | entries | dict(products=products, rows=unit_rows)
-
-    expected = nothing | dict(rows=unit_rows, compared=0, selected=0, products=0, exponentials=0)
-    for owners, met in [(N, M), (M, N)][: pairing + 1]:
-        expected["dots"] += owners * D
-        expected["exponentials"] += owners * met * (1 if pairing else 2)
-        for n in [min(512, met - k) for k in range(0, met, 512)]:
-            expected["products"] += sum(cosines(owners, n, width) for width in widths)
-            expected["products"] += need.gathered(owners, n)
-    assert backward == expected
-
-    negatives = int((ids[0][:, None] != ids[1]).sum())
+    negatives = int((ids[0][:, None] != ids[1 if M else 0]).sum())
     assert threshold["selected"] == negatives
     assert negatives <= threshold["compared"] <= most_passes(False) * negatives
     assert threshold | dict(selected=0, compared=0) == nothing | dict(
-        products=products, rows=unit_rows, exponentials=0, selected=0, compared=0
+        products=sum(each.product(N, candidates) for each in widths), rows=unit_rows
     )
 
 
@@ -340,10 +346,10 @@ PLANTED = {
         ("tiles.h", r"x = \(c\[j\] - 1\) \* scale, e = ", "x = (c[j] - 1) * scale, "
          "column_e = exp2_of(x), e = 0 * column_e + "),
     "the threshold has a pass of its own":
-        ("entry.h", r"if \(by_tiles\(p\) && !hex_is_warm_up\(t\)",
-         "if (false && by_tiles(p) && !hex_is_warm_up(t)"),
+        ("entry.h", r"if \(by_tiles\(p\) && !is_classed",
+         "if (false && by_tiles(p) && !is_classed"),
     "the bound is made twice":
-        ("quantile.h", r"(?=cosines\(&b->s->unit, from, rows)", TWICE),
+        ("quantile.h", r"(?=cosines\(&b->s->in\.unit, from, rows)", TWICE),
     "twice as many rows are sampled":
         ("quantile.h", r"<= 1024 \? 128 : 256", "<= 1024 ? 256 : 512"),
     "a list's quantile is selected twice":
@@ -354,26 +360,24 @@ PLANTED = {
          "normalize(u, D), c->unit->inverse[i] = "),
     "the positive's cosine is made for either row":
         ("quantile.h", r"s->cp\[i \+ s->p->B\] = s->cp\[i\];",
-         "s->cp[i + s->p->B] = (double)positive_cosine(s->p, &s->unit, i + s->p->B);"),
+         "s->cp[i + s->p->B] = (double)positive_cosine(s->p, &s->in.unit, i + s->p->B);"),
     "row by row, the cosines are made twice":
-        ("blocks.h", r"(?=cosines\(c->some \?)", TWICE),
+        ("visit.h", r"(?=cosines\(c->some \?)", TWICE),
     "row by row, a row's quantile is selected twice":
-        ("quantile.h", r"(?=t->low\[i\] = row_select\()", TWICE),
+        ("quantile.h", r"(?=t->low\[i\] = cosine\(row_select\()", TWICE),
     "row by row, the gradient gathers twice":
-        ("blocks.h", r"(?=accumulate\(c->unit, slice\.begin)", TWICE),
+        ("blocks.h", r"(?=accumulate\(unit, slice\.begin)", TWICE),
     "row by row, entries are made twice":
-        ("blocks.h", r"(?=row_entries\(row, columns)", TWICE),
+        ("blocks.h", r"(?=row_entries\(r\.v, r\.s, columns)", TWICE),
     "an anchor's own negatives are multiplied twice":
-        ("blocks.h", r"(?=own->c\[j\] = \(real\)dot_product\()", TWICE),
-    "labelled: the cosines are made twice":
-        ("class_blocks.h", r"(?=cosines\(&s->u\[side\], from)", TWICE),
-    "labelled: the gradient gathers twice":
-        ("class_blocks.h", r"(?=accumulate\(&c->sides)", TWICE),
-    "logits: the largest of a row are found twice":
-        ("class_row.h", r"const peaks_t peaks = (?=row_peaks\()",
-         "row_peaks(v, s, kind, n, eps); const peaks_t peaks = "),
+        ("visit.h", r"(?=own->c\[j\] = \(real\)dot_product\()", TWICE),
+    "row by row, the guide's cosines are made twice":
+        ("visit.h", r"(?=cosines\(&c->in->guide)", TWICE),
+    "row by row, the sets of a row are found twice":
+        ("row.h", r"const sets_t of = (?=row_sets\()",
+         "row_sets(r, eps, &hard, &unknown); const sets_t of = "),
     "logits: entries are made twice":
-        ("class_logits.h", r"(?=row_class_entries\(r\.v)", TWICE),
+        ("blocks.h", r"(?=row_entries\(r\.v, r\.s, p->D)", TWICE),
 }  # fmt: skip
 
 
@@ -391,8 +395,8 @@ def failures(core):
         attempt(test_a_loss_with_its_threshold_given, mode, sizes, 1)
         attempt(test_a_loss_that_finds_its_threshold, mode, sizes, "gauss", 0, 0)
         attempt(test_a_loss_that_finds_its_threshold, mode, sizes, "tight", 0, 1)
-    for pairing in (0, 1):
-        attempt(test_a_labelled_loss, pairing, False, 0)
+    for mode, guided in itertools.product(("ntxent", "query"), (False, True)):
+        attempt(test_a_labelled_loss, mode, guided, 0)
     attempt(test_a_loss_of_logits)
     return failed
 

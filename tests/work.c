@@ -62,7 +62,7 @@ typedef struct {
 } request;
 
 typedef struct {
-    int64_t pairing, positives, dtype, N, M, D, guide_D, threads, dz[2];
+    int64_t mode, positives, dtype, N, M, D, guide_D, threads, dz[2];
     double eps, tau, beta, tau_plus;
     const void *x, *y, *guide[2];
     const int64_t *ids[2], *groups[2];
@@ -111,6 +111,7 @@ PUBLIC const char *count(const request *r, int64_t counts[2][WORK_KINDS])
                      .reduction = HEX_MEAN,
                      .wide = r->wide,
                      .B = r->B,
+                     .M = r->B,
                      .K = K,
                      .D = r->D,
                      .eps = {&r->eps, HEX_F64, 0},
@@ -153,79 +154,73 @@ PUBLIC const char *count(const request *r, int64_t counts[2][WORK_KINDS])
     return error;
 }
 
-/* The same of a loss with labels, or groups, or a guide; counts[2] is of its threshold. */
-PUBLIC const char *count_labelled(const labelled_request *r, int64_t counts[3][WORK_KINDS])
+/* The same of a loss with several positives; counts[2] is of its threshold. */
+static const char *count_several(hex_problem *p, hex_gradient *g, int64_t counts[3][WORK_KINDS])
 {
     static const double one = 1;
-    const bool self = r->pairing == HEX_SELF;
-    const int64_t M = self ? r->N : r->M;
-    const hex_rule rule = {.reduction = HEX_MEAN,
-                           .positives = (hex_positives)r->positives,
-                           .given = r->groups[0] != NULL,
-                           .beta = r->beta,
-                           .tau_plus = r->tau_plus,
-                           .eps = {&r->eps, HEX_F64, 0},
-                           .tau = {&r->tau, HEX_F64, 0}};
-    hex_labelled p = {.rule = rule, .pairing = (hex_pairing)r->pairing, .N = r->N, .M = M};
-    p.D = r->D;
-    p.guide_D = r->guide_D;
-    p.x = matrix(r->x, r->dtype, r->N, r->D);
-    p.y = matrix(r->y, r->dtype, M, r->D);
-    for (int k = 0; k < 2; k++) {
-        p.guide[k] = matrix(r->guide[k], r->dtype, k ? M : r->N, r->guide_D);
-        p.ids[k] = (hex_ids){r->ids[k], 1};
-        p.groups[k] = (hex_ids){r->groups[k], 1};
-    }
-    float *stats = allocate(HEX_ROW_STATS, r->N, sizeof(float)), value;
-    void *d[2] = {allocate(r->N, r->D, sizeof(float)), allocate(M, r->D, sizeof(float))};
-    const hex_row_gradient g = {
-        .grad = {&one, HEX_F64, 0}, .stats = stats, .d = {d[0], r->dz[1] ? d[1] : NULL}};
+    float *stats = allocate(HEX_STATS_SEVERAL, p->B, sizeof(float)), value;
     double mean;
-    threads = r->threads;
+    p->several = true;
+    g->grad = (hex_vector){&one, HEX_F64, 0};
+    g->stats = stats;
     take(counts[0]);
-    const char *error = level[0]->labelled_forward(&p, &value, stats);
+    const char *error = level[0]->forward(p, &value, stats);
     take(counts[0]);
     if (!error)
-        error = level[0]->labelled_backward(&p, &g);
+        error = level[0]->backward(p, g);
     take(counts[1]);
     if (!error)
-        error = level[0]->labelled_threshold(&p, 0.9, true, &mean);
+        error = level[0]->threshold(p, 0.9, true, &mean);
     take(counts[2]);
     free(stats);
-    free(d[0]);
-    free(d[1]);
+    free(g->dz[0]);
+    free(g->dz[1]);
     return error;
 }
 
-/* The same of rows of logits. */
+/* Of rows with labels, or groups, or a guide. */
+PUBLIC const char *count_labelled(const labelled_request *r, int64_t counts[3][WORK_KINDS])
+{
+    hex_problem p = {
+        .mode = (hex_mode)r->mode,
+        .B = r->N,
+        .M = r->M,
+        .D = r->D,
+        .input = {matrix(r->x, r->dtype, r->N, r->D), matrix(r->y, r->dtype, r->M, r->D)},
+        .given = r->groups[0] != NULL,
+        .G = r->guide_D,
+        .reduction = HEX_MEAN,
+        .positives = (hex_positives)r->positives,
+        .beta = r->beta,
+        .tau_plus = r->tau_plus,
+        .eps = {&r->eps, HEX_F64, 0},
+        .tau = {&r->tau, HEX_F64, 0}};
+    for (int k = 0; k < 2; k++) {
+        p.guide[k] = matrix(r->guide[k], r->dtype, k ? r->M : r->N, r->guide_D);
+        p.ids[k] = (hex_ids){r->ids[k], 1};
+        p.groups[k] = (hex_ids){r->groups[k], 1};
+    }
+    hex_gradient g = {.dz = {allocate(r->N, r->D, sizeof(float)),
+                             r->dz[1] ? allocate(r->M, r->D, sizeof(float)) : NULL}};
+    threads = r->threads;
+    return count_several(&p, &g, counts);
+}
+
+/* Of rows of logits. */
 PUBLIC const char *count_logits(const logits_request *r, int64_t counts[3][WORK_KINDS])
 {
-    static const double one = 1;
-    hex_logits p = {.rule = {.reduction = HEX_MEAN,
-                             .positives = (hex_positives)r->positives,
-                             .beta = r->beta,
-                             .tau_plus = r->tau_plus,
-                             .eps = {&r->eps, HEX_F64, 0},
-                             .tau = {&r->tau, HEX_F64, 0}},
-                    .N = r->N,
-                    .C = r->C,
-                    .logits = matrix(r->logits, HEX_F32, r->N, r->C),
-                    .target = r->target};
-    float *stats = allocate(HEX_ROW_STATS, r->N, sizeof(float)), value;
-    float *d = allocate(r->N, r->C, sizeof(float));
-    const hex_row_gradient g = {.grad = {&one, HEX_F64, 0}, .stats = stats, .d = {d, NULL}};
-    double mean;
+    hex_problem p = {.mode = HEX_LOGITS,
+                     .B = r->N,
+                     .D = r->C,
+                     .input = {matrix(r->logits, HEX_F32, r->N, r->C)},
+                     .ids = {{r->target, 1}},
+                     .reduction = HEX_MEAN,
+                     .positives = (hex_positives)r->positives,
+                     .beta = r->beta,
+                     .tau_plus = r->tau_plus,
+                     .eps = {&r->eps, HEX_F64, 0},
+                     .tau = {&r->tau, HEX_F64, 0}};
+    hex_gradient g = {.dz = {allocate(r->N, r->C, sizeof(float))}};
     threads = r->threads;
-    take(counts[0]);
-    const char *error = level[0]->logits_forward(&p, &value, stats);
-    take(counts[0]);
-    if (!error)
-        error = level[0]->logits_backward(&p, &g);
-    take(counts[1]);
-    if (!error)
-        error = level[0]->logits_threshold(&p, 0.9, true, false, &mean);
-    take(counts[2]);
-    free(stats);
-    free(d);
-    return error;
+    return count_several(&p, &g, counts);
 }

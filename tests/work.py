@@ -39,7 +39,7 @@ Request = structure(
 )  # fmt: skip
 LabelledRequest = structure(
     "LabelledRequest",
-    ("pairing positives dtype N M D guide_D threads", integer), ("dz", integer * 2),
+    ("mode positives dtype N M D guide_D threads", integer), ("dz", integer * 2),
     ("eps tau beta tau_plus", real), ("x y", pointer), ("guide ids groups", pointer * 2),
 )  # fmt: skip
 LogitsRequest = structure(
@@ -86,7 +86,7 @@ class Core(NamedTuple):
             of = given.pop(name, (None, None))
             pointers[name] = (pointer * 2)(*[t.data_ptr() if t is not None else None for t in of])
         o = {**OPTIONS, "threads": 1, "dtype": F32, **given, **pointers}
-        o |= dict(N=x.shape[0], M=(x if y is None else y).shape[0], D=x.shape[1])
+        o |= dict(N=x.shape[0], M=0 if y is None else y.shape[0], D=x.shape[1])
         o["dz"] = (integer * 2)(1, y is not None)
         o["y"] = y.data_ptr() if y is not None else None
         return self._count("count_labelled", LabelledRequest(x=x.data_ptr(), **o), 3)
@@ -140,23 +140,26 @@ class Need:
     """A problem's sizes, with the names and the numbers of csrc/cpu: schedule.h, quantile.h,
     onepass.h, blocks.h."""
 
-    def __init__(self, core: Core, mode: str, B: int, K: int, D: int, dtype: int = F32) -> None:
+    def __init__(
+        self, core: Core, mode: str, B: int, K: int, D: int, dtype: int = F32, M: int | None = None
+    ) -> None:
         self.wide = dtype == F64
         self.MR, self.NR = core.sides(self.wide)
         self.lanes = self.NR // 2
         self.even = 2 if core.dots and dtype == BF16 else 1  # pairs of rows
-        self.mode, self.B, self.K, self.D = mode, B, K, D
+        M = B if M is None else M  # rows of z1: others where positives are told by ids
+        self.mode, self.B, self.M, self.K, self.D = mode, B, M, K, D
         self.width = up(D, self.NR)
         self.symmetric, self.both = mode == "ntxent", mode in ("ntxent", "cross")
-        self.rows = 2 * B if self.both else B
-        self.columns = {"ntxent": 2 * B, "shared": K, "own": K}.get(mode, B)
+        self.rows = B + M if self.both else B
+        self.columns = {"ntxent": B + M, "shared": K, "own": K}.get(mode, M)
         self.negatives = self.columns - {"ntxent": 2, "shared": 0, "own": 0}.get(mode, 1)
-        self.anchors = 2 * B if self.symmetric else B  # of a field
+        self.anchors = B + M if self.symmetric else B  # of a field
         self.by_tiles = mode != "own" and B >= 16 and self.columns >= 192
-        self.unit_rows = 2 * B + (K if mode == "shared" else 0)
+        self.unit_rows = B + M + (K if mode == "shared" else 0)
         most = 96 if self.wide else 192
         if self.symmetric:
-            self.row_block = self.column_block = min(96 if 2 * B <= 1024 else 192, most)
+            self.row_block = self.column_block = min(96 if B + M <= 1024 else 192, most)
         else:
             self.row_block = min(48 if B <= 384 else 96 if B <= 1536 else 192, most)
             self.column_block = most
@@ -211,10 +214,10 @@ class Need:
     def sides(self) -> list[tuple[int, int, int, bool]]:
         """Of each input in its turn, row by row: owners, rows that they meet, how many of the two
         kinds of terms each entry has, and whether they are anchors."""
-        B, K = self.B, self.K
+        B, M, K = self.B, self.M, self.K
         return {
-            "ntxent": [(B, 2 * B, 2, True), (B, 2 * B, 2, True), (0, 0, 0, False)],
-            "query": [(B, B, 1, True), (B, B, 1, False), (0, 0, 0, False)],
+            "ntxent": [(B, B + M, 2, True), (M, B + M, 2, True), (0, 0, 0, False)],
+            "query": [(B, M, 1, True), (M, B, 1, False), (0, 0, 0, False)],
             "cross": [(B, B, 2, True), (B, B, 2, True), (0, 0, 0, False)],
             "shared": [(B, K, 1, True), (B, 0, 0, False), (K, B, 1, False)],
             "own": [(B, 0, 0, True), (B, 0, 0, False), (B * K, 0, 0, False)],

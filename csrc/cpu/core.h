@@ -5,18 +5,17 @@
  *     real, dots            the type, its vectors, 2^x; pairs of bfloat16
  *     unit, dot_rows        unit rows
  *     product, dot_product  products of them, by register tiles
- *     row, class_row        the loss of one row, its gradient, its quantile: the mathematics
- *     blocks                any problem by blocks of rows
+ *     row, select           the loss of one row and its gradient: the mathematics; its quantile
+ *     sets                  who is a positive, who is left out, what is compared with eps
+ *     visit, blocks         any problem by blocks of rows
  *     schedule, tiles       where many anchors share their candidates: order and threads; sums and
- * gradient quantile, onepass     the batch's threshold; it and the loss from one pass entry which
- * way a problem goes class_blocks          labels, masks, groups and guides by blocks of rows
- *     class_logits          logits that are given */
+ *                           gradient
+ *     quantile, onepass     the batch's threshold; it and the loss from one pass
+ *     entry                 which way a problem goes */
 #include "cpu.h"
 #ifdef LEVEL_TARGET
 LEVEL_BEGIN
 #endif
-#include "class_blocks.h"
-#include "class_logits.h"
 #include "entry.h"
 
 #define JOIN_(a, b, c) a##b##c
@@ -34,14 +33,6 @@ const hex_cpu_entry ENTRY = {
     .threshold = threshold,
     .row_range = row_range,
     .kept = kept_room,
-    .labelled_forward = labelled_forward,
-    .labelled_backward = labelled_backward,
-    .labelled_threshold = labelled_threshold,
-    .labelled_row_range = labelled_row_range,
-    .logits_forward = logits_forward,
-    .logits_backward = logits_backward,
-    .logits_threshold = logits_threshold,
-    .logits_row_range = logits_row_range,
 };
 
 #ifdef LEVEL_TARGET

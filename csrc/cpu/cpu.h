@@ -12,7 +12,6 @@
 #include <string.h>
 
 #include "../hex.h"
-#include "../labelled.h"
 #include "../tracker.h"
 #include "convert.h"
 
@@ -32,14 +31,6 @@ typedef struct {
     const char *(*threshold)(const hex_problem *, double, bool, double *);
     const char *(*row_range)(const hex_problem *, void *, void *);
     int64_t (*kept)(const hex_problem *, bool *);
-    const char *(*labelled_forward)(const hex_labelled *, void *, void *);
-    const char *(*labelled_backward)(const hex_labelled *, const hex_row_gradient *);
-    const char *(*labelled_threshold)(const hex_labelled *, double, bool, double *);
-    const char *(*labelled_row_range)(const hex_labelled *, void *, void *);
-    const char *(*logits_forward)(const hex_logits *, void *, void *);
-    const char *(*logits_backward)(const hex_logits *, const hex_row_gradient *);
-    const char *(*logits_threshold)(const hex_logits *, double, bool, bool, double *);
-    const char *(*logits_row_range)(const hex_logits *, bool, void *, void *);
 } hex_cpu_entry;
 
 /* One of each file of levels/. */
@@ -102,7 +93,23 @@ static inline hex_power power_of(double beta)
 
 /* What is summed of a row, over its negatives, with x = c - 1, e = exp(x / tau), b = e^beta. All of
  * them in every case, so that a row with H empty has the bits of InfoNCE. */
-enum { SUM_ALL, SUM_REST, SUM_REST_X, SUM_COUNT, SUM_B, SUM_BE, SUM_BX, SUM_BEX, SUM_KINDS };
+enum {
+    SUM_ALL,
+    SUM_REST,
+    SUM_REST_X,
+    SUM_COUNT,
+    SUM_B,
+    SUM_BE,
+    SUM_BX,
+    SUM_BEX,
+    SUM_KINDS,
+    /* and where positives are told by ids, over them: how many, x, e, x e */
+    SUM_P = SUM_KINDS,
+    SUM_PX,
+    SUM_PE,
+    SUM_PXE,
+    SUM_KINDS_IDS
+};
 
 /* How the sums split at the row's limit: not at all; what is above goes to the row's list and the
  * sums of the rest are made; the same, and what equals the limit is counted; or all of the sums. */

@@ -20,8 +20,8 @@ typedef struct {
 
 static bool are_dots(const hex_problem *p)
 {
-    return DOTS && p->mode != HEX_OWN && p->input[0].dtype == HEX_BF16 &&
-           p->input[1].dtype == HEX_BF16 &&
+    return DOTS && p->mode != HEX_OWN && !p->several && !p->given && p->G == 0 &&
+           p->input[0].dtype == HEX_BF16 && p->input[1].dtype == HEX_BF16 &&
            (p->mode != HEX_SHARED || p->input[2].dtype == HEX_BF16);
 }
 

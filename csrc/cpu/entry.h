@@ -12,7 +12,7 @@ static const char *threshold(const hex_problem *p, double quantile, bool over_ne
     double share;
     const int64_t k = rank_above(p, quantile, over_negatives, &share);
     const int64_t capacity = list_capacity(columns_of(p), share);
-    if (!enough(p) || columns_of(p) < FEWEST_LISTED || !capacity)
+    if (p->several || !enough(p) || columns_of(p) < FEWEST_LISTED || !capacity)
         return threshold_rows(p, quantile, over_negatives, mean);
     batch_t s = {0};
     selection_t q = {0};
@@ -56,7 +56,7 @@ static const char *adaptive(const hex_problem *p, hex_tracker *t, void *loss, vo
     double candidate = NAN; /* not looked at in warm-up */
     hex_problem with = *p;
     with.eps = (hex_vector){&t->eps, HEX_F64, 0};
-    if (by_tiles(p) && !hex_is_warm_up(t) && capacity &&
+    if (by_tiles(p) && !is_classed(p) && !hex_is_warm_up(t) && capacity &&
         capacity <= MOST_LIST_BYTES / (int64_t)sizeof(real) / hex_anchors(p)) {
         batch_t s = {0};
         const char *error = make_batch(p, &s);
@@ -85,51 +85,22 @@ static const char *adaptive(const hex_problem *p, hex_tracker *t, void *loss, vo
 
 static const char *backward(const hex_problem *p, const hex_gradient *g)
 {
-    const int64_t rows = hex_anchors(p);
-    unit_t unit = {0};
+    inputs_t in = {0};
     panels_t panels = {0};
-    real *k = allocate(rows, HEX_STAT_POSITIVE + 1, sizeof(real));
+    real *k = allocate(hex_anchors(p), hex_stats(p), sizeof(real));
     if (!k)
         return HEX_NO_MEMORY;
-    const bool local = scale_stats(p, g, k);
-    const char *error = g->dz[0] || g->dz[1] || g->dz[2] ? make_unit(p, &unit) : NULL;
-    backward_context_t c = {
-        .p = p,
-        .g = g,
-        .unit = &unit,
-        .panels = &panels,
-        .k = {k, k + HEX_STAT_SHIFT * rows, k + HEX_STAT_REST * rows, k + HEX_STAT_HARD_E * rows,
-              k + HEX_STAT_HARD * rows},
-        .positive = k + HEX_STAT_POSITIVE * rows,
-        .scale = (real)(M_LOG2E / read_vector(p->tau, 0)),
-        .beta = local ? p->beta : 0, /* InfoNCE has one path, whatever beta would have been */
-    };
-    if (!error && has_dots(&unit))
-        error = make_pairs(p, &unit.dots, unit.count, unit.width);
-    const bool tiles = by_tiles(p);
-    if (!error && tiles && unit.u)
-        error = backward_tiles(&c, &panels);
-    for (c.input = 0; !error && !tiles && c.input < 3; c.input++) {
-        /* an anchor and its own negatives are done together, in the pass of whichever is wanted
-         * first */
-        const bool own = p->mode == HEX_OWN && c.input != 1;
-        if (!g->dz[c.input] || (own && c.input == 2 && g->dz[0]))
-            continue;
-        c.owners = own ? rows_of(p, 0) : rows_of(p, c.input);
-        c.met = met_by(p, c.input);
-        c.block = own ? 1 : block_rows(c.owners.end - c.owners.begin, 0);
-        error = make_panels(&unit, c.met.begin, c.met.end, &panels);
-        const int64_t blocks = (c.owners.end - c.owners.begin + c.block - 1) / c.block;
-        const int64_t columns = own ? p->K : c.met.end - c.met.begin + 1; /* + 1: the partner */
-        if (!error && !hex_parallel_for(blocks, 4 * c.block * columns * (unit.width + 32),
-                                        own ? paired_backward_body : backward_body, &c))
-            error = HEX_NO_THREADS;
-        if (!error && c.no_memory)
-            error = HEX_NO_MEMORY;
-    }
+    backward_context_t c = {.p = p, .g = g, .in = &in, .panels = &panels};
+    scale_stats(p, g, k, &c.k);
+    const bool wanted = g->dz[0] || g->dz[1] || g->dz[2];
+    const char *error = wanted && p->mode != HEX_LOGITS ? make_inputs(p, &in) : NULL;
+    if (!error && has_dots(&in.unit))
+        error = make_pairs(p, &in.unit.dots, in.unit.count, in.unit.width);
+    if (!error && wanted)
+        error = by_tiles(p) ? backward_tiles(&c, &panels) : backward_rows(&c, &panels);
     free(k);
     free(panels.data);
-    free_unit(&unit);
+    free_inputs(&in);
     return error;
 }
 

@@ -29,16 +29,18 @@ static const char *make_pass(batch_t *s)
     s->tau = read_vector(s->p->tau, 0);
     const real scale = (real)(M_LOG2E / s->tau);
     s->pass = (pass_t){.p = s->p,
+                       .by = decider_of(s->p),
+                       .codes = codes_of(s->p, &s->in),
                        .scale = scale,
                        .hole = 1 + 2 * EXP2_LOWEST / scale,
                        .limit = s->limit,
                        .rows = whole,
                        .column_block = s->field.column_block,
                        .both = s->field.both,
-                       .sums = allocate(SUM_KINDS, whole, sizeof(double))};
+                       .sums = allocate(SUM_KINDS_IDS, whole, sizeof(double))};
     if (!s->pass.sums)
         return HEX_NO_MEMORY;
-    memset(s->pass.sums, 0, (size_t)(SUM_KINDS * whole) * sizeof(double));
+    memset(s->pass.sums, 0, (size_t)(SUM_KINDS_IDS * whole) * sizeof(double));
     return NULL;
 }
 
@@ -46,7 +48,7 @@ static const char *sum_batch(batch_t *s)
 {
     const bool keep = !s->kept;
     s->kept = true;
-    return sum_tiles(&s->unit, &s->panels, &s->field, s->p->kept, keep, &s->pass);
+    return sum_tiles(&s->in.unit, &s->panels, &s->field, s->p->kept, keep, &s->pass);
 }
 
 static const char *make_lists(batch_t *s, int64_t capacity)
@@ -110,19 +112,44 @@ typedef struct {
     real *stats;
 } splitting_t;
 
+/* What the sums say of a row's sets. All exponentials are taken by 1. */
+static sets_t sets_of(const splitting_t *f, int64_t i)
+{
+    const batch_t *s = f->s;
+    const double *sums = s->pass.sums + i, all = sums[SUM_ALL * s->pass.rows];
+    if (!f->p->several)
+        return (sets_t){.positives = 1,
+                        .negatives = (double)f->negatives,
+                        .sum = s->cp[i],
+                        .largest = s->cp[i],
+                        .finite = (s->cp[i] + all) * 0};
+    const double positives = sums[SUM_P * s->pass.rows];
+    const double others = (double)(columns_of(f->p) - s->field.symmetric);
+    return (sets_t){.positives = positives,
+                    .negatives = others - positives,
+                    .sum = sums[SUM_PX * s->pass.rows] + positives,
+                    .largest = 1,
+                    .shift = 1,
+                    .finite = (sums[SUM_PX * s->pass.rows] + all) * 0};
+}
+
 /* A row's loss and statistics from its sums. A row with H empty takes the sum that InfoNCE has. */
 static void write_row(const splitting_t *f, int64_t i, sums_t sums)
 {
     const batch_t *s = f->s;
-    const real eps = round_down(read_vector(f->p->eps, i));
-    double stats[HEX_STATS];
+    const hex_problem *p = f->p;
+    const real eps = row_eps(p, read_vector(p->eps, i));
+    const sets_t of = sets_of(f, i);
+    double stats[HEX_STATS_SEVERAL];
     if (sums.count == 0)
         sums.rest = s->pass.sums[SUM_ALL * s->pass.rows + i];
-    f->loss[i] = row_begin(eps, s->tau, stats)
-                     ? row_scalars(f->p, sums, NULL, f->negatives, s->cp[i], 1, eps, s->tau, stats)
-                     : NAN;
-    for (int k = 0; k < HEX_STATS; k++)
-        f->stats[k * s->rows + i] = (real)stats[k];
+    if (!row_begin(eps, s->tau, stats))
+        f->loss[i] = NAN;
+    else if (p->several)
+        f->loss[i] = classed_scalars(p, sums, &of, NULL, 1, eps, s->tau, stats);
+    else
+        f->loss[i] = plain_scalars(p, sums, &of, NULL, 1, eps, s->tau, stats);
+    write_stats(p, stats, i, s->rows, f->stats);
 }
 
 static void split_body(int64_t begin, int64_t end, void *context)
@@ -134,14 +161,14 @@ static void split_body(int64_t begin, int64_t end, void *context)
         if (f->again && f->again[i])
             continue;
         const double *of = pass->sums + i;
-        sums_t sums = {of[SUM_REST * pass->rows],  of[SUM_REST_X * pass->rows],
-                       of[SUM_COUNT * pass->rows], of[SUM_B * pass->rows],
-                       of[SUM_BE * pass->rows],    of[SUM_BX * pass->rows],
-                       of[SUM_BEX * pass->rows]};
+        const int64_t n = pass->rows;
+        sums_t sums = {of[SUM_REST * n], of[SUM_REST_X * n], of[SUM_COUNT * n], of[SUM_B * n],
+                       of[SUM_BE * n],   of[SUM_BX * n],     of[SUM_BEX * n],   of[SUM_PE * n],
+                       of[SUM_PX * n],   of[SUM_PXE * n]};
         if (f->listed) {
             const double rest = sums.rest, rest_x = sums.rest_x;
-            sums = row_sums(pass->list + i * pass->capacity, pass->length[i], 1,
-                            round_down(read_vector(f->p->eps, i)), pass->scale, f->p->beta);
+            sums = plain_sums(pass->list + i * pass->capacity, pass->length[i], 1,
+                              round_down(read_vector(f->p->eps, i)), pass->scale, f->p->beta);
             sums.rest += rest;
             sums.rest_x += rest_x;
         }
@@ -149,16 +176,14 @@ static void split_body(int64_t begin, int64_t end, void *context)
     }
 }
 
-/* A row function. */
-static void split_row(void *context, int64_t i, real *c, int64_t n, int64_t first, int64_t second,
-                      real cp)
+/* A row function, of rows without classes. */
+static void split_row(void *context, int64_t i, row_t *r, int64_t first, int64_t second)
 {
-    (void)cp;
     const splitting_t *f = context;
-    n = drop(c, n, first, second);
-    write_row(
-        f, i,
-        row_sums(c, n, 1, round_down(read_vector(f->p->eps, i)), f->s->pass.scale, f->p->beta));
+    r->n = drop(r->v, r->n, first, second);
+    write_row(f, i,
+              plain_sums(r->v, r->n, 1, round_down(read_vector(f->p->eps, i)), f->s->pass.scale,
+                         f->p->beta));
 }
 
 /* All sums of all rows, split at their eps. */
@@ -166,11 +191,11 @@ static const char *sum_again(batch_t *s, const hex_problem *p)
 {
     bool any = false;
     for (int64_t i = 0; i < s->rows; i++) {
-        const real eps = round_down(read_vector(p->eps, i));
-        s->limit[i] = eps < -2 ? -2 : eps; /* below all cosines, above the hole */
+        const real eps = row_eps(p, read_vector(p->eps, i));
+        s->limit[i] = eps < ABOVE_HOLES ? ABOVE_HOLES : eps;
         any |= eps < (real)INFINITY;
     }
-    memset(s->pass.sums, 0, (size_t)(SUM_KINDS * s->pass.rows) * sizeof(double));
+    memset(s->pass.sums, 0, (size_t)(SUM_KINDS_IDS * s->pass.rows) * sizeof(double));
     s->pass.split = any ? SPLIT_SUMS : SPLIT_NONE;
     return sum_batch(s);
 }

@@ -31,37 +31,74 @@ typedef struct {
     real *low, *high; /* of each row its quantile in low, or its bounds */
 } threshold_context_t;
 
-static double mean_of(const real *x, int64_t n) /* one thread, in order */
+/* One thread, in order. Where positives are several a row may have no element, and holds +Inf. */
+static double mean_of(const hex_problem *p, const real *x, int64_t n)
 {
-    double sum = 0;
-    for (int64_t i = 0; i < n; i++)
-        sum += (double)x[i];
-    return sum / (double)n; /* NaN for an empty batch */
+    double sum = 0, count = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const bool there = !p->several || x[i] != (real)INFINITY;
+        sum += there ? (double)x[i] : 0;
+        count += there;
+    }
+    return sum / count; /* NaN where no row has any */
 }
 
-static void threshold_row(void *context, int64_t i, real *c, int64_t n, int64_t first,
-                          int64_t second, real cp)
+/* The elements of a row that its quantile is over, in place; the new length. *finite gets NaN if the
+ * row has none because it holds a NaN. */
+static int64_t keep_elements(const threshold_context_t *t, int64_t i, row_t *r, int64_t first,
+                             int64_t second, real *finite)
+{
+    const hex_problem *p = t->p;
+    const bool self = p->mode == HEX_NTXENT;
+    real *c = r->v, cp = (real)r->cp;
+    if (r->kind) {
+        const real own = self ? c[i] : 0;
+        double seen = 0;
+        int64_t n = keep(c, r->kind, r->n, t->over_negatives, &seen);
+        for (int64_t j = 0; p->mode == HEX_LOGITS && j < n; j++) /* a product may be infinite */
+            c[j] = cosine(c[j] * (real)read_vector(p->tau, 0));
+        if (p->self_column && !t->over_negatives)
+            c[n++] = 1;
+        if (self && !t->over_negatives) {
+            seen += (double)own * 0;
+            c[n++] = own == 0 ? 0 : 1; /* exactly 1, or 0 for a row of zeros */
+        }
+        *finite = (real)seen;
+        return n;
+    }
+    *finite = cp * 0; /* also where the positive is not in the row: the batch is not finite */
+    if (t->over_negatives)
+        return drop(c, r->n, first, second);
+    if (self) {
+        const int64_t own = i < p->B ? first : second, positive = i < p->B ? second : first;
+        c[positive] = cp;
+        c[own] = c[own] != c[own] ? c[own] : c[own] == 0 ? 0 : 1;
+        return r->n;
+    }
+    const int64_t at = first >= 0 ? first : second >= 0 ? second : r->n;
+    c[at] = cp;
+    return at == r->n ? r->n + 1 : r->n;
+}
+
+static void threshold_row(void *context, int64_t i, row_t *r, int64_t first, int64_t second)
 {
     const threshold_context_t *t = context;
-    if (t->over_negatives)
-        n = drop(c, n, first, second);
-    else if (t->p->mode == HEX_NTXENT) {
-        const int64_t self = i < t->p->B ? first : second, positive = i < t->p->B ? second : first;
-        c[positive] = cp;
-        c[self] = c[self] != c[self] ? c[self] : c[self] == 0 ? 0 : 1;
-    } else if (first >= 0 || second >= 0)
-        c[first >= 0 ? first : second] = cp;
-    else
-        c[n++] = cp;
-    if (t->bounds)
-        row_bounds(c, n, &t->low[i], &t->high[i]);
-    else
-        t->low[i] = row_select(c, n, rank(t->quantile, n));
-    if (cp != cp) /* also where the positive is not in the row: the batch is not finite */
-        t->low[i] = cp;
-    t->low[i] = cosine(t->low[i]);
-    if (t->bounds)
+    real finite;
+    const int64_t n = keep_elements(t, i, r, first, second, &finite);
+    if (t->bounds) {
+        row_bounds(r->v, n, &t->low[i], &t->high[i]);
+        t->low[i] = cosine(t->low[i]);
         t->high[i] = cosine(t->high[i]);
+        if (finite != 0)
+            t->low[i] = (real)NAN;
+        if (finite != 0 && r->kind)
+            t->high[i] = (real)NAN;
+    } else if (finite != 0)
+        t->low[i] = (real)NAN;
+    else if (n == 0 && t->p->several)
+        t->low[i] = (real)INFINITY;
+    else
+        t->low[i] = cosine(row_select(r->v, n, rank(t->quantile, n)));
 }
 
 /* Row by row, each of them whole; threshold() in entry.h does what is large by lists. */
@@ -75,7 +112,7 @@ static const char *threshold_rows(const hex_problem *p, double quantile, bool ov
     threshold_context_t t = {p, quantile, over_negatives, false, q, NULL};
     const char *error = for_each_row(p, threshold_row, &t);
     if (!error)
-        *mean = mean_of(q, rows);
+        *mean = mean_of(p, q, rows);
     free(q);
     return error;
 }
@@ -101,7 +138,7 @@ static const char *threshold_rows(const hex_problem *p, double quantile, bool ov
 typedef struct {
     const hex_problem *p;
     field_t field;
-    unit_t unit;
+    inputs_t in;
     panels_t panels; /* of the field's candidates */
     pass_t pass;
     double tau, *cp; /* the positive cosine of every row */
@@ -132,14 +169,14 @@ static void free_batch(batch_t *s)
     free(s->pass.sums);
     free(s->pass.list);
     free(s->pass.length);
-    free_unit(&s->unit);
+    free_inputs(&s->in);
 }
 
 static void positive_body(int64_t begin, int64_t end, void *context)
 {
     batch_t *s = context;
     for (int64_t i = begin; i < end; i++) {
-        s->cp[i] = (double)positive_cosine(s->p, &s->unit, i);
+        s->cp[i] = (double)positive_cosine(s->p, &s->in.unit, i);
         if (s->rows > s->p->B)
             s->cp[i + s->p->B] = s->cp[i];
     }
@@ -150,10 +187,10 @@ static const char *make_batch(const hex_problem *p, batch_t *s)
 {
     s->p = p;
     s->field = field_of(p);
-    const char *error = make_unit(p, &s->unit);
+    const char *error = make_inputs(p, &s->in);
     if (!error)
-        error =
-            make_panels(&s->unit, s->field.candidates.begin, s->field.candidates.end, &s->panels);
+        error = make_panels(&s->in.unit, s->field.candidates.begin, s->field.candidates.end,
+                            &s->panels);
     if (error)
         return error;
     const int64_t whole = hex_anchors(p) + s->field.column_block;
@@ -164,6 +201,8 @@ static const char *make_batch(const hex_problem *p, batch_t *s)
         return HEX_NO_MEMORY;
     for (int64_t i = 0; i < whole; i++)
         s->limit[i] = (real)INFINITY;
+    if (p->several) /* the sums find them */
+        return NULL;
     return hex_parallel_for(p->B, 2 * p->D, positive_body, s) ? NULL : HEX_NO_THREADS;
 }
 
@@ -207,7 +246,7 @@ static void bound_body(int64_t begin, int64_t end, void *context)
     for (int64_t block = begin; c && block < end; block++) {
         const int64_t from = b->anchors.begin + block * MR, left = b->anchors.end - from;
         const int64_t rows = left < MR ? left : MR;
-        cosines(&b->s->unit, from, rows, &b->panels, 0, m, c, ld);
+        cosines(&b->s->in.unit, from, rows, &b->panels, 0, m, c, ld);
         for (int64_t i = 0; i < rows; i++) {
             real *row = c + i * ld;
             const real low = row_select(row, m, m - b->lowest);
@@ -237,7 +276,7 @@ static int64_t sample_rank(int64_t samples, double share, double sigmas)
 /* The bound of one side's anchors. */
 static const char *sample_side(bound_t *b, int side)
 {
-    const unit_t *unit = &b->s->unit;
+    const unit_t *unit = &b->s->in.unit;
     const range_t of = candidates_of(b->s, side);
     const int64_t m = b->samples;
     unit_t sampled = {0};
@@ -312,7 +351,7 @@ static void select_row(const selection_t *q, int64_t i, real *list, int64_t n, i
                        int64_t ties, bool finite)
 {
     const batch_t *s = q->s;
-    const real cp = (real)s->cp[i], limit = s->limit[i], self = s->unit.inverse[i] != 0;
+    const real cp = (real)s->cp[i], limit = s->limit[i], self = s->in.unit.inverse[i] != 0;
     const bool all = !q->threshold.over_negatives, with_self = all && s->field.symmetric;
     q->again[i] = false;
     if (!finite || cp != cp) {
@@ -347,9 +386,14 @@ static const char *visit_again(batch_t *s, const bool *again, row_function_t row
                 some[count++] = i;
         COUNT(WORK_AGAIN, round_up(count, MR));
         if (count && side == 1)
-            error = make_panels(&s->unit, of.begin, of.end, &other);
-        rows_context_t c = {s->p,    &s->unit, side ? &other : &s->panels, 0, count, 0, some, row,
-                            context, false};
+            error = make_panels(&s->in.unit, of.begin, of.end, &other);
+        rows_context_t c = {.p = s->p,
+                            .in = &s->in,
+                            .panels = side ? &other : &s->panels,
+                            .end = count,
+                            .some = some,
+                            .row = row,
+                            .context = context};
         if (count && !error)
             error = visit_rows(&c);
         free(other.data);
@@ -377,7 +421,7 @@ static const char *end_selection(selection_t *q, const char *error, double *mean
     if (!error)
         error = visit_again(q->s, q->again, threshold_row, &q->threshold);
     if (!error)
-        *mean = mean_of(q->threshold.low, q->s->rows);
+        *mean = mean_of(q->s->p, q->threshold.low, q->s->rows);
     free(q->again);
     free(q->threshold.low);
     return error;
@@ -436,7 +480,7 @@ static void listing_body(int64_t begin, int64_t end, void *context)
             const int64_t columns = n - from < width ? n - from : width;
             t.j = l->panels->begin + from;
             t.columns = columns;
-            cosines(&s->unit, first, t.rows, l->panels, from, columns, c, ld);
+            cosines(&s->in.unit, first, t.rows, l->panels, from, columns, c, ld);
             blank(s->p, &t, -2); /* below every cosine, and every limit */
             for (int64_t i = 0; i < t.rows; i++)
                 length[i] = list_above(c + i * ld, round_up(columns, NR), s->limit[first + i],
@@ -457,10 +501,10 @@ static const char *list_side(selection_t *q, int side, int64_t capacity)
     batch_t *s = q->s;
     const range_t anchors = anchors_of(s, side), of = candidates_of(s, side);
     panels_t other = {0};
-    const char *error = side ? make_panels(&s->unit, of.begin, of.end, &other) : NULL;
+    const char *error = side ? make_panels(&s->in.unit, of.begin, of.end, &other) : NULL;
     listing_t l = {q, anchors, side ? &other : &s->panels, capacity};
     const int64_t blocks = (anchors.end - anchors.begin + LISTED - 1) / LISTED;
-    const int64_t work = 2 * LISTED * (of.end - of.begin) * (s->unit.width + 4);
+    const int64_t work = 2 * LISTED * (of.end - of.begin) * (s->in.unit.width + 4);
     if (!error && !hex_parallel_for(blocks, work, listing_body, &l))
         error = HEX_NO_THREADS;
     free(other.data);

@@ -1,16 +1,44 @@
 /* SPDX-License-Identifier: MIT */
-/* Row kernels: what is done with the cosines of one anchor. Notation and formulas: ../hex.h.
+/* One row, which is all of the mathematics: its loss, its statistics and its gradient.
+ * Notation and formulas: ../hex.h. No threads, no allocation.
  *
- * Exponentials are taken of (c - shift) / tau <= 0 with shift the largest cosine of the row, in the
- * compute type; the row's scalars are then put on the scale of m = max(0, d_max) in double. Sums
- * run in the compute type over SLICE elements and in double beyond, so their error does not grow
- * with the number of negatives. */
+ * Exponentials are taken of (v - shift) / t <= 0 with shift the largest value of the row that counts,
+ * in the compute type; positives, where they are several, have a shift of their own, so that neither
+ * underflows beside the other. The row's scalars are then put on one scale in double. Sums run in the
+ * compute type over SLICE elements and in double beyond, so their error does not grow with the number
+ * of candidates.
+ *
+ * Most rows have one positive and all of their entries are negatives, compared with eps themselves.
+ * For these `classed` is false, a constant that the compiler folds; there is no second formula. */
 #ifndef HEX_ROW_H
 #define HEX_ROW_H
 
 #include "product.h"
 
 #define SLICE 512
+
+/* The class of an entry. */
+#define LEFT_OUT ((real)0)
+#define POSITIVE ((real)1)
+#define NEGATIVE ((real)2)
+
+typedef struct {
+    real *v; /* its values: cosines, or logits */
+    real *s; /* what is compared with eps: v itself, the guide's cosines, or 1 in a group */
+    const real *kind; /* the class of each entry; NULL: all are negatives, and s is v */
+    int64_t n;
+    bool apart; /* its one positive is none of the entries, */
+    double cp;  /* but this */
+} row_t;
+
+/* What is known of a row's sets. */
+typedef struct {
+    double positives, negatives, sum; /* |P|, |H| + |G|, sum_P v */
+    double largest, shift; /* of the positives, and what their exponentials are taken by */
+    double rest, finite;   /* the largest of G; 0, or NaN if any entry is NaN or infinite */
+} sets_t;
+
+/* ---- sums ---- */
 
 /* b = e^beta, where e = 2^t. The usual powers 0 and 1 cost no second exponential. */
 static inline real weight(hex_power power, real t, real e, real beta)
@@ -33,23 +61,78 @@ static real row_largest(const real *restrict c, int64_t n, real limit)
     return vec_largest(largest);
 }
 
-/* Sums over the row with x = c - shift: over G of e and x e; over H the count, b, b e, x b and x b
- * e. */
-typedef struct {
-    double rest, rest_x, count, b, be, bx, bex;
-} sums_t;
-
-INLINE void add_sums(const real *restrict c, int64_t n, real shift, real eps, real scale, real beta,
-                     hex_power power, sums_t *s)
+/* The sets of a row with classes. *hard: the largest of H; *unknown: negatives with a value whose
+ * score is NaN. */
+static sets_t row_sets(const row_t *r, real eps, double *hard, double *unknown)
 {
+    const int64_t n = r->n;
+    const real *restrict v = r->v, *restrict s = r->s, *restrict kind = r->kind;
+    COUNT(WORK_COMPARED, n);
+    const vec_t none = -(real)INFINITY - (vec_t){0}, one = 1 - (vec_t){0};
+    vec_t top_p = none, top_h = none, top_g = none;
+    sets_t of = {0};
+    *unknown = 0;
     for (int64_t from = 0; from < n; from += SLICE) {
         const int64_t to = n - from < SLICE ? n : from + SLICE;
-        real rest = 0, rest_x = 0, count = 0, sb = 0, sbe = 0, sbx = 0, sbex = 0;
-#pragma omp simd reduction(+ : rest, rest_x, count, sb, sbe, sbx, sbex)
+        vec_t count_p = {0}, count_n = {0}, finite = {0}, lost = {0};
+        double sum = 0;
+        for (int64_t j = from; j < to; j += LANES) {
+            const vec_t class = read_vec(kind + j, to - j, LEFT_OUT),
+                        x = read_vec(v + j, to - j, 0), score = read_vec(s + j, to - j, 0);
+            const mask_t is_p = class == POSITIVE, is_n = class == NEGATIVE,
+                         is_h = is_n & (score > eps);
+            const vec_t of_p = pick(is_p, x, none), of_h = pick(is_h, x, none),
+                        of_g = pick(is_n & ~is_h, x, none);
+            top_p = pick(of_p > top_p, of_p, top_p);
+            top_h = pick(of_h > top_h, of_h, top_h);
+            top_g = pick(of_g > top_g, of_g, top_g);
+            count_p += where(is_p, one);
+            count_n += where(is_n, one);
+            finite += where(is_p | is_n, x * 0);
+            lost += where(is_n & (score != score) & (x == x), one);
+        }
+        const real positives = vec_sum(count_p);
+        if (positives > 0) /* most slices have none */
+            for (int64_t j = from; j < to; j++)
+                sum += kind[j] == POSITIVE ? (double)v[j] : 0;
+        of.positives += (double)positives, of.negatives += (double)vec_sum(count_n);
+        of.sum += sum, of.finite += (double)vec_sum(finite);
+        *unknown += (double)vec_sum(lost);
+    }
+    of.largest = (double)vec_largest(top_p);
+    *hard = (double)vec_largest(top_h);
+    of.rest = (double)vec_largest(top_g);
+    if (r->apart)
+        of.positives = 1, of.sum = of.largest = r->cp, of.finite += r->cp * 0;
+    /* A logit of -Inf: its exponential is 0, and differences are taken from another number. */
+    of.shift = of.sum == -INFINITY ? 0 : of.largest;
+    return of;
+}
+
+/* With x = v - shift: over G of e, x e; over H the count, b, b e, x b, x b e; over P, with their own
+ * shift, of e, x, x e. */
+typedef struct {
+    double rest, rest_x, count, b, be, bx, bex, e, x, ex;
+} sums_t;
+
+INLINE void add_sums(const row_t *r, real shift, real positive, real eps, real scale, real beta,
+                     hex_power power, bool classed, sums_t *out)
+{
+    const int64_t n = r->n;
+    const real *restrict v = r->v, *restrict s = classed ? r->s : r->v, *restrict kind = r->kind;
+    for (int64_t from = 0; from < n; from += SLICE) {
+        const int64_t to = n - from < SLICE ? n : from + SLICE;
+        real rest = 0, rest_x = 0, count = 0, sb = 0, sbe = 0, sbx = 0, sbex = 0, pe = 0, px = 0,
+             pex = 0;
+#pragma omp simd reduction(+ : rest, rest_x, count, sb, sbe, sbx, sbex, pe, px, pex)
         for (int64_t j = from; j < to; j++) {
-            const real x = c[j] - shift, t = x * scale, e = exp2_of(t);
-            const bool hard = c[j] > eps;
-            const real g = hard ? 0 : e, b = hard ? weight(power, t, e, beta) : 0;
+            const bool is_p = classed && kind[j] == POSITIVE,
+                       is_n = !classed || kind[j] == NEGATIVE, hard = is_n & (s[j] > eps),
+                       other = is_n & !hard;
+            /* what is left out may be infinite, and 0 times that is not 0 */
+            const real x = is_p | is_n ? v[j] - (is_p ? positive : shift) : 0;
+            const real t = x * scale, e = exp2_of(t);
+            const real g = other ? e : 0, b = hard ? weight(power, t, e, beta) : 0;
             rest += g;
             rest_x += x * g;
             count += hard ? (real)1 : (real)0;
@@ -57,247 +140,376 @@ INLINE void add_sums(const real *restrict c, int64_t n, real shift, real eps, re
             sbe += b * e;
             sbx += x * b;
             sbex += x * b * e;
+            if (classed) {
+                const real p = is_p ? e : 0;
+                pe += p;
+                px += is_p ? x : 0;
+                pex += x * p;
+            }
         }
-        s->rest += (double)rest, s->rest_x += (double)rest_x, s->count += (double)count,
-            s->b += (double)sb;
-        s->be += (double)sbe, s->bx += (double)sbx, s->bex += (double)sbex;
+        out->rest += (double)rest, out->rest_x += (double)rest_x, out->count += (double)count,
+            out->b += (double)sb;
+        out->be += (double)sbe, out->bx += (double)sbx, out->bex += (double)sbex;
+        if (classed)
+            out->e += (double)pe, out->x += (double)px, out->ex += (double)pex;
     }
 }
 
-static sums_t row_sums(const real *c, int64_t n, real shift, real eps, real scale, double beta)
+INLINE sums_t row_sums(const row_t *r, double shift, double positive, real eps, real scale,
+                       double beta, bool classed)
 {
     sums_t s = {0};
+    const real by = (real)shift, by_p = (real)positive;
     switch (power_of(beta)) {
     case POWER_0:
-        add_sums(c, n, shift, eps, scale, 0, POWER_0, &s);
+        add_sums(r, by, by_p, eps, scale, 0, POWER_0, classed, &s);
         break;
     case POWER_1:
-        add_sums(c, n, shift, eps, scale, 1, POWER_1, &s);
+        add_sums(r, by, by_p, eps, scale, 1, POWER_1, classed, &s);
         break;
     default:
-        add_sums(c, n, shift, eps, scale, (real)beta, POWER_ANY, &s);
+        add_sums(r, by, by_p, eps, scale, (real)beta, POWER_ANY, classed, &s);
     }
+    if (classed && r->apart)
+        s.e = 1;
     return s;
 }
 
-/* A row's statistics but for its eps, from its sums; c: the row again, its n negatives, where the
- * shift is its own, or NULL. Returns the loss. */
-static double row_scalars(const hex_problem *p, sums_t s, const real *c, int64_t n, double cp,
-                          double shift, real eps, double tau, double *out)
+static sums_t plain_sums(const real *c, int64_t n, double shift, real eps, real scale, double beta)
 {
-    const bool released = p->variant == HEX_RELEASED && eps != (real)INFINITY;
-    out[HEX_STAT_COUNT] = s.count;
-    if (s.count == (double)n && (released || n == 0)) /* nothing to repel; NaN if the positive is */
-        return cp - cp;
-    out[HEX_STAT_SHIFT] = shift;
+    const row_t r = {.v = (real *)c, .n = n, .apart = true}; /* it is only read */
+    return row_sums(&r, shift, 0, eps, scale, beta, false);
+}
 
-    if (released) { /* L = -c_p/tau + log(sum_G exp(c/tau)) + n exp(-1/tau): H only left out */
-        const double constant = (double)n * exp(-1 / tau);
-        out[HEX_STAT_REST] = 1 / (tau * s.rest);
-        out[HEX_STAT_POSITIVE] = -1 / tau;
-        out[HEX_STAT_DTAU] = (cp - shift - s.rest_x / s.rest + constant) / (tau * tau);
-        return (shift - cp) / tau + log(s.rest) + constant;
-    }
+static sums_t classed_sums(const row_t *r, double shift, double positive, real eps, real scale,
+                           double beta)
+{
+    return row_sums(r, shift, positive, eps, scale, beta, true);
+}
 
-    const double largest = (shift - cp) / tau, m = largest > 0 ? largest : 0;
-    double unit = exp(largest - m); /* e_j = unit * the summed exponential */
-    const double e0 = exp(-m);
-    double local = 0, r = 0, floor_ = 0;
-    bool clamped = false;
-    if (s.count > 0) {
-        r = unit * s.be / s.b;
-        local = s.count * (r - p->tau_plus * e0) / (1 - p->tau_plus);
-        floor_ = s.count * exp(-(1 + cp) / tau - m);
-        clamped = local < floor_;
-        local = clamped ? floor_ : local;
-    }
-    if (clamped && s.count < (double)n && c) {
-        /* The largest is in H and no longer counts. G may lie too far below it for the first sums,
-         * so it is summed again, by its own largest. */
-        out[HEX_STAT_SHIFT] = shift = (double)row_largest(c, n, eps);
-        s = row_sums(c, n, (real)shift, eps, (real)(M_LOG2E / tau), p->beta);
-        unit = exp((shift - cp) / tau - m);
-    }
-    const double rest = unit * s.rest, above = shift - cp;
-    const double S = local + rest, k = 1 / (tau * (e0 + S)), x = m + log(S);
-    out[HEX_STAT_REST] = k * unit;
-    out[HEX_STAT_POSITIVE] = -k * S;
-    out[HEX_STAT_SHARE] = local / (e0 + S);
-    /* -tau dL/dtau = sum_j (c_j - c_p) dL/dc_j: only differences, but for the floor, which knows
-     * c_p itself */
-    double moment = k * unit * (s.rest_x + above * s.rest);
-    if (s.count > 0 && !clamped) {
-        const double h = k * s.count / ((1 - p->tau_plus) * s.b);
-        const double hard_e = h * (1 + p->beta) * unit, hard = h * p->beta * r;
-        out[HEX_STAT_HARD_E] = hard_e;
-        out[HEX_STAT_HARD] = hard;
-        out[HEX_STAT_POSITIVE] -= k * s.count * p->tau_plus * e0 / (1 - p->tau_plus);
-        moment += hard_e * (s.bex + above * s.be) - hard * (s.bx + above * s.b);
-    }
-    out[HEX_STAT_DTAU] = ((clamped ? k * floor_ * (1 + cp) : 0) - moment) / tau;
-    return x <= 0 ? log1p(exp(x)) : x + log1p(exp(-x));
+/* ---- the loss ---- */
+
+/* What eps is for a row: groups give H, as scores of 0 and 1. */
+static inline real row_eps(const hex_problem *p, double eps)
+{
+    return p->given ? (real)0.5 : round_down(eps);
+}
+
+static inline bool is_released(const hex_problem *p, real eps)
+{
+    return p->variant == HEX_RELEASED && (p->given || eps != (real)INFINITY);
 }
 
 /* Prepares the statistics of a row; false if it has none: its loss is NaN then. */
 static bool row_begin(real eps, double tau, double *out)
 {
     const bool valid = tau > 0 && eps == eps;
-    for (int k = 0; k < HEX_STATS; k++)
+    for (int k = 0; k < HEX_STATS_SEVERAL; k++)
         out[k] = valid ? 0 : NAN;
     out[HEX_STAT_EPS] = (double)eps;
     return valid;
 }
 
-/* One row of the loss: c its n negatives, cp its positive. Fills out[HEX_STATS] and returns the
- * loss. */
-static double row_forward(const hex_problem *p, const real *c, int64_t n, double cp,
-                          double eps_given, double tau, double *out)
+/* Of a row that has nothing to attract or to repel: 0; or NaN, if any entry is NaN or infinite, with
+ * a gradient of NaN. */
+static double idle_row(double finite, double *out)
 {
-    const real eps = round_down(eps_given);
+    if (finite != 0)
+        for (int k = HEX_STAT_REST; k < HEX_STATS_SEVERAL; k++)
+            if (k != HEX_STAT_COUNT && k != HEX_STAT_SHARE)
+                out[k] = NAN;
+    return finite;
+}
+
+/* The released form: H is left out, L = log sum_G - l_p + N exp(-1/tau), the constant beside the
+ * logarithm. Positives inside it: log sum_P exp(l) for l_p; outside: the mean of theirs. */
+INLINE double released_row(const hex_problem *p, const sums_t *s, const sets_t *of, double shift,
+                           double centre, double t, double tau, bool classed, double *out)
+{
+    const bool inside = classed && p->positives == HEX_INSIDE;
+    const double constant = of->negatives * exp(-1 / tau);
+    out[HEX_STAT_REST] = 1 / (t * s->rest);
+    if (inside)
+        out[HEX_STAT_POS_E] = -1 / (t * s->e);
+    else
+        out[HEX_STAT_POSITIVE] = -1 / t / (classed ? of->positives : 1);
+    if (classed && p->mode == HEX_LOGITS)
+        out[HEX_STAT_DTAU] = constant / (tau * tau);
+    else
+        out[HEX_STAT_DTAU] =
+            (centre - shift - s->rest_x / s->rest + (inside ? s->ex / s->e : 0) + constant) /
+            (tau * tau);
+    return (shift - centre) / t + log(s->rest) - (inside ? log(s->e) : 0) + constant;
+}
+
+/* A row's statistics but for its eps, from its sums by `shift`. again: the row, where the sums may be
+ * made again by another shift, or NULL. Returns the loss. */
+INLINE double row_scalars(const hex_problem *p, sums_t s, const sets_t *of, const row_t *again,
+                          double shift, real eps, double tau, bool classed, double *out)
+{
+    const bool released = is_released(p, eps), inside = classed && p->positives == HEX_INSIDE;
+    const bool logits = classed && p->mode == HEX_LOGITS;
+    const double nP = classed ? of->positives : 1, negatives = of->negatives, t = logits ? 1 : tau;
+    /* A positive logit of -Inf: L = log D - l_p is +Inf and has a gradient, that of log D and -1. */
+    const bool lost = classed && of->sum == -INFINITY;
+
+    out[HEX_STAT_COUNT] = s.count;
+    if (!classed) {
+        if (s.count == negatives && (released || negatives == 0)) /* nothing to repel */
+            return of->sum - of->sum;
+    } else {
+        if (nP == 0) /* nothing to attract */
+            return idle_row(of->finite, out);
+        out[HEX_STAT_POS_SHIFT] = of->shift;
+        if (negatives == 0 ? (released || inside || nP == 1) : released && s.count == negatives)
+            return idle_row(of->finite, out);
+    }
+    out[HEX_STAT_SHIFT] = negatives > 0 ? shift : 0;
+    const double centre = !classed ? of->sum : lost ? shift : inside ? of->shift : of->sum / nP;
+    if (released) {
+        const double loss = released_row(p, &s, of, shift, centre, t, tau, classed, out);
+        return lost ? loss + INFINITY : loss;
+    }
+
+    /* m = max(0, the largest of d, of the positives and of the floor's exponent) */
+    const double lowest = logits ? -(1 / tau + centre) : -(1 + centre) / tau;
+    const double below = classed ? (of->largest - centre) / t : 0;
+    double above = negatives > 0 ? shift - centre : 0, m = below > 0 ? below : 0;
+    m = above / t > m ? above / t : m;
+    if (classed && s.count > 0 && lowest > m)
+        m = lowest;
+    const double e0 = exp(-m), E = classed ? exp(below - m) * s.e : e0;
+    double unit = exp(above / t - m); /* e_j = unit * the summed exponential */
+
+    /* Q = max(q, f),  q = N_h (r - tau_plus E / n_P) / (1 - tau_plus),  f = N_h exp(lowest - m) */
+    double local = 0, r = 0, floor_ = 0;
+    bool clamped = false;
+    if (s.count > 0) {
+        r = unit * s.be / s.b;
+        local = s.count * (r - p->tau_plus * (classed ? E / nP : e0)) / (1 - p->tau_plus);
+        floor_ = s.count * exp(lowest - m);
+        clamped = local < floor_;
+        local = clamped ? floor_ : local;
+    }
+    if (clamped && s.count < negatives && again) {
+        /* The largest is in H and no longer counts. G may lie too far below it for the first sums,
+         * so it is summed again, by its own largest. */
+        const real scale = (real)(M_LOG2E / t);
+        shift = classed ? of->rest : (double)row_largest(again->v, again->n, eps);
+        s = classed ? classed_sums(again, shift, of->shift, eps, scale, p->beta)
+                    : plain_sums(again->v, again->n, shift, eps, scale, p->beta);
+        out[HEX_STAT_SHIFT] = shift;
+        above = shift - centre;
+        unit = exp(above / t - m);
+    }
+
+    /* S = Q + sum_G e,  k = 1 / (t D) with D = E + S;  debias: dq / de_0 of the positives' share */
+    const double rest = unit * s.rest, S = local + rest, k = 1 / (t * (E + S));
+    const double debias = s.count > 0 && !clamped ? k * s.count * p->tau_plus *
+                                                        (classed ? exp(below - m) : e0) /
+                                                        (1 - p->tau_plus) / nP
+                                                  : 0;
+    out[HEX_STAT_REST] = k * unit;
+    out[HEX_STAT_SHARE] = local / (E + S);
+    /* -tau dL/dtau = sum_j (v_j - centre) dL/dv_j: only differences, but for the floor, which knows
+     * the centre itself */
+    double moment = k * unit * (s.rest_x + above * s.rest), x;
+    if (inside) { /* L = log(E + S) - log E; E itself may underflow, and below is 0 */
+        out[HEX_STAT_POS_E] = -k * S / s.e - debias;
+        moment += out[HEX_STAT_POS_E] * s.ex;
+        x = log(S) - log(s.e) + m;
+    } else { /* L = log(E + S) - mean_P l */
+        const double mean = classed ? s.e / nP : 1;
+        out[HEX_STAT_POSITIVE] = -k * S / nP;
+        if (classed) {
+            out[HEX_STAT_POS_MEAN] = mean;
+            out[HEX_STAT_POS_E] = k * exp(below - m) - debias;
+            moment += out[HEX_STAT_POS_E] * (s.ex - mean * s.x);
+        }
+        x = m + log(S + (nP > 1 ? E - e0 : 0));
+    }
+    if (s.count > 0 && !clamped) {
+        const double h = k * s.count / ((1 - p->tau_plus) * s.b);
+        const double hard_e = h * (1 + p->beta) * unit, hard = h * p->beta * r;
+        out[HEX_STAT_HARD_E] = hard_e;
+        out[HEX_STAT_HARD] = hard;
+        if (!inside)
+            out[HEX_STAT_POSITIVE] -= debias * (classed ? s.e / nP : 1);
+        moment += hard_e * (s.bex + above * s.be) - hard * (s.bx + above * s.b);
+    }
+    const double at_floor = clamped ? k * floor_ : 0;
+    if (logits) /* at constant logits */
+        out[HEX_STAT_DTAU] = at_floor / (tau * tau);
+    else
+        out[HEX_STAT_DTAU] = (at_floor * (1 + centre) - moment) / tau;
+    if (lost)
+        return x + INFINITY;                            /* or NaN */
+    return x <= 0 ? log1p(exp(x)) : x + log1p(exp(-x)); /* softplus */
+}
+
+static double plain_scalars(const hex_problem *p, sums_t s, const sets_t *of, const row_t *again,
+                            double shift, real eps, double tau, double *out)
+{
+    return row_scalars(p, s, of, again, shift, eps, tau, false, out);
+}
+
+static double classed_scalars(const hex_problem *p, sums_t s, const sets_t *of, const row_t *again,
+                              double shift, real eps, double tau, double *out)
+{
+    return row_scalars(p, s, of, again, shift, eps, tau, true, out);
+}
+
+/* One row of the loss. Fills out[HEX_STATS_SEVERAL] and returns the loss. */
+static double row_forward(const hex_problem *p, const row_t *r, double eps_given, double tau,
+                          double *out)
+{
+    const real eps = row_eps(p, eps_given);
     if (!row_begin(eps, tau, out))
         return NAN;
-    const bool released = p->variant == HEX_RELEASED && eps != (real)INFINITY;
-    const real shift = row_largest(c, n, released ? eps : (real)INFINITY);
-    const sums_t s = row_sums(c, n, shift, eps, (real)(M_LOG2E / tau), p->beta);
-    return row_scalars(p, s, c, n, cp, (double)shift, eps, tau, out);
+    const bool released = is_released(p, eps);
+    const real scale = (real)(M_LOG2E / (p->mode == HEX_LOGITS ? 1 : tau));
+    if (!r->kind) {
+        const sets_t of = {.positives = 1, .negatives = (double)r->n, .sum = r->cp};
+        const real shift = row_largest(r->v, r->n, released ? eps : (real)INFINITY);
+        const sums_t s = plain_sums(r->v, r->n, (double)shift, eps, scale, p->beta);
+        return plain_scalars(p, s, &of, r, (double)shift, eps, tau, out);
+    }
+    double hard, unknown;
+    const sets_t of = row_sets(r, eps, &hard, &unknown);
+    if (unknown > 0) {
+        row_begin(eps, NAN, out);
+        return NAN;
+    }
+    const double shift = released || of.rest > hard ? of.rest : hard;
+    const sums_t s = classed_sums(r, shift, of.shift, eps, scale, p->beta);
+    return classed_scalars(p, s, &of, r, shift, eps, tau, out);
 }
 
-/* The coefficients of one row's gradient, times that row's grad_output: see HEX_STAT_*. */
+/* ---- the gradient ---- */
+
+/* The statistics of every anchor, those that are coefficients times its grad_output. */
 typedef struct {
-    const real *eps, *shift, *rest, *hard_e, *hard;
+    const real *k[HEX_STATS_SEVERAL];
+    real scale; /* log2(e) / t */
+    double beta;
 } coefficients_t;
 
-INLINE real entry(real c, real eps, real shift, real rest, real hard_e, real hard, real scale,
-                  real beta, hex_power power)
+/* Those of one row. */
+typedef struct {
+    real eps, shift, rest, hard_e, hard, shift_p, mean, pos_e, positive;
+} coefficient_t;
+
+static inline coefficient_t coefficient_of(const coefficients_t *c, int64_t i, bool classed)
 {
-    const real t = (c - shift) * scale, e = exp2_of(t);
-    return c > eps ? weight(power, t, e, beta) * (hard_e * e - hard) : rest * e;
+    const real *const *k = c->k;
+    return (coefficient_t){k[HEX_STAT_EPS][i],
+                           k[HEX_STAT_SHIFT][i],
+                           k[HEX_STAT_REST][i],
+                           k[HEX_STAT_HARD_E][i],
+                           k[HEX_STAT_HARD][i],
+                           classed ? k[HEX_STAT_POS_SHIFT][i] : 0,
+                           classed ? k[HEX_STAT_POS_MEAN][i] : 0,
+                           classed ? k[HEX_STAT_POS_E][i] : 0,
+                           classed ? k[HEX_STAT_POSITIVE][i] : 0};
 }
 
-/* c[j] becomes the coefficient of u_j in the gradient of u_i: dL_i/dc_ij where i is an anchor (row
- * terms, ri), plus dL_j/dc_ji where the others are (column terms, from rj on). */
-INLINE void entries(real *restrict c, int64_t n, const coefficients_t *k, int64_t ri, int64_t rj,
-                    real scale, real beta, hex_power power)
+/* dL_i / dv of an entry, with e = exp((v - shift) / t) and b = e^beta:
+ *
+ *     rest e                          on G(i)
+ *     b (hard_e e - hard)             on H(i)
+ *     pos_e (e - pos_mean) + positive on P(i), by their own shift
+ */
+INLINE real entry(real v, real s, real kind, coefficient_t k, real scale, real beta,
+                  hex_power power, bool classed)
 {
-    if (ri >= 0) {
-        const real eps = k->eps[ri], shift = k->shift[ri], rest = k->rest[ri];
-        const real hard_e = k->hard_e[ri], hard = k->hard[ri];
-        if (rj >= 0) {
-            const real *restrict ej = k->eps + rj, *restrict sj = k->shift + rj,
-                                 *restrict gj = k->rest + rj;
-            const real *restrict hej = k->hard_e + rj, *restrict hj = k->hard + rj;
+    const bool is_p = classed && kind == POSITIVE, in = !classed || kind != LEFT_OUT;
+    const real x = in ? v - (is_p ? k.shift_p : k.shift) : 0;
+    const real t = x * scale, e = exp2_of(t);
+    const real negative =
+        s > k.eps ? weight(power, t, e, beta) * (k.hard_e * e - k.hard) : k.rest * e;
+    if (!classed)
+        return negative;
+    return in ? is_p ? k.pos_e * (e - k.mean) + k.positive : negative : 0;
+}
+
+/* What the rows of a slice of entries are to it. */
+typedef struct {
+    int64_t row,
+        column; /* the anchor that all are entries of, and the first of the anchors that each
+                            is an entry of; -1: it is no anchor's */
+    const real *kind, *column_kind; /* their classes in either; NULL: all are negatives */
+} terms_t;
+
+/* v[j] becomes the coefficient of u_j in the gradient of the row's embedding: dL_i / dv_ij where it
+ * is an anchor, plus dL_j / dv_ji where the others are. */
+INLINE void any_entries(real *restrict v, const real *s, int64_t n, const coefficients_t *c,
+                        terms_t of, real beta, hex_power power, bool rows, bool columns,
+                        bool classed)
+{
+    const int64_t at = columns ? of.column : 0;
+    const real *restrict eps = c->k[HEX_STAT_EPS] + at, *restrict shift = c->k[HEX_STAT_SHIFT] + at,
+                         *restrict rest = c->k[HEX_STAT_REST] + at;
+    const real *restrict hard_e = c->k[HEX_STAT_HARD_E] + at, *restrict hard =
+                                                                  c->k[HEX_STAT_HARD] + at;
+    const real *restrict shift_p = classed ? c->k[HEX_STAT_POS_SHIFT] + at : NULL,
+                         *restrict mean = classed ? c->k[HEX_STAT_POS_MEAN] + at : NULL,
+                         *restrict pos_e = classed ? c->k[HEX_STAT_POS_E] + at : NULL,
+                         *restrict positive = classed ? c->k[HEX_STAT_POSITIVE] + at : NULL;
+    const real *kind = of.kind, *column_kind = of.column_kind;
+    const real scale = c->scale;
+    const coefficient_t own = rows ? coefficient_of(c, of.row, classed) : (coefficient_t){0};
 #pragma omp simd
-            for (int64_t j = 0; j < n; j++)
-                c[j] = entry(c[j], eps, shift, rest, hard_e, hard, scale, beta, power) +
-                       entry(c[j], ej[j], sj[j], gj[j], hej[j], hj[j], scale, beta, power);
-        } else {
-#pragma omp simd
-            for (int64_t j = 0; j < n; j++)
-                c[j] = entry(c[j], eps, shift, rest, hard_e, hard, scale, beta, power);
+    for (int64_t j = 0; j < n; j++) {
+        const real x = v[j], score = classed ? s[j] : x;
+        real row_term = 0, column_term = 0;
+        if (rows)
+            row_term = entry(x, score, classed ? kind[j] : 0, own, scale, beta, power, classed);
+        if (columns) {
+            const coefficient_t k = {eps[j],
+                                     shift[j],
+                                     rest[j],
+                                     hard_e[j],
+                                     hard[j],
+                                     classed ? shift_p[j] : 0,
+                                     classed ? mean[j] : 0,
+                                     classed ? pos_e[j] : 0,
+                                     classed ? positive[j] : 0};
+            column_term =
+                entry(x, score, classed ? column_kind[j] : 0, k, scale, beta, power, classed);
         }
-    } else {
-        const real *restrict ej = k->eps + rj, *restrict sj = k->shift + rj,
-                             *restrict gj = k->rest + rj;
-        const real *restrict hej = k->hard_e + rj, *restrict hj = k->hard + rj;
-#pragma omp simd
-        for (int64_t j = 0; j < n; j++)
-            c[j] = entry(c[j], ej[j], sj[j], gj[j], hej[j], hj[j], scale, beta, power);
+        v[j] = rows && columns ? row_term + column_term : rows ? row_term : column_term;
     }
 }
 
-static void row_entries(real *c, int64_t n, const coefficients_t *k, int64_t ri, int64_t rj,
-                        real scale, double beta)
+INLINE void choose_entries(real *v, const real *s, int64_t n, const coefficients_t *c, terms_t of,
+                           real beta, hex_power power)
 {
-    switch (power_of(beta)) {
+    const bool rows = of.row >= 0, columns = of.column >= 0;
+    if (of.kind && rows && columns)
+        any_entries(v, s, n, c, of, beta, power, true, true, true);
+    else if (of.kind && rows)
+        any_entries(v, s, n, c, of, beta, power, true, false, true);
+    else if (of.kind)
+        any_entries(v, s, n, c, of, beta, power, false, true, true);
+    else if (rows && columns)
+        any_entries(v, s, n, c, of, beta, power, true, true, false);
+    else if (rows)
+        any_entries(v, s, n, c, of, beta, power, true, false, false);
+    else
+        any_entries(v, s, n, c, of, beta, power, false, true, false);
+}
+
+static void row_entries(real *v, const real *s, int64_t n, const coefficients_t *c, terms_t of)
+{
+    switch (power_of(c->beta)) {
     case POWER_0:
-        entries(c, n, k, ri, rj, scale, 0, POWER_0);
+        choose_entries(v, s, n, c, of, 0, POWER_0);
         break;
     case POWER_1:
-        entries(c, n, k, ri, rj, scale, 1, POWER_1);
+        choose_entries(v, s, n, c, of, 1, POWER_1);
         break;
     default:
-        entries(c, n, k, ri, rj, scale, (real)beta, POWER_ANY);
-    }
-}
-
-/* ---- quantiles and bounds ---- */
-
-/* Without what rounding took past 1; NaN stays. */
-static inline real cosine(real c) { return c > 1 ? 1 : c < -1 ? -1 : c; }
-
-/* The 'nearest' rank of a quantile among n, from below; halves to even. */
-static inline int64_t rank(double quantile, int64_t n)
-{
-    return (int64_t)nearbyint(quantile * (double)(n - 1));
-}
-
-/* Least and largest of a row; NaN if it holds one or is empty. */
-static void row_bounds(const real *restrict c, int64_t n, real *low, real *high)
-{
-    COUNT(WORK_COMPARED, n);
-    vec_t least = (real)INFINITY - (vec_t){0}, largest = -least, sum = {0};
-    for (int64_t j = 0; j < n; j += LANES) {
-        const vec_t x = read_vec(c + j, n - j, c[0]);
-        least = pick(x < least, x, least);
-        largest = pick(x > largest, x, largest);
-        sum += x * 0;
-    }
-    const bool finite = n && vec_sum(sum) == 0;
-    *low = finite ? vec_least(least) : (real)NAN;
-    *high = finite ? vec_largest(largest) : (real)NAN;
-}
-
-static inline int64_t count_up_to(const real *restrict c, int64_t n, real limit)
-{
-    COUNT(WORK_COMPARED, n);
-    int64_t count = 0;
-    for (int64_t from = 0; from < n; from += SLICE) {
-        const int64_t to = n - from < SLICE ? n : from + SLICE;
-        word slice = 0;
-#pragma omp simd reduction(+ : slice)
-        for (int64_t j = from; j < to; j++)
-            slice += c[j] <= limit;
-        count += (int64_t)slice;
-    }
-    return count;
-}
-
-/* The element of rank `rank` (0 the least) of c[0..n), exactly: the value is bisected and each step
- * counts the elements below, which is one compare and one add a vector. Two more passes end it as
- * soon as the element stands alone in the bracket, some ten steps for a batch of cosines; equal
- * elements end it when the bracket holds no other number. NaN if the row holds one. The numbers are
- * cosines: the difference of any two is finite. */
-static real row_select(const real *restrict c, int64_t n, int64_t rank)
-{
-    COUNT(WORK_SELECTED, n);
-    real low, high;
-    row_bounds(c, n, &low, &high);
-    if (low != low || rank == n - 1)
-        return high;
-    if (rank == 0 || low == high || count_up_to(c, n, low) > rank)
-        return low;
-    for (;;) { /* #(c <= low) <= rank < #(c <= high) */
-        const real middle = low + (high - low) / 2;
-        if (middle <= low || middle >= high)
-            return high;
-        const int64_t count = count_up_to(c, n, middle);
-        if (count == rank + 1)
-            return row_largest(c, n, middle);
-        if (count == rank) { /* the least above */
-            COUNT(WORK_COMPARED, n);
-            const vec_t none = (real)INFINITY - (vec_t){0};
-            vec_t least = none;
-            for (int64_t j = 0; j < n; j += LANES) {
-                const vec_t x = read_vec(c + j, n - j, (real)INFINITY);
-                const vec_t above = pick(x > middle, x, none);
-                least = pick(above < least, above, least);
-            }
-            return vec_least(least);
-        }
-        if (count > rank)
-            high = middle;
-        else
-            low = middle;
+        choose_entries(v, s, n, c, of, (real)c->beta, POWER_ANY);
     }
 }
 

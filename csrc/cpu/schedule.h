@@ -28,7 +28,7 @@ typedef struct {
 static field_t field_of(const hex_problem *p)
 {
     const bool symmetric = p->mode == HEX_NTXENT;
-    const range_t anchors = symmetric ? (range_t){0, 2 * p->B} : rows_of(p, 0);
+    const range_t anchors = symmetric ? (range_t){0, p->B + p->M} : rows_of(p, 0);
     const int64_t rows = anchors.end, most = LARGEST_BLOCK;
     /* small blocks where there are few, for they are what threads share */
     const int64_t few = symmetric      ? (rows <= 1024 ? 96 : 192)
@@ -44,10 +44,10 @@ static field_t field_of(const hex_problem *p)
 /* Candidates of an anchor, itself and its positive among them where they are columns. */
 static int64_t columns_of(const hex_problem *p)
 {
-    return p->mode == HEX_NTXENT ? 2 * p->B : p->mode == HEX_SHARED ? p->K : p->B;
+    return p->mode == HEX_NTXENT ? p->B + p->M : p->mode == HEX_SHARED ? p->K : p->M;
 }
 
-/* How many of them are no negatives. */
+/* How many of them are no negatives, where positives are not several. */
 static int64_t not_negatives(const hex_problem *p)
 {
     return p->mode == HEX_NTXENT ? 2 : p->mode == HEX_SHARED ? 0 : 1;
@@ -55,16 +55,19 @@ static int64_t not_negatives(const hex_problem *p)
 
 static bool enough(const hex_problem *p)
 {
-    return p->mode != HEX_OWN && p->B >= 16 && columns_of(p) >= 192;
+    return p->mode < HEX_OWN && p->B >= 16 && columns_of(p) >= 192;
 }
 
-/* Whether a problem is done this way: enough cosines, and no exponential of (c - 1) / tau or
- * product of two comes near the bounds of exp2. Then the shift of every row is 1, the largest
- * cosine there can be, instead of its own, and one exponential serves both rows of a pair. */
+/* Whether a problem is done this way: enough cosines, sets that a tile can tell from codes, and no
+ * exponential of (c - 1) / tau or product of two near the bounds of exp2. Then the shift of every row
+ * is 1, the largest cosine there can be, instead of its own, and one exponential serves both rows of
+ * a pair. */
 static bool by_tiles(const hex_problem *p)
 {
     const double tau = read_vector(p->tau, 0); /* from 1e30 on the hole would be infinite */
-    return enough(p) && p->beta <= 1 && tau > 0 && tau < 1e30 &&
+    const bool by_codes = !p->mask.data && p->G == 0 && !(p->several && p->given) &&
+                          !(p->several && p->mode == HEX_SHARED);
+    return enough(p) && by_codes && p->beta <= 1 && tau > 0 && tau < 1e30 &&
            2 * M_LOG2E / tau <= -(double)EXP2_LOWEST - 2;
 }
 
@@ -108,7 +111,7 @@ static int64_t kept_room(const hex_problem *p, bool *used)
 {
     const int64_t most = MOST_KEPT_BYTES / (int64_t)sizeof(real);
     *used = false;
-    if (p->mode == HEX_OWN)
+    if (p->mode >= HEX_OWN)
         return 0;
     field_t f = field_of(p);
     *used = enough(p) && tile_numbers(&f, most + 1) <= most;

@@ -63,28 +63,32 @@ typedef struct {
 
 static range_t rows_of(const hex_problem *p, int input)
 {
-    const int64_t B = p->B,
-                  end = input < 2 ? (input + 1) * B : 2 * B + (p->mode == HEX_SHARED ? p->K : 0);
-    return (range_t){input * B, end};
+    const int64_t z1 = p->B, negatives = p->B + p->M;
+    return input == 0   ? (range_t){0, z1}
+           : input == 1 ? (range_t){z1, negatives}
+                        : (range_t){negatives, negatives + (p->mode == HEX_SHARED ? p->K : 0)};
 }
 
 /* The rows that the rows of an input meet: as their candidates, or as anchors whose candidates they
- * are. */
+ * are. One positive that is no negative's neighbour, as in shared, is not met. */
 static range_t met_by(const hex_problem *p, int input)
 {
     switch (p->mode) {
     case HEX_NTXENT:
-        return (range_t){0, 2 * p->B};
+        return (range_t){0, p->B + p->M};
     case HEX_QUERY:
     case HEX_CROSS:
         return rows_of(p, 1 - input);
     case HEX_SHARED:
-        return input == 0 ? rows_of(p, 2) : input == 2 ? rows_of(p, 0) : (range_t){0, 0};
+        if (input == 0)
+            return (range_t){p->several ? p->B : p->B + p->M, p->B + p->M + p->K};
+        return input == 2 || p->several ? rows_of(p, 0) : (range_t){0, 0};
     default:
         return (range_t){0, 0};
     }
 }
 
+/* Of row i of z0 or z1, the other view of its image. */
 static inline int64_t partner(const hex_problem *p, int64_t i)
 {
     return i < p->B ? i + p->B : i - p->B;
@@ -161,24 +165,26 @@ static double normalize(real *restrict x, int64_t D)
 
 typedef struct {
     const hex_problem *p;
+    const hex_rows *input; /* its own, or the guide's */
+    int64_t D;
     unit_t *unit;
 } unit_context_t;
 
 /* The input that unit row i comes from, and its row there. */
 static int source(const hex_problem *p, int64_t i, int64_t *row)
 {
-    const int input = i < p->B ? 0 : i < 2 * p->B ? 1 : 2;
-    *row = i - input * p->B;
+    const int input = i < p->B ? 0 : i < p->B + p->M ? 1 : 2;
+    *row = i - rows_of(p, input).begin;
     return input;
 }
 
 static void unit_body(int64_t begin, int64_t end, void *context)
 {
     const unit_context_t *c = context;
-    const int64_t D = c->p->D, stride = c->unit->stride;
+    const int64_t D = c->D, stride = c->unit->stride;
     for (int64_t i = begin; i < end; i++) {
         int64_t row;
-        const hex_rows *x = &c->p->input[source(c->p, i, &row)];
+        const hex_rows *x = &c->input[source(c->p, i, &row)];
         real *u = c->unit->u + i * stride;
         load(x, row, D, u);
         c->unit->inverse[i] = normalize(u, D);
@@ -189,14 +195,16 @@ static void unit_body(int64_t begin, int64_t end, void *context)
     }
 }
 
-/* All unit rows of the problem but the per-anchor negatives, which are many and used once each. */
-static const char *make_unit(const hex_problem *p, unit_t *unit)
+/* All unit rows of the problem, or of its guide, but negatives of each anchor's own, which are many
+ * and used once each. */
+static const char *make_unit(const hex_problem *p, const hex_rows input[3], int64_t D, bool dots,
+                             unit_t *unit)
 {
-    const int64_t count = 2 * p->B + (p->mode == HEX_SHARED ? p->K : 0);
+    const int64_t count = rows_of(p, 2).end;
     unit->inverse = allocate(count, 1, sizeof(double));
-    if (!unit->inverse || !allocate_rows(unit, count, round_up(p->D, NR), are_dots(p)))
+    if (!unit->inverse || !allocate_rows(unit, count, round_up(D, NR), dots))
         return HEX_NO_MEMORY;
-    unit_context_t c = {p, unit};
+    unit_context_t c = {p, input, D, unit};
     return hex_parallel_for(unit->count, 8 * unit->width, unit_body, &c) ? NULL : HEX_NO_THREADS;
 }
 

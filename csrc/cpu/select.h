@@ -1,0 +1,116 @@
+/* SPDX-License-Identifier: MIT */
+/* A row's quantile, exactly, and its least and largest value. No threads, no allocation. */
+#ifndef HEX_SELECT_H
+#define HEX_SELECT_H
+
+#include "row.h"
+
+/* Without what rounding took past 1; NaN stays. */
+static inline real cosine(real c) { return c > 1 ? 1 : c < -1 ? -1 : c; }
+
+/* The 'nearest' rank of a quantile among n, from below; halves to even. */
+static inline int64_t rank(double quantile, int64_t n)
+{
+    return (int64_t)nearbyint(quantile * (double)(n - 1));
+}
+
+/* Least and largest of a row; NaN if it holds one or is empty. */
+static void row_bounds(const real *restrict c, int64_t n, real *low, real *high)
+{
+    COUNT(WORK_COMPARED, n);
+    vec_t least = (real)INFINITY - (vec_t){0}, largest = -least, sum = {0};
+    for (int64_t j = 0; j < n; j += LANES) {
+        const vec_t x = read_vec(c + j, n - j, c[0]);
+        least = pick(x < least, x, least);
+        largest = pick(x > largest, x, largest);
+        sum += x * 0;
+    }
+    const bool finite = n && vec_sum(sum) == 0;
+    *low = finite ? vec_least(least) : (real)NAN;
+    *high = finite ? vec_largest(largest) : (real)NAN;
+}
+
+static inline int64_t count_up_to(const real *restrict c, int64_t n, real limit)
+{
+    COUNT(WORK_COMPARED, n);
+    int64_t count = 0;
+    for (int64_t from = 0; from < n; from += SLICE) {
+        const int64_t to = n - from < SLICE ? n : from + SLICE;
+        word slice = 0;
+#pragma omp simd reduction(+ : slice)
+        for (int64_t j = from; j < to; j++)
+            slice += c[j] <= limit;
+        count += (int64_t)slice;
+    }
+    return count;
+}
+
+/* The element of rank `rank` (0 the least) of c[0..n), exactly: the value is bisected and each step
+ * counts the elements below, which is one compare and one add a vector. Two more passes end it as
+ * soon as the element stands alone in the bracket, some ten steps for a batch of cosines; equal
+ * elements end it when the bracket holds no other number. NaN if the row holds one. The numbers are
+ * cosines: the difference of any two is finite. */
+static real row_select(const real *restrict c, int64_t n, int64_t rank)
+{
+    COUNT(WORK_SELECTED, n);
+    real low, high;
+    row_bounds(c, n, &low, &high);
+    if (low != low || rank == n - 1)
+        return high;
+    if (rank == 0 || low == high || count_up_to(c, n, low) > rank)
+        return low;
+    for (;;) { /* #(c <= low) <= rank < #(c <= high) */
+        const real middle = low + (high - low) / 2;
+        if (middle <= low || middle >= high)
+            return high;
+        const int64_t count = count_up_to(c, n, middle);
+        if (count == rank + 1)
+            return row_largest(c, n, middle);
+        if (count == rank) { /* the least above */
+            COUNT(WORK_COMPARED, n);
+            const vec_t none = (real)INFINITY - (vec_t){0};
+            vec_t least = none;
+            for (int64_t j = 0; j < n; j += LANES) {
+                const vec_t x = read_vec(c + j, n - j, (real)INFINITY);
+                const vec_t above = pick(x > middle, x, none);
+                least = pick(above < least, above, least);
+            }
+            return vec_least(least);
+        }
+        if (count > rank)
+            high = middle;
+        else
+            low = middle;
+    }
+}
+
+/* Keeps of the row what its quantile is taken over, in place; the new length. *finite gets NaN if a
+ * value that is seen, kept or not, is NaN or +Inf. */
+static int64_t keep(real *v, const real *kind, int64_t n, bool over_negatives, double *finite)
+{
+    const real least = over_negatives ? NEGATIVE : POSITIVE; /* of what is kept: see the classes */
+    int64_t kept = 0;
+    for (int64_t from = 0; from < n; from += SLICE) {
+        const int64_t size = n - from < SLICE ? n - from : SLICE;
+        const real *of = kind + from;
+        real seen = 0, wanted = 0;
+#pragma omp simd reduction(+ : seen, wanted)
+        for (int64_t j = 0; j < size; j++) {
+            const real value = v[from + j];
+            seen += of[j] == LEFT_OUT || value < (real)INFINITY ? 0 : (real)NAN;
+            wanted += of[j] >= least ? (real)1 : (real)0;
+        }
+        *finite += (double)seen;
+        if (wanted == (real)size) { /* as most slices are */
+            memmove(v + kept, v + from, (size_t)size * sizeof(real));
+            kept += size;
+        } else
+            for (int64_t j = 0; j < size; j++) { /* without a branch: kept <= from + j */
+                v[kept] = v[from + j];
+                kept += of[j] >= least;
+            }
+    }
+    return kept;
+}
+
+#endif

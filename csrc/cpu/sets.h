@@ -1,0 +1,140 @@
+/* SPDX-License-Identifier: MIT */
+/* What a problem says of its pairs: who is a positive of whom, who is left out, and what is compared
+ * with eps where that is not the cosine. Labels become codes, so that a vector of them can be
+ * compared with a vector of numbers. */
+#ifndef HEX_SETS_H
+#define HEX_SETS_H
+
+#include "select.h"
+
+/* What is made of a problem's inputs once. */
+typedef struct {
+    unit_t unit, guide; /* guide.u NULL: there is none */
+    word *ids, *groups; /* a code of every row of ../hex.h's index space; NULL: there are none */
+} inputs_t;
+
+static inline bool is_classed(const hex_problem *p) { return p->several || p->given || p->G > 0; }
+
+/* Rows with a label: all of the index space, and with negatives of each anchor's own those too. */
+static int64_t labelled_rows(const hex_problem *p, int input)
+{
+    return input == 0 ? p->B : input == 1 ? p->M : p->mode == HEX_OWN ? p->B * p->K : p->K;
+}
+
+static int compare_labels(const void *a, const void *b)
+{
+    const int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+    return (x > y) - (x < y);
+}
+
+/* Codes that are equal where the labels are: their distance from the least or, where that is too
+ * much for a word, their rank. */
+static const char *make_codes(const hex_problem *p, const hex_ids labels[3], word **codes)
+{
+    int64_t n = 0;
+    for (int k = 0; k < 3; k++)
+        n += labels[k].data ? labelled_rows(p, k) : 0;
+    int64_t *all = allocate(n, 1, sizeof *all), *sorted = NULL;
+    *codes = allocate(n + NR + LANES, 1, sizeof **codes);
+    if (!all || !*codes) {
+        free(all);
+        return HEX_NO_MEMORY;
+    }
+    memset(*codes + n, 0, (NR + LANES) * sizeof **codes);
+    int64_t least = INT64_MAX, most = INT64_MIN, at = 0;
+    for (int k = 0; k < 3; k++)
+        for (int64_t r = 0; labels[k].data && r < labelled_rows(p, k); r++) {
+            const int64_t label = labels[k].data[r * labels[k].stride];
+            least = label < least ? label : least;
+            most = label > most ? label : most;
+            all[at++] = label;
+        }
+    const bool near = n == 0 || (uint64_t)most - (uint64_t)least <= (word)-1;
+    if (!near) {
+        sorted = allocate(n, 1, sizeof *sorted);
+        if (!sorted) {
+            free(all);
+            return HEX_NO_MEMORY;
+        }
+        memcpy(sorted, all, (size_t)n * sizeof *sorted);
+        qsort(sorted, (size_t)n, sizeof *sorted, compare_labels);
+        int64_t different = 0;
+        for (int64_t i = 0; i < n; i++)
+            if (i == 0 || sorted[i] != sorted[i - 1])
+                sorted[different++] = sorted[i];
+        for (int64_t i = 0; i < n; i++)
+            (*codes)[i] = (word)((int64_t *)bsearch(&all[i], sorted, (size_t)different,
+                                                    sizeof *sorted, compare_labels) -
+                                 sorted);
+    } else
+        for (int64_t i = 0; i < n; i++)
+            (*codes)[i] = (word)((uint64_t)all[i] - (uint64_t)least);
+    free(sorted);
+    free(all);
+    return NULL;
+}
+
+static const char *make_inputs(const hex_problem *p, inputs_t *in)
+{
+    const char *error = make_unit(p, p->input, p->D, are_dots(p), &in->unit);
+    if (!error && p->G > 0)
+        error = make_unit(p, p->guide, p->G, false, &in->guide);
+    if (!error && p->several && p->ids[0].data)
+        error = make_codes(p, p->ids, &in->ids);
+    if (!error && p->given)
+        error = make_codes(p, p->groups, &in->groups);
+    return error;
+}
+
+static void free_inputs(inputs_t *in)
+{
+    free_unit(&in->unit);
+    free_unit(&in->guide);
+    free(in->ids);
+    free(in->groups);
+}
+
+/* The classes of row o with the rows [among.begin, among.end) that it meets. `anchor`: it is the
+ * anchor of the entries, or else each of the others is, which matters to a mask. */
+static void fill_kinds(const hex_problem *p, const inputs_t *in, int64_t o, range_t among,
+                       bool anchor, real *restrict kind)
+{
+    const int64_t n = among.end - among.begin, from = among.begin;
+    if (p->mask.data) {
+        const hex_mask *m = &p->mask;
+        const int64_t step = anchor ? m->col : m->row;
+        const uint8_t *at = m->data + o % m->rows * (anchor ? m->row : m->col);
+        int64_t b = from % m->rows;
+        for (int64_t j = 0; j < n; j++) {
+            kind[j] = at[b * step] ? POSITIVE : NEGATIVE;
+            b = b + 1 == m->rows ? 0 : b + 1;
+        }
+    } else if (p->several) {
+        const word id = in->ids[o], *restrict ids = in->ids + from;
+        for (int64_t j = 0; j < n; j++)
+            kind[j] = ids[j] == id ? POSITIVE : NEGATIVE;
+    } else { /* the one positive stands apart */
+        for (int64_t j = 0; j < n; j++)
+            kind[j] = NEGATIVE;
+        const int64_t q = o < p->B + p->M ? partner(p, o) : -1;
+        if (q >= from && q < among.end)
+            kind[q - from] = LEFT_OUT;
+    }
+    if (p->mode == HEX_NTXENT && o >= from && o < among.end)
+        kind[o - from] = LEFT_OUT;
+    if (p->mode == HEX_SHARED && p->several) { /* a row of z1 is seen by its positives only */
+        const int64_t z1 = p->B + p->M, end = anchor ? z1 - from : o < z1 ? n : 0;
+        for (int64_t j = 0; j < (end < n ? end : n); j++)
+            kind[j] = kind[j] == POSITIVE ? POSITIVE : LEFT_OUT;
+    }
+}
+
+/* What is compared with 1/2 where H is given by groups: 1 in the same, else 0. */
+static void fill_groups(const word *group, int64_t o, int64_t from, int64_t n, real *restrict s)
+{
+    const word own = group[o], *restrict other = group + from;
+    for (int64_t j = 0; j < n; j++)
+        s[j] = other[j] == own ? 1 : 0;
+}
+
+#endif

@@ -1,0 +1,328 @@
+/* SPDX-License-Identifier: MIT */
+/* Every row of a problem, handed to a function: a block of anchors against all their candidates,
+ * cosines in scratch of block x N, then row after row. Negatives of each anchor's own are multiplied
+ * by it alone, and of logits a row is read. Nothing is N x N. */
+#ifndef HEX_VISIT_H
+#define HEX_VISIT_H
+
+#include "sets.h"
+
+#define BLOCK (4 * MR)
+
+/* Rows of a block: as many as keep its cosines in the second-level cache, and enough blocks to
+ * share out. Never a function of the number of threads. */
+static int64_t block_rows(int64_t rows, int64_t columns)
+{
+    const int64_t fit = (1 << 20) / (int64_t)sizeof(real) / (columns + 1) / MR * MR;
+    const int64_t block = rows < 16 * BLOCK ? 2 * MR : BLOCK;
+    return fit < MR ? MR : fit < block ? fit : block;
+}
+
+/* Drops the elements with the (up to two, ascending, -1: none) indices and returns the new length.
+ */
+static int64_t drop(real *c, int64_t n, int64_t first, int64_t second)
+{
+    if (second >= 0)
+        c[second] = c[--n];
+    if (first >= 0)
+        c[first] = c[--n];
+    return n;
+}
+
+/* Where row i and its partner stand among some rows, ascending in *first, *second; -1 where they do
+ * not. */
+static void places_of(const hex_problem *p, int64_t i, range_t among, int64_t *first,
+                      int64_t *second)
+{
+    const int64_t q = partner(p, i), low = i < q ? i : q, high = i < q ? q : i;
+    *first = low >= among.begin && low < among.end ? low - among.begin : -1;
+    *second = high >= among.begin && high < among.end ? high - among.begin : -1;
+}
+
+/* ---- scratch of a thread ---- */
+
+/* `block` rows of cosines and of the guide's, `ld` apart; of one row the scores by groups, and its
+ * classes, as an anchor and as a candidate of the others. */
+typedef struct {
+    int64_t ld;
+    real *c, *guide, *group, *kind, *column_kind;
+} table_t;
+
+static bool make_table(const hex_problem *p, int64_t block, int64_t ld, table_t *t)
+{
+    t->ld = ld;
+    t->c = allocate(block, ld, sizeof(real));
+    t->guide = allocate(p->G > 0 ? block : 0, ld, sizeof(real));
+    t->group = allocate(is_classed(p) ? 3 : 0, ld, sizeof(real));
+    if (!t->c || !t->guide || !t->group)
+        return false;
+    t->kind = t->group + ld;
+    t->column_kind = t->kind + ld;
+    return true;
+}
+
+static void free_table(table_t *t)
+{
+    free(t->c);
+    free(t->guide);
+    free(t->group);
+}
+
+/* Row k of the table, of the unit row o with those it meets; it has its classes where it has any. */
+static row_t table_row(const hex_problem *p, const inputs_t *in, const table_t *t, int64_t k,
+                       int64_t o, range_t met, bool anchor)
+{
+    const int64_t n = met.end - met.begin;
+    real *v = t->c + k * t->ld;
+    row_t r = {.v = v, .s = v, .n = n, .apart = !p->several};
+    if (!is_classed(p))
+        return r;
+    fill_kinds(p, in, o, met, anchor, t->kind);
+    r.kind = t->kind;
+    if (p->given) {
+        fill_groups(in->groups, o, met.begin, n, t->group);
+        r.s = t->group;
+    } else if (p->G > 0)
+        r.s = t->guide + k * t->ld;
+    return r;
+}
+
+/* ---- negatives of one anchor: a few rows used by it only, so no panels ---- */
+
+typedef struct {
+    int64_t width;
+    real *u, *c;     /* (K, width) unit rows; K cosines, and room for the positive */
+    double *inverse; /* K */
+} paired_t;
+
+static bool make_paired(const hex_problem *p, int64_t width, paired_t *own)
+{
+    own->width = width;
+    own->u = allocate(p->K, width, sizeof(real));
+    own->c = allocate(p->K + 1, 1, sizeof(real));
+    own->inverse = allocate(p->K, 1, sizeof(double));
+    return own->u && own->c && own->inverse;
+}
+
+static void free_paired(paired_t *own)
+{
+    free(own->u);
+    free(own->c);
+    free(own->inverse);
+}
+
+static void paired_cosines(const hex_problem *p, const hex_rows *negatives, int64_t D,
+                           const unit_t *unit, int64_t i, paired_t *own)
+{
+    const real *anchor = unit->u + i * unit->stride;
+    for (int64_t j = 0; j < p->K; j++) {
+        real *u = own->u + j * own->width;
+        load(negatives, i * p->K + j, D, u);
+        own->inverse[j] = normalize(u, D);
+        own->c[j] = (real)dot_product(anchor, u, D);
+    }
+}
+
+/* An anchor with its negatives, and their guide or groups. */
+typedef struct {
+    paired_t own, guide;
+    table_t table; /* of one row, where there are classes */
+} anchor_t;
+
+static bool make_anchor(const hex_problem *p, const inputs_t *in, anchor_t *a)
+{
+    return make_paired(p, in->unit.width, &a->own) &&
+           (p->G == 0 || make_paired(p, in->guide.width, &a->guide)) &&
+           (!is_classed(p) || make_table(p, 0, p->K + 1, &a->table));
+}
+
+static void free_anchor(anchor_t *a)
+{
+    free_paired(&a->own);
+    free_paired(&a->guide);
+    free_table(&a->table);
+}
+
+static row_t anchor_row(const hex_problem *p, const inputs_t *in, int64_t i, anchor_t *a)
+{
+    paired_cosines(p, &p->input[2], p->D, &in->unit, i, &a->own);
+    row_t r = {.v = a->own.c, .s = a->own.c, .n = p->K, .apart = true};
+    if (!is_classed(p))
+        return r;
+    for (int64_t j = 0; j < p->K; j++)
+        a->table.kind[j] = NEGATIVE;
+    r.kind = a->table.kind;
+    if (p->G > 0) {
+        paired_cosines(p, &p->guide[2], p->G, &in->guide, i, &a->guide);
+        r.s = a->guide.c;
+    } else {
+        const word group = in->groups[i], *other = in->groups + p->B + p->M + i * p->K;
+        for (int64_t j = 0; j < p->K; j++)
+            a->table.group[j] = other[j] == group ? 1 : 0;
+        r.s = a->table.group;
+    }
+    return r;
+}
+
+/* ---- logits: the cosine of a column is its logit times tau; a column of -Inf is left out, but for
+ * the target's, whose loss is +Inf ---- */
+
+/* Row i, in scratch of three rows. */
+static row_t logits_row(const hex_problem *p, int64_t i, real tau, real *scratch)
+{
+    const int64_t C = p->D, ld = C + 1; /* 1: the self column */
+    real *restrict v = scratch, *restrict s = v + ld, *restrict kind = s + ld;
+    load(&p->input[0], i, C, v);
+    for (int64_t j = 0; j < C; j++)
+        kind[j] = v[j] == -(real)INFINITY ? LEFT_OUT : NEGATIVE;
+    kind[p->ids[0].data[i]] = POSITIVE;
+    if (p->G > 0)
+        load(&p->guide[0], i, C, s);
+    else
+        for (int64_t j = 0; j < C; j++)
+            s[j] = v[j] * tau;
+    return (row_t){.v = v, .s = s, .kind = kind, .n = C};
+}
+
+/* ---- every row of the anchors, handed to a row function ---- */
+
+/* r: the row's candidates, in scratch it may change, with room for two more. Where it has no classes,
+ * the positive and the row itself stand at r->v[first] and r->v[second] if they are among them (-1:
+ * not). */
+typedef void (*row_function_t)(void *context, int64_t i, row_t *r, int64_t first, int64_t second);
+
+typedef struct {
+    const hex_problem *p;
+    const inputs_t *in;
+    const panels_t *panels, *guide; /* of the candidates */
+    int64_t begin, end, block;      /* anchors [begin, end), */
+    const int64_t *some;            /* or, if not NULL, some[begin .. end): they have no guide */
+    row_function_t row;
+    void *context;
+    atomic_bool no_memory;
+} rows_context_t;
+
+static real positive_cosine(const hex_problem *p, const unit_t *unit, int64_t i)
+{
+    return (real)dot_product(unit->u + i * unit->stride, unit->u + partner(p, i) * unit->stride,
+                             p->D);
+}
+
+static void rows_body(int64_t begin, int64_t end, void *context)
+{
+    rows_context_t *c = context;
+    const unit_t *unit = &c->in->unit;
+    const range_t met = {c->panels->begin, c->panels->end};
+    const int64_t n = met.end - met.begin, ld = round_up(n, NR) + NR;
+    table_t t = {0};
+    unit_t copies = {0};
+    if (!make_table(c->p, c->block, ld, &t) ||
+        (c->some && !allocate_rows(&copies, c->block, unit->width, has_dots(unit))))
+        c->no_memory = true;
+    for (int64_t q = begin; q < end && !c->no_memory; q++) {
+        const int64_t from = c->begin + q * c->block;
+        const int64_t rows = c->end - from < c->block ? c->end - from : c->block;
+        for (int64_t i = 0; c->some && i < c->block; i++) /* whole register tiles of them */
+            copy_row(unit, c->some[i < rows ? from + i : from], &copies, i);
+        cosines(c->some ? &copies : unit, c->some ? 0 : from, rows, c->panels, 0, n, t.c, ld);
+        if (c->guide)
+            cosines(&c->in->guide, from, rows, c->guide, 0, n, t.guide, ld);
+        for (int64_t k = 0; k < rows; k++) {
+            const int64_t i = c->some ? c->some[from + k] : from + k;
+            int64_t first = -1, second = -1;
+            row_t r = table_row(c->p, c->in, &t, k, i, met, true);
+            if (r.apart) {
+                r.cp = (double)positive_cosine(c->p, unit, i);
+                places_of(c->p, i, met, &first, &second);
+            }
+            c->row(c->context, i, &r, first, second);
+        }
+    }
+    free_table(&t);
+    free_unit(&copies);
+}
+
+static void paired_rows_body(int64_t begin, int64_t end, void *context)
+{
+    rows_context_t *c = context;
+    anchor_t a = {0};
+    if (make_anchor(c->p, c->in, &a))
+        for (int64_t i = begin; i < end; i++) {
+            row_t r = anchor_row(c->p, c->in, i, &a);
+            r.cp = (double)positive_cosine(c->p, &c->in->unit, i);
+            c->row(c->context, i, &r, -1, -1);
+        }
+    else
+        c->no_memory = true;
+    free_anchor(&a);
+}
+
+static void logits_rows_body(int64_t begin, int64_t end, void *context)
+{
+    rows_context_t *c = context;
+    const real tau = (real)read_vector(c->p->tau, 0);
+    real *scratch = allocate(c->p->D + 1, 3, sizeof(real));
+    if (!scratch)
+        c->no_memory = true;
+    for (int64_t i = begin; scratch && i < end; i++) {
+        row_t r = logits_row(c->p, i, tau, scratch);
+        c->row(c->context, i, &r, -1, -1);
+    }
+    free(scratch);
+}
+
+/* The rows of a context, all but the block of which is set. */
+static const char *visit_rows(rows_context_t *c)
+{
+    const hex_problem *p = c->p;
+    const bool blocks = p->mode < HEX_OWN;
+    const int64_t rows = c->end - c->begin;
+    const int64_t columns = blocks ? c->panels->end - c->panels->begin : p->K;
+    int64_t work = 64 * p->D; /* of a row of logits */
+    c->block = 1;
+    if (blocks)
+        c->block = block_rows(rows, p->G > 0 ? 2 * columns : columns);
+    if (p->mode != HEX_LOGITS)
+        work =
+            2 * c->block * columns * (c->in->unit.width + (p->G > 0 ? c->in->guide.width : 0) + 32);
+    if (!hex_parallel_for((rows + c->block - 1) / c->block, work,
+                          blocks               ? rows_body
+                          : p->mode == HEX_OWN ? paired_rows_body
+                                               : logits_rows_body,
+                          c))
+        return HEX_NO_THREADS;
+    return c->no_memory ? HEX_NO_MEMORY : NULL;
+}
+
+static const char *for_each_row(const hex_problem *p, row_function_t row, void *context)
+{
+    inputs_t in = {0};
+    panels_t panels = {0}, guide = {0};
+    const bool blocks = p->mode < HEX_OWN;
+    const char *error = p->mode == HEX_LOGITS ? NULL : make_inputs(p, &in);
+    for (int input = 0; !error && input < 2; input++) {
+        const range_t rows = rows_of(p, input), met = met_by(p, input);
+        rows_context_t c = {.p = p,
+                            .in = &in,
+                            .panels = &panels,
+                            .guide = p->G > 0 && blocks ? &guide : NULL,
+                            .begin = rows.begin,
+                            .end = rows.end,
+                            .row = row,
+                            .context = context};
+        if (rows.begin >= hex_anchors(p))
+            break;
+        if (blocks)
+            error = make_panels(&in.unit, met.begin, met.end, &panels);
+        if (!error && c.guide)
+            error = make_panels(&in.guide, met.begin, met.end, &guide);
+        if (!error)
+            error = visit_rows(&c);
+    }
+    free(panels.data);
+    free(guide.data);
+    free_inputs(&in);
+    return error;
+}
+
+#endif
