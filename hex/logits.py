@@ -2,14 +2,14 @@
 """HEX for code that hands (logits, target) to a criterion, as to torch.nn.CrossEntropyLoss.
 
 The function with eps given, the module, and the checks of their arguments. The mathematics is in
-docs/math.md; the kernels behind class_ops.py.
+docs/math.md; the kernels behind ops.py.
 """
 
 from typing import Any, Literal
 
 from torch import Tensor
 
-from . import class_ops, ops
+from . import ops
 from .functional import (
     Reduction,
     Variant,
@@ -147,10 +147,10 @@ class HEXCrossEntropyLoss(_Contrastive):
             logits.shape[0],
             logits.shape[1] + self.self_column,
             self.self_column,
-            lambda quantile, over: class_ops.logits_threshold(
-                logits, target, tau, quantile, over, self.self_column
+            lambda quantile, over: ops.logits.threshold(
+                logits, target, tau, self.self_column, quantile, over
             ),
-            lambda: class_ops.logits_row_range(logits, target, tau, self.self_column),
+            lambda: ops.logits.row_range(logits, target, tau, self.self_column),
         )
         value, hard, share = _loss(
             logits, target, eps, tau, self.reduction, self.variant, self.beta, self.tau_plus
@@ -174,7 +174,7 @@ def _loss(
     logits: Tensor, target: Tensor, eps: Tensor, tau: Tensor, reduction: str, variant: str,
     beta: float, tau_plus: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return class_ops.logits_loss(
+    return ops.logits.loss(
         logits, target, logits.new_empty((0, 0)), eps, tau, False, ops.REDUCTIONS[reduction],
         ops.VARIANTS[variant], beta, tau_plus,
     )  # fmt: skip

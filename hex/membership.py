@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """HEXLoss where H(i) is not decided on the embeddings' own cosines: given groups, or a guide.
 
-Checks the two arguments, and lays the pairs of each mode out for the operators of class_ops.py.
+Checks the two arguments, and lays the pairs of each mode out for the operators of ops.py.
 """
 
 import math
@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import class_ops, ops
+from . import ops, reference
 from .functional import Batch, check_batch, has_shape
-from .reference import _dots, _unit_rows
 
 __all__ = ["check_groups", "check_guide", "check_labels", "loss", "unknown_eps"]
 
@@ -103,9 +102,9 @@ def loss(
         arguments: Any = (
             x, x.new_empty((0, x.shape[1])) if y is None else y, *labels[:2], no_mask, *labels[2:],
             guide, candidate_guide,
-            eps, tau, class_ops.PAIRINGS[pairing], reduction, variant, 0, beta, tau_plus,
+            eps, tau, ops.PAIRINGS[pairing], reduction, variant, 0, beta, tau_plus,
         )  # fmt: skip
-        return class_ops.labelled_loss(*arguments)
+        return ops.labelled.loss(*arguments)
 
     def joined(first: Tensor | None, second: Tensor | None) -> Tensor | None:
         return None if first is None or second is None else torch.cat([first, second])
@@ -121,7 +120,7 @@ def loss(
         there = pairs("pair", (z0, z1), (rows, rows), (own, own), (g0, g1), first, 0)
         back = pairs("pair", (z1, z0), (rows, rows), (own, own), (g1, g0), second, 0)
         value, hard, share = (torch.cat(both) for both in zip(there, back, strict=True))
-        return ops._reduce(value, reduction), hard, share
+        return reference.reduce(value, reduction), hard, share
     if batch.mode == ops.MODES["shared"]:
         nobody = torch.full((negatives.shape[0],), -1, device=z0.device)
         return pairs("queue", (z0, joined(z1, negatives)), (rows, joined(rows, nobody)),
@@ -137,7 +136,7 @@ def loss(
     else:
         assert guide is not None
         score = _own_cosines(guide.inputs, c.dtype)
-    return class_ops.logits_loss(
+    return ops.logits.loss(
         c / tau.to(c), torch.zeros_like(rows), score, eps, tau, own is not None, reduction,
         variant, beta, tau_plus,
     )  # fmt: skip
@@ -145,8 +144,8 @@ def loss(
 
 def _own_cosines(inputs: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> Tensor:
     """(B, 1 + K): of each anchor with its positive and its own negatives."""
-    u0, u1, un = (_unit_rows(z.to(dtype)) for z in inputs)
-    others = _dots(un, u0.unsqueeze(1)).squeeze(-1)
+    u0, u1, un = (reference.unit_rows(z.to(dtype)) for z in inputs)
+    others = reference.dots(un, u0.unsqueeze(1)).squeeze(-1)
     return torch.cat([(u0 * u1).sum(-1, keepdim=True), others], 1)
 
 

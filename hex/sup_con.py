@@ -2,7 +2,7 @@
 """HEX with several positives: labels, a mask, or more than two views.
 
 The function with eps given, the module, and the checks of their arguments. The mathematics is in
-docs/math.md; the kernels behind class_ops.py.
+docs/math.md; the kernels behind ops.py.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from . import class_ops, distributed, ops
+from . import distributed, ops
 from ._calls import is_transformed
 from .functional import (
     Reduction,
@@ -209,8 +209,8 @@ class HEXSupConLoss(_Contrastive):
             seen.shape[0],
             seen.shape[0],
             True,
-            lambda quantile, over: class_ops.labelled_threshold(*pairs, quantile, over),
-            lambda: class_ops.labelled_row_range(*pairs),
+            lambda quantile, over: ops.labelled.threshold(*pairs, quantile, over),
+            lambda: ops.labelled.row_range(*pairs),
         )
 
     def extra_repr(self) -> str:
@@ -345,11 +345,11 @@ def _loss(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     none = rows.x.new_empty((0, 0))
     guide = none if rows.guide is None else rows.guide
-    value, hard, share = class_ops.labelled_loss(
+    value, hard, share = ops.labelled.loss(
         rows.x, rows.x.new_empty((0, rows.x.shape[1])), rows.ids, rows.ids[:0], rows.mask,
         rows.groups, rows.ids[:0], guide, guide.new_empty((0, guide.shape[1])), eps, tau,
-        class_ops.PAIRINGS["self"], ops.REDUCTIONS[reduction], ops.VARIANTS[variant],
-        class_ops.POSITIVES[positives], beta, tau_plus,
+        ops.PAIRINGS["self"], ops.REDUCTIONS[reduction], ops.VARIANTS[variant],
+        ops.POSITIVES[positives], beta, tau_plus,
     )  # fmt: skip
     if base_temperature is not None:
         value = value * (tau / float(base_temperature)).to(value)
