@@ -293,10 +293,10 @@ def hex_cross_entropy(
     return _at(rows, eps, rule)
 
 
-def _at(given: Problem, eps: Any, rule: Rule) -> Tensor:
+def _at(batch: Problem, eps: Any, rule: Rule) -> Tensor:
     """The loss at a threshold, or where H is given by groups."""
-    like = given.learner[0]
-    if given.given:
-        return given.loss(unknown_eps(like), rule)[0]
-    check_eps(eps, given.anchors)
-    return given.loss(eps_tensor(eps, like.device), rule)[0]
+    like = batch.learner[0]
+    if batch.h_is_given:
+        return batch.loss(unknown_eps(like), rule)[0]
+    check_eps(eps, batch.anchors)
+    return batch.loss(eps_tensor(eps, like.device), rule)[0]

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .module import ContrastiveLoss
+from .contrastive import ContrastiveLoss
 
 __all__ = ["HEXCallback"]
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The losses as modules: which problem (problem.py) each of them is, and its options.
 
-What they do with it, from the temperature to the statistics, is written once, in module.py. The
-mathematics is in functional.py's docstrings and docs/math.md.
+What they do with it, from the temperature to the statistics, is written once, in contrastive.py.
+The mathematics is in functional.py's docstrings and docs/math.md.
 """
 
 from typing import ClassVar
@@ -20,7 +20,7 @@ from .checks import (
     check_mode,
     check_positives,
 )
-from .module import ContrastiveLoss, Statistics, Threshold
+from .contrastive import ContrastiveLoss, Statistics, Threshold
 
 __all__ = ["HEXCrossEntropyLoss", "HEXLoss", "HEXSupConLoss", "InfoNCELoss", "Statistics"]
 
@@ -133,7 +133,7 @@ class HEXLoss(ContrastiveLoss):
             >>> loss = HEXLoss()(z0, z1, guide=tuple(torch.randn(2, 256, 512)))
         """
         tau = self.temperature if temperature is None else temperature
-        return self._loss_of(
+        return self.loss_of(
             problem.of_views(
                 z0, z1, negatives, self.mode, tau, groups, guide, self.gather_distributed
             )
@@ -190,7 +190,7 @@ class InfoNCELoss(ContrastiveLoss):
             temperature: overrides the module's for this call (CLIP: `1 / logit_scale.exp()`).
         """
         tau = self.temperature if temperature is None else temperature
-        return self._loss_of(
+        return self.loss_of(
             problem.of_views(z0, z1, negatives, self.mode, tau, gathers=self.gather_distributed)
         )
 
@@ -265,7 +265,7 @@ class HEXSupConLoss(ContrastiveLoss):
     ) -> Tensor:
         """The loss of a batch; arguments, result and errors as in `hex_sup_con`."""
         tau = self.temperature if temperature is None else temperature
-        return self._loss_of(
+        return self.loss_of(
             problem.of_features(features, labels, mask, tau, groups, guide, self.gather_distributed)
         )
 
@@ -334,4 +334,4 @@ class HEXCrossEntropyLoss(ContrastiveLoss):
     ) -> Tensor:
         """The loss of a batch; arguments, result and errors as in `hex_cross_entropy`."""
         tau = self.temperature if temperature is None else temperature
-        return self._loss_of(problem.of_logits(logits, target, tau, self.self_column))
+        return self.loss_of(problem.of_logits(logits, target, tau, self.self_column))

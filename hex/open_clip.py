@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .checks import Variant, check_temperature, check_views
+from .contrastive import Threshold
 from .loss import HEXLoss
-from .module import Threshold
 
 __all__ = ["HEXClipLoss"]
 

@@ -90,8 +90,8 @@ class Problem(NamedTuple):
     """Cosines in a row as a whole."""
     has_self: bool
     """Whether the anchor's own is one of them."""
-    given: bool
-    """Whether H is, by groups: then there is no threshold."""
+    h_is_given: bool
+    """By groups: then there is no threshold."""
     labels: tuple[Tensor, Tensor] | None = None
     """Of features, whose rows may be without a positive: their labels, and the mask."""
 

@@ -75,7 +75,7 @@ class ContrastiveLoss(nn.Module):
             self.threshold.warn_if_never()  # the released form without H is decoupled InfoNCE
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def _loss_of(self, given: Problem) -> Tensor:
+    def loss_of(self, batch: Problem) -> Tensor:
         """From a problem to its loss: eps, the operator, the tracker's step and the statistics."""
         tracker = self.threshold
         rule = Rule(
@@ -87,59 +87,60 @@ class ContrastiveLoss(nn.Module):
             self.base_temperature,
         )
         if tracker is None:
-            transformed = is_transformed(*given.learner)
+            transformed = is_transformed(*batch.learner)
         else:
-            transformed = is_transformed(*given.learner, tracker.state)
+            transformed = is_transformed(*batch.learner, tracker.state)
         again = is_in_backward()  # most likely the second run of a checkpoint
-        learns = not transformed and self._learns(given)
+        learns = not transformed and self._learns(batch)
         if (
             tracker is not None
             and tracker.adaptive_rule
-            and given.has_adaptive
-            and tracker.state.device == given.learner[0].device
+            and batch.has_adaptive
+            and tracker.state.device == batch.learner[0].device
             and tracker.state.dtype == torch.float64
             and not transformed
             and not again
             and not is_compiled_in_checkpoint()
         ):
-            tracker.warn_if_too_small(given.row_length, has_self=given.has_self)
-            value, hard, share, eps, state = given.adaptive_loss(
+            tracker.warn_if_too_small(batch.row_length, has_self=batch.has_self)
+            value, hard, share, eps, state = batch.adaptive_loss(
                 tracker.state, rule, tracker.kernel_rule()
             )
             if learns:
                 tracker.remember(state[states.CANDIDATE], eps)
                 tracker.store(state)
         else:
-            eps = self._eps(given, learns)
-            value, hard, share = given.loss(eps, rule)
+            eps = self._eps(batch, learns)
+            value, hard, share = batch.loss(eps, rule)
+            transformed = transformed or is_transformed(hard, eps)  # as of a mapped guide
         if not transformed and not hard.is_meta:
-            self._keep(given, value, (eps, hard, share), learns, again)
+            self._keep(batch, value, (eps, hard, share), learns, again)
         return value
 
-    def _eps(self, given: Problem, learns: bool) -> Tensor:
+    def _eps(self, batch: Problem, learns: bool) -> Tensor:
         """eps of a problem, in a step that trains or does not."""
-        tracker, like = self.threshold, given.learner[0]
-        if given.given:
+        tracker, like = self.threshold, batch.learner[0]
+        if batch.h_is_given:
             return problem.unknown_eps(like)
         if tracker is None:
             return torch.full((), math.inf, dtype=torch.float64, device=like.device)
         if tracker.adaptive_rule:
-            tracker.warn_if_too_small(given.row_length, has_self=given.has_self)
-            candidate = given.threshold(tracker.quantile, tracker.over)
+            tracker.warn_if_too_small(batch.row_length, has_self=batch.has_self)
+            candidate = batch.threshold(tracker.quantile, tracker.over)
             update = _update_outside if is_compiled_in_checkpoint() else ThresholdTracker.update
-            return update(tracker, candidate, store=learns, anchors=given.anchors)
+            return update(tracker, candidate, store=learns, anchors=batch.anchors)
         eps = tracker.current()
         if not tracker.normalize_rows:
             return eps.to(like.device)
-        low, high = given.row_range()
+        low, high = batch.row_range()
         return low + eps.to(low) * (high - low)
 
-    def _learns(self, given: Problem) -> bool:
+    def _learns(self, batch: Problem) -> bool:
         """Training, with a gradient of anything: the only calls that move the threshold."""
         if not self.training:
             return False
         if torch.is_grad_enabled():
-            for z in given.learner:
+            for z in batch.learner:
                 if z.requires_grad:
                     return True
             return False
@@ -147,14 +148,14 @@ class ContrastiveLoss(nn.Module):
 
     def _keep(
         self,
-        given: Problem,
+        batch: Problem,
         value: Tensor,
         statistics: tuple[Tensor, Tensor, Tensor],
         learns: bool,
         again: bool,
     ) -> None:
         """The statistics of a batch, and what the tracker warns of."""
-        tracker = None if given.given else self.threshold
+        tracker = None if batch.h_is_given else self.threshold
         if again and self._last is not None:
             known = None if tracker is None else tracker.known
             if known is not None:
@@ -165,8 +166,8 @@ class ContrastiveLoss(nn.Module):
         self._last = statistics
         if tracker is not None and learns:
             hard, value, released = statistics[1], value.detach(), self.variant == "released"
-            if released and given.labels is not None:  # not 0 because all of a row was in H
-                value = torch.where(given.is_without_positives(), math.nan, value)
+            if released and batch.labels is not None:  # not 0 because all of a row was in H
+                value = torch.where(batch.is_without_positives(), math.nan, value)
             tracker.watch(hard, value, could_be_0=released)
 
     def __prepare_scriptable__(self) -> None:  # called by torch.jit.script
