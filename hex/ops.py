@@ -421,7 +421,7 @@ class _Views(Form):
         z0, z1, negatives, eps, tau, mode, *options = arguments
         if eps.device != z0.device:  # of a tracker that was not moved: right, though it waits
             eps = eps.to(z0.device)
-        mode, keep = _mode(z0, mode), self._learns(z0, z1, negatives)
+        mode, keep = _mode(z0, mode), self._has_backward(z0, z1, negatives)
         return super().loss(z0, z1, negatives, eps, tau, mode, *options, keep)
 
     def threshold(self, *arguments: Any) -> Tensor:
@@ -441,7 +441,7 @@ class _Views(Form):
         torch.ops.hex.adaptive but the last."""
         value, stats, eps, state, _ = self._apply_adaptive(
             z0, z1, negatives, state, tau, _mode(z0, mode), *options,
-            self._learns(z0, z1, negatives),
+            self._has_backward(z0, z1, negatives),
         )  # fmt: skip
         return value, stats[self.count], stats[self.share], eps, state
 
@@ -451,10 +451,10 @@ class _Views(Form):
         return (z.is_cpu and "cpu" in _KERNELS) or (z.is_cuda and _cuda(z.device.index)[0] is None)
 
     @staticmethod
-    def _learns(z0: Tensor, z1: Tensor, negatives: Tensor) -> bool:
+    def _has_backward(z0: Tensor, z1: Tensor, negatives: Tensor) -> bool:
         """Whether a backward may come, for which the forward keeps its cosines."""
-        learns = z0.requires_grad or z1.requires_grad or negatives.requires_grad
-        return torch.is_grad_enabled() and learns
+        wanted = z0.requires_grad or z1.requires_grad or negatives.requires_grad
+        return torch.is_grad_enabled() and wanted
 
     def _fake_adaptive(self, *arguments: Any) -> tuple[Tensor, ...]:
         z0, state = arguments[0], arguments[3]

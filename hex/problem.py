@@ -79,6 +79,8 @@ class Block(NamedTuple):
 
 
 class Problem(NamedTuple):
+    """A checked batch, laid out; and what can be computed of it."""
+
     learner: tuple[Tensor, ...]
     """The tensors that may have a gradient, tau the last."""
     blocks: tuple[Block, ...]
@@ -97,21 +99,19 @@ class Problem(NamedTuple):
 
     def loss(self, eps: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
         """The reduced loss, and of each row |H| and the local term's share (no gradient)."""
-        tau, reduction = self.learner[-1], ops.REDUCTIONS[rule.reduction]
+        reduction = ops.REDUCTIONS[rule.reduction]
         if len(self.blocks) == 1:
-            results = [self._of_block(self.blocks[0], eps, reduction, rule)]
+            value, hard, share = self._of_block(self.blocks[0], eps, reduction, rule)
         else:
             each = eps.chunk(len(self.blocks)) if eps.dim() else [eps] * len(self.blocks)
-            rows = ops.REDUCTIONS["none"]
-            results = [
-                self._of_block(block, its, rows, rule)
+            rows = [
+                self._of_block(block, its, ops.REDUCTIONS["none"], rule)
                 for block, its in zip(self.blocks, each, strict=True)
             ]
-            value, hard, share = (torch.cat(parts) for parts in zip(*results, strict=True))
-            results = [(reference.reduce(value, reduction), hard, share)]
-        value, hard, share = results[0]
+            value, hard, share = (torch.cat(parts) for parts in zip(*rows, strict=True))
+            value = reference.reduce(value, reduction)
         if rule.base_temperature is not None:
-            value = value * (tau / rule.base_temperature).to(value)
+            value = value * (self.learner[-1] / rule.base_temperature).to(value)
         return value, hard, share
 
     def _of_block(
@@ -153,9 +153,8 @@ class Problem(NamedTuple):
         return low, high
 
     def is_without_positives(self) -> Tensor:
-        """Whether no row has one, so that every loss is 0; 0-d bool, on the device."""
-        if self.labels is None:
-            return torch.zeros((), dtype=torch.bool, device=self.learner[0].device)
+        """Of features: whether no row has one, so that every loss is 0; 0-d bool, on the device."""
+        assert self.labels is not None
         ids, mask = self.labels
         if mask.numel():
             views = ids.shape[0] // mask.shape[0]
