@@ -2,7 +2,7 @@
 """Labels and logits, forward and backward: hex, plain PyTorch, a library.
 
 Every method first computes the loss and gradient of the batch it is timed on, and they have to be
-near those of hex.reference_classes in float64, or of the same formula with the local term off.
+near those of hex.reference in float64, or of the same formula with the local term off.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from cases import progress
 from torch import Tensor
 
-from hex import hex_cross_entropy, hex_sup_con
-from hex import reference_classes as reference
+from hex import hex_cross_entropy, hex_sup_con, reference
 
 TAU, CLASSES, FEATURES = 0.1, 64, 128
 Loss = Callable[[Tensor], Tensor]
@@ -85,7 +84,7 @@ def labels(rows: int, notes: list[str]) -> Group:
         return reference.labelled_rows(
             x, x[:0], ids, none, empty.bool(), none, none, empty, empty,
             torch.tensor(eps, dtype=torch.float64), torch.tensor(TAU, dtype=torch.float64),
-            0, 0, 0, 1.0, 0.1,
+            0, 1.0, 0.1, "paper", "outside",
         )[0].mean()  # fmt: skip
 
     def sup_contrast(x: Tensor) -> Tensor:
@@ -131,7 +130,7 @@ def queue(rows: int, columns: int) -> Group:
     def plain(x: Tensor) -> Tensor:
         tau = torch.tensor(TAU, dtype=torch.float64)
         empty = x.new_empty((0, 0))
-        return reference.logits_rows(x, target, empty, eps, tau, False, 0, 1.0, 0.1)[0].mean()
+        return reference.logits_rows(x, target, empty, eps, tau, False, 1.0, 0.1, "paper")[0].mean()
 
     def cross_entropy(x: Tensor) -> Tensor:
         return F.cross_entropy(x, target)

@@ -5,10 +5,8 @@ Write `from hex import HEXLoss`: a bare `import hex` hides the builtin function 
 """
 
 from ._load import _C as _C
-from .functional import batch_threshold, hex_loss, info_nce
-from .logits import HEXCrossEntropyLoss, hex_cross_entropy
-from .loss import HEXLoss, InfoNCELoss, Statistics
-from .sup_con import HEXSupConLoss, hex_sup_con
+from .functional import batch_threshold, hex_cross_entropy, hex_loss, hex_sup_con, info_nce
+from .loss import HEXCrossEntropyLoss, HEXLoss, HEXSupConLoss, InfoNCELoss, Statistics
 from .threshold import ThresholdTracker
 
 __version__ = "0.1.0"

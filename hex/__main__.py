@@ -18,7 +18,8 @@ from torch import Tensor
 
 from . import __version__, ops, reference
 from ._load import _C, cuda_is_built, cuda_problem
-from .functional import Mode, Variant, batch_threshold, hex_loss
+from .checks import Mode, Variant
+from .functional import batch_threshold, hex_loss
 
 IMAGES, FEATURES, NEGATIVES = 33, 29, 41  # no tile of a kernel divides them
 TEMPERATURE = 0.1

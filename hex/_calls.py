@@ -18,7 +18,7 @@ def is_transformed(*tensors: Tensor) -> bool:
     """Inside vmap or func.grad, whose tensors must not outlive the call."""
     if torch.compiler.is_compiling():  # which knows no wrapped tensors
         return bool(torch._C._are_functorch_transforms_active())
-    return any(torch._C._functorch.is_functorch_wrapped_tensor(z) for z in tensors)
+    return any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
 
 
 def is_in_backward() -> bool:

@@ -13,15 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["check_gather", "gather", "gather_constant", "is_distributed"]
-
-
-def check_gather(gather_distributed: Any) -> bool:
-    if not isinstance(gather_distributed, bool):
-        raise TypeError(
-            f"gather_distributed: got {type(gather_distributed).__name__}, wanted a bool"
-        )
-    return gather_distributed
+__all__ = ["gather", "gather_constant", "is_distributed"]
 
 
 def is_distributed() -> bool:

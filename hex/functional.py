@@ -1,28 +1,33 @@
 # SPDX-License-Identifier: MIT
-"""The loss as functions, with the threshold given; and the checks of everything a user passes.
+"""The losses as functions, with the threshold given.
 
-Every argument is checked here before anything is computed, so that a bad one changes nothing. What
-is left to ops.py: the kernels; to loss.py: modules, the threshold over training.
+Each checks its arguments and lays them out as a problem (problem.py), before anything is computed,
+and runs that. The modules, which have the threshold over training, are in loss.py.
 """
 
 import math
-import numbers
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeGuard, get_args
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from . import ops
+from . import problem
+from .checks import (
+    Mode,
+    Over,
+    Positives,
+    Reduction,
+    Variant,
+    check_base_temperature,
+    check_eps,
+    check_eps_or_groups,
+    check_number,
+    check_options,
+    check_over,
+    check_positives,
+)
+from .problem import Problem, Rule, eps_tensor, unknown_eps
 
-__all__ = ["batch_threshold", "hex_loss", "info_nce"]
-
-Mode = Literal["ntxent", "query", "cross"]
-Variant = Literal["paper", "released"]
-Reduction = Literal["none", "mean", "sum"]
-Over = Literal["all", "negatives"]
-
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+__all__ = ["batch_threshold", "hex_cross_entropy", "hex_loss", "hex_sup_con", "info_nce"]
 
 
 def hex_loss(
@@ -85,18 +90,10 @@ def hex_loss(
     Source: Kokilepersaud et al., "HEX: Hierarchical Emergence Exploitation in Self-Supervised
     Algorithms", WACV 2025 (arXiv 2410.23200); https://github.com/olivesgatech/HEX.
     """
-    batch = check_batch(z0, z1, negatives, mode)
     check_options(beta, tau_plus, variant, reduction)
-    return ops.loss(
-        *batch.inputs,
-        eps_tensor(eps, batch.rows, z0.device),
-        temperature_tensor(check_temperature(temperature), z0),
-        batch.mode,
-        ops.REDUCTIONS[reduction],
-        ops.VARIANTS[variant],
-        float(beta),
-        float(tau_plus),
-    )[0]
+    batch = problem.of_views(z0, z1, negatives, mode, temperature)
+    rule = Rule(reduction, variant, float(beta), float(tau_plus))
+    return _at(batch, eps, rule)
 
 
 def info_nce(
@@ -163,174 +160,143 @@ def batch_threshold(
 
     Source: Kokilepersaud et al., WACV 2025 (arXiv 2410.23200), and its released code.
     """
-    batch = check_batch(z0, z1, negatives, mode)
     check_number("quantile", quantile, 0, 1)
-    check_choice("over", over, get_args(Over))
-    return ops.threshold(*batch.inputs, batch.mode, float(quantile), over)
+    check_over("over", over)
+    batch = problem.of_views(z0, z1, negatives, mode, 1.0)
+    return batch.threshold(float(quantile), over)
 
 
-# ---- checks -------------------------------------------------------------------------------------
+def hex_sup_con(
+    features: Tensor,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    eps: float | Tensor | None = None,
+    groups: Tensor | None = None,
+    guide: Tensor | None = None,
+    temperature: float | Tensor = 0.1,
+    beta: float = 1.0,
+    tau_plus: float = 0.1,
+    variant: Variant = "paper",
+    positives: Positives = "outside",
+    base_temperature: float | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """The HEX loss of rows with several positives at a given threshold, in nats.
+
+    With l = cosine / tau, P(i) the positives of row i, n_P of them, and all other rows but i
+    itself split into H(i), above eps, and G(i)::
+
+        E_i = sum_{p in P} exp(l_ip)
+        Q_i = max( (R_i - tau_plus N_h E_i / n_P) / (1 - tau_plus),  N_h exp(-1/tau) )
+        D_i = E_i + Q_i + sum_{j in G} exp(l_ij)
+        L_i = mean_{p in P} -l_ip + log D_i        positives="outside" (SupCon's L_out)
+        L_i = -log(E_i / D_i)                      positives="inside" (solo-learn)
+
+    R_i is that of `hex_loss`. A row without positives gives 0 and counts in the mean.
+
+    Args:
+        features: (B, V, D), V views of B images; or (N, D) with labels or mask. Any further axes
+            are flattened. dtypes, strides and scale as in `hex_loss`.
+        labels: (B,), or (N,), integers: rows of one label are positives of each other. None: the
+            views of an image are.
+        mask: (B, B), or (N, N): positives of row i are the columns of 1, in all views; it may be
+            asymmetric. bool, or a number type with values 0 and 1: others are refused; on another
+            device than the CPU, of a subclass and in a compiled graph by a RuntimeError as it runs.
+            Of a mask that vmap takes apart, what is not 0 counts as 1. With labels: ValueError.
+        eps: threshold, a cosine: a number, 0-d, or (N,); not wanted with groups.
+        groups: (B,), or (N,), integers: H(i) is given, the negatives of i's group.
+        guide: of the shape of features but for D: H(i) is decided on its cosines.
+        variant: "released" is the authors' form with P(i) for the positive: H(i) left out, the
+            positives missing in the denominator (their code has no several positives):
+            log sum_G exp(l) + |H and G| exp(-1/tau) - (mean_P l, or log E).
+        positives: see above.
+        base_temperature: None, or the loss is multiplied by temperature / base_temperature, as
+            SupContrast does (by default 0.07 there).
+        temperature, beta, tau_plus, reduction: as in `hex_loss`.
+
+    Returns:
+        0-d, or (N,) for "none": view-major, all rows of the first view first, N = V B.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value, named in the text.
+
+    Example:
+        >>> import torch
+        >>> from hex import hex_sup_con
+        >>> features, labels = torch.randn(64, 2, 128), torch.arange(64) % 10
+        >>> loss = hex_sup_con(features, labels, eps=0.6)
+
+    Source: Khosla et al., "Supervised Contrastive Learning", NeurIPS 2020 (arXiv 2004.11362), for
+    the positives; Kokilepersaud et al., WACV 2025 (arXiv 2410.23200), for the negatives.
+    """
+    check_options(beta, tau_plus, variant, reduction)
+    check_positives(positives)
+    base = check_base_temperature(base_temperature)
+    check_eps_or_groups(eps, groups)
+    rows = problem.of_features(features, labels, mask, temperature, groups, guide)
+    rule = Rule(reduction, variant, float(beta), float(tau_plus), positives, base)
+    return _at(rows, eps, rule)
 
 
-class Batch(NamedTuple):
-    """A checked batch: three tensors for the operators, and the code of the mode."""
+def hex_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    eps: float | Tensor,
+    temperature: float | Tensor,
+    beta: float = 1.0,
+    tau_plus: float = 0.1,
+    variant: Variant = "paper",
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """The HEX loss of rows of logits at a given threshold, in nats.
 
-    inputs: tuple[Tensor, Tensor, Tensor]
-    mode: int
+    With l the logits, p = target[i], the other columns of row i that are not -inf its negatives::
 
-    @property
-    def rows(self) -> int:
-        """Anchors, N."""
-        z0 = self.inputs[0]
-        return z0.shape[0] * (2 if self.mode in (ops.MODES["ntxent"], ops.MODES["cross"]) else 1)
+        H(i) = { j : tau l_ij > eps },  G(i) the other negatives
+        L_i  = -l_ip + log( exp(l_ip) + Q_i + sum_{j in G(i)} exp(l_ij) )
 
-    @property
-    def has_self(self) -> bool:
-        """Whether an anchor's own cosine is in that row."""
-        return self.mode == ops.MODES["ntxent"]
+    with Q_i of `hex_loss`. With H empty it is torch's cross-entropy. Half logits are rounded
+    cosines: at tau = 0.07 a step of 5.5e-4 (float16) or 4.4e-3 (bfloat16) near 0.9, so eps is
+    compared with no more than that.
 
-    @property
-    def row_length(self) -> int:
-        """Cosines in one row of the threshold's table over "all"."""
-        z0, _, negatives = self.inputs
-        if self.mode >= ops.MODES["shared"]:
-            return 1 + negatives.shape[-2]
-        return z0.shape[0] * (2 if self.mode == ops.MODES["ntxent"] else 1)
+    Args:
+        logits: (N, C), cosine / temperature; float64, float32, bfloat16 or float16; -inf leaves a
+            column out of its row.
+        target: (N,) integers, the positive's column, in [0, C). Where that is -inf the loss is
+            +inf, as torch's, and the gradient that of its limit: -1 there. Where nothing is left
+            beside it (in the released form nothing outside H) both are NaN, as torch's.
+        eps: threshold, a cosine: a number, 0-d or (N,).
+        temperature: what the cosines were divided by. Only eps and the floor of Q know it: its own
+            gradient is at constant logits, and a learned temperature learns through the logits.
+        beta, tau_plus, variant, reduction: as in `hex_loss`.
 
+    Returns:
+        0-d, or (N,) for "none"; float64 if the logits are, else float32.
 
-def check_batch(z0: Tensor, z1: Tensor, negatives: Tensor | None, mode: str) -> Batch:
-    check_choice("mode", mode, get_args(Mode))
-    check_embeddings("z0", z0)
-    check_embeddings("z1", z1)
-    if z0.dim() != 2:
-        raise ValueError(f"z0: got shape {tuple(z0.shape)}, wanted (B, D)")
-    if not has_shape(z1, z0.shape):
-        raise ValueError(f"z1: got shape {tuple(z1.shape)}, wanted that of z0, {tuple(z0.shape)}")
-    if z1.device != z0.device:
-        raise ValueError(f"z1: got device {z1.device}, wanted that of z0, {z0.device}")
-    if negatives is None:
-        return Batch((z0, z1, z0.new_empty((0, z0.shape[1]))), ops.MODES[mode])
-    check_embeddings("negatives", negatives)
-    images, features = z0.shape
-    own = negatives.dim() == 3
-    if negatives.dim() < 2 or not has_shape(
-        negatives, ((images,) if own else ()) + (negatives.shape[-2], features)
-    ):
-        raise ValueError(
-            f"negatives: got shape {tuple(negatives.shape)}, wanted (K, {features}) or "
-            f"({images}, K, {features})"
-        )
-    if negatives.device != z0.device:
-        raise ValueError(
-            f"negatives: got device {negatives.device}, wanted that of z0, {z0.device}"
-        )
-    return Batch((z0, z1, negatives), ops.MODES["own" if own else "shared"])
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value, named in the text.
+        RuntimeError: a target outside [0, C), on the CPU.
 
+    Example:
+        >>> import torch
+        >>> from hex import hex_cross_entropy
+        >>> logits, target = torch.rand(32, 4097) / 0.2, torch.zeros(32, dtype=torch.int64)
+        >>> loss = hex_cross_entropy(logits, target, eps=0.8, temperature=0.2)  # MoCo
 
-def has_shape(z: Tensor, wanted: Sequence[int]) -> bool:
-    """Whether z is of this shape. A size that a compiled graph does not know, as after
-    mark_unbacked, is taken for the wanted one, and the graph guards it."""
-    if not torch.compiler.is_compiling():
-        return z.shape == tuple(wanted)
-    from torch.fx.experimental.symbolic_shapes import guard_or_true
-
-    if z.dim() != len(wanted):
-        return False
-    for size, right in zip(z.shape, wanted, strict=True):
-        if not guard_or_true(size == right):
-            return False
-        torch._check(size == right)  # type: ignore[no-untyped-call]
-    return True
+    Source: Kokilepersaud et al., WACV 2025 (arXiv 2410.23200); https://github.com/olivesgatech/HEX.
+    """
+    check_options(beta, tau_plus, variant, reduction)
+    rows = problem.of_logits(logits, target, temperature)
+    rule = Rule(reduction, variant, float(beta), float(tau_plus))
+    return _at(rows, eps, rule)
 
 
-def check_embeddings(name: str, z: Any) -> None:
-    if isinstance(z, torch.fx.Proxy):
-        raise TypeError(
-            f"{name}: got a Proxy, and torch.fx.symbolic_trace cannot follow the checks of a loss; "
-            "make the loss a leaf module of the Tracer, or take torch.export or torch.compile"
-        )
-    if not isinstance(z, Tensor):
-        raise TypeError(f"{name}: got {type(z).__name__}, wanted a torch.Tensor")
-    if z.dtype not in _DTYPES:
-        labels = z.dim() == 1 and not z.is_complex() and not z.is_floating_point()
-        raise TypeError(
-            f"{name}: got {z.dtype}, wanted torch.float64, float32, bfloat16 or float16"
-            + "; labels go to HEXSupConLoss, the target of logits to HEXCrossEntropyLoss" * labels
-        )
-    if z.layout != torch.strided:
-        raise TypeError(f"{name}: got layout {z.layout}, wanted a dense tensor")
-
-
-def check_options(beta: float, tau_plus: float, variant: str, reduction: str) -> None:
-    check_number("beta", beta, 0, math.inf, open_end=True)
-    check_number("tau_plus", tau_plus, 0, 1, open_end=True)
-    check_choice("variant", variant, get_args(Variant))
-    check_choice("reduction", reduction, get_args(Reduction))
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(map(repr, choices))}")
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Real, and no bool: Python's own, numpy's scalars, fractions."""
-    return isinstance(value, (float, int, numbers.Real)) and not isinstance(value, bool)
-
-
-def check_number(
-    name: str, value: object, low: float, high: float, *, open_end: bool = False
-) -> None:
-    if not is_number(value):
-        raise TypeError(f"{name}: got {type(value).__name__}, wanted a number")
-    if not (low <= value < high or (value == high and not open_end)):
-        end = ")" if open_end else "]"
-        raise ValueError(f"{name}: got {value}, wanted a number in [{low}, {high}{end}")
-
-
-def check_temperature(temperature: float | Tensor, name: str = "temperature") -> float | Tensor:
-    if isinstance(temperature, Tensor):
-        if not temperature.is_floating_point():
-            raise TypeError(f"{name}: got {temperature.dtype}, wanted a floating dtype")
-        if temperature.numel() != 1:
-            raise ValueError(
-                f"{name}: got shape {tuple(temperature.shape)}, wanted a number or one element"
-            )
-        return temperature
-    if not is_number(temperature):
-        raise TypeError(f"{name}: got {type(temperature).__name__}, wanted a number or a tensor")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"{name}: got {temperature}, wanted a finite number > 0")
-    return float(temperature)
-
-
-def temperature_tensor(temperature: float | Tensor, like: Tensor) -> Tensor:
-    """tau as the operators take it: 0-d, float32 or float64, on the batch's device."""
-    if not isinstance(temperature, Tensor):
-        return number_tensor(temperature, like.device)
-    wide = temperature.dtype in (torch.float32, torch.float64)
-    if temperature.dim():  # (1,), say: sharded training wants one dimension
-        temperature = temperature.reshape(())
-    return temperature.to(like.device, temperature.dtype if wide else torch.float32)
-
-
-def number_tensor(value: float, device: torch.device) -> Tensor:
-    """A Python number as the operators take it: 0-d float64."""
-    if torch.compiler.is_compiling():  # of full() it would make a graph for each value
-        return torch.ones((), dtype=torch.float64, device=device) * value
-    return torch.full((), value, dtype=torch.float64, device=device)
-
-
-def eps_tensor(eps: float | Tensor, rows: int, device: torch.device) -> Tensor:
-    """eps as the operators take it: float64, 0-d or (rows,), without gradient."""
-    if not isinstance(eps, Tensor):
-        if not is_number(eps):
-            raise TypeError(f"eps: got {type(eps).__name__}, wanted a number or a tensor")
-        if eps != eps:  # which torch.compile reads where it does not read math.isnan
-            raise ValueError("eps: got nan, wanted a cosine")
-        return number_tensor(float(eps), device)
-    if not eps.is_floating_point():
-        raise TypeError(f"eps: got {eps.dtype}, wanted a floating dtype")
-    if eps.dim() and tuple(eps.shape) != (rows,):
-        raise ValueError(f"eps: got shape {tuple(eps.shape)}, wanted () or ({rows},)")
-    return eps.detach().to(device, torch.float64)
+def _at(batch: Problem, eps: Any, rule: Rule) -> Tensor:
+    """The loss at a threshold, or where H is given by groups."""
+    like = batch.learner[0]
+    if batch.h_is_given:
+        return batch.loss(unknown_eps(like), rule)[0]
+    check_eps(eps, batch.anchors)
+    return batch.loss(eps_tensor(eps, like.device), rule)[0]

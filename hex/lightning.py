@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .loss import _Contrastive
+from .contrastive import ContrastiveLoss
 
 __all__ = ["HEXCallback"]
 
@@ -95,5 +95,5 @@ class HEXCallback(_Callback):  # type: ignore[misc]
         return {
             name: loss
             for name, loss in module.named_modules()
-            if isinstance(loss, _Contrastive) and loss.threshold is not None
+            if isinstance(loss, ContrastiveLoss) and loss.threshold is not None
         }

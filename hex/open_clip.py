@@ -4,14 +4,14 @@
 It imports nothing of open_clip. The mathematics is that of loss.py in mode "cross".
 """
 
-from typing import Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .functional import Variant, check_embeddings, check_temperature, has_shape
+from .checks import Variant, check_temperature, check_views
+from .contrastive import Threshold
 from .loss import HEXLoss
-from .threshold import ThresholdTracker
 
 __all__ = ["HEXClipLoss"]
 
@@ -61,10 +61,12 @@ class HEXClipLoss(HEXLoss):
     2410.23200).
     """
 
+    shown: ClassVar[tuple[str, ...]] = ("beta", "tau_plus", "variant", "gather_distributed")
+
     def __init__(
         self,
         *,
-        threshold: float | Literal["adaptive"] | ThresholdTracker | None = "adaptive",
+        threshold: Threshold = "adaptive",
         beta: float = 1.0,
         tau_plus: float = 0.1,
         variant: Variant = "paper",
@@ -97,34 +99,13 @@ class HEXClipLoss(HEXLoss):
                 missing, which DDP would refuse.
             output_dict: whether a dict is wanted.
         """
-        check_embeddings("image_features", image_features)
-        check_embeddings("text_features", text_features)
-        if image_features.dim() != 2:
-            raise ValueError(
-                f"image_features: got shape {tuple(image_features.shape)}, wanted (B, D)"
-            )
-        if not has_shape(text_features, image_features.shape):
-            raise ValueError(
-                f"text_features: got shape {tuple(text_features.shape)}, wanted that of "
-                f"image_features, {tuple(image_features.shape)}"
-            )
-        if text_features.device != image_features.device:
-            raise ValueError(
-                f"text_features: got device {text_features.device}, wanted that of "
-                f"image_features, {image_features.device}"
-            )
+        check_views(image_features, text_features, ("image_features", "text_features"))
         value: Tensor = super().forward(
             image_features, text_features, temperature=_inverse(logit_scale)
         )
         if isinstance(logit_bias, Tensor):
             value = value + 0 * logit_bias.sum().to(value)
         return {"contrastive_loss": value} if output_dict else value
-
-    def extra_repr(self) -> str:
-        return ", ".join(
-            part for part in super().extra_repr().split(", ")
-            if part.split("=")[0] not in ("temperature", "mode", "reduction")
-        )  # fmt: skip
 
 
 def _inverse(logit_scale: Tensor | float) -> Tensor | float:

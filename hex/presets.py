@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from .functional import check_choice, check_number
+from .checks import check_choice, check_number
 from .threshold import ThresholdTracker
 
 __all__ = ["authors_mix", "authors_threshold"]

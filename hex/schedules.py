@@ -3,26 +3,16 @@
 beforehand epoch by epoch."""
 
 import math
-import numbers
 from collections.abc import Callable
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import functional
+from .checks import check_count, check_flag, check_number, check_over
 
-__all__ = [
-    "OPTIONS",
-    "at",
-    "check_count",
-    "check_flag",
-    "check_number",
-    "checked",
-    "is_falling",
-    "lowest",
-]
+__all__ = ["OPTIONS", "at", "checked", "is_falling", "lowest"]
 
 
 def at(rule: str, options: dict[str, Any], epoch: Tensor) -> Tensor:
@@ -72,35 +62,6 @@ def checked(rule: str, options: dict[str, Any]) -> dict[str, Any]:
         if math.isinf(values.get(name, 0)) and (name != "t" or values["normalize_rows"]):
             raise ValueError(f"{name}: got {options[name]}, wanted a finite number")
     return values
-
-
-def check_number(
-    name: str, value: Any, low: float = -math.inf, high: float = math.inf, open_end: bool = False
-) -> float:
-    functional.check_number(name, value, low, high, open_end=open_end)
-    return float(value)
-
-
-def check_count(name: str, value: Any, low: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name}: got {type(value).__name__}, wanted an integer")
-    count = int(value)
-    if not low <= count < 2**53:  # float64 has all of these
-        raise ValueError(f"{name}: got {value!r}, wanted an integer >= {low}")
-    return count
-
-
-def check_flag(name: str, value: Any) -> bool:
-    kind = type(value)
-    of_numpy = kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_")
-    if not isinstance(value, bool) and not of_numpy:
-        raise TypeError(f"{name}: got {kind.__name__}, wanted a bool")
-    return bool(value)
-
-
-def check_over(name: str, value: Any) -> Any:
-    functional.check_choice(name, value, get_args(functional.Over))
-    return str(value)
 
 
 OPTIONS: dict[str, dict[str, Callable[[str, Any], Any]]] = {  # rule: what each option must be

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from . import schedules
 from . import state as states
 from ._calls import is_in_backward, warn
-from .functional import Over, check_choice
-from .schedules import check_count
+from .checks import Over, check_choice, check_count
 
 __all__ = ["ThresholdTracker"]
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """What the tests of labels, groups, guides and logits share: a call of the raw operators as one
-object, and its comparison with hex/reference_classes.py. The counterpart of conftest.Problem.
+object, and its comparison with hex/reference.py. The counterpart of conftest.Problem.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from conftest import assert_as_good_as_torch
 from data import eps_in_a_gap, f64, views
 from torch import Tensor
 
-from hex import class_ops
-from hex import reference_classes as reference
+from hex import ops, reference
 
 HEX = torch.ops.hex
 PAIRINGS = ("self", "pair", "queue")
@@ -83,16 +82,16 @@ class Call:
 
     def rows(self, *changed: Tensor) -> Tensor:
         """The kernels' loss of each row, differentiable."""
-        function = class_ops.labelled_loss if self.name == "labelled" else class_ops.logits_loss
+        function = ops.labelled.loss if self.name == "labelled" else ops.logits.loss
         return function(*self.forward(0, *changed)[1])[0]
 
     def plain(self, *changed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The reference's rows, |H| and share."""
         tensors = list(self.forward(0, *changed)[1][: len(self.tensors)])
-        rest = (self.variant, self.positives, self.beta, self.tau_plus)
+        rest = (self.beta, self.tau_plus, self.variant, self.positives)
         if self.name == "labelled":
             return reference.labelled_rows(*tensors, *self.first, *rest)
-        return reference.logits_rows(*tensors, *self.first, rest[0], *rest[2:])
+        return reference.logits_rows(*tensors, *self.first, *rest[:3])
 
     def values(self, function, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Rows and gradients of a function of the differentiable tensors, in a dtype."""
@@ -143,7 +142,7 @@ def labelled(
     code = PAIRINGS.index(pairing)
     score = (x, y) if source != "guide" else (guide, candidate_guide)
     c = reference.labelled_cosines(*(z.double() for z in score), code)
-    _, negative = reference.sets(ids, candidate_ids, mask, *c.shape, code)
+    negative = reference.labelled_table(x, y, ids, candidate_ids, mask, code).negative
     eps = eps_in_a_gap(c[negative], near) if negative.sum() > 2 else f64(0.3)
     return Call(
         "labelled",
@@ -172,7 +171,7 @@ def logits(
         score = (torch.rand(N, C, generator=generator) < 0.3).to(dtype)
     elif source == "guide":
         score = views("cluster", N, C, seed + 3)[0].tanh().to(dtype)
-    _, negative = reference.logits_sets(values, target)
+    negative = reference.logits_table(values, target).negative
     seen = values.double() * tau if source == "cosines" else score.double()
     eps = eps_in_a_gap(seen[negative], near) if negative.sum() > 2 else f64(near)
     return Call(
@@ -189,14 +188,14 @@ def check(p: Call) -> None:
     wide = [z.double() for z in inputs]
     truth = p.plain(*wide)
     assert loss.dtype == stats.dtype == p.dtype
-    assert torch.equal(stats[class_ops._COUNT].double(), truth[1].double()), p
+    assert torch.equal(stats[ops.labelled.count].double(), truth[1].double()), p
     # What the rows are differences of: -mean_P l and log D, each up to 1/tau.
     size = 2 / p.tau if p.variant or p.name == "labelled" else 0.0
     condition = (1 + p.tau_plus) / (1 - p.tau_plus) if not p.variant else 1.0
     same = p.plain(*(z.to(p.dtype if z.dim() else torch.float64) for z in inputs))
     for name, ours, a, b in (
         ("loss", loss, same[0], truth[0]),
-        ("share", stats[class_ops._SHARE], same[2], truth[2]),
+        ("share", stats[ops.labelled.share], same[2], truth[2]),
     ):
         assert_as_good_as_torch(ours, a, b, tau=p.tau, dtype=p.dtype, condition=condition,
                                 scale=size, about=(name, p))  # fmt: skip

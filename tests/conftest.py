@@ -19,7 +19,7 @@ import torch
 from data import batch, eps_in_a_gap, f64
 from torch import Tensor
 
-from hex import _load, class_ops, hex_loss, ops, reference
+from hex import _load, hex_loss, ops, reference
 
 try:
     import torchvision  # noqa: F401
@@ -55,9 +55,8 @@ def device(request) -> str:
 
 def without_kernels(monkeypatch):
     """What a device without kernels runs: the composed formulas, on the CPU."""
-    for module in (ops, class_ops):
-        monkeypatch.setattr(module, "_KERNELS", {"meta"})
-        monkeypatch.setattr(module, "_warned", {"cpu"})
+    monkeypatch.setattr(ops, "_KERNELS", {"meta"})
+    monkeypatch.setattr(ops, "_warned", {"cpu"})
 
 
 @pytest.fixture
@@ -307,8 +306,11 @@ def check_loss(p: Problem) -> None:
     same, truth = (
         p.reference(*(z.to(t) for z in p.inputs), tau=f64(p.tau)) for t in (p.dtype, torch.float64)
     )
-    assert torch.equal(stats[ops._COUNT].double(), truth[1].double()), p
-    named = {"loss": (loss, same[0], truth[0]), "share": (stats[ops._SHARE], same[2], truth[2])}
+    assert torch.equal(stats[ops.views.count].double(), truth[1].double()), p
+    named = {
+        "loss": (loss, same[0], truth[0]),
+        "share": (stats[ops.views.share], same[2], truth[2]),
+    }
     for name, tensors in named.items():
         assert_as_good_as_torch(
             *tensors, tau=p.tau, dtype=p.dtype, condition=p.condition, about=(name, p)

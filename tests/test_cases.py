@@ -97,7 +97,7 @@ def test_without_weights_and_debiasing_every_threshold_is_infonce(mode):
 
 
 def counts(p: Problem):
-    return torch.ops.hex.forward(*p.raw())[1][ops._COUNT]
+    return torch.ops.hex.forward(*p.raw())[1][ops.views.count]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

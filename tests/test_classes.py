@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""torch.ops.hex.labelled_* and logits_*: values and gradients against reference_classes.py, what
-torch asks of an operator, and what the kernels refuse.
+"""torch.ops.hex.labelled_* and logits_*: values and gradients against reference.py, what torch asks
+of an operator, and what the kernels refuse.
 
 The modules and functions on top are in test_sup_con.py, test_logits.py and test_membership.py.
 """
@@ -19,8 +19,7 @@ from data import f64
 from test_isa import FLAGS, skip_unless_available
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hex import class_ops, ops
-from hex import reference_classes as reference
+from hex import ops, reference
 
 FORMS = tuple(itertools.product(("paper", "released"), ("outside", "inside")))
 
@@ -152,13 +151,12 @@ def test_quantiles_and_ranges_are_those_of_the_reference(pairing, masked, over):
         p = labelled(23, 7, pairing, masked=masked, dtype=dtype)
         pairs = (*p.tensors[:5], *p.first)
         wide = (*(z.double() for z in pairs[:2]), *pairs[2:])
-        c, seen, kept = class_ops._dense(*wide, over == "negatives")
+        table = reference.labelled_table(*wide)
         allowed = 4 * torch.finfo(p.dtype).eps * 7**0.5
-        ours = class_ops.labelled_threshold(*pairs, quantile, over)
-        assert abs(ours - reference.quantile_of_rows(c, kept, seen, quantile)) <= allowed
-        c, _, kept = class_ops._dense(*wide, False)
-        truth = reference.range_of_rows(c, kept)
-        for a, b in zip(class_ops.labelled_row_range(*pairs), truth, strict=True):
+        ours = ops.labelled.threshold(*pairs, quantile, over)
+        assert abs(ours - reference.quantile_of(table, quantile, over)) <= allowed
+        truth = reference.range_of(table)
+        for a, b in zip(ops.labelled.row_range(*pairs), truth, strict=True):
             assert (a - b).abs().max() <= allowed
 
 
@@ -167,14 +165,12 @@ def test_quantiles_and_ranges_of_logits_are_those_of_the_reference(self_column):
     for dtype, over in itertools.product(DTYPES, ("all", "negatives")):
         p = logits(dtype=dtype)
         values, target, _, _, tau = p.tensors
-        ours = class_ops.logits_threshold(values, target, tau, 0.9, over, self_column)
-        c, seen, kept = class_ops._dense_logits(values.double(), target, tau, over == "negatives",
-                                                self_column)  # fmt: skip
+        ours = ops.logits.threshold(values, target, tau, self_column, 0.9, over)
+        table = reference.logits_cosines(values.double(), target, tau, self_column)
         allowed = 4 * torch.finfo(p.dtype).eps
-        assert abs(ours - reference.quantile_of_rows(c, kept, seen, 0.9)) <= allowed
-        c, _, kept = class_ops._dense_logits(values.double(), target, tau, False, self_column)
-        truth = reference.range_of_rows(c, kept)
-        ranges = class_ops.logits_row_range(values, target, tau, self_column)
+        assert abs(ours - reference.quantile_of(table, 0.9, over)) <= allowed
+        truth = reference.range_of(table)
+        ranges = ops.logits.row_range(values, target, tau, self_column)
         for a, b in zip(ranges, truth, strict=True):
             assert (a - b).abs().max() <= allowed
 
@@ -182,12 +178,12 @@ def test_quantiles_and_ranges_of_logits_are_those_of_the_reference(self_column):
 def test_the_self_similarity_is_exactly_1_and_rows_without_negatives_are_passed_over():
     p = labelled(12, 5, dtype=torch.float32)
     pairs = (*p.tensors[:5], 0)
-    assert class_ops.labelled_threshold(*pairs, 1.0, "all") == 1
+    assert ops.labelled.threshold(*pairs, 1.0, "all") == 1
     one = (*p.tensors[:2], torch.zeros(12, dtype=torch.int64), *p.tensors[3:5], 0)
-    assert class_ops.labelled_threshold(*one, 0.9, "negatives").isnan()
+    assert ops.labelled.threshold(*one, 0.9, "negatives").isnan()
     bad = p.tensors[0].clone()
     bad[3, 1] = math.inf
-    assert class_ops.labelled_threshold(bad, *pairs[1:], 0.9, "negatives").isnan()
+    assert ops.labelled.threshold(bad, *pairs[1:], 0.9, "negatives").isnan()
 
 
 # ---- what torch asks ----------------------------------------------------------------------------

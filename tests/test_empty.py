@@ -16,7 +16,6 @@ from hex import (
     HEXSupConLoss,
     InfoNCELoss,
     ThresholdTracker,
-    class_ops,
     ops,
 )
 
@@ -138,15 +137,15 @@ def test_the_operators_of_pairs_take_sides_of_nothing(N, M, D, kernels):
             ((ids, given[2]), (x[:0], y[:0])),
             ((none, none), (leaf(N, 2), leaf(0 if pairing == 0 else M, 2))),
         ):
-            value, hard, share = class_ops.labelled_loss(
+            value, hard, share = ops.labelled.loss(
                 x, *given, mask, *groups, *guides, f64(0.1), f64(0.1), pairing, 1, 0, 0, 1.0, 0.1
             )
             value.backward()
             assert value.isfinite() and hard.shape == share.shape == (N,)
-        low, high = class_ops.labelled_row_range(x, *given, mask, pairing)
+        low, high = ops.labelled.row_range(x, *given, mask, pairing)
         assert low.shape == high.shape == (N,)
         for over in ("all", "negatives"):
-            eps = class_ops.labelled_threshold(x, *given, mask, pairing, 0.5, over)
+            eps = ops.labelled.threshold(x, *given, mask, pairing, 0.5, over)
             assert eps.isnan() or N > 0
 
 

@@ -2,7 +2,7 @@
 """What a person reads who passes a wrong argument: the exact text of every error that the functions
 and the modules raise, and that a refused call changes nothing.
 
-The tracker's own are in test_threshold.py; those of labels, groups, guides and logits beside their
+More of the tracker's are in test_threshold.py, of labels, groups, guides and logits beside their
 tests.
 """
 
@@ -25,15 +25,17 @@ from hex import (
     InfoNCELoss,
     ThresholdTracker,
     batch_threshold,
-    functional,
+    checks,
+    contrastive,
+    hex_cross_entropy,
     hex_loss,
+    hex_sup_con,
     info_nce,
-    loss,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
-Z = torch.ones(4, 3)
+Z, X, ONES = torch.ones(4, 3), torch.ones(4, 2, 3), torch.ones(4, dtype=torch.int64)
 ERRORS = (
     # (call, type, text)
     (lambda: hex_loss([1], Z, eps=0), TypeError, "z0: got list, wanted a torch.Tensor"),
@@ -206,6 +208,120 @@ ERRORS = (
         RuntimeError,
         "statistics: there has been no batch yet; call the loss first",
     ),
+    # labels, groups, guides, masks and logits
+    (
+        lambda: hex_sup_con(X, [1, 2, 3, 4], eps=0),
+        TypeError,
+        "labels: got list, wanted a torch.Tensor",
+    ),
+    (
+        lambda: hex_cross_entropy(Z, Z[:, 0], eps=0, temperature=1),
+        TypeError,
+        "target: got torch.float32, wanted an integer dtype",
+    ),
+    (
+        lambda: HEXLoss()(Z, Z, groups=ONES[:3]),
+        ValueError,
+        "groups: got shape (3,), wanted (4,)",
+    ),
+    (
+        lambda: HEXLoss()(Z, Z, Z, groups=ONES),
+        ValueError,
+        "groups: got Tensor, wanted (groups, negative_groups) with negatives",
+    ),
+    (
+        lambda: HEXLoss()(Z, Z, guide=(Z,)),
+        ValueError,
+        "guide: got 1 of them, wanted (g0, g1)",
+    ),
+    (
+        lambda: HEXLoss()(Z, Z, guide=(Z, Z[:3])),
+        ValueError,
+        "guide: z1: got shape (3, 3), wanted that of z0, (4, 3)",
+    ),
+    (
+        lambda: HEXLoss()(Z, Z, guide=(Z[:3], Z[:3])),
+        ValueError,
+        "guide: got [(3, 3), (3, 3)], wanted as many rows as the embeddings",
+    ),
+    (
+        lambda: HEXSupConLoss()(X, guide=X[:, :1]),
+        ValueError,
+        "guide: got shape (4, 1, 3), wanted that of features but for the last axis, (4, 2, 3)",
+    ),
+    (
+        lambda: HEXSupConLoss()(Z[0]),
+        ValueError,
+        "features: got shape (3,), wanted (B, V, D) or (N, D)",
+    ),
+    (
+        lambda: HEXSupConLoss()(X, ONES, torch.eye(4)),
+        ValueError,
+        "labels, mask: got both, wanted one of them",
+    ),
+    (
+        lambda: HEXSupConLoss()(Z),
+        ValueError,
+        "labels: got None, wanted labels or a mask for features (N, D); (B, V, D) go without",
+    ),
+    (
+        lambda: hex_sup_con(X, mask=[[1]], eps=0),
+        TypeError,
+        "mask: got list, wanted a torch.Tensor",
+    ),
+    (
+        lambda: hex_sup_con(X, mask=torch.eye(4).to_sparse(), eps=0),
+        TypeError,
+        "mask: got torch.float32, torch.sparse_coo, wanted bool or real, dense",
+    ),
+    (
+        lambda: hex_sup_con(X, mask=Z, eps=0),
+        ValueError,
+        "mask: got shape (4, 3), wanted (4, 4)",
+    ),
+    (
+        lambda: hex_sup_con(X, mask=torch.eye(4) / 2, eps=0),
+        ValueError,
+        "mask: got values other than 0 and 1, wanted which rows are positives; there are no "
+        "weights, so decide with mask > t",
+    ),
+    (
+        lambda: hex_cross_entropy(Z[0], ONES, eps=0, temperature=1),
+        ValueError,
+        "logits: got shape (3,), wanted (N, C)",
+    ),
+    (
+        lambda: HEXSupConLoss(base_temperature=0),
+        ValueError,
+        "base_temperature: got 0, wanted a number > 0",
+    ),
+    (
+        lambda: hex_sup_con(X),
+        ValueError,
+        "eps: wanted a threshold, or groups in its place, and not both",
+    ),
+    (
+        lambda: HEXSupConLoss(gather_distributed=True)(X, mask=torch.eye(4)),
+        ValueError,
+        "gather_distributed: got True with a mask, which says nothing of the rows of other ranks; "
+        "wanted labels",
+    ),
+    (
+        lambda: HEXCrossEntropyLoss(0.1, self_column=1),
+        TypeError,
+        "self_column: got int, wanted a bool",
+    ),
+    # counts of a tracker
+    (
+        lambda: ThresholdTracker.adaptive(warmup_epochs=1.0),
+        TypeError,
+        "warmup_epochs: got float, wanted an integer",
+    ),
+    (
+        lambda: ThresholdTracker.step(0.9, 0.1, 0),
+        ValueError,
+        "every: got 0, wanted an integer >= 1",
+    ),
 )
 
 
@@ -224,11 +340,11 @@ def test_the_table_of_errors_holds_every_raise():
             call()
         innermost = traceback.extract_tb(caught.value.__traceback__)[-1]
         raised.add((innermost.filename, innermost.lineno))
-    for module in (functional, loss):
-        for node in ast.walk(ast.parse(inspect.getsource(module))):
+    for source in (checks, contrastive):
+        for node in ast.walk(ast.parse(inspect.getsource(source))):
             if isinstance(node, ast.Raise):
                 lines = range(node.lineno, node.end_lineno + 1)
-                assert any((module.__file__, line) in raised for line in lines), ast.unparse(node)
+                assert any((source.__file__, line) in raised for line in lines), ast.unparse(node)
 
 
 def test_a_refused_call_changes_nothing():

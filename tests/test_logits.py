@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from data import batch, f64
 from torch import Tensor
 
-from hex import HEXCrossEntropyLoss, HEXLoss, ThresholdTracker, hex_cross_entropy, hex_loss
+from hex import HEXCrossEntropyLoss, HEXLoss, ThresholdTracker, hex_cross_entropy, hex_loss, ops
 from hex.reference import cosines
 
 B, D, K, TAU = 19, 7, 23, 0.2
@@ -184,13 +184,11 @@ def test_in_place_of_the_cross_entropy_of_lightly():
 
 
 def test_devices_without_kernels_run_the_formulas(monkeypatch):
-    from hex import class_ops
-
     _, logits, target = moco()
     module = HEXCrossEntropyLoss(TAU, threshold=ThresholdTracker.adaptive(0.8), self_column=True)
     kernel = gradient(lambda x: module(x, target), logits)
-    monkeypatch.setattr(class_ops, "_KERNELS", {"meta"})
-    monkeypatch.setattr(class_ops, "_warned", {"cpu"})
+    monkeypatch.setattr(ops, "_KERNELS", {"meta"})
+    monkeypatch.setattr(ops, "_warned", {"cpu"})
     plain = gradient(lambda x: module(x, target), logits)
     for a, b in zip(kernel, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-14)

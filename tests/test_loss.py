@@ -42,7 +42,7 @@ def test_each_row_may_have_its_own_threshold(mode, dtype, device):
         )
         check_loss(p)
         check_loss(p.with_(eps=torch.stack([p.eps, -p.eps], 1)[:, 0]))
-        hard = torch.ops.hex.forward(*p.raw())[1][ops._COUNT]
+        hard = torch.ops.hex.forward(*p.raw())[1][ops.views.count]
         assert len(hard.unique()) > 4
 
 
@@ -188,4 +188,4 @@ def test_the_threshold_is_compared_in_float64(device):
     cosine = reference.cosines(z, z, negative, "shared")[0][0, 1].double()
     for eps, inside in ((cosine, 0), (cosine - 1e-12, 1), (cosine + 1e-12, 0)):
         stats = torch.ops.hex.forward(z, z, negative, eps, f64(0.1), 3, 0, 0, 1.0, 0.1, False)[1]
-        assert stats[ops._COUNT].item() == inside
+        assert stats[ops.views.count].item() == inside

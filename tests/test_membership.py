@@ -11,9 +11,8 @@ import torch
 from data import MODES, batch, f64
 from torch import Tensor
 
-from hex import HEXLoss, InfoNCELoss, ThresholdTracker, batch_threshold, class_ops, hex_loss
-from hex import reference_classes as classes
-from hex.reference import cosines
+from hex import HEXLoss, InfoNCELoss, ThresholdTracker, batch_threshold, hex_loss, ops
+from hex.reference import Table, cosines, row_loss
 
 B, D, K = 17, 6, 11
 
@@ -56,11 +55,7 @@ def dense(z: tuple[Tensor, ...], mode: str, hard: Tensor, variant: str) -> Tenso
     positive = torch.zeros_like(negative)
     place = (c == c_p[:, None]) & ~negative
     positive[torch.arange(len(c)), place.to(torch.int8).argmax(1)] = True
-    rows = c / 0.2
-    return classes.class_rows(
-        rows, positive, negative, hard, f64(0.2), 1.0, 0.1, int(variant == "released"), 0,
-        torch.zeros(len(c), dtype=torch.bool),
-    )[0]  # fmt: skip
+    return row_loss(Table(c, positive, negative, negative), hard, f64(0.2), 1.0, 0.1, variant)[0]
 
 
 # ---- groups -------------------------------------------------------------------------------------
@@ -170,8 +165,8 @@ def test_devices_without_kernels_run_the_formulas(monkeypatch):
         z, guide = inputs(mode), inputs(mode, "gauss")
         kernels = [module(mode)(*z, groups=groups_of(mode)), module(mode)(*z, guide=guide)]
         with monkeypatch.context() as patch:
-            patch.setattr(class_ops, "_KERNELS", {"meta"})
-            patch.setattr(class_ops, "_warned", {"cpu"})
+            patch.setattr(ops, "_KERNELS", {"meta"})
+            patch.setattr(ops, "_warned", {"cpu"})
             plain = [module(mode)(*z, groups=groups_of(mode)), module(mode)(*z, guide=guide)]
         for a, b in zip(kernels, plain, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=0)

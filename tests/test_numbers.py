@@ -17,14 +17,12 @@ from hex import (
     HEXCrossEntropyLoss,
     HEXLoss,
     ThresholdTracker,
-    class_ops,
     hex_cross_entropy,
     hex_loss,
     hex_sup_con,
     ops,
     reference,
 )
-from hex import reference_classes as classes
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -333,8 +331,8 @@ def test_a_row_of_logits_that_is_not_finite_has_no_quantile(value, monkeypatch):
         if not kernels:
             without_kernels(monkeypatch)
         for over in ("all", "negatives"):
-            assert class_ops.logits_threshold(logits, target, f64(1.0), 0.5, over, False).isnan()
-        low, high = class_ops.logits_row_range(logits, target, f64(1.0), False)
+            assert ops.logits.threshold(logits, target, f64(1.0), False, 0.5, over).isnan()
+        low, high = ops.logits.row_range(logits, target, f64(1.0), False)
         assert low.isnan().tolist() == high.isnan().tolist() == [False, True, False]
 
 
@@ -375,8 +373,8 @@ def test_the_gradient_of_a_target_of_minus_infinity_is_that_of_a_target_far_belo
         for composed in (False, True):
             x = x.detach().requires_grad_()
             if composed:
-                rows = classes.logits_rows(
-                    x, target, x[:0], f64(0.05), f64(0.1), False, ops.VARIANTS[variant], beta, 0.1
+                rows = reference.logits_rows(
+                    x, target, x[:0], f64(0.05), f64(0.1), False, beta, 0.1, variant
                 )[0]
             else:
                 rows = hex_cross_entropy(x, target, eps=0.05, temperature=0.1, beta=beta,

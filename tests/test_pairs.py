@@ -118,7 +118,7 @@ def test_the_fake_of_what_is_kept_has_the_size_of_the_real_which_bounds_what_is_
         p = problem("gauss", B, 2, mode, K=K, dtype=dtype, eps=f64(0.5))
         z0, _, negatives, *_, mode_code = p.raw()[:6]
         real = torch.ops.hex.forward(*p.raw()[:-1], True)[2]
-        fake = ops._kept_numbers(z0, negatives, mode_code, dtype == torch.float64)
+        fake = ops.views.kept((z0, None, negatives), mode_code, dtype)
         assert real.numel() == fake, (mode, B, dtype)
         assert fake * dtype.itemsize <= 24 << 20
 
@@ -158,7 +158,7 @@ def test_one_call_finds_the_threshold_and_the_loss_of_two(rule, kind):
                 given.reference(*(z.to(t) for z in p.inputs), tau=f64(0.1))
                 for t in (dtype, torch.float64)
             )
-            members = torch.ops.hex.forward(*given.raw())[1][ops._COUNT]
+            members = torch.ops.hex.forward(*given.raw())[1][ops.views.count]
             assert torch.equal(count, members)
             if torch.equal(members.double(), truth[1]):  # else a cosine is within rounding of eps
                 assert_as_good_as_torch(
@@ -199,7 +199,7 @@ def test_shortlists_that_do_not_fit_change_nothing(mode, share, spread):
         loss, *_, eps, count, _ = step(module, p)
         assert torch.equal(eps, in_two_calls(p))
         given = p.with_(eps=eps)
-        assert torch.equal(count, torch.ops.hex.forward(*given.raw())[1][ops._COUNT])
+        assert torch.equal(count, torch.ops.hex.forward(*given.raw())[1][ops.views.count])
         two = given.loss(*p.inputs)
         # the same numbers summed in another order: a few ulp of the largest term, over tau
         torch.testing.assert_close(loss, two, rtol=1e-5, atol=1e-5)

@@ -10,7 +10,7 @@ import torch
 from class_problems import HEX
 from data import f64
 
-from hex import class_ops, hex_cross_entropy
+from hex import hex_cross_entropy, ops
 
 
 def raw_calls():
@@ -100,7 +100,7 @@ def test_a_mask_is_true_where_its_byte_is_not_zero():
 
     def run(mask):
         args = (z, z[:0], none, none, mask, none, none, no, no, f64(0.1), f64(0.1))
-        value, hard, _ = class_ops.labelled_loss(*args, 0, 0, 0, 0, 1.0, 0.1)
+        value, hard, _ = ops.labelled.loss(*args, 0, 0, 0, 0, 1.0, 0.1)
         return value.detach(), hard, *torch.autograd.grad(value.sum(), z)
 
     assert all(torch.equal(x, y) for x, y in zip(run(mask), run(truth), strict=True))

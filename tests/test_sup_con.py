@@ -23,8 +23,9 @@ from hex import (
     ThresholdTracker,
     hex_loss,
     hex_sup_con,
+    ops,
+    reference,
 )
-from hex import reference_classes as reference
 
 # pytorch-metric-learning imports what scripts a function, at its first use
 SCRIPTS = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
@@ -248,7 +249,7 @@ def test_any_labels_give_what_the_reference_gives(labels, D, dtype, eps, positiv
     wide = x.double()
     truth = reference.labelled_rows(
         wide, wide[:0], ids, none, square.bool(), none, none, square.double(), square.double(),
-        f64(eps), f64(0.3), 0, int(variant == "released"), int(positives == "inside"), 1.0, 0.1,
+        f64(eps), f64(0.3), 0, 1.0, 0.1, variant, positives,
     )[0]  # fmt: skip
     near = 1e-9 if dtype == torch.float64 else 2e-4
     if D > 1:  # with one feature cosines are 1 or -1 but for rounding: exactly at a tie of H
@@ -371,19 +372,17 @@ def test_half_features_under_autocast_give_float32(dtype):
 
 
 def test_devices_without_kernels_run_the_formulas(monkeypatch):
-    from hex import class_ops
-
     x = features().requires_grad_()
     kernel = hex_sup_con(x, LABELS, eps=0.3)
-    monkeypatch.setattr(class_ops, "_KERNELS", {"meta"})
-    with pytest.warns(RuntimeWarning, match="no kernels for labels, groups, guides and logits"):
+    monkeypatch.setattr(ops, "_KERNELS", {"meta"})
+    with pytest.warns(RuntimeWarning, match="no kernels for device 'cpu'"):
         plain = hex_sup_con(x, LABELS, eps=0.3)
     torch.testing.assert_close(kernel, plain)
     module = HEXSupConLoss(threshold=ThresholdTracker.adaptive(over="negatives"))
     a = module(x, LABELS)  # no second warning
     monkeypatch.undo()
     torch.testing.assert_close(a, module(x, LABELS))
-    class_ops._warned.clear()
+    ops._warned.clear()
 
 
 def test_empty_batches_are_0():

@@ -138,7 +138,7 @@ def test_a_threshold_taken_as_eps_leaves_the_wanted_share_above():
     p = exact("own", 1, 300, flips=0.5)
     eps = threshold(p, 0.75, "negatives")
     row = rows_of_cosines(p, "negatives")[0]
-    count = torch.ops.hex.forward(*p.with_(eps=eps).raw())[1][ops._COUNT].item()
+    count = torch.ops.hex.forward(*p.with_(eps=eps).raw())[1][ops.views.count].item()
     assert count == (row > eps).sum().item()
     assert 0 < count <= 75
 

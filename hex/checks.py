@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: MIT
+"""Every check of what a user passes, and the names of the choices there are.
+
+A check raises a TypeError or ValueError that names the argument, what came and what was wanted, and
+changes nothing. Some return the value in the form in which it is used. What is made of the values
+is in problem.py; which options a threshold's rule has, in schedules.py.
+"""
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any, Literal, TypeGuard, get_args
+
+import torch
+from torch import Tensor
+
+from ._calls import is_transformed
+
+__all__ = [
+    "Mode",
+    "Over",
+    "Positives",
+    "Reduction",
+    "Variant",
+    "check_base_temperature",
+    "check_choice",
+    "check_count",
+    "check_device",
+    "check_embeddings",
+    "check_eps",
+    "check_eps_or_groups",
+    "check_features",
+    "check_flag",
+    "check_groups",
+    "check_guide",
+    "check_guide_of_features",
+    "check_labels",
+    "check_logits",
+    "check_mask",
+    "check_mode",
+    "check_negatives",
+    "check_no_mask_to_gather",
+    "check_no_negatives_to_gather",
+    "check_number",
+    "check_one_decider",
+    "check_options",
+    "check_over",
+    "check_positives",
+    "check_temperature",
+    "check_threshold",
+    "check_views",
+    "has_shape",
+]
+
+Mode = Literal["ntxent", "query", "cross"]
+Variant = Literal["paper", "released"]
+Reduction = Literal["none", "mean", "sum"]
+Over = Literal["all", "negatives"]
+Positives = Literal["outside", "inside"]
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+_MODES, _VARIANTS, _REDUCTIONS = get_args(Mode), get_args(Variant), get_args(Reduction)
+
+
+# ---- tensors ------------------------------------------------------------------------------------
+
+
+def has_shape(z: Tensor, wanted: Sequence[int]) -> bool:
+    """Whether z is of this shape. A size that a compiled graph does not know, as after
+    mark_unbacked, is taken for the wanted one, and the graph guards it."""
+    if not torch.compiler.is_compiling():
+        return z.shape == tuple(wanted)
+    from torch.fx.experimental.symbolic_shapes import guard_or_true
+
+    if z.dim() != len(wanted):
+        return False
+    for size, right in zip(z.shape, wanted, strict=True):
+        if not guard_or_true(size == right):
+            return False
+        torch._check(size == right)  # type: ignore[no-untyped-call]
+    return True
+
+
+def check_embeddings(name: str, z: Any) -> None:
+    if isinstance(z, torch.fx.Proxy):
+        raise TypeError(
+            f"{name}: got a Proxy, and torch.fx.symbolic_trace cannot follow the checks of a loss; "
+            "make the loss a leaf module of the Tracer, or take torch.export or torch.compile"
+        )
+    if not isinstance(z, Tensor):
+        raise TypeError(f"{name}: got {type(z).__name__}, wanted a torch.Tensor")
+    if z.dtype not in _DTYPES:
+        labels = z.dim() == 1 and not z.is_complex() and not z.is_floating_point()
+        raise TypeError(
+            f"{name}: got {z.dtype}, wanted torch.float64, float32, bfloat16 or float16"
+            + "; labels go to HEXSupConLoss, the target of logits to HEXCrossEntropyLoss" * labels
+        )
+    if z.layout != torch.strided:
+        raise TypeError(f"{name}: got layout {z.layout}, wanted a dense tensor")
+
+
+def check_device(name: str, z: Tensor, device: torch.device, of: str) -> None:
+    if z.device != device:
+        raise ValueError(f"{name}: got device {z.device}, wanted that of {of}, {device}")
+
+
+def check_views(z0: Any, z1: Any, names: tuple[str, str] = ("z0", "z1")) -> None:
+    """Two views of a batch, (B, D) each."""
+    first, second = names
+    check_embeddings(first, z0)
+    check_embeddings(second, z1)
+    if z0.dim() != 2:
+        raise ValueError(f"{first}: got shape {tuple(z0.shape)}, wanted (B, D)")
+    if not has_shape(z1, z0.shape):
+        raise ValueError(
+            f"{second}: got shape {tuple(z1.shape)}, wanted that of {first}, {tuple(z0.shape)}"
+        )
+    if z1.device != z0.device:
+        check_device(second, z1, z0.device, first)
+
+
+def check_negatives(negatives: Any, z0: Tensor) -> None:
+    """Shared (K, D), or of each anchor (B, K, D)."""
+    check_embeddings("negatives", negatives)
+    images, features = z0.shape
+    of_each = (images,) if negatives.dim() == 3 else ()
+    if negatives.dim() < 2 or not has_shape(negatives, (*of_each, negatives.shape[-2], features)):
+        raise ValueError(
+            f"negatives: got shape {tuple(negatives.shape)}, wanted (K, {features}) or "
+            f"({images}, K, {features})"
+        )
+    check_device("negatives", negatives, z0.device, "z0")
+
+
+def check_labels(name: str, labels: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Labels as int64 on the device."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name}: got {type(labels).__name__}, wanted a torch.Tensor")
+    if labels.dtype not in _INTEGERS:
+        raise TypeError(f"{name}: got {labels.dtype}, wanted an integer dtype")
+    if not has_shape(labels, shape):
+        raise ValueError(f"{name}: got shape {tuple(labels.shape)}, wanted {shape}")
+    return labels.to(device, torch.int64)
+
+
+def check_one_decider(groups: Any, guide: Any) -> None:
+    if groups is not None and guide is not None:
+        raise ValueError("groups, guide: got both, wanted one of them")
+
+
+def check_groups(groups: Any, z0: Tensor, negatives: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The group of each image, and of each negative where there are negatives."""
+    images = (z0.shape[0],)
+    if negatives is None:
+        return check_labels("groups", groups, images, z0.device), None
+    if not isinstance(groups, tuple) or len(groups) != 2:
+        raise ValueError(
+            f"groups: got {type(groups).__name__}, wanted (groups, negative_groups) with negatives"
+        )
+    return (
+        check_labels("groups[0]", groups[0], images, z0.device),
+        check_labels("groups[1]", groups[1], tuple(negatives.shape[:-1]), z0.device),
+    )
+
+
+def check_guide(
+    guide: Any, z0: Tensor, negatives: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The guide of views and negatives, without gradient: of their shapes but for the features."""
+    count = 2 if negatives is None else 3
+    if not isinstance(guide, (tuple, list)) or len(guide) != count:
+        wanted = "(g0, g1)" if negatives is None else "(g0, g1, g_negatives)"
+        got = f"{len(guide)} of them" if isinstance(guide, (tuple, list)) else type(guide).__name__
+        raise ValueError(f"guide: got {got}, wanted {wanted}")
+    g0, g1, others = guide if negatives is not None else (*guide, None)
+    try:
+        check_views(g0, g1)
+        if others is not None or negatives is not None:
+            check_negatives(others, g0)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"guide: {error}") from None
+    fit = has_shape(g0, (z0.shape[0], g0.shape[1]))
+    if negatives is not None:
+        fit = fit and has_shape(others, (*negatives.shape[:-1], others.shape[-1]))
+    if not fit:
+        raise ValueError(
+            f"guide: got {[tuple(g.shape) for g in guide]}, wanted as many rows as the embeddings"
+        )
+    check_device("guide", g0, z0.device, "z0")
+    return g0.detach(), g1.detach(), None if others is None else others.detach()
+
+
+def check_features(features: Any, labels: Any, mask: Any) -> None:
+    """Rows with several positives: (B, V, D), or (N, D) with labels or a mask."""
+    check_embeddings("features", features)
+    if features.dim() < 2:
+        raise ValueError(f"features: got shape {tuple(features.shape)}, wanted (B, V, D) or (N, D)")
+    if labels is not None and mask is not None:
+        raise ValueError("labels, mask: got both, wanted one of them")
+    if features.dim() == 2 and labels is None and mask is None:
+        raise ValueError(
+            "labels: got None, wanted labels or a mask for features (N, D); (B, V, D) go without"
+        )
+
+
+def check_guide_of_features(guide: Any, features: Tensor) -> Tensor:
+    """The guide of several views, without gradient."""
+    check_embeddings("guide", guide)
+    leading = min(features.dim() - 1, 2)  # images, and views
+    wanted = *features.shape[:leading], *guide.shape[leading:]
+    if guide.dim() != features.dim() or not has_shape(guide, wanted):
+        raise ValueError(
+            f"guide: got shape {tuple(guide.shape)}, wanted that of features but for the last "
+            f"axis, {tuple(features.shape)}"
+        )
+    check_device("guide", guide, features.device, "features")
+    detached: Tensor = guide.detach()
+    return detached
+
+
+def check_mask(mask: Any, images: int, device: torch.device) -> Tensor:
+    """Which images are positives of which, as bool on the device."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask: got {type(mask).__name__}, wanted a torch.Tensor")
+    if mask.is_complex() or mask.layout != torch.strided:
+        raise TypeError(f"mask: got {mask.dtype}, {mask.layout}, wanted bool or real, dense")
+    if not has_shape(mask, (images, images)):
+        raise ValueError(f"mask: got shape {tuple(mask.shape)}, wanted ({images}, {images})")
+    positive = mask != 0
+    if mask.dtype != torch.bool:
+        _check_ones(mask)
+    return positive.to(device)
+
+
+def _check_ones(mask: Tensor) -> None:
+    """ValueError where an entry is neither 0 nor 1; where that would mean to wait for a device, in
+    a compiled graph and of a subclass, torch's RuntimeError as it runs."""
+    if is_transformed(mask):
+        return  # it has no values of its own
+    text = (
+        "mask: got values other than 0 and 1, wanted which rows are positives; there are no "
+        "weights, so decide with mask > t"
+    )
+    right = ((mask == 0) | (mask == 1)).all()
+    if not right.is_cpu or type(right) is not Tensor or torch.compiler.is_compiling():
+        torch._assert_async(right, text)
+    elif not right:
+        raise ValueError(text)
+
+
+def check_logits(logits: Any, target: Any) -> Tensor:
+    """The target of logits, (N, C), as int64 on their device."""
+    check_embeddings("logits", logits)
+    if logits.dim() != 2:
+        raise ValueError(f"logits: got shape {tuple(logits.shape)}, wanted (N, C)")
+    return check_labels("target", target, (logits.shape[0],), logits.device)
+
+
+# ---- options ------------------------------------------------------------------------------------
+
+
+def check_options(beta: float, tau_plus: float, variant: str, reduction: str) -> None:
+    check_number("beta", beta, 0, math.inf, open_end=True)
+    check_number("tau_plus", tau_plus, 0, 1, open_end=True)
+    check_choice("variant", variant, _VARIANTS)
+    check_choice("reduction", reduction, _REDUCTIONS)
+
+
+def check_mode(mode: object) -> None:
+    check_choice("mode", mode, _MODES)
+
+
+def check_positives(positives: object) -> None:
+    check_choice("positives", positives, get_args(Positives))
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(map(repr, choices))}")
+
+
+def check_over(name: str, value: Any) -> Any:
+    check_choice(name, value, get_args(Over))
+    return str(value)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Real, and no bool: Python's own, numpy's scalars, fractions."""
+    return isinstance(value, (float, int, numbers.Real)) and not isinstance(value, bool)
+
+
+def check_number(
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf, open_end: bool = False
+) -> float:
+    if not is_number(value):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted a number")
+    if not (low <= value < high or (value == high and not open_end)):
+        end = ")" if open_end else "]"
+        raise ValueError(f"{name}: got {value}, wanted a number in [{low}, {high}{end}")
+    return float(value)
+
+
+def check_count(name: str, value: Any, low: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted an integer")
+    count = int(value)
+    if not low <= count < 2**53:  # float64 has all of these
+        raise ValueError(f"{name}: got {value!r}, wanted an integer >= {low}")
+    return count
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """True or False, numpy's too."""
+    kind = type(value)
+    of_numpy = kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_")
+    if not isinstance(value, bool) and not of_numpy:
+        raise TypeError(f"{name}: got {kind.__name__}, wanted a bool")
+    return bool(value)
+
+
+def check_temperature(temperature: float | Tensor, name: str = "temperature") -> float | Tensor:
+    if isinstance(temperature, Tensor):
+        if not temperature.is_floating_point():
+            raise TypeError(f"{name}: got {temperature.dtype}, wanted a floating dtype")
+        if temperature.numel() != 1:
+            raise ValueError(
+                f"{name}: got shape {tuple(temperature.shape)}, wanted a number or one element"
+            )
+        return temperature
+    if not is_number(temperature):
+        raise TypeError(f"{name}: got {type(temperature).__name__}, wanted a number or a tensor")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{name}: got {temperature}, wanted a finite number > 0")
+    return float(temperature)
+
+
+def check_base_temperature(base_temperature: Any) -> float | None:
+    if base_temperature is None:
+        return None
+    base = check_number("base_temperature", base_temperature, 0, math.inf, open_end=True)
+    if base == 0:
+        raise ValueError("base_temperature: got 0, wanted a number > 0")
+    return base
+
+
+def check_eps(eps: Any, rows: int) -> None:
+    """A number, a 0-d tensor, or one value a row."""
+    if not isinstance(eps, Tensor):
+        if not is_number(eps):
+            raise TypeError(f"eps: got {type(eps).__name__}, wanted a number or a tensor")
+        if eps != eps:  # which torch.compile reads where it does not read math.isnan
+            raise ValueError("eps: got nan, wanted a cosine")
+        return
+    if not eps.is_floating_point():
+        raise TypeError(f"eps: got {eps.dtype}, wanted a floating dtype")
+    if eps.dim() and tuple(eps.shape) != (rows,):
+        raise ValueError(f"eps: got shape {tuple(eps.shape)}, wanted () or ({rows},)")
+
+
+def check_eps_or_groups(eps: Any, groups: Any) -> None:
+    if (eps is None) != (groups is not None):
+        raise ValueError("eps: wanted a threshold, or groups in its place, and not both")
+
+
+def check_threshold(threshold: Any) -> None:
+    """What a module makes a ThresholdTracker of."""
+    wanted = "wanted 'adaptive', a number, a ThresholdTracker or None"
+    if isinstance(threshold, str):
+        if threshold != "adaptive":
+            raise ValueError(f"threshold: got {threshold!r}, {wanted}")
+    elif not is_number(threshold):
+        raise TypeError(f"threshold: got {type(threshold).__name__}, {wanted}")
+    elif math.isnan(threshold):
+        raise ValueError("threshold: got nan, wanted a cosine")
+
+
+def check_no_negatives_to_gather(negatives: Any) -> None:
+    if negatives is not None:
+        raise ValueError(
+            "gather_distributed: got True with negatives, whose anchors have no use for the "
+            "rows of other ranks; gather the keys that go into the queue"
+        )
+
+
+def check_no_mask_to_gather(mask: Any) -> None:
+    if mask is not None:
+        raise ValueError(
+            "gather_distributed: got True with a mask, which says nothing of the rows of "
+            "other ranks; wanted labels"
+        )
