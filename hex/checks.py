@@ -16,41 +16,14 @@ from torch import Tensor
 
 from ._calls import is_transformed
 
-__all__ = [
-    "Mode",
-    "Over",
-    "Positives",
-    "Reduction",
-    "Variant",
-    "check_base_temperature",
-    "check_choice",
-    "check_count",
-    "check_device",
-    "check_embeddings",
-    "check_eps",
-    "check_eps_or_groups",
-    "check_features",
-    "check_flag",
-    "check_groups",
-    "check_guide",
-    "check_guide_of_features",
-    "check_labels",
-    "check_logits",
-    "check_mask",
-    "check_mode",
-    "check_negatives",
-    "check_no_mask_to_gather",
-    "check_no_negatives_to_gather",
-    "check_number",
-    "check_one_decider",
-    "check_options",
-    "check_over",
-    "check_positives",
-    "check_temperature",
-    "check_threshold",
-    "check_views",
-    "has_shape",
-]
+__all__ = ["Mode", "Over", "Positives", "Reduction", "Variant", "check_base_temperature",
+           "check_choice", "check_count", "check_device", "check_embeddings", "check_eps",
+           "check_eps_or_groups", "check_features", "check_flag", "check_groups", "check_guide",
+           "check_guide_of_features", "check_labels", "check_logits", "check_mask", "check_mode",
+           "check_negatives", "check_no_mask_to_gather", "check_no_negatives_to_gather",
+           "check_number", "check_one_decider", "check_options", "check_over", "check_positives",
+           "check_temperature", "check_threshold", "check_views", "has_shape",
+           "is_number"]  # fmt: skip
 
 Mode = Literal["ntxent", "query", "cross"]
 Variant = Literal["paper", "released"]

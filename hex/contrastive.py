@@ -77,7 +77,7 @@ class ContrastiveLoss(nn.Module):
 
     def loss_of(self, batch: Problem) -> Tensor:
         """From a problem to its loss: eps, the operator, the tracker's step and the statistics."""
-        tracker = self.threshold
+        tracker = None if batch.h_is_given else self.threshold
         rule = Rule(
             self.reduction,
             self.variant,
@@ -91,7 +91,7 @@ class ContrastiveLoss(nn.Module):
         else:
             transformed = is_transformed(*batch.learner, tracker.state)
         again = is_in_backward()  # most likely the second run of a checkpoint
-        learns = not transformed and self._learns(batch)
+        learns = tracker is not None and not transformed and self._learns(batch)
         if (
             tracker is not None
             and tracker.adaptive_rule
@@ -110,16 +110,16 @@ class ContrastiveLoss(nn.Module):
                 tracker.remember(state[states.CANDIDATE], eps)
                 tracker.store(state)
         else:
-            eps = self._eps(batch, learns)
+            eps = self._eps(batch, tracker, learns)
             value, hard, share = batch.loss(eps, rule)
             transformed = transformed or is_transformed(hard, eps)  # as of a mapped guide
         if not transformed and not hard.is_meta:
-            self._keep(batch, value, (eps, hard, share), learns, again)
+            self._keep(batch, value, (eps, hard, share), tracker, learns, again)
         return value
 
-    def _eps(self, batch: Problem, learns: bool) -> Tensor:
+    def _eps(self, batch: Problem, tracker: ThresholdTracker | None, learns: bool) -> Tensor:
         """eps of a problem, in a step that trains or does not."""
-        tracker, like = self.threshold, batch.learner[0]
+        like = batch.learner[0]
         if batch.h_is_given:
             return problem.unknown_eps(like)
         if tracker is None:
@@ -151,11 +151,11 @@ class ContrastiveLoss(nn.Module):
         batch: Problem,
         value: Tensor,
         statistics: tuple[Tensor, Tensor, Tensor],
+        tracker: ThresholdTracker | None,
         learns: bool,
         again: bool,
     ) -> None:
         """The statistics of a batch, and what the tracker warns of."""
-        tracker = None if batch.h_is_given else self.threshold
         if again and self._last is not None:
             known = None if tracker is None else tracker.known
             if known is not None:
