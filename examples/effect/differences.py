@@ -4,10 +4,11 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from scipy.stats import t as student
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 from effect.rows import Rows, RowsError, without_test
 from effect.table import MAIN, Study, chosen_temperatures
@@ -27,10 +28,11 @@ Runs = dict[int, dict[str, Any]]  # by seed
 
 @dataclass(frozen=True)
 class Summary:
-    """A mean over seeds and its standard error, None for one seed; p of a paired t-test with 0."""
+    """A mean over seeds, its standard error (None for one seed), the p-value of a mean of 0."""
 
     mean: float
     error: float | None
+    p: float
     n: int
 
     @property
@@ -42,20 +44,18 @@ class Summary:
     def beyond_two_errors(self) -> bool:
         return self.enough and abs(self.mean) > 2 * self.error
 
-    @property
-    def p(self) -> float:
-        """Two-sided, of a mean of 0; 1 for one seed, of which nothing can be said."""
-        if self.error is None:
-            return 1.0
-        if self.error == 0:
-            return 1.0 if self.mean == 0 else 0.0
-        return float(2 * student.sf(abs(self.mean) / self.error, self.n - 1))
-
 
 def summary(values: Iterable[float]) -> Summary:
+    """p is that of the two-sided t-test, 1 for one seed: nothing can be said of it."""
     values = list(values)
-    n = len(values)
-    return Summary(fmean(values), stdev(values) / math.sqrt(n) if n > 1 else None, n)
+    if len(values) == 1:
+        return Summary(values[0], None, 1.0, 1)
+    mean, error = fmean(values), float(stats.sem(values))
+    if error == 0:  # all alike, which scipy warns of
+        p = float(mean == 0)
+    else:
+        p = float(stats.ttest_1samp(values, 0).pvalue)
+    return Summary(mean, error, p, len(values))
 
 
 def score(row: dict[str, Any], measure: str, split: str = "test") -> float | None:
@@ -89,13 +89,8 @@ def pooled_deviation(found: Iterable[Summary]) -> float:
 
 
 def holm(p: list[float]) -> list[float]:
-    """Holm's adjusted p-values: below 0.05, no error among all at that level (Holm 1979)."""
-    order = sorted(range(len(p)), key=p.__getitem__)
-    adjusted, highest = [0.0] * len(p), 0.0
-    for rank, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(p) - rank) * p[index]))
-        adjusted[index] = highest
-    return adjusted
+    """Holm's adjusted p-values: those below 0.05 hold together at that level (Holm 1979)."""
+    return list(multipletests(p, method="holm")[1]) if p else []
 
 
 def compared(name: str, study: Study, rows: Rows, regime: str = MAIN) -> dict[str, Runs]:
