@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import gc
 import json
 import multiprocessing
 import os
@@ -102,7 +103,7 @@ def measured(
         steps = [(step, row | more) for step, more in checked(settings, case, batch, methods)]
         steps += [(step, row | more) for step, more in products_beside(settings) * products]
         prepared.append([
-            (measure.timer(step, n), more | ({"threads": n} if len(threads) > 1 else {}))
+            (measure.timer(step, n, measure.clock(n)), more | {"threads": n})
             for step, more in steps
             for n in threads
         ])  # fmt: skip
@@ -211,7 +212,7 @@ def small(settings: Settings) -> list[Result]:
                 z.grad = None
             loss(*batch.leaves).backward()
 
-        return measure.timer(step)
+        return measure.timer(step, clock=time.process_time)
 
     class Empty(torch.autograd.Function):
         @staticmethod
@@ -259,7 +260,7 @@ def large(settings: Settings) -> list[Result]:
         peak = measure.peak_mb(lambda: step(batch))  # noqa: B023
         ms = [(time.process_time() - start) * 1e3]
         if size == few:
-            again = {size: measure.timer(lambda: step(batch))}  # noqa: B023
+            again = {size: measure.timer(lambda: step(batch), clock=time.process_time)}  # noqa: B023
             ms = measure.times(again, settings.repeats)[size]
         progress(f"{size} rows: checking")
         some = 4 if settings.quick else 24
@@ -345,7 +346,8 @@ def apart(part: str, settings: Settings, level: str = "") -> dict[str, Any]:
     """The same in a process of its own, at an instruction set. What it lacks is told in notes."""
     if level:
         os.environ |= {"HEX_ISA": level, "PYTHONWARNINGS": "ignore:HEX_ISA"}
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, initializer=gc.freeze) as process:
         return process.submit(run, part, settings).result()
 
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Time, memory and heap of this process, and the machine it runs on. Linux with glibc.
 
-Time. torch.utils.benchmark repeats a fast call until its clock is good for it. On a busy machine the
-wall clock shows the neighbours, so with one thread the clock is the CPU time of the process, which
-repeats within a few per cent. With several threads that is their sum, waiting included, and says
-nothing about how long the user waits: then the wall clock is read. On a GPU torch.utils.benchmark
-waits for the device before it reads the wall clock. Methods take turns, so that a slow minute hits
-all of them, and the median of their turns counts.
+Time. torch.utils.benchmark repeats a fast call until the clock can tell its time. On a busy machine
+the wall clock shows the neighbours, so with one thread the clock is the CPU time of the process,
+which repeats within a few per cent. With several threads that is their sum, waiting included, and
+says nothing about how long the user waits: then the wall clock is read. With a GPU
+torch.utils.benchmark waits for the device first. Methods take turns, so that a slow minute hits all
+of them, and the median of their turns counts.
 
 Memory. What the process holds in RAM at most during a call, above what it held before: the kernel
 keeps that peak (VmHWM) and forgets it when asked to (/proc/self/clear_refs). Unused heap is handed
@@ -60,12 +60,14 @@ def times(steps: Mapping[K, Timer], turns: int) -> dict[K, list[float]]:
     return samples
 
 
-def timer(step: Step, threads: int | None = 1) -> Timer:
-    """On the CPU time of one thread, on the wall clock of several; None: on a GPU."""
-    if threads is None:
-        return Timer("step()", globals={"step": step})
-    clock = time.process_time if threads == 1 else time.perf_counter
-    return Timer("step()", globals={"step": step}, timer=clock, num_threads=threads)
+def timer(step: Step, threads: int = 1, clock: Callable[[], float] | None = None) -> Timer:
+    """On that clock, or on the one of torch.utils.benchmark, which waits for a GPU."""
+    clocks = {"timer": clock} if clock else {}
+    return Timer("step()", globals={"step": step}, num_threads=threads, **clocks)
+
+
+def clock(threads: int) -> Callable[[], float]:
+    return time.process_time if threads == 1 else time.perf_counter
 
 
 def peak_mb(step: Step) -> float:

@@ -39,8 +39,8 @@ CLOCK = (
 RETAINED = (
     "Retained heap: the process keeps the memory that it frees, as other allocators do, and as "
     "glibc does with MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776 "
-    "MALLOC_TOP_PAD_=67108864 in the environment. The methods with N x N matrices are at their best "
-    "here, so these are the ratios to quote."
+    "MALLOC_TOP_PAD_=67108864 in the environment. The methods with N x N matrices are at their "
+    "best here, so these are the ratios to quote."
 )
 STOCK = (
     "Stock heap: as in any run of Python. glibc takes fresh pages for every request of 32 MiB or "
@@ -104,7 +104,9 @@ def sizes(results: pd.DataFrame) -> list[Table]:
 def data(results: pd.DataFrame) -> list[Table]:
     times = pivot(results, "median")
     cells = with_ratios(times)
-    cells.loc[f"{HEX} / that of clusters"] = (times.loc[HEX] / times.loc[HEX].iloc[0]).map(hundredths)
+    cells.loc[f"{HEX} / that of clusters"] = (times.loc[HEX] / times.loc[HEX].iloc[0]).map(
+        hundredths
+    )
     note = (
         "clusters is the ordinary batch, of 64 classes. tight has 4 classes with cosines of about "
         "0.99 inside. In half collapsed every second image lies in one direction, in collapsed all "
@@ -161,8 +163,8 @@ def small(results: pd.DataFrame) -> list[Table]:
     times = 1e3 * results.set_index("method")["median"]
     cells = {"a call": times, "beyond the empty function": times - times[EMPTY]}
     note = (
-        "CPU time of loss(z0, z1).backward() with 2B = 64 and D = 128. The empty function keeps its "
-        "inputs and returns empty tensors, which is what autograd and Python cost."
+        "CPU time of loss(z0, z1).backward() with 2B = 64 and D = 128. The empty function keeps "
+        "its inputs and returns empty tensors, which is what autograd and Python cost."
     )
     return [Table("64 rows, microseconds", pd.DataFrame(cells).map(number), [note])]
 
@@ -269,8 +271,8 @@ def ideal(record: Record) -> Table:
     rates = [number(rate(results, product)) for product in (PRODUCT, MM)]
     note = (
         f"In cache, hex's own product reached {rates[0]} GF/s at its best and torch.mm {rates[1]} "
-        "GF/s. A line at the ideal is how many times as fast HEXLoss would be if it did nothing but "
-        "its products at that rate."
+        "GF/s. A line at the ideal says how many times as fast HEXLoss would be if it did nothing "
+        "but its products at that rate."
     )
     return Table("Share of the ideal, retained heap", cells, [note])
 
@@ -321,7 +323,9 @@ def all_goals(records: Mapping[str, Record]) -> list[Goal]:
         if r.rows >= 4096:  # beyond that 8 % of an N x N matrix and what is O(N D)
             most = (0.08 * 4 * r.rows**2 + 24 * r.rows * r.features) / 1e6
             got = r.peak_mb - 4 * r.rows * r.features / 1e6
-            found.append(Goal(f"memory beyond the results at {r.case}", got, None, most, "{:.1f} MB"))
+            found.append(
+                Goal(f"memory beyond the results at {r.case}", got, None, most, "{:.1f} MB")
+            )
     data, types, shapes = (pivot(results[part], "median") for part in ("data", "types", "shapes"))
     for kind in data.columns[1:]:
         slower = data[kind][HEX] / data.loc[HEX].iloc[0]
@@ -337,7 +341,9 @@ def all_goals(records: Mapping[str, Record]) -> list[Goal]:
     best = of_threads.pivot(index="case", columns="threads", values="best")
     for size, least in THREADS.items():
         found.append(Goal(f"two threads at {size}", best[1][size] / best[2][size], least))
-    dots = results["isa"].query("isa == 'avx512_bf16' and method == @HEX").set_index("case")["median"]
+    dots = (
+        results["isa"].query("isa == 'avx512_bf16' and method == @HEX").set_index("case")["median"]
+    )
     if len(dots):
         about = "float32 / bfloat16 at HEX_ISA=avx512_bf16"
         found.append(Goal(about, dots["4096"] / dots[BF16], 1.4))

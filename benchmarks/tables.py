@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tables of texts: made of pandas' frames, shown on the terminal or in a document. No torch here."""
+"""Tables of texts, made of pandas' frames, on the terminal and in the documents. Without torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ class Table(NamedTuple):
 
     def markdown(self) -> str:
         rows = [[self.corner, *self.cells.columns], ["---", *["---:"] * len(self.cells.columns)]]
-        rows += [[name, *row] for name, row in zip(self.cells.index, self.cells.values, strict=True)]
+        rows += [
+            [name, *row] for name, row in zip(self.cells.index, self.cells.values, strict=True)
+        ]
         parts = [f"**{self.title}**"] if self.title else []
         parts += ["\n".join(f"| {' | '.join(row)} |" for row in rows)] if len(self.cells) else []
         return "\n\n".join([*parts, *self.notes])

@@ -1,0 +1,431 @@
+# SPDX-License-Identifier: MIT
+"""What gpu.py does on a GPU, step by step: each step gives its cases, by name, with a limit.
+
+The kernels are compared with what peers.py has, on the batches of batches.py. The batch is the same
+in each call, so that a small one comes from the cache, as it does from the network before. A graph,
+where one is wanted, is captured of a few calls. Memory is the most that torch's allocator gives out
+in a call above what it had given out before; on the CPU, for a rehearsal, that of the process.
+
+    python benchmarks/gpu_cases.py cuda     a few calls of each kernel: for compute-sanitizer
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import batches
+import measure
+import peers
+import torch
+from batches import Batch
+from peers import HEX, INF_CL, OURS, TAU, Method
+from torch import Tensor, nn
+
+from hex import HEXLoss, InfoNCELoss, ThresholdTracker, batch_threshold, hex_loss
+from hex._load import cuda_is_built, cuda_problem
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+FEW = (*OURS, *peers.GPU_PLAIN)  # where not all are measured
+SAMPLE_S, HOST_CALLS, GRAPH_CALLS = 0.1, 10, 4
+IN_A_GRAPH = 8192  # rows up to which a graph is worth while
+CHECKED = 40e9  # bytes that the truth may take, N x N in float64
+
+Record = dict[str, Any]
+Shape = tuple[int, int, int]  # rows, negatives in the queue or 0, features
+
+
+class Case(NamedTuple):
+    name: str  # "step: " and what says all
+    limit: float  # seconds
+    work: Callable[[], Record]
+
+
+def start(options: argparse.Namespace) -> Record:
+    """What is here, once the kernels are there and serve the device; in short under "on"."""
+    here = measure.machine()
+    here |= {"cuda": torch.version.cuda, "date": time.strftime("%Y-%m-%d", time.gmtime())}
+    if options.device != "cpu":
+        if not torch.cuda.is_available():
+            raise SystemExit("torch sees no CUDA device; --device cpu --smoke is a rehearsal")
+        torch.cuda.set_device(torch.device(options.device).index or 0)
+        card = torch.cuda.get_device_properties(torch.cuda.current_device())
+        if "build" in options.steps and not cuda_is_built():
+            arch = f"{card.major}{card.minor}" + ("a" if card.major == 9 else "")
+            command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+            run(command, HEX_CUDA="1", HEX_CUDA_ARCH=arch)
+        if problem := cuda_problem(torch.cuda.current_device()):
+            raise SystemExit(f"no CUDA kernels: {problem}")
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = shutil.which("nvidia-smi") and subprocess.check_output(query, text=True)
+        here |= {"card": card.name, "card_gb": card.total_memory / 1e9}
+        here["driver"] = (driver or "unknown, no nvidia-smi").partition("\n")[0]
+    return {
+        "on": f"{here.get('card', here['cpu'])}, torch {here['torch']}, hex-ssl {here['hex']}",
+        **here,
+    }
+
+
+def run(command: Sequence[object], **environment: str) -> Record:
+    """Whether a program succeeded, and the end of what it said; all of that goes into the log."""
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    process = subprocess.Popen(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path)} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    lines = [""]
+    for line in process.stdout:
+        print(line, end="")
+        lines.append(line.rstrip())
+    record: Record = {"ok": process.wait() == 0, "note": lines[-1]}
+    return record if record["ok"] else record | {"output": lines[-60:]}
+
+
+# ---- right --------------------------------------------------------------------------------------
+
+
+def tests(options: argparse.Namespace) -> Iterator[Case]:
+    """The suite for a GPU. A test that hangs in the device ends its process, the others go on."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"]
+    command += ["-p", "pytest_timeout", "--timeout", "120", "--timeout-method", "thread"]
+    command += ["--collect-only"] if options.smoke else ["-p", "xdist", "-n", "4"]
+    work = functools.partial(run, command, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    yield Case("tests: gpu", 300, work)
+
+
+def sanitizer(options: argparse.Namespace) -> Iterator[Case]:
+    """compute-sanitizer's tools over a few calls of each kernel, all at once."""
+    name = "calls alone" if options.device == "cpu" else "tools"
+    yield Case(f"sanitizer: {name}", 300, functools.partial(sanitized, options.device))
+
+
+def sanitized(device: str) -> Record:
+    command = [sys.executable, "benchmarks/gpu_cases.py", device]
+    if device == "cpu":
+        return run(command)
+    names = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if program is None:
+        return {"ok": False, "note": "compute-sanitizer is not found"}
+
+    def one(tool: str) -> Record:
+        # Each tensor an allocation of its own, so that what is past its end is nobody's.
+        with_tool = [program, "--tool", tool, "--error-exitcode", 9, *command]
+        return run(with_tool, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+    with ThreadPoolExecutor(len(TOOLS)) as pool:
+        found = dict(zip(TOOLS, pool.map(one, TOOLS), strict=True))
+    return {
+        "ok": all(r["ok"] for r in found.values()),
+        "note": "; ".join(f"{t}: {r['note'].strip('= ')}" for t, r in found.items()),
+        "output": [line for r in found.values() for line in r.get("output", [])],
+    }
+
+
+def calls(device: str) -> None:
+    """Each kernel a few times, on small batches with tails: the sanitizer is slow."""
+    for name in ("float32", "bfloat16", "float64"):
+        for rows, features, queue in ((160, 72, 0), (192, 130, 0), (70, 40, 200)):
+            batch = batch_of((rows, queue, features), name, device)
+            HEX.step(batch)()
+            for loss in (
+                HEXLoss(TAU, threshold=ThresholdTracker.fixed(0.5, normalize_rows=True)),
+                HEXLoss(0.01, variant="released", reduction="none"),
+            ):
+                loss.to(device)(*batch.leaves, *batch.others).sum().backward()
+        own = torch.randn(6, 40, 72, dtype=getattr(torch, name)).to(device).requires_grad_()
+        z0, z1 = (own.detach()[:, k].clone().requires_grad_() for k in range(2))
+        hex_loss(z0, z1, own, eps=0.1, temperature=TAU).backward()
+        batch_threshold(z0, z1, mode="cross", quantile=0.9)
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def repeats(options: argparse.Namespace) -> Iterator[Case]:
+    """The same bits a thousand times."""
+    shape, count = ((160, 0, 24), 3) if options.smoke else ((4096, 0, 128), 1000)
+    for dtype in ("bfloat16", "float16", "float32"):
+        work = functools.partial(repeated, shape, dtype, options.device, count)
+        yield Case(f"repeats: {dtype}", 120, work)
+
+
+def repeated(shape: Shape, dtype: str, device: str, count: int) -> Record:
+    # eps given: the tracker's state would move from call to call
+    step = peers.GIVEN.step(batch_of(shape, dtype, device))
+    first = step()
+    differ = torch.zeros((), dtype=torch.int64, device=device)
+    for _ in range(count):
+        differ += torch.stack([(a != b).any() for a, b in zip(first, step(), strict=True)]).any()
+    return {"ok": not differ, "repeats": count, "note": f"{int(differ)} differ of {count}"}
+
+
+# ---- fast ---------------------------------------------------------------------------------------
+
+
+def roofline(options: argparse.Namespace) -> Iterator[Case]:
+    size = 256 if options.smoke else 8192
+    yield Case("roofline: roofline", 60, functools.partial(reached, options.device, size))
+
+
+def reached(device: str, size: int) -> Record:
+    """What this device reaches: products of size^3 in half precision, copies of 1 GiB or less."""
+    a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
+    x = torch.randn(min(1 << 28, 16 * size * size), device=device)
+    y = torch.empty_like(x)
+    product = times(lambda: torch.mm(a, b), device)["ms"]
+    copy = times(lambda: y.copy_(x), device)["ms"]
+    return {"tflops": 2 * size**3 / product / 1e9, "copy_gb_s": 2 * x.numel() * 4 / copy / 1e6}
+
+
+def sizes(options: argparse.Namespace) -> Iterator[Case]:
+    rows = (512, 1024, 4096, 8192, 65536, 2048, 16384, 32768)
+    shapes = [(160, 0, 24), (192, 0, 24)] if options.smoke else [(n, 0, 128) for n in rows]
+    return measured("sizes", options, shapes, peers.GPU_METHODS)
+
+
+def queue(options: argparse.Namespace) -> Iterator[Case]:
+    shapes = [(128, 320, 24)] if options.smoke else [(256, 65536, 128), (4096, 65536, 128)]
+    return measured("queue", options, shapes, peers.GPU_METHODS)
+
+
+def features(options: argparse.Namespace) -> Iterator[Case]:
+    shapes = [(n, 0, d) for d in (256, 512, 64, 2048) for n in (4096, 32768)]
+    return measured("features", options, [(160, 0, 70)] if options.smoke else shapes, FEW)
+
+
+def dtypes(options: argparse.Namespace) -> Iterator[Case]:
+    shapes = [(1024, 0, 128), (4096, 0, 128), (65536, 0, 128), (4096, 65536, 128)]
+    shapes = [(160, 0, 24)] if options.smoke else shapes
+    return measured("dtypes", options, shapes, FEW, ("float32", "float16"))
+
+
+def compiled(options: argparse.Namespace) -> Iterator[Case]:
+    """torch.compile takes up to half a minute a program, so it has a step of its own."""
+    shapes = [(160, 0, 24)] if options.smoke else [(n, 0, 128) for n in (512, 4096, 8192)]
+    methods = [m for m in peers.METHODS if m.compiled]
+    return measured("compiled", options, shapes, methods)
+
+
+def measured(
+    step: str,
+    options: argparse.Namespace,
+    shapes: Sequence[Shape],
+    methods: Sequence[Method],
+    dtypes: Sequence[str] = ("bfloat16",),
+) -> Iterator[Case]:
+    """The methods on batches of these shapes, dtype by dtype."""
+    for dtype, (rows, queue, features) in itertools.product(dtypes, shapes):
+        for method in methods:
+            if rows > method.most or (queue and not method.any_batch):
+                continue
+            name = f"{step}: {rows} x {queue or rows} x {features}, {dtype}, {method.name}"
+            shape = rows, queue, features
+            work = functools.partial(one_method, method.name, shape, dtype, options.device)
+            yield Case(name, 120 if method.compiled else 40, functools.partial(work, False))
+            if method in FEW and rows <= IN_A_GRAPH and options.device != "cpu":
+                yield Case(f"{name}, in a graph", 40, functools.partial(work, True))
+
+
+def one_method(name: str, shape: Shape, dtype: str, device: str, graph: bool) -> Record:
+    """Checks the method where the truth is known, then measures it; or why not, of another's."""
+    methods = (*peers.GPU_METHODS, *peers.METHODS)
+    method = next(m for m in methods if m.name == name)
+    rows, queue, features = shape
+    about: Record = {"method": name, "graph": graph, "rows": rows, "queue": queue}
+    about |= {"features": features, "dtype": dtype}
+    try:
+        batch = batch_of(shape, dtype, device)
+        step, right = method.step(batch), truth(shape, dtype, device, method.loss)
+        got = step()
+        if right is not None:
+            about |= peers.check(method, batch, got, right)
+        about["extra_mb"] = extra_mb(step, device)
+        about |= times(step, device, graph)
+    except ImportError as error:
+        return about | {"skipped": f"not installed: {error}"}
+    except torch.OutOfMemoryError:
+        return about | {"skipped": "out of memory"}
+    except Exception as error:
+        if (name != INF_CL.name and not method.compiled) or "CUDA error" in str(error):
+            raise
+        return about | {"skipped": f"{type(error).__name__}: {error}"[:300]}
+    finally:
+        if device != "cpu":
+            torch.cuda.empty_cache()
+    if method in OURS:
+        # Products of N x M x D, times 2 operations: the threshold two, the forward one, the
+        # backward two; float32 three times as many (docs/cuda.md).
+        products = (5 if method is HEX else 3) * (3 if dtype == "float32" else 1)
+        about["flop"] = 2 * rows * (queue or rows) * features * products
+    return about
+
+
+@functools.lru_cache(maxsize=1)
+def batch_of(shape: Shape, dtype: str, device: str) -> Batch:
+    """A batch of so many anchors."""
+    rows, queue, features = shape
+    images, mode = (rows, "shared") if queue else (rows // 2, "ntxent")
+    kind = getattr(torch, dtype)
+    return batches.views(images, features, dtype=kind, mode=mode, queue=queue).to(device)
+
+
+@functools.lru_cache(maxsize=4)
+def truth(shape: Shape, dtype: str, device: str, loss: str) -> peers.Result | None:
+    """In float64, or None where that takes too much memory."""
+    batch = batch_of(shape, dtype, device)
+    if batch.rows * batch.candidates * 8 * 12 > CHECKED:
+        return None
+    try:
+        return peers.truth(batch, loss)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def times(step: measure.Step, device: str, graph: bool = False) -> Record:
+    """Milliseconds a call: the median and the range; and the host's alone, which does not wait."""
+    run, calls = (captured(step).replay, GRAPH_CALLS) if graph else (step, 1)
+    sample = measure.timer(run).blocked_autorange(min_run_time=SAMPLE_S)
+    host = measure.timer(run, clock=time.perf_counter)
+    host = sample if device == "cpu" else host.timeit(HOST_CALLS)
+    ms = [seconds * 1e3 / calls for seconds in sample.times]
+    middle, of_host = sample.median * 1e3 / calls, host.median * 1e3 / calls
+    return {"ms": middle, "host_ms": of_host, "low_ms": min(ms), "high_ms": max(ms)}
+
+
+def captured(step: measure.Step) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(GRAPH_CALLS):
+            step()
+    return graph
+
+
+def extra_mb(step: measure.Step, device: str) -> float:
+    """The most memory a call takes beside its inputs, in MB of 10^6 bytes; its results count."""
+    if device == "cpu":
+        return measure.peak_mb(step)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+# ---- within a training step ---------------------------------------------------------------------
+
+
+class Plain(nn.Module):
+    """A loss of peers.py as a module."""
+
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        self.function = peers.plain(method.loss, "ntxent")
+
+    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
+        return self.function(z0, z1)
+
+
+CRITERIA: dict[str, Callable[[], nn.Module]] = {
+    HEX.name: lambda: HEXLoss(TAU, threshold=ThresholdTracker.adaptive(over="negatives")),
+    peers.INFO_NCE.name: lambda: InfoNCELoss(TAU),
+    peers.PLAIN_INFO_NCE.name: lambda: Plain(peers.PLAIN_INFO_NCE),
+    peers.PLAIN_HEX.name: lambda: Plain(peers.PLAIN_HEX),
+}
+
+
+def training(options: argparse.Namespace) -> Iterator[Case]:
+    """The loss within a training step of ResNet-18 on 32 x 32 images."""
+    backbone, sizes = ("small", (16,)) if options.smoke else ("resnet18", (512, 2048))
+    for images, name in itertools.product(sizes, CRITERIA):
+        work = functools.partial(training_step, name, backbone, images, options.device)
+        yield Case(f"training: {backbone}, {images} images, {name}", 60, work)
+
+
+def training_step(name: str, backbone: str, images: int, device: str) -> Record:
+    """Milliseconds and memory of SimCLR's step with a loss, and of the loss in it.
+
+    The images are noise: what a step costs does not depend on them. Mixed precision in bfloat16.
+    """
+    sys.path.append(str(ROOT / "examples"))
+    from common import encoder
+
+    network, width = encoder.backbone(backbone, 32)
+    model = nn.Sequential(network, encoder.projector(width, 128)).to(device)
+    criterion = CRITERIA[name]().to(device)
+    optimizer = torch.optim.AdamW(model.parameters())
+    views = torch.randn(2 * images, 3, 32, 32, device=device)
+    views = views.to(memory_format=torch.channels_last)
+    z = torch.randn(2, images, 128, device=device).to(torch.bfloat16)
+    z0, z1 = (x.clone().requires_grad_() for x in z)
+
+    def step() -> None:
+        with torch.autocast(views.device.type, torch.bfloat16):
+            loss = criterion(*model(views).chunk(2))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def loss_alone() -> None:
+        with torch.autocast(views.device.type, torch.bfloat16):
+            loss = criterion(z0, z1)
+        torch.autograd.grad(loss, (z0, z1))
+
+    step()  # the optimizer's state is there from now on
+    memory = {"step_extra_mb": extra_mb(step, device)}
+    whole, alone = (times(f, device)["ms"] for f in (step, loss_alone))
+    memory["loss_extra_mb"] = extra_mb(loss_alone, device)
+    return {"step_ms": whole, "loss_ms": alone, "share_of_step": alone / whole, **memory}
+
+
+def runs(options: argparse.Namespace) -> Iterator[Case]:
+    """Training with either loss, of digits, or of CIFAR-10 where it is."""
+    for loss in ("base", "hex"):
+        out = options.out / f"run-{loss}"
+        data = ["cifar10", "--root", options.cifar] if options.cifar else ["digits"]
+        backbone, size = ("resnet18", 512) if options.cifar else ("small", 256)
+        command = [sys.executable, "examples/simclr.py", "--data", *data, "--backbone", backbone]
+        command += ["--loss", loss, "--batch-size", size, "--device", options.device]
+        command += ["--epochs", 2, "--stop-after", 1] if options.smoke else ["--epochs", 20]
+        command += ["--amp", "off" if options.device == "cpu" else "bf16", "--knn-every", 0]
+        work = functools.partial(trained, [*command, "--out", out], out)
+        yield Case(f"runs: simclr, {data[0]}, {backbone}, {loss}", 1200, work)
+
+
+def trained(command: Sequence[object], out: Path) -> Record:
+    shutil.rmtree(out, ignore_errors=True)  # of a try that was cut off
+    record, file = run(command), out / "result.json"
+    scores = json.loads(file.read_text()) if file.exists() else {}
+    return record | {k: scores[k] for k in ("knn", "linear") if k in scores}
+
+
+STEPS: dict[str, Callable[[argparse.Namespace], Iterator[Case]]] = {
+    step.__name__: step
+    for step in (
+        tests, sanitizer, roofline, sizes, queue, features, dtypes, repeats, training, compiled,
+        runs,
+    )
+}  # fmt: skip
+
+if __name__ == "__main__":
+    calls(sys.argv[1])
