@@ -43,7 +43,7 @@ from measure import progress
 from peers import FOUR, HEX, INFO_NCE, PLAIN_HEX, PLAIN_INFO_NCE, Method
 from torch import Tensor
 
-from hex import HEXLoss, InfoNCELoss, ThresholdTracker, ops
+from hex import HEXLoss, ThresholdTracker, ops
 
 LEVELS = ("base", "avx2", "avx512", "avx512_bf16")
 USUAL_SIZES = ("512", "1024", "2048", "4096", "8192", "4096x512")
@@ -128,14 +128,16 @@ def checked(
     found = []
     for method in (m for m in methods if m.takes(batch)):
         progress(f"{case}: checking {method.name}")
-        if method.loss not in right:
-            right[method.loss] = peers.truth(batch, method.loss)
         try:
             step = method.step(batch)
         except ImportError as error:
             settings.note(f"{method.name} is left out: {error}")
             continue
-        peers.check(method, batch, step(), right[method.loss])
+        got = step()
+        if method.loss and method.loss not in right:
+            right[method.loss] = peers.truth(batch, method.loss)
+        if method.loss:
+            peers.check(method, batch, got, right[method.loss])
         found.append((step, {"method": method.name, "peak_mb": round(measure.peak_mb(step), 2)}))
     return found
 
@@ -201,39 +203,31 @@ def threads(settings: Settings) -> list[Result]:
     return measured(settings, cases, threads=sorted({1, 2, cores}))
 
 
+class Empty(torch.autograd.Function):
+    """What autograd and Python cost: it keeps its inputs and returns empty tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, z0: Tensor, z1: Tensor) -> Tensor:
+        ctx.save_for_backward(z0, z1)
+        return z0.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tuple(torch.empty_like(z) for z in ctx.saved_tensors)
+
+
 def small(settings: Settings) -> list[Result]:
-    """64 rows: what a call of the modules costs before anything is computed; values unchecked."""
+    """64 rows: what a call costs before anything is computed."""
     warnings.filterwarnings("ignore", message="ThresholdTracker")  # that 64 rows are few
-    batch = square("64")
-
-    def whole(loss: Callable[[Tensor, Tensor], Tensor]) -> measure.Timer:
-        def step() -> None:
-            for z in batch.leaves:
-                z.grad = None
-            loss(*batch.leaves).backward()
-
-        return measure.timer(step, clock=time.process_time)
-
-    class Empty(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, z0: Tensor, z1: Tensor) -> Tensor:
-            ctx.save_for_backward(z0, z1)
-            return z0.new_empty(())
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-            return tuple(torch.empty_like(z) for z in ctx.saved_tensors)
-
-    rules = {over: ThresholdTracker.adaptive(over=over) for over in (peers.OVER, "negatives")}
-    timers = {
-        HEX.name: whole(HEXLoss(threshold=rules[peers.OVER])),
-        f'{HEX.name}, over="negatives"': whole(HEXLoss(threshold=rules["negatives"])),
-        INFO_NCE.name: whole(InfoNCELoss()),
-        PLAIN_INFO_NCE.name: whole(PLAIN_INFO_NCE.build(batch)),
-        report.EMPTY: whole(Empty.apply),
-    }
-    samples = measure.times(timers, 5 * settings.repeats)
-    return [{"case": "64", "method": name, "ms": ms} for name, ms in samples.items()]
+    near = ThresholdTracker.adaptive(over="negatives")
+    methods = (
+        HEX,
+        Method(f'{HEX.name}, over="negatives"', "", lambda batch: HEXLoss(threshold=near)),
+        INFO_NCE,
+        PLAIN_INFO_NCE,
+        Method(report.EMPTY, "", lambda batch: Empty.apply),
+    )
+    return measured(settings, [("64", square("64"), methods)], ["stock"])
 
 
 def large(settings: Settings) -> list[Result]:
@@ -244,34 +238,30 @@ def large(settings: Settings) -> list[Result]:
     """
     rule = ThresholdTracker.adaptive(over=peers.OVER)
     criterion = HEXLoss(peers.TAU, threshold=rule, reduction="none")
-    losses: list[Tensor] = []
-    results = []
+    results, some = [], 4 if settings.quick else 24
+    for size in ("256", "600") if settings.quick else ("8192", "65536"):
+        batch, losses = square(size), torch.empty(0)
 
-    def step(batch: Batch) -> None:
-        losses[:] = [criterion(*batch.leaves)]
-        torch.autograd.grad(losses[0].mean(), batch.leaves)
+        def step() -> None:
+            nonlocal losses
+            losses = criterion(*batch.leaves)  # noqa: B023
+            torch.autograd.grad(losses.mean(), batch.leaves)  # noqa: B023
 
-    step(square("512"))
-    few, many = ("256", "600") if settings.quick else ("8192", "65536")
-    for size in (few, many):
-        batch = square(size)
-        progress(f"{size} rows: {'some calls' if size == few else 'a call'}")
-        start = time.process_time()
-        peak = measure.peak_mb(lambda: step(batch))  # noqa: B023
-        ms = [(time.process_time() - start) * 1e3]
-        if size == few:
-            again = {size: measure.timer(lambda: step(batch), clock=time.process_time)}  # noqa: B023
-            ms = measure.times(again, settings.repeats)[size]
-        progress(f"{size} rows: checking")
-        some = 4 if settings.quick else 24
+        progress(f"{size} rows")
+        if results:
+            start = time.process_time()
+            peak = measure.peak_mb(step)
+            ms = [float(f"{(time.process_time() - start) * 1e3:.4g}")]
+        else:
+            timer = measure.timer(step, clock=time.process_time)
+            (ms,) = measure.times({size: timer}, settings.repeats).values()
+            peak = measure.peak_mb(step)
         for i in range(0, batch.rows, -(-batch.rows // some)):
             right = row_of(batch, i, criterion.last.eps.item())
-            if not abs(losses[0][i] - right) < 1e-4 * right:
-                raise peers.Mismatch(f"row {i} of {size}: got {losses[0][i]}, wanted {right}")
-        results.append({
-            "case": size, "method": HEX.name, "rows": batch.rows, "features": 128, "heap": "stock",
-            "compared": some, "peak_mb": round(peak, 2), "ms": [float(f"{x:.4g}") for x in ms],
-        })  # fmt: skip
+            if not abs(losses[i] - right) < 1e-4 * right:
+                raise peers.Mismatch(f"row {i} of {size}: got {losses[i]}, wanted {right}")
+        row = {"case": size, "method": HEX.name, "rows": batch.rows, "features": 128}
+        results.append(row | {"compared": some, "peak_mb": round(peak, 2), "ms": ms})
     return results
 
 

@@ -21,6 +21,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import faulthandler
+import functools
 import gc
 import json
 import math
@@ -31,9 +32,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # hex as it is in this folder
 
@@ -47,11 +48,9 @@ START, BUILD = 120, 900  # seconds to find the device; the same, with the kernel
 class Results:
     """results.jsonl: what is there already, and a line for each new record."""
 
-    def __init__(self, folder: Path, again: bool = False) -> None:
+    def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.file, self.log = folder / "results.jsonl", folder / "log.txt"
-        if again:
-            self.file.unlink(missing_ok=True)
         self.log.touch()
         text = self.file.read_text() if self.file.exists() else ""
         if text and not text.endswith("\n"):  # a line that was cut off ends here, too
@@ -59,13 +58,12 @@ class Results:
         self.on = ""  # card, torch and hex of what is added
         self.records = gpu_report.read(text)
 
-    def add(self, case: str, record: Record) -> Record:
+    def add(self, case: str, record: Record) -> None:
         self.records[self.on, case] = record = {"on": self.on, "case": case, **record}
         with self.file.open("a") as file:
             file.write(json.dumps(record, default=str) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        return record
 
     def failed(self, case: str) -> bool | None:
         """None where there is no result."""
@@ -74,27 +72,31 @@ class Results:
 
 
 class Worker:
-    """A process that does one thing after another, and is killed when one takes too long."""
+    """A process that does one thing after another, and is killed with all that it started."""
 
     def __init__(self, log: Path) -> None:
         # This process has torch and never asks for the device, which a fork would not survive.
-        self.pool = concurrent.futures.ProcessPoolExecutor(
-            1, multiprocessing.get_context("fork"), initializer=_alone, initargs=(log,)
-        )
+        fork = multiprocessing.get_context("fork")
+        self.pool = ProcessPoolExecutor(1, fork, initializer=_alone, initargs=(log,))
         self.pid = self.pool.submit(os.getpid).result()
+        self.log = log
 
-    def do(self, limit: float, work: Callable[..., Record], *arguments: Any) -> Record:
-        """Raises TimeoutError, or BrokenProcessPool where the process has ended."""
+    def do(self, limit: float, work: Callable[[], Record]) -> Record:
+        """The record; of what fails the reason, and where that is not told, the end of the log."""
+        log_at = self.log.stat().st_size
         try:
-            return self.pool.submit(work, *arguments).result(limit)
-        except concurrent.futures.TimeoutError:  # no TimeoutError before Python 3.11
+            return self.pool.submit(_attempt, work).result(limit)
+        except concurrent.futures.TimeoutError:
+            note = f"not done within {limit:g} s"
             with contextlib.suppress(ProcessLookupError):  # where it is goes into the log
                 os.kill(self.pid, signal.SIGUSR1)
             time.sleep(0.5)
-            raise TimeoutError(f"not done within {limit:g} s") from None
+        except BrokenProcessPool:
+            note = "its process ended"
+        said = self.log.read_bytes()[log_at:].decode(errors="replace").splitlines()
+        return {"ok": False, "note": note, "output": said[-100:]}
 
     def end(self) -> None:
-        """With all that it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self.pool.shutdown(wait=False, cancel_futures=True)
@@ -112,8 +114,7 @@ def _alone(log: Path) -> None:
     faulthandler.register(signal.SIGUSR1, file)
 
 
-def attempt(work: Callable[[], Record]) -> Record:
-    """The record; of an error, what it says: the other cases may yet be right."""
+def _attempt(work: Callable[[], Record]) -> Record:
     begin = time.perf_counter()
     try:
         record = work()
@@ -125,11 +126,8 @@ def attempt(work: Callable[[], Record]) -> Record:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    results = Results(options.out, options.again)
-    end, status = time.monotonic() + options.seconds, 0
-    if options.steps != ["report"]:
-        with contextlib.ExitStack() as stack:
-            status = measure(options, results, end, stack)
+    results = Results(options.out)
+    status = 0 if options.steps == ["report"] else measure(options, results)
     if "report" in options.steps:
         records = results.records or gpu_report.read(gpu_report.RECORD.read_text())
         files = gpu_report.write(list(records.values()), options.out)
@@ -139,70 +137,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def measure(
-    options: argparse.Namespace, results: Results, end: float, stack: contextlib.ExitStack
-) -> int:
+def measure(options: argparse.Namespace, results: Results) -> int:
     """Does what is to do: 0, or 1 where something failed, or 3 where the time is over."""
-
-    def new_worker() -> Worker:
-        worker = Worker(results.log)
-        stack.callback(worker.end)
-        return worker
-
-    def left() -> float:
-        return end - time.monotonic()
-
-    def said(since: int) -> list[str]:
-        return results.log.read_bytes()[since:].decode(errors="replace").splitlines()[-100:]
-
-    log_at, worker = results.log.stat().st_size, new_worker()
+    end, failed = time.monotonic() + options.seconds, []
+    worker = Worker(results.log)
     try:
         limit = BUILD if "build" in options.steps else START
-        about = worker.do(min(limit, left()), begin, options)
-        if "problem" in about:
-            raise SystemExit(about["problem"])
-    except (TimeoutError, BrokenProcessPool, SystemExit) as error:
-        print(f"no start: {error}", *said(log_at), sep="\n", file=sys.stderr)
-        return 3 if left() <= 0 else 1
-    results.on = about["on"]
-    before = results.records.get((results.on, "machine"), {})
-    if before | about != before:
+        about = worker.do(limit, functools.partial(gpu_cases.start, options))
+        if not about.pop("ok", True):
+            print("no start:", about["note"], *about["output"], sep="\n", file=sys.stderr)
+            return 1
+        del about["seconds"]
+        results.on = about["on"]
         results.add("machine", about)
-    cases, failed = to_do(options, results), []
-    while cases and left() > 0:
-        case, log_at = cases[0], results.log.stat().st_size
-        try:
-            record = worker.do(min(case.limit, left()), attempt, case.work)
-        except (TimeoutError, BrokenProcessPool) as error:
-            if left() <= 0:
-                break
-            note = str(error) if isinstance(error, TimeoutError) else "its process ended"
-            record = {"ok": False, "note": note, "output": said(log_at)}
-        if not record.get("ok", True):
-            failed.append(case.name)
-            if {"output", "note"} <= record.keys() and lost(record["note"]):
-                worker.end()
-                worker = new_worker()
-        say(results.add(cases.pop(0).name, record))
-    left_over(results, [case.name for case in cases])
+        cases = to_do(options, results)
+        while cases and (left := end - time.monotonic()) > 0:
+            case = cases[0]
+            record = worker.do(min(case.limit, left), case.work)
+            if not record.get("ok", True):
+                if time.monotonic() >= end:
+                    break
+                failed.append(case.name)
+                worker.end()  # what is lost to it, or the device, is not to the next case
+                worker = Worker(results.log)
+            results.add(cases.pop(0).name, record)
+            say(results.records[results.on, case.name])
+    finally:
+        worker.end()
+    open_ = [case.name for case in cases if results.failed(case.name) is None]
+    results.add("not reached", {"cases": open_})
     for name in failed:
         print(f"failed: {name}", file=sys.stderr)
-    if cases:
-        print(f"{options.seconds:g} s are over: the same command goes on", file=sys.stderr)
+    if open_:
+        print(gpu_report.not_reached(open_), "The same command goes on.", file=sys.stderr)
     return 3 if cases else int(bool(failed))
-
-
-def begin(options: argparse.Namespace) -> Record:
-    """SystemExit would end the process without a word."""
-    try:
-        return gpu_cases.start(options)
-    except SystemExit as error:
-        return {"problem": str(error)}
-
-
-def lost(note: str) -> bool:
-    """Whether the process, or the device for it, is."""
-    return note.startswith(("not done within", "its process ended")) or "CUDA error" in note
 
 
 def to_do(options: argparse.Namespace, results: Results) -> list[Case]:
@@ -222,15 +190,6 @@ def say(record: Record) -> None:
     print("  ".join((record["case"] + state, *shown, why)).rstrip(), flush=True)
 
 
-def left_over(results: Results, open_: list[str]) -> None:
-    """Writes down what was not reached, now or before."""
-    before = results.records.get((results.on, "not reached"), {}).get("cases", [])
-    cases = [c for c in dict.fromkeys([*before, *open_]) if results.failed(c) is None]
-    results.add("not reached", {"cases": cases})
-    if cases:
-        print(gpu_report.not_reached(cases), file=sys.stderr)
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     steps = ["build", *gpu_cases.STEPS, "report"]
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -240,7 +199,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default="cuda", help="cuda, cuda:1, or cpu for a rehearsal")
     add("--seconds", type=float, default=math.inf, help="end after so many, whatever runs")
     add("--smoke", action="store_true", help="tiny sizes, to see that everything runs")
-    add("--again", action="store_true", help="forget the results that are there")
     add("--cifar", type=Path, metavar="FOLDER", help="of CIFAR-10, for the training run")
     add("--docs", action="store_true", help="let report write into docs/cuda.md and docs/images")
     options = parser.parse_args(arguments)

@@ -31,9 +31,8 @@ import peers
 import torch
 from batches import Batch
 from peers import HEX, INF_CL, OURS, TAU, Method
-from torch import Tensor, nn
 
-from hex import HEXLoss, InfoNCELoss, ThresholdTracker, batch_threshold, hex_loss
+from hex import HEXLoss, ThresholdTracker, batch_threshold, hex_loss
 from hex._load import cuda_is_built, cuda_problem
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,7 +58,7 @@ def start(options: argparse.Namespace) -> Record:
     here |= {"cuda": torch.version.cuda, "date": time.strftime("%Y-%m-%d", time.gmtime())}
     if options.device != "cpu":
         if not torch.cuda.is_available():
-            raise SystemExit("torch sees no CUDA device; --device cpu --smoke is a rehearsal")
+            raise RuntimeError("torch sees no CUDA device; --device cpu --smoke is a rehearsal")
         torch.cuda.set_device(torch.device(options.device).index or 0)
         card = torch.cuda.get_device_properties(torch.cuda.current_device())
         if "build" in options.steps and not cuda_is_built():
@@ -67,7 +66,7 @@ def start(options: argparse.Namespace) -> Record:
             command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
             run(command, HEX_CUDA="1", HEX_CUDA_ARCH=arch)
         if problem := cuda_problem(torch.cuda.current_device()):
-            raise SystemExit(f"no CUDA kernels: {problem}")
+            raise RuntimeError(f"no CUDA kernels: {problem}")
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = shutil.which("nvidia-smi") and subprocess.check_output(query, text=True)
         here |= {"card": card.name, "card_gb": card.total_memory / 1e9}
@@ -193,49 +192,40 @@ def reached(device: str, size: int) -> Record:
     return {"tflops": 2 * size**3 / product / 1e9, "copy_gb_s": 2 * x.numel() * 4 / copy / 1e6}
 
 
-def sizes(options: argparse.Namespace) -> Iterator[Case]:
-    rows = (512, 1024, 4096, 8192, 65536, 2048, 16384, 32768)
-    shapes = [(160, 0, 24), (192, 0, 24)] if options.smoke else [(n, 0, 128) for n in rows]
-    return measured("sizes", options, shapes, peers.GPU_METHODS)
+# Of each step the shapes, those of --smoke, the methods and the dtypes. torch.compile takes up to
+# half a minute a program, so it has a step of its own.
+MEASURED: dict[str, tuple[list[Shape], list[Shape], Sequence[Method], Sequence[str]]] = {
+    "sizes": (
+        [(n, 0, 128) for n in (512, 1024, 4096, 8192, 65536, 2048, 16384, 32768)],
+        [(160, 0, 24), (192, 0, 24)], peers.GPU_METHODS, ["bfloat16"],
+    ),
+    "queue": (
+        [(256, 65536, 128), (4096, 65536, 128)], [(128, 320, 24)], peers.GPU_METHODS, ["bfloat16"],
+    ),
+    "features": (
+        [(n, 0, d) for d in (256, 512, 64, 2048) for n in (4096, 32768)],
+        [(160, 0, 70)], FEW, ["bfloat16"],
+    ),
+    "dtypes": (
+        [(1024, 0, 128), (4096, 0, 128), (65536, 0, 128), (4096, 65536, 128)],
+        [(160, 0, 24)], FEW, ["float32", "float16"],
+    ),
+    "compiled": (
+        [(n, 0, 128) for n in (512, 4096, 8192)],
+        [(160, 0, 24)], [m for m in peers.METHODS if m.compiled], ["bfloat16"],
+    ),
+}  # fmt: skip
 
 
-def queue(options: argparse.Namespace) -> Iterator[Case]:
-    shapes = [(128, 320, 24)] if options.smoke else [(256, 65536, 128), (4096, 65536, 128)]
-    return measured("queue", options, shapes, peers.GPU_METHODS)
-
-
-def features(options: argparse.Namespace) -> Iterator[Case]:
-    shapes = [(n, 0, d) for d in (256, 512, 64, 2048) for n in (4096, 32768)]
-    return measured("features", options, [(160, 0, 70)] if options.smoke else shapes, FEW)
-
-
-def dtypes(options: argparse.Namespace) -> Iterator[Case]:
-    shapes = [(1024, 0, 128), (4096, 0, 128), (65536, 0, 128), (4096, 65536, 128)]
-    shapes = [(160, 0, 24)] if options.smoke else shapes
-    return measured("dtypes", options, shapes, FEW, ("float32", "float16"))
-
-
-def compiled(options: argparse.Namespace) -> Iterator[Case]:
-    """torch.compile takes up to half a minute a program, so it has a step of its own."""
-    shapes = [(160, 0, 24)] if options.smoke else [(n, 0, 128) for n in (512, 4096, 8192)]
-    methods = [m for m in peers.METHODS if m.compiled]
-    return measured("compiled", options, shapes, methods)
-
-
-def measured(
-    step: str,
-    options: argparse.Namespace,
-    shapes: Sequence[Shape],
-    methods: Sequence[Method],
-    dtypes: Sequence[str] = ("bfloat16",),
-) -> Iterator[Case]:
+def measured(step: str, options: argparse.Namespace) -> Iterator[Case]:
     """The methods on batches of these shapes, dtype by dtype."""
-    for dtype, (rows, queue, features) in itertools.product(dtypes, shapes):
+    shapes, smoke, methods, dtypes = MEASURED[step]
+    for dtype, shape in itertools.product(dtypes, smoke if options.smoke else shapes):
+        rows, queue, features = shape
         for method in methods:
-            if rows > method.most or (queue and not method.any_batch):
+            if rows > method.most or (queue and method.symmetric):
                 continue
             name = f"{step}: {rows} x {queue or rows} x {features}, {dtype}, {method.name}"
-            shape = rows, queue, features
             work = functools.partial(one_method, method.name, shape, dtype, options.device)
             yield Case(name, 120 if method.compiled else 40, functools.partial(work, False))
             if method in FEW and rows <= IN_A_GRAPH and options.device != "cpu":
@@ -335,31 +325,12 @@ def extra_mb(step: measure.Step, device: str) -> float:
 # ---- within a training step ---------------------------------------------------------------------
 
 
-class Plain(nn.Module):
-    """A loss of peers.py as a module."""
-
-    def __init__(self, method: Method) -> None:
-        super().__init__()
-        self.function = peers.plain(method.loss, "ntxent")
-
-    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
-        return self.function(z0, z1)
-
-
-CRITERIA: dict[str, Callable[[], nn.Module]] = {
-    HEX.name: lambda: HEXLoss(TAU, threshold=ThresholdTracker.adaptive(over="negatives")),
-    peers.INFO_NCE.name: lambda: InfoNCELoss(TAU),
-    peers.PLAIN_INFO_NCE.name: lambda: Plain(peers.PLAIN_INFO_NCE),
-    peers.PLAIN_HEX.name: lambda: Plain(peers.PLAIN_HEX),
-}
-
-
 def training(options: argparse.Namespace) -> Iterator[Case]:
     """The loss within a training step of ResNet-18 on 32 x 32 images."""
     backbone, sizes = ("small", (16,)) if options.smoke else ("resnet18", (512, 2048))
-    for images, name in itertools.product(sizes, CRITERIA):
-        work = functools.partial(training_step, name, backbone, images, options.device)
-        yield Case(f"training: {backbone}, {images} images, {name}", 60, work)
+    for images, method in itertools.product(sizes, peers.FOUR):
+        work = functools.partial(training_step, method.name, backbone, images, options.device)
+        yield Case(f"training: {backbone}, {images} images, {method.name}", 60, work)
 
 
 def training_step(name: str, backbone: str, images: int, device: str) -> Record:
@@ -371,13 +342,12 @@ def training_step(name: str, backbone: str, images: int, device: str) -> Record:
     from common import encoder
 
     network, width = encoder.backbone(backbone, 32)
-    model = nn.Sequential(network, encoder.projector(width, 128)).to(device)
-    criterion = CRITERIA[name]().to(device)
+    model = torch.nn.Sequential(network, encoder.projector(width, 128)).to(device)
     optimizer = torch.optim.AdamW(model.parameters())
     views = torch.randn(2 * images, 3, 32, 32, device=device)
     views = views.to(memory_format=torch.channels_last)
-    z = torch.randn(2, images, 128, device=device).to(torch.bfloat16)
-    z0, z1 = (x.clone().requires_grad_() for x in z)
+    batch = batch_of((2 * images, 0, 128), "bfloat16", device)
+    criterion = next(m for m in peers.FOUR if m.name == name).build(batch)
 
     def step() -> None:
         with torch.autocast(views.device.type, torch.bfloat16):
@@ -388,8 +358,8 @@ def training_step(name: str, backbone: str, images: int, device: str) -> Record:
 
     def loss_alone() -> None:
         with torch.autocast(views.device.type, torch.bfloat16):
-            loss = criterion(z0, z1)
-        torch.autograd.grad(loss, (z0, z1))
+            loss = criterion(*batch.leaves)
+        torch.autograd.grad(loss, batch.leaves)
 
     step()  # the optimizer's state is there from now on
     memory = {"step_extra_mb": extra_mb(step, device)}
@@ -420,12 +390,17 @@ def trained(command: Sequence[object], out: Path) -> Record:
 
 
 STEPS: dict[str, Callable[[argparse.Namespace], Iterator[Case]]] = {
-    step.__name__: step
-    for step in (
-        tests, sanitizer, roofline, sizes, queue, features, dtypes, repeats, training, compiled,
-        runs,
-    )
-}  # fmt: skip
+    "tests": tests,
+    "sanitizer": sanitizer,
+    "roofline": roofline,
+    **{
+        name: functools.partial(measured, name) for name in ("sizes", "queue", "features", "dtypes")
+    },
+    "repeats": repeats,
+    "training": training,
+    "compiled": functools.partial(measured, "compiled"),
+    "runs": runs,
+}
 
 if __name__ == "__main__":
     calls(sys.argv[1])

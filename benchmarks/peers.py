@@ -43,7 +43,6 @@ OVER = "all"  # the authors' rule, which all the rows on record have
 # eps is given to labels and logits: a percent or so of the negatives is above it.
 EPS = {"labels": 0.2, "logits": 0.35}
 HALF = (torch.bfloat16, torch.float16)
-GPU_EAGER = 16384  # rows up to which N x N is worth while on a GPU
 
 Function = Callable[..., Tensor]  # the leaves and others of a batch to the loss
 Result = tuple[Tensor, ...]  # the loss and its gradient in each leaf
@@ -53,17 +52,18 @@ Step = Callable[[], Result]  # one forward and backward
 class Method(NamedTuple):
     name: str
     loss: str
+    """Of those above; "" where nothing is checked."""
     build: Callable[[Batch], Function]
     """From a batch, whose gradient is not wanted, the function of its leaves and others."""
-    any_batch: bool = False
-    """For every mode and dtype; the others are symmetric, and compute in the dtype of the batch."""
+    symmetric: bool = False
+    """For two views as each other's candidates alone, in the dtype of the batch, not half."""
     compiled: bool = False
     most: float = math.inf
     """Rows beyond which its memory is too much."""
 
     def takes(self, batch: Batch) -> bool:
         usual = batch.mode == "ntxent" and batch.leaves[0].dtype not in HALF
-        return batch.rows <= self.most and (usual or self.any_batch)
+        return batch.rows <= self.most and (usual or not self.symmetric)
 
     def step(self, batch: Batch) -> Step:
         function = self.build(batch)
@@ -326,70 +326,63 @@ def inf_cl(batch: Batch) -> Function:
     return loss
 
 
-HEX = Method("hex HEXLoss", "HEX", hex_module, any_batch=True)
-GIVEN = Method("hex hex_loss, eps given", "HEX", hex_function, any_batch=True)
-INFO_NCE = Method(
-    "hex InfoNCELoss", "InfoNCE", lambda batch: InfoNCELoss(TAU, mode=_mode(batch)), any_batch=True
+HEX = Method("hex HEXLoss", "HEX", hex_module)
+GIVEN = Method("hex hex_loss, eps given", "HEX", hex_function)
+INFO_NCE = Method("hex InfoNCELoss", "InfoNCE", lambda b: InfoNCELoss(TAU, mode=_mode(b)))
+PLAIN_HEX = Method("plain HEX", "HEX", eager(plain_hex))
+COMPILED_HEX = Method("plain HEX, compiled", "HEX", compiled(plain_hex), compiled=True)
+PLAIN_INFO_NCE = Method("plain InfoNCE", "InfoNCE", eager(plain_info_nce))
+COMPILED_INFO_NCE = Method(
+    "plain InfoNCE, compiled", "InfoNCE", compiled(plain_info_nce), compiled=True
 )
-PLAIN_HEX = Method("plain HEX", "HEX", eager(plain_hex), any_batch=True)
-COMPILED_HEX = PLAIN_HEX._replace(
-    name="plain HEX, compiled", build=compiled(plain_hex), compiled=True
-)
-PLAIN_INFO_NCE = Method("plain InfoNCE", "InfoNCE", eager(plain_info_nce), any_batch=True)
-COMPILED_INFO_NCE = PLAIN_INFO_NCE._replace(
-    name="plain InfoNCE, compiled", build=compiled(plain_info_nce), compiled=True
-)
-LIGHTLY = Method(
-    "lightly NTXentLoss", "InfoNCE", library("lightly.loss", lambda m: m.NTXentLoss(TAU))
-)
-# Every pair of a positive and a negative pair is in memory, O(N^3).
-METRIC_LEARNING = Method(
-    "pytorch-metric-learning NTXentLoss",
-    "InfoNCE",
-    library("pytorch_metric_learning.losses", lambda m: m.SelfSupervisedLoss(m.NTXentLoss(TAU))),
-    most=512,
-)
-INFO_NCE_PYTORCH = Method(
-    "info-nce-pytorch InfoNCE", "one way", library("info_nce", lambda m: m.InfoNCE(TAU)), most=4096
-)
+LIGHTLY, METRIC_LEARNING, INFO_NCE_PYTORCH = (
+    Method(name, loss, library(module, make), symmetric=True, most=most)
+    for name, loss, module, make, most in (
+        ("lightly NTXentLoss", "InfoNCE", "lightly.loss", lambda m: m.NTXentLoss(TAU), math.inf),
+        # Every pair of a positive and a negative pair is in memory, O(N^3).
+        ("pytorch-metric-learning NTXentLoss", "InfoNCE", "pytorch_metric_learning.losses",
+         lambda m: m.SelfSupervisedLoss(m.NTXentLoss(TAU)), 512),
+        ("info-nce-pytorch InfoNCE", "one way", "info_nce", lambda m: m.InfoNCE(TAU), 4096),
+    )
+)  # fmt: skip
 FOUR = (HEX, PLAIN_HEX, INFO_NCE, PLAIN_INFO_NCE)
 METHODS = (
     HEX, GIVEN, PLAIN_HEX, COMPILED_HEX, INFO_NCE, PLAIN_INFO_NCE, COMPILED_INFO_NCE, LIGHTLY,
     METRIC_LEARNING, INFO_NCE_PYTORCH,
 )  # fmt: skip
 
-LABELS, LOGITS = (
-    (
-        Method(f"hex_{name}", "HEX", lambda batch, f=f: functools.partial(
-            f, eps=EPS[batch.mode], temperature=TAU), any_batch=True),
-        Method("plain HEX", "HEX", lambda batch: plain("HEX", batch.mode), any_batch=True),
-        Method(f"hex_{name}, H empty", "InfoNCE", lambda batch, f=f: functools.partial(
-            f, eps=math.inf, temperature=TAU), any_batch=True),
-        Method(usual, "InfoNCE", lambda batch: plain("InfoNCE", batch.mode), any_batch=True),
-    )
-    for name, f, usual in (
-        ("sup_con", hex_sup_con, "plain SupCon"),
-        ("cross_entropy", hex_cross_entropy, "torch's cross_entropy"),
-    )
-)  # fmt: skip
-LABELS += (
-    Method(
-        "pytorch-metric-learning SupConLoss",
-        "InfoNCE",
-        library("pytorch_metric_learning.losses", lambda m: m.SupConLoss(TAU)),
-        any_batch=True,
-    ),
-)
 
-# ---- on a GPU ------------------------------------------------------------------------------------
+def of_ids(function: Function, usual: str) -> tuple[Method, ...]:
+    """For labels or logits: ours and plain PyTorch, with eps given and with H empty."""
 
-AUTHORS = Method(
-    "authors' form, eager", "released", eager(plain_released), any_batch=True, most=GPU_EAGER
+    def ours(eps: float | None) -> Callable[[Batch], Function]:
+        return lambda b: functools.partial(function, eps=eps or EPS[b.mode], temperature=TAU)
+
+    return (
+        Method(function.__name__, "HEX", ours(None)),
+        Method("plain HEX", "HEX", lambda b: plain("HEX", b.mode)),
+        Method(f"{function.__name__}, H empty", "InfoNCE", ours(math.inf)),
+        Method(usual, "InfoNCE", lambda b: plain("InfoNCE", b.mode)),
+    )
+
+
+SUP_CON = library("pytorch_metric_learning.losses", lambda m: m.SupConLoss(TAU))
+LABELS = (
+    *of_ids(hex_sup_con, "plain SupCon"),
+    Method("pytorch-metric-learning SupConLoss", "InfoNCE", SUP_CON),
 )
-AUTOCAST = Method(
-    "InfoNCE under autocast", "InfoNCE", eager(autocast_info_nce), any_batch=True, most=GPU_EAGER
+LOGITS = of_ids(hex_cross_entropy, "torch's cross_entropy")
+
+# On a GPU N x N is worth while up to so many rows only.
+AUTHORS, AUTOCAST, *GPU_PLAIN = (
+    method._replace(most=16384)
+    for method in (
+        Method("authors' form, eager", "released", eager(plain_released)),
+        Method("InfoNCE under autocast", "InfoNCE", eager(autocast_info_nce)),
+        PLAIN_HEX,
+        PLAIN_INFO_NCE,
+    )
 )
-INF_CL = Method("Inf-CL (Triton), B x B", "one way", inf_cl)  # a quarter of the others' cosines
+INF_CL = Method("Inf-CL (Triton), B x B", "one way", inf_cl, symmetric=True)
 OURS = (HEX, GIVEN, INFO_NCE)
-GPU_PLAIN = tuple(m._replace(most=GPU_EAGER) for m in (PLAIN_HEX, PLAIN_INFO_NCE))
 GPU_METHODS = (*OURS, *GPU_PLAIN, AUTHORS, AUTOCAST, INF_CL)

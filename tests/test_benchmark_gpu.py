@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -151,18 +152,17 @@ def test_it_ends_in_time_whatever_runs_and_goes_on(tmp_path, monkeypatch, capsys
 def test_another_loss_than_the_reference_s_is_a_failure(tmp_path, monkeypatch, capsys):
     wrong = peers.HEX._replace(build=peers.INFO_NCE.build)
     monkeypatch.setattr(peers, "GPU_METHODS", (wrong,))
+    sizes = [(160, 0, 24)], [(160, 0, 24)], (wrong,), ["bfloat16"]
+    monkeypatch.setitem(gpu_cases.MEASURED, "sizes", sizes)
     arguments = ["sizes", *REHEARSAL, "--out", str(tmp_path)]
     assert gpu.main(arguments) == 1
     assert "failed: sizes: 160 x 160 x 24, bfloat16, hex HEXLoss" in capsys.readouterr().err
 
 
 def test_without_a_device_it_says_so(tmp_path, monkeypatch, capsys):
-    def start(options):
-        raise SystemExit("no CUDA kernels: there is no GPU")
-
-    monkeypatch.setattr(gpu_cases, "start", start)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main(["sizes", "--out", str(tmp_path)]) == 1
-    assert "no CUDA kernels: there is no GPU" in capsys.readouterr().err
+    assert "torch sees no CUDA device" in capsys.readouterr().err
 
 
 def test_the_results_of_each_machine_have_their_part(tmp_path, monkeypatch):
