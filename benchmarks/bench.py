@@ -23,6 +23,7 @@ import gc
 import json
 import multiprocessing
 import os
+import re
 import sys
 import time
 import warnings
@@ -393,18 +394,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--report", action="store_true", help="write the documents from benchmarks/results.jsonl")
     options = parser.parse_args(arguments)
     options.parts = options.parts or list(PARTS)
-    for part in options.parts:
-        if part not in PARTS:
-            parser.error(f"no part {part!r}: the parts are {', '.join(PARTS)}")
+    if wrong := [part for part in options.parts if part not in PARTS]:
+        parser.error(f"no part {wrong[0]!r}: the parts are {', '.join(PARTS)}")
     if options.repeats < 1:
         parser.error(f"--repeats: got {options.repeats}, wanted at least 1")
     for size in options.sizes:
-        try:
-            rows, _ = shape(size)
-        except ValueError:
-            parser.error(f"--sizes: got {size!r}, wanted rows, 2B, or rows x features as in 512x64")
-        if rows < 4 or rows % 2:
-            parser.error(f"--sizes: got {size!r}, wanted an even number of rows, at least 4")
+        if not re.fullmatch(r"\d*[02468](x[1-9]\d*)?", size) or shape(size)[0] < 4:
+            wanted = "an even number of rows, 2B, from 4 on, or rows x features as in 512x64"
+            parser.error(f"--sizes: got {size!r}, wanted {wanted}")
     if not Settings(options.quick, methods=options.methods).of_part_sizes():
         parser.error(f"--methods: no name holds one of {options.methods}")
     return options

@@ -21,7 +21,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +35,6 @@ from hex import HEXLoss, ThresholdTracker, batch_threshold, hex_loss
 from hex._load import cuda_is_built, cuda_problem
 
 ROOT = Path(__file__).resolve().parents[1]
-TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FEW = (*OURS, *peers.GPU_PLAIN)  # where not all are measured
 SAMPLE_S, HOST_CALLS, GRAPH_CALLS = 0.1, 10, 4
 IN_A_GRAPH = 8192  # rows up to which a graph is worth while
@@ -80,19 +78,16 @@ def start(options: argparse.Namespace) -> Record:
 def run(command: Sequence[object], **environment: str) -> Record:
     """Whether a program succeeded, and the end of what it said; all of that goes into the log."""
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)} | environment
     process = subprocess.Popen(
-        [str(word) for word in command],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path)} | environment,
-        stdout=subprocess.PIPE,
+        list(map(str, command)), cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
-    )
+    )  # fmt: skip
     lines = [""]
     for line in process.stdout:
         print(line, end="")
         lines.append(line.rstrip())
-    record: Record = {"ok": process.wait() == 0, "note": lines[-1]}
+    record: Record = {"ok": process.wait() == 0, "note": lines[-1].strip("= ")}
     return record if record["ok"] else record | {"output": lines[-60:]}
 
 
@@ -109,32 +104,17 @@ def tests(options: argparse.Namespace) -> Iterator[Case]:
 
 
 def sanitizer(options: argparse.Namespace) -> Iterator[Case]:
-    """compute-sanitizer's tools over a few calls of each kernel, all at once."""
-    name = "calls alone" if options.device == "cpu" else "tools"
-    yield Case(f"sanitizer: {name}", 300, functools.partial(sanitized, options.device))
-
-
-def sanitized(device: str) -> Record:
-    command = [sys.executable, "benchmarks/gpu_cases.py", device]
-    if device == "cpu":
-        return run(command)
-    names = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
-    program = next(filter(None, map(shutil.which, names)), None)
-    if program is None:
-        return {"ok": False, "note": "compute-sanitizer is not found"}
-
-    def one(tool: str) -> Record:
-        # Each tensor an allocation of its own, so that what is past its end is nobody's.
+    """compute-sanitizer's tools over a few calls of each kernel. Each tensor is an allocation of
+    its own, so that what is past its end is nobody's."""
+    command = [sys.executable, "benchmarks/gpu_cases.py", options.device]
+    if options.device == "cpu":
+        yield Case("sanitizer: calls alone", 300, functools.partial(run, command))
+        return
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
         with_tool = [program, "--tool", tool, "--error-exitcode", 9, *command]
-        return run(with_tool, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-
-    with ThreadPoolExecutor(len(TOOLS)) as pool:
-        found = dict(zip(TOOLS, pool.map(one, TOOLS), strict=True))
-    return {
-        "ok": all(r["ok"] for r in found.values()),
-        "note": "; ".join(f"{t}: {r['note'].strip('= ')}" for t, r in found.items()),
-        "output": [line for r in found.values() for line in r.get("output", [])],
-    }
+        work = functools.partial(run, with_tool, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        yield Case(f"sanitizer: {tool}", 300, work)
 
 
 def calls(device: str) -> None:

@@ -191,57 +191,57 @@ def host_ms(r: Any) -> str:
     return "" if pd.isna(r.ms) or r.graph else f"{r.host_ms:.2g}"
 
 
+def lined(title: str, corner: str, lines: dict[str, dict[str, str]]) -> Table:
+    """Of a dictionary a line."""
+    return Table(title, pd.DataFrame.from_dict(lines, orient="index").fillna(""), corner=corner)
+
+
 def kernels(cases: list[Record]) -> Table:
     """Where the time of a step goes."""
-    cases = sorted(cases, key=lambda r: (r["queue"], r["rows"]))
-    cells = pd.DataFrame({
-        f"{r['rows']} x {r['queue'] or r['rows']}": {
-            **{name: us for name, (_, us) in r["kernels_us"].items()},
-            "all": r["all_us"],
-        }
-        for r in cases
-    })  # fmt: skip
-    names = dict.fromkeys(name for r in cases for name in r["kernels_us"])
-    cells = cells.reindex([*names, "all"] if cases else []).map(number)
+    lines: dict[str, dict[str, str]] = {}
+    for r in sorted(cases, key=lambda r: (r["queue"], r["rows"])):
+        for name, (_, us) in [*r["kernels_us"].items(), ("all", (0, r["all_us"]))]:
+            lines.setdefault(name, {})[f"{r['rows']} x {r['queue'] or r['rows']}"] = number(us)
+    if lines:
+        lines["all"] = lines.pop("all")  # below the others
     kinds = sorted({f"{r['method']}, {r['dtype']}, D = {r['features']}" for r in cases})
-    return Table(f"Kernels: {'; '.join(kinds)}", cells, corner="us of a step")
+    return lined(f"Kernels: {'; '.join(kinds)}", "us of a step", lines)
 
 
 def errors(cases: list[Record]) -> Table:
     """A line for each batch, a column for each method."""
-    cells: dict[str, dict[str, str]] = {}
+    lines: dict[str, dict[str, str]] = {}
     for r in cases:
         batch = f"{r['rows']} x {r['queue'] or r['rows']}, D {r['features']}, {r['dtype']}"
         both = f"{r['loss_error']:.1e}, {r['gradient_error']:.1e}"
-        cells.setdefault(r["method"], {}).setdefault(batch, both)
+        lines.setdefault(batch, {}).setdefault(r["method"], both)
     title = "Relative errors of the loss and of the gradient, against float64"
-    return Table(title, pd.DataFrame(cells).fillna(""))
+    return lined(title, "", lines)
 
 
 def of_float32(cases: list[Record]) -> Table:
     """How exact float32 is, row by row, for many features."""
     kinds = {"max": "largest of a row's loss", "mean": "mean with its sign", "grad": "gradient"}
-    cells = pd.DataFrame.from_dict({
+    title = "Errors in float32 by D, beside plain PyTorch in float32"
+    return lined(title, "D", {
         f"{r['features']}, {r['loss']}": {
             f"{name}, {who}": f"{r[who][kind]:.1e}"
             for kind, name in kinds.items()
             for who in ("ours", "plain")
         }
         for r in cases
-    }, orient="index")  # fmt: skip
-    return Table("Errors in float32 by D, beside plain PyTorch in float32", cells, corner="D")
+    })  # fmt: skip
 
 
 def training(cases: list[Record]) -> Table:
-    cells = pd.DataFrame.from_dict({
+    return lined("Within a training step", "SimCLR's step, bfloat16", {
         r["case"].partition(": ")[2]: {
             "step, ms": f"{r['step_ms']:.3g}", "loss, ms": f"{r['loss_ms']:.3g}",
             "share": f"{r['share_of_step']:.1%}", "step, MB": f"{r['step_extra_mb']:.0f}",
             "loss, MB": f"{r['loss_extra_mb']:.0f}",
         }
         for r in cases
-    }, orient="index")  # fmt: skip
-    return Table("Within a training step", cells, corner="SimCLR's step, bfloat16")
+    })  # fmt: skip
 
 
 def checks(records: Sequence[Record]) -> Table:
@@ -249,15 +249,12 @@ def checks(records: Sequence[Record]) -> Table:
     lines = {}
     for r in records:
         if r.get("ok") is not None or "knn" in r:
-            said = (
-                f"k-NN {r['knn']:.2%}, linear {r['linear']:.2%}"
-                if "knn" in r
-                else r.get("note", "")
-            )
+            said = r.get("note", "")
+            if "knn" in r:
+                said = f"k-NN {r['knn']:.2%}, linear {r['linear']:.2%}"
             state = "passed" if r.get("ok", True) else "FAILED"
-            lines[r["case"]] = [state, said.replace("|", "/")]
-    cells = pd.DataFrame.from_dict(lines, orient="index", columns=["result", "it said"])
-    return Table("Tests and runs", cells)
+            lines[r["case"]] = {"result": state, "it said": said.replace("|", "/")}
+    return lined("Tests and runs", "", lines)
 
 
 def not_reached(cases: Sequence[str]) -> str:
