@@ -102,5 +102,5 @@ clean: ## remove what was built, .venv included
 	@touch $@
 
 .venv/hex: .venv/torch setup.py pyproject.toml $(wildcard csrc/*.[ch] csrc/cpu/* csrc/cuda/*.h)
-	@PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --editable '.[examples,test,dev]' '$(TORCH)' '$(TORCHVISION)'
+	@PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --editable '.[examples,test,benchmarks,dev]' '$(TORCH)' '$(TORCHVISION)'
 	@touch $@

@@ -10,13 +10,13 @@ import sys
 import time
 from pathlib import Path
 
-import pandas
-import PIL.Image
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
+pandas = pytest.importorskip("pandas")  # with matplotlib, of the extra `benchmarks`
+pictures = pytest.importorskip("PIL.Image")
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import batches  # noqa: E402
 import bench  # noqa: E402
@@ -135,7 +135,7 @@ def test_the_documents_have_the_tables_of_the_recorded_results():
     named = set(re.findall(r"<!-- (\w+) -->", report.DOCUMENTS[0].read_text()))
     assert named == {*bench.PARTS, "goals", "ideal", "end"}
     assert "<!-- summary -->" in report.DOCUMENTS[1].read_text()
-    with PIL.Image.open(report.PICTURE) as picture:
+    with pictures.open(report.PICTURE) as picture:
         assert picture.info["Figures"] == report.checksum(records), "run bench.py --report"
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("pandas")  # of the extra `benchmarks`
+
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import gpu  # noqa: E402
