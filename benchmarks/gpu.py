@@ -10,7 +10,7 @@ Another process does the work, case by case. A case that takes it down, or is no
 limit, has failed: the process is killed, with all that it started, and the next case has a new one.
 Each result is a line of FOLDER/results.jsonl as soon as it is there, under the card, torch and hex
 that it is of, and is not measured again there. The last step, report, makes of them tables,
-report.md, and pictures of time and memory against N; `--docs` puts these into docs/. Where there
+report.md, and a picture of time and memory against N; `--docs` puts these into docs/. Where there
 are no results it takes those of the repository, benchmarks/gpu_results.jsonl. What the cases are is
 in gpu_cases.py, how they are shown in gpu_report.py.
 """
@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # hex as it is in 
 
 import gpu_cases
 import gpu_report
+import tables
 from gpu_cases import ROOT, Case, Record
 
 START, BUILD = 120, 900  # seconds to find the device; the same, with the kernels to build
@@ -130,11 +131,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status = 0 if options.steps == ["report"] else measure(options, results)
     if "report" in options.steps:
         records = results.records or gpu_report.read(gpu_report.RECORD.read_text())
-        files = gpu_report.write(list(records.values()), options.out)
-        if options.docs:
-            files += gpu_report.into_docs(options.out, ROOT / "docs")
-        print("report:", *files)
+        write(list(records.values()), options)
     return status
+
+
+def write(records: list[Record], options: argparse.Namespace) -> None:
+    text, file = gpu_report.text(records), options.out / "report.md"
+    file.write_text(f"{text}\n")
+    pictures = [options.out / "report.png", *[gpu_report.PICTURE] * options.docs]
+    for picture in pictures:
+        gpu_report.picture(records, picture)
+    if options.docs:
+        tables.fill(gpu_report.DOCUMENT, {"gpu": lambda: text})
+    print("report:", file, *pictures)
 
 
 def measure(options: argparse.Namespace, results: Results) -> int:

@@ -1,24 +1,27 @@
 # SPDX-License-Identifier: MIT
-"""What gpu.py measured, as tables in Markdown and pictures: report.md, time.png, memory.png.
+"""What gpu.py measured, as tables in Markdown and a picture.
 
-A part for each machine. The tables of docs/cuda.md are of benchmarks/gpu_results.jsonl.
+Those of docs/cuda.md are of benchmarks/gpu_results.jsonl.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from tables import Table, form, number
+import peers
+import report
+from tables import Table, draw, form, number
 
 Record = dict[str, Any]
 HEX = "hex HEXLoss"
-RECORD = Path(__file__).parent / "gpu_results.jsonl"  # of the tables in docs/cuda.md
+RECORD = Path(__file__).with_name("gpu_results.jsonl")
+DOCUMENT = report.ROOT / "docs" / "cuda.md"
+PICTURE = report.ROOT / "docs" / "images" / "gpu.png"
 # What was aimed at before anything ran: ms of HEXLoss in half precision at D = 128, and MB, by
 # (rows, queue, in a graph).
 GOALS = {
@@ -29,7 +32,6 @@ GOALS = {
     (65536, 0, False): (13.0, 64 * 1.048576),
     (4096, 65536, False): (0.8, None),
 }
-BEGIN, END = "<!-- measured: begin, by benchmarks/gpu.py -->", "<!-- measured: end -->"
 BATCH = ["dtype", "features", "queue", "rows"]  # the smaller first
 
 
@@ -43,32 +45,11 @@ def read(text: str) -> dict[tuple[str, str], Record]:
     return records
 
 
-def write(records: Sequence[Record], folder: Path) -> list[Path]:
-    """The files made."""
+def text(records: Sequence[Record]) -> str:
+    """A part for each machine."""
     machines = [r["on"] for r in records if r["case"] == "machine"] or [""]
-    text = folder / "report.md"
-    of_machine = {on: [r for r in records if r["on"] == on] for on in machines}
-    made = [part for mine in of_machine.values() for part in parts(mine)]
-    text.write_text("\n\n".join(made) + "\n")
-    most = max(machines, key=lambda on: len(of_machine[on]))
-    return [text, *pictures(of_machine[most], most, folder)]
-
-
-def into_docs(folder: Path, docs: Path) -> list[Path]:
-    """Puts the report between the marks in docs/cuda.md, and the pictures into docs/images."""
-    file = docs / "cuda.md"
-    head, begin, rest = file.read_text().partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{file}: {BEGIN} and {END} are not there")
-    text = (folder / "report.md").read_text()
-    made = [file]
-    for name in ("time", "memory"):
-        if (folder / f"{name}.png").exists():
-            made.append(Path(shutil.copy(folder / f"{name}.png", docs / f"images/gpu_{name}.png")))
-            text += f"\n![{name} against N](images/gpu_{name}.png)\n"
-    file.write_text(f"{head}{BEGIN}\n{text}{END}{tail}")
-    return made
+    made = [part for on in machines for part in parts([r for r in records if r["on"] == on])]
+    return "\n\n".join(made)
 
 
 def parts(records: Sequence[Record]) -> Iterator[str]:
@@ -110,7 +91,18 @@ def tables(records: Sequence[Record], tflops: float | None) -> Iterator[Table]:
 def frame(cases: Sequence[Record], tflops: float | None) -> pd.DataFrame:
     """A line a case, with its step, and the share of its time that its products would take at the
     rate of a large one."""
-    columns = ["case", "method", "graph", *BATCH, "ms", "host_ms", "extra_mb", "flop", "skipped"]
+    columns = [
+        "on",
+        "case",
+        "method",
+        "graph",
+        *BATCH,
+        "ms",
+        "host_ms",
+        "extra_mb",
+        "flop",
+        "skipped",
+    ]
     found = pd.DataFrame(cases, columns=columns)
     found["step"] = [case.partition(":")[0] for case in found["case"]]
     found["share"] = (found["flop"] / (tflops or float("nan")) / 1e9 / found["ms"]).map(
@@ -263,40 +255,22 @@ def not_reached(cases: Sequence[str]) -> str:
     return f"Not reached: {'; '.join(batches)}."
 
 
-def pictures(records: Sequence[Record], on: str, folder: Path) -> list[Path]:
-    """Time and memory against N, by method; dotted in a graph."""
-    import matplotlib
+STYLES = {
+    peers.INF_CL.name: ("InfoNCE, Inf-CL", "#7a8fa6", "-."),
+    peers.AUTOCAST.name: ("InfoNCE, autocast", "#7a8fa6", "--"),
+    peers.AUTHORS.name: ("HEX, authors' form", "#2b4c7e", "-."),
+    peers.GIVEN.name: ("hex_loss, eps given", "#8c564b", "-"),
+    **report.STYLES,
+}
+STYLES |= {f"{name}, in a graph": (None, colour, ":") for name, (_, colour, _) in STYLES.items()}
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    cases = frame([r for r in records if "ms" in r], None)
-    cases = cases[cases["step"].isin(["sizes", "compiled"])].sort_values("rows")
-    ticks = sorted(set(cases["rows"]))
-    methods = list(dict.fromkeys(r["method"] for r in records if "ms" in r))
-    made = []
-    for name, key, unit in (("time", "ms", "ms"), ("memory", "extra_mb", "MB beside the inputs")):
-        figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-        for (method, graph), mine in cases.groupby(["method", "graph"]):
-            if graph and name == "memory":
-                continue  # the same
-            style = ":" if graph else "-o" if method.startswith("hex ") else "--s"
-            place = methods.index(method)
-            # those on top of each other are all seen: the later the thinner
-            width = max(1, 4 - place) if name == "memory" else 1.5
-            axes.plot(
-                mine["rows"], mine[key], style, color=f"C{place % 10}", linewidth=width,
-                label=None if graph else method, markersize=2.5 * width, zorder=place,
-            )  # fmt: skip
-        axes.set(xscale="log", yscale="log", xlabel="N = 2B", ylabel=unit)
-        axes.set_xticks(ticks, [str(n) for n in ticks])
-        axes.set_xticks([], minor=True)
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.set_title(on + ("; dotted: in a CUDA graph" if name == "time" else ""), fontsize=9)
-        axes.grid(True, alpha=0.3)
-        if len(cases):
-            axes.legend(fontsize=9, loc="upper left")
-        made.append(folder / f"{name}.png")
-        figure.savefig(made[-1], dpi=150)
-        pyplot.close(figure)
-    return made
+def picture(records: Sequence[Record], file: Path) -> None:
+    """Of the machine with the most results."""
+    found = frame([r for r in records if "ms" in r], None)
+    found = found[found["step"].isin(["sizes", "compiled"])]
+    on = next(iter(found["on"].mode()), "")
+    points = found.loc[found["on"] == on, ["name", "rows", "ms", "extra_mb"]]
+    points.columns = ["method", "rows", "ms", "mb"]
+    caption = f"{on}; bfloat16, D = 128; dotted: in a CUDA graph. In memory hex has one line"
+    draw(points, STYLES, caption, file)

@@ -8,7 +8,6 @@ that stands in a document between <!-- NAME --> and <!-- end --> is typed by han
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import peers
-from tables import Table, fill, form, number, pivot
+from tables import Table, draw, fill, form, number, pivot
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).with_name("results.jsonl")
@@ -406,7 +405,7 @@ def write() -> int:
     records = latest()
     for path in DOCUMENTS:
         fill(path, blocks(records))
-    draw(records, PICTURE)
+    picture(records)
     for goal in all_goals(records):
         print("     " if goal.met else "MISS ", goal.about, *goal.row())
     return 0
@@ -414,70 +413,32 @@ def write() -> int:
 
 # ---- the picture ---------------------------------------------------------------------------------
 
-STYLES = {  # label, colour, line; ours strong
-    HEX: ("HEXLoss", "#c4342d", "-"),
-    INFO_NCE: ("InfoNCELoss", "#e08a3c", "-"),
-    PLAIN_HEX: ("HEX, PyTorch", "#2b4c7e", "-"),
-    COMPILED_HEX: ("HEX, torch.compile", "#2b4c7e", "--"),
-    PLAIN_INFO_NCE: ("InfoNCE, PyTorch", "#7a8fa6", "-"),
+STYLES = {  # label, colour, line; ours strong, and above the others
     peers.LIGHTLY.name: ("InfoNCE, lightly", "#7a8fa6", "--"),
+    PLAIN_INFO_NCE: ("InfoNCE, PyTorch", "#7a8fa6", "-"),
+    COMPILED_HEX: ("HEX, torch.compile", "#2b4c7e", "--"),
+    PLAIN_HEX: ("HEX, PyTorch", "#2b4c7e", "-"),
+    INFO_NCE: ("InfoNCELoss", "#e08a3c", "-"),
+    HEX: ("HEXLoss", "#c4342d", "-"),
 }
 
 
 def points(records: Mapping[str, Record]) -> pd.DataFrame:
-    """Method, rows, ms with a retained heap, MB with the stock one; D = 128."""
+    """ms with a retained heap, MB with the stock one; D = 128."""
     results = results_of(records["sizes"])
     results = results[(results["features"] == 128) & results["method"].isin(STYLES)]
     keys = ["method", "rows"]
     stock, retained = (results[results.heap == heap] for heap in ("stock", "retained"))
     found = stock[[*keys, "peak_mb"]].merge(retained[[*keys, "median"]], on=keys)
     large = results_of(records["large"]).iloc[1:][[*keys, "median", "peak_mb"]]
-    return pd.concat([found, large], ignore_index=True).sort_values(["rows"])
+    found = pd.concat([found, large], ignore_index=True)
+    return found.rename(columns={"median": "ms", "peak_mb": "mb"})
 
 
-def checksum(records: Mapping[str, Record]) -> str:
-    """Kept in the picture, so that a test sees whether it is that of the records."""
-    return hashlib.sha256(points(records).to_json().encode()).hexdigest()
-
-
-def draw(records: Mapping[str, Record], file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    shown, machine = points(records), records["sizes"]["machine"]
-    ticks = sorted(set(shown["rows"]))
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
-    panels = (
-        ("median", "CPU time a call, forward and backward", (1e3, "s", "ms")),
-        ("peak_mb", "Memory at the peak", (1e3, "GB", "MB")),
+def picture(records: Mapping[str, Record]) -> None:
+    m = records["sizes"]["machine"]
+    caption = (
+        f"{m['cpu']}, HEX_ISA {m['hex_isa']}, torch {m['torch']}; float32, D = 128, one thread; "
+        "time with a retained heap, memory with the stock one"
     )
-    for axis, (column, title, (many, large, usual)) in zip(axes, panels, strict=True):
-        for method, (label, colour, line) in STYLES.items():
-            mine = shown[shown["method"] == method]
-            axis.plot(mine["rows"], mine[column], line, color=colour, label=label, marker="o",
-                      markersize=3.5, linewidth=1.8)  # fmt: skip
-        axis.set(xscale="log", yscale="log", xlabel="rows N = 2B")
-        axis.set_xticks(ticks, [str(n) for n in ticks], rotation=35)
-        axis.set_xticks([], minor=True)
-        axis.tick_params(labelsize=8)
-        axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
-        axis.yaxis.set_major_formatter(
-            lambda y, _, many=many, large=large, usual=usual: (
-                f"{y / many:g} {large}" if y >= many else f"{y:g} {usual}"
-            )
-        )
-        axis.grid(which="major", color="#e4e4e4", linewidth=0.8)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
-    handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False,
-                  fontsize=9)  # fmt: skip
-    figure.suptitle(
-        f"float32, D = 128, one thread; {machine['cpu']}, HEX_ISA {machine['hex_isa']}, torch "
-        f"{machine['torch']}; time with a retained heap, memory with the stock one",
-        fontsize=8.5, color="#555555", x=0.01, ha="left",
-    )  # fmt: skip
-    figure.savefig(file, dpi=150, metadata={"Figures": checksum(records), "Software": "hex-ssl"})
-    pyplot.close(figure)
+    draw(points(records), STYLES, caption, PICTURE)

@@ -136,7 +136,9 @@ def test_the_documents_have_the_tables_of_the_recorded_results():
     assert named == {*bench.PARTS, "goals", "ideal", "end"}
     assert "<!-- summary -->" in report.DOCUMENTS[1].read_text()
     with pictures.open(report.PICTURE) as picture:
-        assert picture.info["Figures"] == report.checksum(records), "run bench.py --report"
+        assert picture.info["Figures"] == tables.checksum(report.points(records)), (
+            "run bench.py --report"
+        )
 
 
 def test_a_table_that_was_typed_is_seen():

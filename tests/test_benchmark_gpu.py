@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("pandas")  # of the extra `benchmarks`
+pytest.importorskip("pandas")  # with matplotlib, of the extra `benchmarks`
+pictures = pytest.importorskip("PIL.Image")
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -57,7 +58,7 @@ def test_every_step_but_the_programs_runs_and_the_report_has_it(tmp_path, capsys
     text = (tmp_path / "report.md").read_text()
     for line in ("| 65536 x 65536 | 13 | not measured | 67 |", "authors' form, eager", "0 differ"):
         assert line in text
-    assert (tmp_path / "time.png").stat().st_size > 1000
+    assert (tmp_path / "report.png").stat().st_size > 1000
 
     capsys.readouterr()  # again: all is there
     assert gpu.main([*steps, *REHEARSAL, "--out", str(tmp_path)]) == 0
@@ -190,25 +191,31 @@ def test_the_loss_has_its_share_of_a_training_step():
     assert 0 < found["loss_ms"] and 0 < found["share_of_step"] < 1
 
 
-def test_the_report_replaces_what_stands_between_its_marks(tmp_path):
-    docs = tmp_path / "docs"
-    (docs / "images").mkdir(parents=True)
-    (docs / "cuda.md").write_text(f"before\n{gpu_report.BEGIN}\nold\n{gpu_report.END}\nafter\n")
-    gpu_report.write([], tmp_path)
-    for _ in range(2):
-        gpu_report.into_docs(tmp_path, docs)
-        text = (docs / "cuda.md").read_text()
-        assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-        assert text.count("13 | not measured") == 1
-
-
 def test_without_results_the_report_is_of_the_record_which_the_documents_show(tmp_path):
     assert gpu.main(["report", "--out", str(tmp_path)]) == 0
     text = (tmp_path / "report.md").read_text()
     for title in ("Goals", "Time and memory by rows", "Kernels", "Relative errors", "by D"):
         assert re.search(rf"\*\*.*{title}.*\*\*\n\n\|", text), title
-    shown = (gpu_cases.ROOT / "docs/cuda.md").read_text()
-    assert f"{gpu_report.BEGIN}\n{text}" in shown
+    shown = gpu_report.DOCUMENT.read_text()
+    assert f"<!-- gpu -->\n{text}<!-- end -->" in shown, "run gpu.py report --docs"
+    with (
+        pictures.open(gpu_report.PICTURE) as picture,
+        pictures.open(tmp_path / "report.png") as ours,
+    ):
+        assert picture.info["Figures"] == ours.info["Figures"], "run gpu.py report --docs"
+
+
+def test_the_report_replaces_what_stands_in_the_document(tmp_path, monkeypatch):
+    document = tmp_path / "cuda.md"
+    document.write_text("before\n<!-- gpu -->\nold\n<!-- end -->\nafter\n")
+    monkeypatch.setattr(gpu_report, "DOCUMENT", document)
+    monkeypatch.setattr(gpu_report, "PICTURE", tmp_path / "images" / "gpu.png")
+    for _ in range(2):
+        assert gpu.main(["report", "--docs", "--out", str(tmp_path)]) == 0
+        text = document.read_text()
+        assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+        assert text.count("**Goals**") == 1
+    assert (tmp_path / "images" / "gpu.png").exists()
 
 
 def test_the_record_names_no_place_of_the_machine():
