@@ -75,6 +75,7 @@ bench: build ## time and memory beside plain torch, torch.compile, other librari
 gpu: export HEX_CUDA = 1
 gpu: build ## on a machine with a CUDA GPU: tests, sanitizers, times, a training run: an hour
 	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python examples/simclr.py --loss hex --device cuda --amp bf16
 
 examples: build ## every method with its own loss and with HEX, and a table: some minutes
 	$(BIN)/python examples/minimal.py

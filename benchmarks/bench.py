@@ -17,7 +17,6 @@ report.py. --report shows benchmarks/results.jsonl.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import datetime
 import gc
 import json
@@ -53,22 +52,14 @@ Result = dict[str, Any]
 Case = tuple[str, Batch, Sequence[Method]]
 
 
-@dataclasses.dataclass
-class Settings:
-    quick: bool = False
-    repeats: int = 5
-    sizes: Sequence[str] = ()  # "4096" or "4096x512": rows, features if not 128
-    methods: Sequence[str] = ("",)  # words of their names
-    notes: list[str] = dataclasses.field(default_factory=list)  # what was left out, and why
+Options = argparse.Namespace  # of `parse`; with notes, which say what was left out, and why
 
-    def of_part_sizes(self) -> list[Method]:
-        words = [word.lower() for word in self.methods]
-        found = [m for m in peers.METHODS if any(word in m.name.lower() for word in words)]
-        return [m for m in found if not (self.quick and m.compiled)]
 
-    def note(self, text: str) -> None:
-        if text not in self.notes:
-            self.notes.append(text)
+def methods_of(options: Options) -> list[Method]:
+    """For the part `sizes`: those whose name holds one of the words."""
+    words = [word.lower() for word in options.methods]
+    found = [m for m in peers.METHODS if any(word in m.name.lower() for word in words)]
+    return [m for m in found if not (options.quick and m.compiled)]
 
 
 def shape(size: str) -> tuple[int, int]:
@@ -86,7 +77,7 @@ def square(size: str, **more: Any) -> Batch:
 
 
 def measured(
-    settings: Settings,
+    options: Options,
     cases: Sequence[Case],
     heaps: Sequence[str] = ("retained",),
     threads: Sequence[int] = (1,),
@@ -101,8 +92,8 @@ def measured(
         dtype = str(batch.leaves[0].dtype).removeprefix("torch.")
         row = {"case": case, "rows": batch.rows, "candidates": batch.candidates}
         row |= {"features": batch.leaves[0].shape[1], "dtype": dtype, "mode": batch.mode, **about}
-        steps = [(step, row | more) for step, more in checked(settings, case, batch, methods)]
-        steps += [(step, row | more) for step, more in products_beside(settings) * products]
+        steps = [(step, row | more) for step, more in checked(options, case, batch, methods)]
+        steps += [(step, row | more) for step, more in products_beside(options) * products]
         prepared.append([
             (measure.timer(step, n, measure.clock(n)), more | {"threads": n})
             for step, more in steps
@@ -115,14 +106,14 @@ def measured(
         for group in [sum(prepared, [])] if together else prepared:
             progress(f"timing {dict.fromkeys(row['case'] for _, row in group)}, {heap} heap")
             few = max((row["rows"] for _, row in group), default=0) <= 2048
-            turns = settings.repeats * (3 if few and not settings.quick else 1)
+            turns = options.repeats * (3 if few and not options.quick else 1)
             samples = measure.times(dict(enumerate(timer for timer, _ in group)), turns)
             results += [row | {"heap": heap, "ms": samples[i]} for i, (_, row) in enumerate(group)]
     return results
 
 
 def checked(
-    settings: Settings, case: str, batch: Batch, methods: Sequence[Method]
+    options: Options, case: str, batch: Batch, methods: Sequence[Method]
 ) -> list[tuple[measure.Step, Result]]:
     """The steps of the methods that take the batch and are right, with their memory."""
     right: dict[str, peers.Result] = {}
@@ -132,7 +123,7 @@ def checked(
         try:
             step = method.step(batch)
         except ImportError as error:
-            settings.note(f"{method.name} is left out: {error}")
+            options.notes.append(f"{method.name} is left out: {error}")
             continue
         got = step()
         if method.loss and method.loss not in right:
@@ -143,7 +134,7 @@ def checked(
     return found
 
 
-def products_beside(settings: Settings) -> list[tuple[measure.Step, Result]]:
+def products_beside(options: Options) -> list[tuple[measure.Step, Result]]:
     """The products of torch and of the core's own tile, in cache, with their operations."""
     a, b, out = (torch.ones(512, 512) for _ in range(3))
     found = [(lambda: torch.mm(a, b, out=out), {"method": report.MM, "flop": 2.0 * 512**3})]
@@ -151,57 +142,57 @@ def products_beside(settings: Settings) -> list[tuple[measure.Step, Result]]:
         product = core.product(ops.isa())
         found.append((lambda: product(50), {"method": report.PRODUCT, "flop": product(50)}))
     except core.NoCompiler as error:
-        settings.note(f"no share of the ideal: {error}")
+        options.notes.append(f"no share of the ideal: {error}")
     return found
 
 
 # ---- the parts -----------------------------------------------------------------------------------
 
 
-def sizes(settings: Settings) -> list[Result]:
+def sizes(options: Options) -> list[Result]:
     """Every method by rows, stock and retained heap, memory; the products beside them."""
-    names = settings.sizes or (("200", "384x64") if settings.quick else USUAL_SIZES)
-    cases = [(name, square(name), settings.of_part_sizes()) for name in names]
-    return measured(settings, cases, ("stock", "retained"), products=True)
+    names = options.sizes or (("200", "384x64") if options.quick else USUAL_SIZES)
+    cases = [(name, square(name), methods_of(options)) for name in names]
+    return measured(options, cases, ("stock", "retained"), products=True)
 
 
-def data(settings: Settings) -> list[Result]:
+def data(options: Options) -> list[Result]:
     """Batches that are hard."""
-    size = "384" if settings.quick else "4096"
+    size = "384" if options.quick else "4096"
     cases = [(kind, square(size, kind=kind), FOUR[:2]) for kind in batches.KINDS]
-    return measured(settings, cases, together=True)
+    return measured(options, cases, together=True)
 
 
-def types(settings: Settings) -> list[Result]:
+def types(options: Options) -> list[Result]:
     """float64, bfloat16, float16."""
-    size = "384" if settings.quick else "2048"
+    size = "384" if options.quick else "2048"
     names = ("float32", "bfloat16", "float16", "float64")
     cases = [(name, square(size, dtype=getattr(torch, name)), FOUR) for name in names]
-    return measured(settings, cases, together=True)
+    return measured(options, cases, together=True)
 
 
-def shapes(settings: Settings) -> list[Result]:
+def shapes(options: Options) -> list[Result]:
     """Not square: queries, two ways across, a queue."""
-    images, anchors, queue = (192, 32, 2000) if settings.quick else (2048, 512, 65536)
+    images, anchors, queue = (192, 32, 2000) if options.quick else (2048, 512, 65536)
     cases = [
         ("query", batches.views(images, 128, mode="query"), FOUR),
         ("cross", batches.views(images, 128, mode="cross"), FOUR),
         ("queue", batches.views(anchors, 128, mode="shared", queue=queue), FOUR),
     ]
-    return measured(settings, cases)
+    return measured(options, cases)
 
 
-def threads(settings: Settings) -> list[Result]:
+def threads(options: Options) -> list[Result]:
     """The wall clock of one thread and of more; it shows the neighbours, so the best counts."""
     cores = len(os.sched_getaffinity(0))
     if cores == 1:
-        settings.note("threads are left out: there is one core")
+        options.notes.append("threads are left out: there is one core")
         return []
-    settings = dataclasses.replace(settings, repeats=3 * settings.repeats)
+    options = Options(**{**vars(options), "repeats": 3 * options.repeats})
     methods = (HEX, INFO_NCE, PLAIN_HEX._replace(most=4096))
-    sizes = ("384",) if settings.quick else ("512", "4096", "8192")
+    sizes = ("384",) if options.quick else ("512", "4096", "8192")
     cases = [(size, square(size), methods) for size in sizes]
-    return measured(settings, cases, threads=sorted({1, 2, cores}))
+    return measured(options, cases, threads=sorted({1, 2, cores}))
 
 
 class Empty(torch.autograd.Function):
@@ -217,7 +208,7 @@ class Empty(torch.autograd.Function):
         return tuple(torch.empty_like(z) for z in ctx.saved_tensors)
 
 
-def small(settings: Settings) -> list[Result]:
+def small(options: Options) -> list[Result]:
     """64 rows: what a call costs before anything is computed."""
     warnings.filterwarnings("ignore", message="ThresholdTracker")  # that 64 rows are few
     near = ThresholdTracker.adaptive(over="negatives")
@@ -228,10 +219,10 @@ def small(settings: Settings) -> list[Result]:
         PLAIN_INFO_NCE,
         Method(report.EMPTY, "", lambda batch: Empty.apply),
     )
-    return measured(settings, [("64", square("64"), methods)], ["stock"])
+    return measured(options, [("64", square("64"), methods)], ["stock"])
 
 
-def large(settings: Settings) -> list[Result]:
+def large(options: Options) -> list[Result]:
     """65536 rows: one call, timed and its memory measured at once; and calls of a smaller batch.
 
     Some rows of the loss are compared with those of plain PyTorch in float64, at the eps that was
@@ -239,8 +230,8 @@ def large(settings: Settings) -> list[Result]:
     """
     rule = ThresholdTracker.adaptive(over=peers.OVER)
     criterion = HEXLoss(peers.TAU, threshold=rule, reduction="none")
-    results, some = [], 4 if settings.quick else 24
-    for size in ("256", "600") if settings.quick else ("8192", "65536"):
+    results, some = [], 4 if options.quick else 24
+    for size in ("256", "600") if options.quick else ("8192", "65536"):
         batch, losses = square(size), torch.empty(0)
 
         def step() -> None:
@@ -255,7 +246,7 @@ def large(settings: Settings) -> list[Result]:
             ms = [float(f"{(time.process_time() - start) * 1e3:.4g}")]
         else:
             timer = measure.timer(step, clock=time.process_time)
-            (ms,) = measure.times({size: timer}, settings.repeats).values()
+            (ms,) = measure.times({size: timer}, options.repeats).values()
             peak = measure.peak_mb(step)
         for i in range(0, batch.rows, -(-batch.rows // some)):
             right = row_of(batch, i, criterion.last.eps.item())
@@ -275,39 +266,39 @@ def row_of(batch: Batch, i: int, eps: float) -> Tensor:
     return peers.plain_hex(z[i, None], z[partner, None], z[others], mode="shared", eps=eps)
 
 
-def isa(settings: Settings) -> list[Result]:
+def isa(options: Options) -> list[Result]:
     """At the level this process runs at, if it is the one that HEX_ISA asks for."""
     if (wanted := os.environ.get("HEX_ISA", ops.isa())) != ops.isa():
-        settings.note(f"{wanted} is left out: this CPU does not have it")
+        options.notes.append(f"{wanted} is left out: this CPU does not have it")
         return []
-    cases = [(s, square(s), FOUR) for s in (("384",) if settings.quick else ("512", "4096"))]
-    if not settings.quick:
+    cases = [(s, square(s), FOUR) for s in (("384",) if options.quick else ("512", "4096"))]
+    if not options.quick:
         cases.append((report.BF16, square("4096", dtype=torch.bfloat16), FOUR))
-    return measured(settings, cases, products=True, isa=ops.isa())
+    return measured(options, cases, products=True, isa=ops.isa())
 
 
-def labels(settings: Settings) -> list[Result]:
+def labels(options: Options) -> list[Result]:
     """Several positives, and logits."""
-    rows, shape = (256, (64, 1025)) if settings.quick else (2048, (256, 65537))
+    rows, shape = (256, (64, 1025)) if options.quick else (2048, (256, 65537))
     title = f"{rows} rows, {batches.CLASSES} labels, D = 128"
     cases = [
         (title, batches.labels(rows, 128), peers.LABELS),
         ("{} x {} logits".format(*shape), batches.logits(*shape, peers.TAU), peers.LOGITS),
     ]
-    return measured(settings, cases, ["stock"])
+    return measured(options, cases, ["stock"])
 
 
-def profile(settings: Settings) -> list[Result]:
+def profile(options: Options) -> list[Result]:
     """Where the time of the loss goes."""
     try:
-        rows = (384,) if settings.quick else (512, 2048, 4096)
-        return [profiler.shares(ops.isa(), n, settings.quick) for n in rows]
+        rows = (384,) if options.quick else (512, 2048, 4096)
+        return [profiler.shares(ops.isa(), n, options.quick) for n in rows]
     except (profiler.NoProfiler, core.NoCompiler) as error:
-        settings.note(f"the profile is left out: {error}")
+        options.notes.append(f"the profile is left out: {error}")
         return []
 
 
-PARTS: dict[str, Callable[[Settings], list[Result]]] = {
+PARTS: dict[str, Callable[[Options], list[Result]]] = {
     part.__name__: part
     for part in (sizes, data, types, shapes, threads, small, large, isa, labels, profile)
 }
@@ -315,31 +306,31 @@ PARTS: dict[str, Callable[[Settings], list[Result]]] = {
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def run(part: str, settings: Settings) -> dict[str, Any]:
+def run(part: str, options: Options) -> dict[str, Any]:
     """The record of a part: what was measured, on what, by which code, when."""
     torch.set_num_threads(1)
     utc = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes")
     load, start = os.getloadavg()[0], time.perf_counter()
-    results = PARTS[part](settings)
+    results = PARTS[part](options)
     return {
         "part": part,
         "utc": utc.removesuffix("+00:00"),
-        "quick": settings.quick,
+        "quick": options.quick,
         "seconds": round(time.perf_counter() - start),
         "load": [round(load, 1), round(os.getloadavg()[0], 1)],
         "machine": measure.machine(),
-        "notes": settings.notes,
+        "notes": list(dict.fromkeys(options.notes)),
         "results": results,
     }
 
 
-def apart(part: str, settings: Settings, level: str = "") -> dict[str, Any]:
+def apart(part: str, options: Options, level: str = "") -> dict[str, Any]:
     """The same in a process of its own, at an instruction set. What it lacks is told in notes."""
     if level:
         os.environ |= {"HEX_ISA": level, "PYTHONWARNINGS": "ignore:HEX_ISA"}
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, initializer=gc.freeze) as process:
-        return process.submit(run, part, settings).result()
+        return process.submit(run, part, options).result()
 
 
 def joined(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -359,11 +350,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.report:
         return report.write()
-    settings = Settings(options.quick, options.repeats, options.sizes, options.methods)
     for part in options.parts:
         levels = LEVELS if part == "isa" else ("",)
         try:
-            record = joined([apart(part, settings, level) for level in levels])
+            record = joined([apart(part, options, level) for level in levels])
         except peers.Mismatch as error:
             progress("")
             print(f"error: {error}", file=sys.stderr)
@@ -393,6 +383,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--record", type=Path, metavar="FILE", help="append the results")
     add("--report", action="store_true", help="write the documents from benchmarks/results.jsonl")
     options = parser.parse_args(arguments)
+    options.notes = []
     options.parts = options.parts or list(PARTS)
     if wrong := [part for part in options.parts if part not in PARTS]:
         parser.error(f"no part {wrong[0]!r}: the parts are {', '.join(PARTS)}")
@@ -402,7 +393,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         if not re.fullmatch(r"\d*[02468](x[1-9]\d*)?", size) or shape(size)[0] < 4:
             wanted = "an even number of rows, 2B, from 4 on, or rows x features as in 512x64"
             parser.error(f"--sizes: got {size!r}, wanted {wanted}")
-    if not Settings(options.quick, methods=options.methods).of_part_sizes():
+    if not methods_of(options):
         parser.error(f"--methods: no name holds one of {options.methods}")
     return options
 

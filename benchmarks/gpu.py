@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""All that a GPU has to show, by one command: tests, sanitizers, times, memory, a training run.
+"""All that a GPU has to show, by one command: tests, sanitizers, times, memory.
 
     python benchmarks/gpu.py                       all steps, about an hour; builds first
     python benchmarks/gpu.py sizes queue report    some of them, in this order; builds nothing
@@ -208,7 +208,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default="cuda", help="cuda, cuda:1, or cpu for a rehearsal")
     add("--seconds", type=float, default=math.inf, help="end after so many, whatever runs")
     add("--smoke", action="store_true", help="tiny sizes, to see that everything runs")
-    add("--cifar", type=Path, metavar="FOLDER", help="of CIFAR-10, for the training run")
     add("--docs", action="store_true", help="let report write into docs/cuda.md and docs/images")
     options = parser.parse_args(arguments)
     for step in options.steps:
@@ -220,4 +219,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and what it started is killed
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # without waiting for a process that the device does not let go

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 import os
 import shutil
 import subprocess
@@ -348,27 +347,6 @@ def training_step(name: str, backbone: str, images: int, device: str) -> Record:
     return {"step_ms": whole, "loss_ms": alone, "share_of_step": alone / whole, **memory}
 
 
-def runs(options: argparse.Namespace) -> Iterator[Case]:
-    """Training with either loss, of digits, or of CIFAR-10 where it is."""
-    for loss in ("base", "hex"):
-        out = options.out / f"run-{loss}"
-        data = ["cifar10", "--root", options.cifar] if options.cifar else ["digits"]
-        backbone, size = ("resnet18", 512) if options.cifar else ("small", 256)
-        command = [sys.executable, "examples/simclr.py", "--data", *data, "--backbone", backbone]
-        command += ["--loss", loss, "--batch-size", size, "--device", options.device]
-        command += ["--epochs", 2, "--stop-after", 1] if options.smoke else ["--epochs", 20]
-        command += ["--amp", "off" if options.device == "cpu" else "bf16", "--knn-every", 0]
-        work = functools.partial(trained, [*command, "--out", out], out)
-        yield Case(f"runs: simclr, {data[0]}, {backbone}, {loss}", 1200, work)
-
-
-def trained(command: Sequence[object], out: Path) -> Record:
-    shutil.rmtree(out, ignore_errors=True)  # of a try that was cut off
-    record, file = run(command), out / "result.json"
-    scores = json.loads(file.read_text()) if file.exists() else {}
-    return record | {k: scores[k] for k in ("knn", "linear") if k in scores}
-
-
 STEPS: dict[str, Callable[[argparse.Namespace], Iterator[Case]]] = {
     "tests": tests,
     "sanitizer": sanitizer,
@@ -379,7 +357,6 @@ STEPS: dict[str, Callable[[argparse.Namespace], Iterator[Case]]] = {
     "repeats": repeats,
     "training": training,
     "compiled": functools.partial(measured, "compiled"),
-    "runs": runs,
 }
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def test_a_part_gives_results_and_a_table(part, monkeypatch):
     monkeypatch.setattr(measure, "retain_heap", lambda: None)  # for good: not in this process
     monkeypatch.setattr(measure, "TURN_S", 1e-3)
     before = torch.get_num_threads()
-    record = bench.run(part, bench.Settings(quick=True, repeats=1))
+    record = bench.run(part, bench.parse(["--quick", "--repeats", "1"]))
     torch.set_num_threads(before)
     assert record["results"] or record["notes"]
     for shown in report.tables(json.loads(json.dumps(record))):
@@ -246,7 +246,7 @@ def test_a_wrong_method_ends_the_run(monkeypatch, capsys):
 
     wrong = peers.HEX._replace(build=other)
     monkeypatch.setattr(peers, "METHODS", (wrong,))
-    monkeypatch.setattr(bench, "apart", lambda part, settings, level: bench.run(part, settings))
+    monkeypatch.setattr(bench, "apart", lambda part, options, level: bench.run(part, options))
     before = torch.get_num_threads()
     assert bench.main(["sizes", "--quick", "--sizes", "160"]) == 1
     torch.set_num_threads(before)
