@@ -50,8 +50,6 @@ USUAL_SIZES = ("512", "1024", "2048", "4096", "8192", "4096x512")
 
 Result = dict[str, Any]
 Case = tuple[str, Batch, Sequence[Method]]
-
-
 Options = argparse.Namespace  # of `parse`; with notes, which say what was left out, and why
 
 
@@ -104,7 +102,8 @@ def measured(
         if heap == "retained":
             measure.retain_heap()
         for group in [sum(prepared, [])] if together else prepared:
-            progress(f"timing {dict.fromkeys(row['case'] for _, row in group)}, {heap} heap")
+            names = ", ".join(dict.fromkeys(row["case"] for _, row in group))
+            progress(f"timing {names}, {heap} heap")
             few = max((row["rows"] for _, row in group), default=0) <= 2048
             turns = options.repeats * (3 if few and not options.quick else 1)
             samples = measure.times(dict(enumerate(timer for timer, _ in group)), turns)
@@ -326,11 +325,15 @@ def run(part: str, options: Options) -> dict[str, Any]:
 
 def apart(part: str, options: Options, level: str = "") -> dict[str, Any]:
     """The same in a process of its own, at an instruction set. What it lacks is told in notes."""
+    before, spawn = os.environ.copy(), multiprocessing.get_context("spawn")
     if level:
         os.environ |= {"HEX_ISA": level, "PYTHONWARNINGS": "ignore:HEX_ISA"}
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, initializer=gc.freeze) as process:
-        return process.submit(run, part, options).result()
+    try:
+        with ProcessPoolExecutor(1, spawn, initializer=gc.freeze) as process:
+            return process.submit(run, part, options).result()
+    finally:
+        os.environ.clear()
+        os.environ |= before
 
 
 def joined(records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -25,7 +25,14 @@ import peers  # noqa: E402
 import report  # noqa: E402
 import tables  # noqa: E402
 
-from hex import HEXLoss, ThresholdTracker, hex_cross_entropy, hex_loss, hex_sup_con  # noqa: E402
+from hex import (  # noqa: E402
+    HEXLoss,
+    ThresholdTracker,
+    hex_cross_entropy,
+    hex_loss,
+    hex_sup_con,
+    ops,
+)
 from hex import reference as oracle  # noqa: E402
 
 
@@ -44,13 +51,18 @@ own_memory = pytest.mark.skipif(
 
 
 @own_memory
-def test_the_benchmark_prints_tables_and_records_its_samples(tmp_path, capsys):
+def test_the_benchmark_prints_tables_and_records_its_samples(tmp_path, capsys, monkeypatch):
     file = tmp_path / "results.jsonl"
     words = ["hex", "plain HEX", "plain InfoNCE", "info-nce"]
     arguments = ["sizes", "--quick", "--repeats", "2", "--sizes", "160", "192x24", "--methods"]
-    assert bench.main([*arguments, *words, "--record", str(file)]) == 0
+    monkeypatch.setattr(bench, "LEVELS", ("base",))
+    before = os.environ.copy()
+    assert bench.main(["isa", *arguments, *words, "--record", str(file)]) == 0
+    assert os.environ.copy() == before  # the next part is at its own level again
     printed = capsys.readouterr().out
-    (record,) = map(json.loads, file.read_text().splitlines())
+    base, record = map(json.loads, file.read_text().splitlines())
+    assert base["machine"]["hex_isa"] == base["results"][0]["isa"] == "base"
+    assert record["machine"]["hex_isa"] == ops.isa()
     methods = [
         "hex HEXLoss",
         "hex hex_loss, eps given",
