@@ -17,6 +17,7 @@ report.py. --report shows benchmarks/results.jsonl.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import gc
 import json
@@ -26,7 +27,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -323,17 +324,23 @@ def run(part: str, options: Options) -> dict[str, Any]:
     }
 
 
-def apart(part: str, options: Options, level: str = "") -> dict[str, Any]:
-    """The same in a process of its own, at an instruction set. What it lacks is told in notes."""
-    before, spawn = os.environ.copy(), multiprocessing.get_context("spawn")
-    if level:
-        os.environ |= {"HEX_ISA": level, "PYTHONWARNINGS": "ignore:HEX_ISA"}
+def apart(part: str, options: Options, level: str | None = None) -> dict[str, Any]:
+    """The same in a process of its own, at an instruction set. What the CPU lacks, notes tell."""
+    at_level = {"HEX_ISA": level, "PYTHONWARNINGS": "ignore:HEX_ISA"} if level else {}
+    spawn = multiprocessing.get_context("spawn")
+    with environment(**at_level), ProcessPoolExecutor(1, spawn, initializer=gc.freeze) as process:
+        return process.submit(run, part, options).result()
+
+
+@contextlib.contextmanager
+def environment(**changes: str) -> Iterator[None]:
+    before = os.environ.copy()
+    os.environ.update(changes)
     try:
-        with ProcessPoolExecutor(1, spawn, initializer=gc.freeze) as process:
-            return process.submit(run, part, options).result()
+        yield
     finally:
         os.environ.clear()
-        os.environ |= before
+        os.environ.update(before)
 
 
 def joined(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -354,7 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.report:
         return report.write()
     for part in options.parts:
-        levels = LEVELS if part == "isa" else ("",)
+        levels = LEVELS if part == "isa" else (None,)
         try:
             record = joined([apart(part, options, level) for level in levels])
         except peers.Mismatch as error:

@@ -31,7 +31,6 @@ from hex import (  # noqa: E402
     hex_cross_entropy,
     hex_loss,
     hex_sup_con,
-    ops,
 )
 from hex import reference as oracle  # noqa: E402
 
@@ -51,18 +50,13 @@ own_memory = pytest.mark.skipif(
 
 
 @own_memory
-def test_the_benchmark_prints_tables_and_records_its_samples(tmp_path, capsys, monkeypatch):
+def test_the_benchmark_prints_tables_and_records_its_samples(tmp_path, capsys):
     file = tmp_path / "results.jsonl"
     words = ["hex", "plain HEX", "plain InfoNCE", "info-nce"]
     arguments = ["sizes", "--quick", "--repeats", "2", "--sizes", "160", "192x24", "--methods"]
-    monkeypatch.setattr(bench, "LEVELS", ("base",))
-    before = os.environ.copy()
-    assert bench.main(["isa", *arguments, *words, "--record", str(file)]) == 0
-    assert os.environ.copy() == before  # the next part is at its own level again
+    assert bench.main([*arguments, *words, "--record", str(file)]) == 0
     printed = capsys.readouterr().out
-    base, record = map(json.loads, file.read_text().splitlines())
-    assert base["machine"]["hex_isa"] == base["results"][0]["isa"] == "base"
-    assert record["machine"]["hex_isa"] == ops.isa()
+    (record,) = map(json.loads, file.read_text().splitlines())
     methods = [
         "hex HEXLoss",
         "hex hex_loss, eps given",
@@ -100,6 +94,14 @@ def test_a_part_gives_results_and_a_table(part, monkeypatch):
     for shown in report.tables(json.loads(json.dumps(record))):
         assert str(shown) and shown.markdown()
         assert shown.title == "profile" or (shown.cells != "").any(axis=None)
+
+
+def test_a_level_is_that_of_its_own_process_only(monkeypatch):
+    monkeypatch.setenv("HEX_ISA", "avx2")
+    before = os.environ.copy()
+    with bench.environment(HEX_ISA="base", PYTHONWARNINGS="ignore"):
+        assert os.environ["HEX_ISA"] == "base"
+    assert os.environ.copy() == before
 
 
 def test_levels_of_an_instruction_set_are_one_record():
