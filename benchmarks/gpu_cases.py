@@ -135,24 +135,6 @@ def calls(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def repeats(options: argparse.Namespace) -> Iterator[Case]:
-    """The same bits a thousand times."""
-    shape, count = ((160, 0, 24), 3) if options.smoke else ((4096, 0, 128), 1000)
-    for dtype in ("bfloat16", "float16", "float32"):
-        work = functools.partial(repeated, shape, dtype, options.device, count)
-        yield Case(f"repeats: {dtype}", 120, work)
-
-
-def repeated(shape: Shape, dtype: str, device: str, count: int) -> Record:
-    # eps given: the tracker's state would move from call to call
-    step = peers.GIVEN.step(batch_of(shape, dtype, device))
-    first = step()
-    differ = torch.zeros((), dtype=torch.int64, device=device)
-    for _ in range(count):
-        differ += torch.stack([(a != b).any() for a, b in zip(first, step(), strict=True)]).any()
-    return {"ok": not differ, "repeats": count, "note": f"{int(differ)} differ of {count}"}
-
-
 # ---- fast ---------------------------------------------------------------------------------------
 
 
@@ -354,7 +336,6 @@ STEPS: dict[str, Callable[[argparse.Namespace], Iterator[Case]]] = {
     **{
         name: functools.partial(measured, name) for name in ("sizes", "queue", "features", "dtypes")
     },
-    "repeats": repeats,
     "training": training,
     "compiled": functools.partial(measured, "compiled"),
 }

@@ -47,7 +47,7 @@ def records(folder):
 
 
 def test_every_step_but_the_programs_runs_and_the_report_has_it(tmp_path, capsys):
-    steps = ["roofline", "sizes", "dtypes", "features", "queue", "repeats", "report"]
+    steps = ["roofline", "sizes", "dtypes", "features", "queue", "report"]
     assert gpu.main([*steps, *REHEARSAL, "--out", str(tmp_path)]) == 0
     found = records(tmp_path)
     ours = found["sizes: 192 x 192 x 24, bfloat16, hex HEXLoss"]
@@ -56,7 +56,7 @@ def test_every_step_but_the_programs_runs_and_the_report_has_it(tmp_path, capsys
     assert ours["flop"] == 2 * 192 * 192 * 24 * 5
     assert found["not reached"]["cases"] == []
     text = (tmp_path / "report.md").read_text()
-    for line in ("| 65536 x 65536 | 13 | not measured | 67 |", "authors' form, eager", "0 differ"):
+    for line in ("| 65536 x 65536 | 13 | not measured | 67 |", "authors' form, eager"):
         assert line in text
     assert (tmp_path / "report.png").stat().st_size > 1000
 
