@@ -110,9 +110,9 @@ def data(results: pd.DataFrame) -> list[Table]:
         "clusters is the ordinary batch, of 64 classes. tight has 4 classes with cosines of about "
         "0.99 inside. In half collapsed every second image lies in one direction, in collapsed all "
         "of them do. In tenth one image in ten is of one class with cosines of about 0.99. "
-        f"Retained heap. {CLOCK}"
+        "Retained heap."
     )
-    return [Table(f"Batches that are hard, {results.rows[0]} rows", cells, [note])]
+    return [Table(f"Batches that are hard, {results.rows[0]} rows, milliseconds", cells, [note])]
 
 
 def with_peaks(results: pd.DataFrame) -> pd.DataFrame:
@@ -126,8 +126,8 @@ def with_peaks(results: pd.DataFrame) -> pd.DataFrame:
 def types(results: pd.DataFrame) -> list[Table]:
     cells, times = with_peaks(results), pivot(results, "median").loc[HEX]
     cells.loc[f"{HEX} / that of float32"] = (times / times["float32"]).map(hundredths)
-    note = "Plain PyTorch widens half precision to float32, as hex does inside. Retained heap. "
-    return [Table(f"Dtypes, {results.rows[0]} rows", cells, [note + CLOCK])]
+    note = "Plain PyTorch widens half precision to float32, as hex does inside. Retained heap."
+    return [Table(f"Dtypes, {results.rows[0]} rows, milliseconds", cells, [note])]
 
 
 def shapes(results: pd.DataFrame) -> list[Table]:
@@ -135,9 +135,9 @@ def shapes(results: pd.DataFrame) -> list[Table]:
     cells.columns = [f"{r.case}, {r.rows} x {r.candidates}" for r in first.itertuples()]
     note = (
         'query is mode="query", cross is mode="cross", and queue has shared negatives as MoCo has. '
-        f"Retained heap. {CLOCK}"
+        "Retained heap."
     )
-    return [Table("Not square: anchors x candidates", cells, [note])]
+    return [Table("Not square: anchors x candidates, milliseconds", cells, [note])]
 
 
 def threads(results: pd.DataFrame) -> list[Table]:
@@ -162,8 +162,8 @@ def small(results: pd.DataFrame) -> list[Table]:
     times = 1e3 * results.set_index("method")["median"]
     cells = {"a call": times, "beyond the empty function": times - times[EMPTY]}
     note = (
-        "CPU time of loss(z0, z1).backward() with 2B = 64 and D = 128. The empty function keeps "
-        "its inputs and returns empty tensors, which is what autograd and Python cost."
+        "CPU time of a call, forward and backward, with 2B = 64 and D = 128. The empty function "
+        "keeps its inputs and returns empty tensors, which is what autograd and Python cost."
     )
     return [Table("64 rows, microseconds", pd.DataFrame(cells).map(number), [note])]
 
@@ -202,7 +202,7 @@ def labels(results: pd.DataFrame) -> list[Table]:
             columns={"median": "ms", "peak_mb": "peak MB"}))
         for case, mine in results.groupby("case", sort=False)
     ]  # fmt: skip
-    return [*tables[:-1], tables[-1]._replace(notes=[f"Stock heap. {CLOCK}"])]
+    return [*tables[:-1], tables[-1]._replace(notes=["Stock heap."])]
 
 
 def profile(results: pd.DataFrame) -> list[Table]:
