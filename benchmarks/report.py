@@ -243,8 +243,8 @@ def rate(results: pd.DataFrame, product: str) -> float:
 
 
 def own_rate(results: pd.DataFrame, value: str = "median") -> pd.DataFrame:
-    """Of a symmetric loss at 4 N^2 D operations, in GF/s: N^2 D for the cosines of all pairs of
-    rows, half of which are computed, and twice that for their pull on both rows."""
+    """Of a symmetric loss at 4 N^2 D operations, in GF/s: N^2 D for half the cosines of all pairs
+    of rows, the same again in the backward, and 2 N^2 D for their pull on both rows."""
     mine = timed(results)
     flop = 4.0 * mine["rows"] ** 2 * mine["features"]
     return pivot(mine.assign(rate=flop / mine[value] / 1e6), "rate")
