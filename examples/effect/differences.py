@@ -4,6 +4,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import fmean
 from typing import Any
 
@@ -28,12 +29,22 @@ Runs = dict[int, dict[str, Any]]  # by seed
 
 @dataclass(frozen=True)
 class Summary:
-    """A mean over seeds, its standard error (None for one seed), the p-value of a mean of 0."""
+    """Of a measure of several seeds, or of its differences."""
 
-    mean: float
-    error: float | None
-    p: float
-    n: int
+    values: tuple[float, ...]
+
+    @property
+    def n(self) -> int:
+        return len(self.values)
+
+    @cached_property
+    def mean(self) -> float:
+        return fmean(self.values)
+
+    @cached_property
+    def error(self) -> float | None:
+        """The standard error of the mean; None for one seed."""
+        return float(stats.sem(self.values)) if self.n > 1 else None
 
     @property
     def enough(self) -> bool:
@@ -44,18 +55,18 @@ class Summary:
     def beyond_two_errors(self) -> bool:
         return self.enough and abs(self.mean) > 2 * self.error
 
+    @property
+    def p(self) -> float:
+        """Of a mean of 0, by the two-sided t-test; 1 for one seed, of which nothing can be said."""
+        if self.n == 1:
+            return 1.0
+        if self.error == 0:  # all alike, which scipy warns of
+            return float(self.mean == 0)
+        return float(stats.ttest_1samp(self.values, 0).pvalue)
+
 
 def summary(values: Iterable[float]) -> Summary:
-    """p is that of the two-sided t-test, 1 for one seed: nothing can be said of it."""
-    values = list(values)
-    if len(values) == 1:
-        return Summary(values[0], None, 1.0, 1)
-    mean, error = fmean(values), float(stats.sem(values))
-    if error == 0:  # all alike, which scipy warns of
-        p = float(mean == 0)
-    else:
-        p = float(stats.ttest_1samp(values, 0).pvalue)
-    return Summary(mean, error, p, len(values))
+    return Summary(tuple(values))
 
 
 def score(row: dict[str, Any], measure: str, split: str = "test") -> float | None:
