@@ -41,7 +41,7 @@ Step = Callable[[], object]
 K = TypeVar("K")
 
 TURN_S = 0.01  # a turn repeats a fast call for at least this long
-ENOUGH_S = 2.0  # a method that has taken this long gets no more turns
+ENOUGH_S = 4.0  # a method that has taken this long gets no more turns
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 

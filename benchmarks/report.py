@@ -82,10 +82,10 @@ def sizes(results: pd.DataFrame) -> list[Table]:
     stock = results[results.heap == "stock"]
     title = "float32, rows N = 2B, D = 128 where the column does not say otherwise"
     peaks = pivot(stock, "peak_mb")
-    first = stock.drop_duplicates("case").set_index("case")
-    peaks.loc[f"{HEX} beyond its results"] = (
-        peaks.loc[HEX] - 4 * first.rows * first.features / 1e6 if HEX in peaks.index else None
-    )
+    if HEX in peaks.index:
+        first = stock.drop_duplicates("case").set_index("case")
+        beyond = peaks.loc[HEX] - 4 * first.rows * first.features / 1e6
+        peaks.loc[f"{HEX} beyond its results"] = beyond
     tables = []
     for heap, notes in (("retained", [CLOCK, RETAINED]), ("stock", [STOCK])):
         times = pivot(results[results.heap == heap], "median")
@@ -103,9 +103,8 @@ def sizes(results: pd.DataFrame) -> list[Table]:
 def data(results: pd.DataFrame) -> list[Table]:
     times = pivot(results, "median")
     cells = with_ratios(times)
-    cells.loc[f"{HEX} / that of clusters"] = (times.loc[HEX] / times.loc[HEX].iloc[0]).map(
-        hundredths
-    )
+    slower = times.loc[HEX] / times.loc[HEX].iloc[0]
+    cells.loc[f"{HEX} / that of clusters"] = slower.map(hundredths)
     note = (
         "clusters is the ordinary batch, of 64 classes. tight has 4 classes with cosines of about "
         "0.99 inside. In half collapsed every second image lies in one direction, in collapsed all "
@@ -340,9 +339,8 @@ def all_goals(records: Mapping[str, Record]) -> list[Goal]:
     best = of_threads.pivot(index="case", columns="threads", values="best")
     for size, least in THREADS.items():
         found.append(Goal(f"two threads at {size}", best[1][size] / best[2][size], least))
-    dots = (
-        results["isa"].query("isa == 'avx512_bf16' and method == @HEX").set_index("case")["median"]
-    )
+    dots = results["isa"].query("isa == 'avx512_bf16' and method == @HEX").set_index("case")
+    dots = dots["median"]
     if len(dots):
         about = "float32 / bfloat16 at HEX_ISA=avx512_bf16"
         found.append(Goal(about, dots["4096"] / dots[BF16], 1.4))
