@@ -75,6 +75,7 @@ bench: build ## time and memory beside plain torch, torch.compile, other librari
 gpu: export HEX_CUDA = 1
 gpu: build ## on a machine with a CUDA GPU: tests, sanitizers, times, a training run: an hour
 	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python examples/simclr.py --loss hex --device cuda --amp bf16
 
 examples: build ## every method with its own loss and with HEX, and a table: some minutes
 	$(BIN)/python examples/minimal.py
@@ -102,5 +103,5 @@ clean: ## remove what was built, .venv included
 	@touch $@
 
 .venv/hex: .venv/torch setup.py pyproject.toml $(wildcard csrc/*.[ch] csrc/cpu/*.[ch] csrc/cpu/levels/*.[ch] csrc/cuda/*.h)
-	@PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --editable '.[examples,test,dev]' '$(TORCH)' '$(TORCHVISION)'
+	@PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --editable '.[examples,test,benchmarks,dev]' '$(TORCH)' '$(TORCHVISION)'
 	@touch $@

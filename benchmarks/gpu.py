@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""All that a GPU has to show, by one command: tests, sanitizers, times, memory, a training run.
+"""All that a GPU has to show, by one command: tests, sanitizers, times, memory.
 
     python benchmarks/gpu.py                       all steps, about an hour; builds first
     python benchmarks/gpu.py sizes queue report    some of them, in this order; builds nothing
@@ -10,16 +10,19 @@ Another process does the work, case by case. A case that takes it down, or is no
 limit, has failed: the process is killed, with all that it started, and the next case has a new one.
 Each result is a line of FOLDER/results.jsonl as soon as it is there, under the card, torch and hex
 that it is of, and is not measured again there. The last step, report, makes of them tables,
-report.md, and pictures of time and memory against N; `--docs` puts these into docs/. Where there
+report.md, and a picture of time and memory against N; `--docs` puts these into docs/. Where there
 are no results it takes those of the repository, benchmarks/gpu_results.jsonl. What the cases are is
-in gpu_steps.py, what is measured in gpu_methods.py, how it is shown in gpu_report.py.
+in gpu_cases.py, how they are shown in gpu_report.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import faulthandler
+import functools
+import gc
 import json
 import math
 import multiprocessing
@@ -28,45 +31,40 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # hex as it is in this folder
+
+import gpu_cases
 import gpu_report
-import gpu_steps
-from gpu_steps import ROOT, Case, Record
+import tables
+from gpu_cases import ROOT, Case, Record
 
-FORK = multiprocessing.get_context("fork")  # this process has neither torch nor the device
 START, BUILD = 120, 900  # seconds to find the device; the same, with the kernels to build
-ENDED = "its process ended"
 
 
 class Results:
     """results.jsonl: what is there already, and a line for each new record."""
 
-    def __init__(self, folder: Path, again: bool = False) -> None:
+    def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.file, self.log = folder / "results.jsonl", folder / "log.txt"
-        if again:
-            self.file.unlink(missing_ok=True)
         self.log.touch()
         text = self.file.read_text() if self.file.exists() else ""
         if text and not text.endswith("\n"):  # a line that was cut off ends here, too
             self.file.write_text(f"{text}\n")
         self.on = ""  # card, torch and hex of what is added
-        self.tried: list[str] = []  # what was added here
         self.records = gpu_report.read(text)
 
-    def add(self, case: str, record: Record) -> Record:
+    def add(self, case: str, record: Record) -> None:
         self.records[self.on, case] = record = {"on": self.on, "case": case, **record}
         with self.file.open("a") as file:
             file.write(json.dumps(record, default=str) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self.tried.append(case)
-        return record
 
     def failed(self, case: str) -> bool | None:
         """None where there is no result."""
@@ -74,51 +72,123 @@ class Results:
         return None if record is None else not record.get("ok", True)
 
 
+class Worker:
+    """A process that does one thing after another, and is killed with all that it started."""
+
+    def __init__(self, log: Path) -> None:
+        # This process has torch and never asks for the device, which a fork would not survive.
+        fork = multiprocessing.get_context("fork")
+        self.pool = ProcessPoolExecutor(1, fork, initializer=_alone, initargs=(log,))
+        self.pid = self.pool.submit(os.getpid).result()
+        self.log = log
+
+    def do(self, limit: float, work: Callable[[], Record]) -> Record:
+        """The record; of what fails the reason, and where that is not told, the end of the log."""
+        log_at = self.log.stat().st_size
+        try:
+            return self.pool.submit(_attempt, work).result(limit)
+        except concurrent.futures.TimeoutError:
+            note = f"not done within {limit:g} s"
+            with contextlib.suppress(ProcessLookupError):  # where it is goes into the log
+                os.kill(self.pid, signal.SIGUSR1)
+            time.sleep(0.5)
+        except BrokenProcessPool:
+            note = "its process ended"
+        said = self.log.read_bytes()[log_at:].decode(errors="replace").splitlines()
+        return {"ok": False, "note": note, "output": said[-100:]}
+
+    def end(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _alone(log: Path) -> None:
+    """A group to kill, whose output goes into the log."""
+    os.setsid()
+    gc.freeze()  # or every collection would go through all that was imported
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.stdout = sys.stderr = file = log.open("a", buffering=1)
+    for stream in (1, 2):
+        os.dup2(file.fileno(), stream)
+    faulthandler.enable(file)
+    faulthandler.register(signal.SIGUSR1, file)
+
+
+def _attempt(work: Callable[[], Record]) -> Record:
+    begin = time.perf_counter()
+    try:
+        record = work()
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"[:500]
+        record = {"ok": False, "note": text, "output": traceback.format_exc().splitlines()[-30:]}
+    return record | {"seconds": time.perf_counter() - begin}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    if options.calls:
-        import gpu_methods
-
-        gpu_methods.calls(options.device)
-        return 0
-    results = Results(options.out, options.again)
-    end = time.monotonic() + options.seconds
-    status: int | None = 0 if options.steps == ["report"] else None
-    while status is None:
-        status, open_ = one_process(options, results, end)
-        if status is not None and results.on:
-            left_over(results, open_)
-    failed = [case for case in results.tried if results.failed(case)]
-    for case in failed:
-        print(f"failed: {case}", file=sys.stderr)
+    results = Results(options.out)
+    status = 0 if options.steps == ["report"] else measure(options, results)
     if "report" in options.steps:
         records = results.records or gpu_report.read(gpu_report.RECORD.read_text())
-        files = gpu_report.write(list(records.values()), options.out)
-        if options.docs:
-            files += gpu_report.into_docs(options.out, ROOT / "docs")
-        print("report:", *files)
-    return status or bool(failed)
+        write(list(records.values()), options)
+    return status
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    steps = ["build", *gpu_steps.STEPS, "report"]
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("steps", nargs="*", metavar="STEP", help=", ".join(steps))
-    add("--out", type=Path, default=ROOT / "build/gpu", metavar="FOLDER", help="of the results")
-    add("--device", default="cuda", help="cuda, cuda:1, or cpu for a rehearsal")
-    add("--seconds", type=float, default=math.inf, help="end after so many, whatever runs")
-    add("--smoke", action="store_true", help="tiny sizes, to see that everything runs")
-    add("--again", action="store_true", help="forget the results that are there")
-    add("--cifar", type=Path, metavar="FOLDER", help="of CIFAR-10, for the training run")
-    add("--calls", action="store_true", help="a few calls of each kernel, for the sanitizer")
-    add("--docs", action="store_true", help="let report write into docs/cuda.md and docs/images")
-    options = parser.parse_args(arguments)
-    for step in options.steps:
-        if step not in steps:
-            parser.error(f"STEP: got {step!r}, wanted one of {', '.join(steps)}")
-    options.steps = options.steps or steps
-    return options
+def write(records: list[Record], options: argparse.Namespace) -> None:
+    text, file = gpu_report.text(records), options.out / "report.md"
+    file.write_text(f"{text}\n")
+    pictures = [options.out / "report.png", *[gpu_report.PICTURE] * options.docs]
+    for picture in pictures:
+        gpu_report.picture(records, picture)
+    if options.docs:
+        tables.fill(gpu_report.DOCUMENT, {"gpu": lambda: text})
+    print("report:", file, *pictures)
+
+
+def measure(options: argparse.Namespace, results: Results) -> int:
+    """Does what is to do: 0, or 1 where something failed, or 3 where the time is over."""
+    end, failed = time.monotonic() + options.seconds, []
+    worker = Worker(results.log)
+    try:
+        limit = BUILD if "build" in options.steps else START
+        about = worker.do(limit, functools.partial(gpu_cases.start, options))
+        if not about.pop("ok", True):
+            print("no start:", about["note"], *about["output"], sep="\n", file=sys.stderr)
+            return 1
+        del about["seconds"]
+        results.on = about["on"]
+        results.add("machine", about)
+        cases = to_do(options, results)
+        while cases and (left := end - time.monotonic()) > 0:
+            case = cases[0]
+            record = worker.do(min(case.limit, left), case.work)
+            if not record.get("ok", True):
+                if time.monotonic() >= end:
+                    break
+                failed.append(case.name)
+                worker.end()  # what is lost to it, or the device, is not to the next case
+                worker = Worker(results.log)
+            results.add(cases.pop(0).name, record)
+            say(results.records[results.on, case.name])
+    finally:
+        worker.end()
+    open_ = [case.name for case in cases if results.failed(case.name) is None]
+    results.add("not reached", {"cases": open_})
+    for name in failed:
+        print(f"failed: {name}", file=sys.stderr)
+    if open_:
+        print(gpu_report.not_reached(open_), "The same command goes on.", file=sys.stderr)
+    return 3 if cases else int(bool(failed))
+
+
+def to_do(options: argparse.Namespace, results: Results) -> list[Case]:
+    """What has no result yet; then what failed when it was tried before."""
+    made = (gpu_cases.STEPS[step](options) for step in options.steps if step in gpu_cases.STEPS)
+    cases = [case for step in made for case in step]
+    return [
+        case for failed in (None, True) for case in cases if results.failed(case.name) is failed
+    ]
 
 
 def say(record: Record) -> None:
@@ -129,134 +199,26 @@ def say(record: Record) -> None:
     print("  ".join((record["case"] + state, *shown, why)).rstrip(), flush=True)
 
 
-# ---- the process that measures ------------------------------------------------------------------
-
-
-def work(options: argparse.Namespace, results: Results, tell: Connection) -> None:
-    """Does what is to do, and tells: what is here; the cases; of each its limit, then its record.
-
-    With the limit goes the place in the log from which on it is the case that speaks.
-    """
-    os.setsid()  # a group to kill
-    log = results.log.open("a", buffering=1)
-    sys.stdout = sys.stderr = log
-    for stream in (1, 2):
-        os.dup2(log.fileno(), stream)
-    faulthandler.enable(log)
-    faulthandler.register(signal.SIGUSR1, log)
-    about = gpu_steps.start(options)
-    results.on = about["on"]
-    tell.send(about)
-    cases = to_do(options, results)
-    tell.send([case.name for case in cases])
-    for case in cases:
-        tell.send((case.name, case.limit, results.log.stat().st_size))
-        begin = time.perf_counter()
-        record = attempt(case)
-        tell.send(record | {"seconds": time.perf_counter() - begin})
-        if "CUDA error" in record.get("note", ""):
-            return  # the device is lost to this process
-
-
-def to_do(options: argparse.Namespace, results: Results) -> list[Case]:
-    """What has no result yet; then what failed when it was tried before."""
-    made = (gpu_steps.STEPS[step](options) for step in options.steps if step in gpu_steps.STEPS)
-    cases = [case for step in made for case in step if case.name not in results.tried]
-    return [
-        case for failed in (None, True) for case in cases if results.failed(case.name) is failed
-    ]
-
-
-def attempt(case: Case) -> Record:
-    """The record; of an error, what it says: the other cases may yet be right."""
-    try:
-        return case.work()
-    except Exception as error:
-        text = f"{type(error).__name__}: {error}"[:500]
-        return {"ok": False, "note": text, "output": traceback.format_exc().splitlines()[-30:]}
-
-
-# ---- the process that watches it ----------------------------------------------------------------
-
-
-def one_process(
-    options: argparse.Namespace, results: Results, end: float
-) -> tuple[int | None, list[str]]:
-    """Starts one, writes down what it tells, and ends it.
-
-    The status, None where another process should go on; and the cases that have no result.
-    """
-    log_at = results.log.stat().st_size
-    hear, tell = FORK.Pipe(duplex=False)
-    process = FORK.Process(target=work, args=(options, results, tell))
-    process.start()
-    tell.close()
-
-    def told(limit: float) -> Any:
-        if not hear.poll(max(0, min(limit, end - time.monotonic()))):
-            raise TimeoutError(f"not done within {limit:g} s")
-        return hear.recv()  # EOFError where the process has ended
-
-    limit = BUILD if "build" in options.steps else START
-    case, open_, note = "start", [], ""
-    try:
-        about = told(limit)
-        results.on = about["on"]
-        before = results.records.get((results.on, "machine"), {})
-        if before | about != before:
-            results.add("machine", about)
-        open_ = told(limit)
-        while open_:
-            case, limit, log_at = told(START)
-            say(results.add(case, told(limit)))
-            open_.remove(case)
-    except (TimeoutError, EOFError) as error:
-        note = str(error) or ENDED
-    finally:
-        gone = kill(process, bool(note))
-    if not gone:
-        print("a process cannot be killed: the device hangs", file=sys.stderr)
-    if note and time.monotonic() >= end:
-        print(f"{options.seconds:g} s are over: the same command goes on", file=sys.stderr)
-        return 3, open_
-    said = results.log.read_bytes()[log_at:].decode(errors="replace").splitlines()[-100:]
-    if note and case == "start":
-        print(f"no start: {note}", *said, sep="\n", file=sys.stderr)
-        return 1, open_
-    if case in open_:
-        note += f", {ending(process.exitcode)}" if note == ENDED else ""
-        say(results.add(case, {"ok": False, "note": note, "output": said}))
-        open_.remove(case)
-    return (1 if not gone else None if open_ else 0), open_
-
-
-def ending(status: int | None) -> str:
-    return signal.Signals(-status).name if status and status < 0 else f"status {status}"
-
-
-def kill(process: BaseProcess, late: bool) -> bool:
-    """Whether it is gone, with all that it started."""
-    assert process.pid is not None
-    if late:  # where it is goes into the log
-        os.kill(process.pid, signal.SIGUSR1)
-        process.join(0.5)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.kill()
-    process.join(10)
-    return process.exitcode is not None
-
-
-def left_over(results: Results, open_: list[str]) -> None:
-    """Writes down what was not reached, now or before."""
-    before = results.records.get((results.on, "not reached"), {}).get("cases", [])
-    cases = [c for c in dict.fromkeys([*before, *open_]) if results.failed(c) is None]
-    results.add("not reached", {"cases": cases})
-    if cases:
-        print(gpu_report.not_reached(cases), file=sys.stderr)
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    steps = ["build", *gpu_cases.STEPS, "report"]
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("steps", nargs="*", metavar="STEP", help=", ".join(steps))
+    add("--out", type=Path, default=ROOT / "build/gpu", metavar="FOLDER", help="of the results")
+    add("--device", default="cuda", help="cuda, cuda:1, or cpu for a rehearsal")
+    add("--seconds", type=float, default=math.inf, help="end after so many, whatever runs")
+    add("--smoke", action="store_true", help="tiny sizes, to see that everything runs")
+    add("--docs", action="store_true", help="let report write into docs/cuda.md and docs/images")
+    options = parser.parse_args(arguments)
+    for step in options.steps:
+        if step not in steps:
+            parser.error(f"STEP: got {step!r}, wanted one of {', '.join(steps)}")
+    options.steps = options.steps or steps
+    return options
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))  # hex as it is in this folder, built or not
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and what it started is killed
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # without waiting for a process that the device does not let go

@@ -1,37 +1,38 @@
 # SPDX-License-Identifier: MIT
-"""What gpu.py measured, as tables in Markdown and pictures: report.md, time.png, memory.png.
+"""What gpu.py measured, as tables in Markdown and a picture.
 
-A part for each machine. Nothing is imported that needs torch: gpu.py calls this where the device is
-not.
+Those of docs/cuda.md are of benchmarks/gpu_results.jsonl.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import table
+import pandas as pd
+import peers
+import report
+from tables import Table, draw, form, number
 
 Record = dict[str, Any]
 HEX = "hex HEXLoss"
-# What was aimed at before anything ran: ms of HEXLoss in half precision at D = 128, by (rows,
-# queue, in a graph).
+RECORD = Path(__file__).with_name("gpu_results.jsonl")
+DOCUMENT = report.ROOT / "docs" / "cuda.md"
+PICTURE = report.ROOT / "docs" / "images" / "gpu.png"
+# What was aimed at before anything ran: ms of HEXLoss in half precision at D = 128, and MB, by
+# (rows, queue, in a graph).
 GOALS = {
-    (1024, 0, True): 0.035,
-    (4096, 0, True): 0.060,
-    (8192, 0, True): 0.210,
-    (32768, 0, False): 3.2,
-    (65536, 0, False): 13.0,
-    (4096, 65536, False): 0.8,
+    (1024, 0, True): (0.035, None),
+    (4096, 0, True): (0.060, None),
+    (8192, 0, True): (0.210, None),
+    (32768, 0, False): (3.2, None),
+    (65536, 0, False): (13.0, 64 * 1.048576),
+    (4096, 65536, False): (0.8, None),
 }
-RECORD = Path(__file__).parent / "gpu_results.jsonl"  # of the tables in docs/cuda.md
-GOAL_MB = {(65536, 0, False): 64 * 1.048576}
-BEGIN, END = "<!-- measured: begin, by benchmarks/gpu.py -->", "<!-- measured: end -->"
+BATCH = ["dtype", "features", "queue", "rows"]  # the smaller first
 
 
 def read(text: str) -> dict[tuple[str, str], Record]:
@@ -44,65 +45,60 @@ def read(text: str) -> dict[tuple[str, str], Record]:
     return records
 
 
-def write(records: Sequence[Record], folder: Path) -> list[Path]:
-    """The files made."""
+def text(records: Sequence[Record]) -> str:
+    """A part for each machine."""
     machines = [r["on"] for r in records if r["case"] == "machine"] or [""]
-    text = folder / "report.md"
-    made = [parts([r for r in records if r["on"] == on]) for on in machines]
-    text.write_text("\n\n".join(part for of_one in made for part in of_one if part) + "\n")
-    most = max(machines, key=lambda on: sum(r["on"] == on for r in records))
-    return [text, *pictures([r for r in records if r["on"] == most], most, folder)]
-
-
-def into_docs(folder: Path, docs: Path) -> list[Path]:
-    """Puts the report between the marks in docs/cuda.md, and the pictures into docs/images."""
-    file = docs / "cuda.md"
-    head, begin, rest = file.read_text().partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{file}: {BEGIN} and {END} are not there")
-    text = (folder / "report.md").read_text()
-    made = [file]
-    for name in ("time", "memory"):
-        if (folder / f"{name}.png").exists():
-            made.append(Path(shutil.copy(folder / f"{name}.png", docs / f"images/gpu_{name}.png")))
-            text += f"\n![{name} against N](images/gpu_{name}.png)\n"
-    file.write_text(f"{head}{BEGIN}\n{text}{END}{tail}")
-    return made
+    made = [part for on in machines for part in parts([r for r in records if r["on"] == on])]
+    return "\n\n".join(made)
 
 
 def parts(records: Sequence[Record]) -> Iterator[str]:
-    """Of one machine."""
+    """Of one machine: what there is to say, and a table of each step that has results."""
     by_case = {r["case"]: r for r in records}
     rate = by_case.get("roofline: roofline", {})
     if "machine" in by_case:
-        checked = any("ms" in r and "loss_error" in r for r in records)
-        yield machine(by_case["machine"], rate, checked)
-    cases = [r for r in records if "ms" in r or "skipped" in r]
-    yield goals(cases, rate.get("tflops"))
-    sizes = of_steps(cases, "sizes", "compiled")
-    yield by_method("Time and memory by rows", "ms (MB)", sizes, ms_and_mb)
-    yield by_method("What the host takes for a call", "ms", sizes, host_ms)
+        yield machine(
+            by_case["machine"], rate, any("ms" in r and "loss_error" in r for r in records)
+        )
+    for table in tables(records, rate.get("tflops")):
+        if len(table.cells):
+            yield table.markdown()
+    if cases := by_case.get("not reached", {}).get("cases"):
+        yield not_reached(cases)
+
+
+def tables(records: Sequence[Record], tflops: float | None) -> Iterator[Table]:
+    cases = frame([r for r in records if "ms" in r or "skipped" in r], tflops)
+    yield goals(cases)
+
+    def of(*steps: str) -> pd.DataFrame:
+        return cases[cases["step"].isin(steps)]
+
+    yield by_method("Time and memory by rows", "ms (MB)", of("sizes", "compiled"), ms_and_mb)
+    yield by_method("What the host takes for a call", "ms", of("sizes", "compiled"), host_ms)
     yield kernels([r for r in records if "kernels_us" in r])
-    of_rate = functools.partial(share, tflops=rate.get("tflops"))
-    yield by_method(
-        "The products' share, at that rate", "", of_steps(cases, "sizes", "queue"), of_rate
-    )
-    for title, step in (
-        ("A queue", "queue"),
-        ("Other numbers of features", "features"),
-        ("Other dtypes", "dtypes"),
-    ):
-        yield by_method(title, "ms (MB)", of_steps(cases, step), ms_and_mb)
+    title = "The products' share, at that rate"
+    yield by_method(title, "", of("sizes", "queue"), lambda r: r.share)
+    yield by_method("A queue", "ms (MB)", of("queue"), ms_and_mb)
+    yield by_method("Other numbers of features", "ms (MB)", of("features"), ms_and_mb)
+    yield by_method("Other dtypes", "ms (MB)", of("dtypes"), ms_and_mb)
     yield errors([r for r in records if "loss_error" in r and r["rows"] <= 1024])
     yield of_float32([r for r in records if r["case"].startswith("float32: ")])
     yield training([r for r in records if "step_ms" in r])
     yield checks(records)
-    yield not_reached(by_case.get("not reached", {}).get("cases", []))
 
 
-def of_steps(cases: Iterable[Record], *steps: str) -> list[Record]:
-    return [r for r in cases if r["case"].partition(":")[0] in steps]
+def frame(cases: Sequence[Record], tflops: float | None) -> pd.DataFrame:
+    """A line a case, with its step, and the share of its time that its products would take at the
+    rate of a large one."""
+    columns = ["on", "case", "method", "graph", *BATCH, "ms", "host_ms", "extra_mb", "flop"]
+    found = pd.DataFrame(cases, columns=[*columns, "skipped"])
+    found["step"] = [case.partition(":")[0] for case in found["case"]]
+    found["share"] = (found["flop"] / (tflops or float("nan")) / 1e9 / found["ms"]).map(
+        form("{:.0%}")
+    )
+    found["name"] = found["method"] + found["graph"].map({True: ", in a graph"}).fillna("")
+    return found
 
 
 def machine(m: Record, rate: Record, checked: bool) -> str:
@@ -118,194 +114,149 @@ def machine(m: Record, rate: Record, checked: bool) -> str:
         )
         text += f" {rate['note']}" if "note" in rate else ""
     text += (
-        "\n\nTimes are of forward and backward together, in ms, the median of samples by CUDA "
-        "events. Memory is what a call takes at most beside its inputs. Plain is eager PyTorch, "
-        "which widens half precision to float32 before it multiplies."
+        "\n\nTimes are of forward and backward together, in ms, the median of samples. Memory is "
+        "what a call takes at most beside its inputs. Plain is eager PyTorch, which widens half "
+        "precision to float32 before it multiplies."
     )
-    first = " Each method was first checked against hex.reference in float64 where N x N fits."
+    first = " Each method was first checked against float64 where N x N fits."
     return text + first * checked
 
 
-def goals(cases: list[Record], tflops: float | None) -> str:
+def goals(cases: pd.DataFrame) -> Table:
     """The goal beside what was measured, and the time of the products alone beside that."""
-    found = {
-        (r["rows"], r["queue"], r["graph"]): r
-        for r in cases
-        if "ms" in r and (r["method"], r["dtype"], r["features"]) == (HEX, "bfloat16", 128)
-    }
-    rows = []
-    for key, goal in GOALS.items():
+    ours = cases[(cases.method == HEX) & (cases.dtype == "bfloat16") & (cases.features == 128)]
+    ours = ours[ours.ms.notna()].drop_duplicates(["rows", "queue", "graph"], keep="last")
+    found = ours.set_index(["rows", "queue", "graph"])
+    lines = {}
+    for key, (goal, goal_mb) in GOALS.items():
         n, queue, graph = key
-        got = found.get(key, {})
-        rows.append([
-            f"{n} x {queue or n}" + (", in a graph" if graph else ""),
+        got = found.loc[key] if key in found.index else None
+        lines[f"{n} x {queue or n}" + (", in a graph" if graph else "")] = [
             f"{goal:g}",
-            f"{got['ms']:.3g}" if got else "not measured",
-            f"{GOAL_MB[key]:.0f}" if key in GOAL_MB else "",
-            f"{got['extra_mb']:.0f}" if got else "",
-            share(got, tflops),
-        ])  # fmt: skip
-    columns = ["HEXLoss, bfloat16, D = 128", "goal, ms", "ms", "goal, MB", "MB"]
-    return table.markdown(table.Table("Goals", [*columns, "of the products' rate"], rows, []))
+            "not measured" if got is None else f"{got.ms:.3g}",
+            "" if goal_mb is None else f"{goal_mb:.0f}",
+            "" if got is None else f"{got.extra_mb:.0f}",
+            "" if got is None else got.share,
+        ]
+    columns = ["goal, ms", "ms", "goal, MB", "MB", "of the products' rate"]
+    cells = pd.DataFrame.from_dict(lines, orient="index", columns=columns)
+    return Table("Goals", cells, corner="HEXLoss, bfloat16, D = 128")
 
 
-def by_method(title: str, unit: str, cases: list[Record], cell: Callable[[Record], str]) -> str:
-    """A line for each method, a column for each batch, the smaller first."""
-
-    def batch_of(r: Record) -> tuple[Any, ...]:
-        return r["dtype"], r["features"], r["queue"], r["rows"]
-
-    batches = sorted({batch_of(r) for r in cases})
-    lines = []
-    for method, graph in dict.fromkeys((r["method"], r["graph"]) for r in cases):
-        found = {
-            batch_of(r): cell(r) for r in cases if (r["method"], r["graph"]) == (method, graph)
-        }
-        if any(found.values()):
-            name = method + (", in a graph" if graph else "")
-            lines.append([name, *(found.get(batch, "") for batch in batches)])
-    if not lines:
-        return ""
-    kinds = {batch[:2] for batch in batches}
+def by_method(title: str, unit: str, cases: pd.DataFrame, cell: Callable[[Any], str]) -> Table:
+    """A line for each method, a column for each batch."""
+    found = cases.assign(cell=[cell(r) for r in cases.itertuples()])
+    cells = found.pivot_table(
+        index="name", columns=BATCH, values="cell", aggfunc="last", sort=False
+    )
+    cells = cells.sort_index(axis=1).fillna("").astype(str)
+    cells = cells[(cells != "").any(axis=1)]
+    kinds = set(cells.columns.droplevel(["queue", "rows"])) if len(cells) else set()
     if len(kinds) == 1:  # once is enough
-        title += f": {batches[0][0]}, D = {batches[0][1]}"
-    columns = [
-        f"{n} x {queue or n}" + (f", D {d}, {dtype}" if len(kinds) > 1 else "")
-        for dtype, d, queue, n in batches
+        title += ": {}, D = {}".format(*kinds.pop())
+    several = bool(kinds)
+    cells.columns = [
+        f"{n} x {queue or n}" + (f", D {d}, {dtype}" if several else "")
+        for dtype, d, queue, n in cells.columns
     ]
-    skipped = sorted({f"{r['method']}: {r['skipped']}" for r in cases if "skipped" in r})
-    notes = [f"Left out: {line}" for line in skipped if cell is ms_and_mb]
-    return table.markdown(table.Table(title, [unit, *columns], lines, notes))
+    skipped = found[found.skipped.notna()]
+    notes = sorted({f"Left out: {r.method}: {r.skipped}" for r in skipped.itertuples()})
+    return Table(title, cells, notes if cell is ms_and_mb else (), unit)
 
 
-def ms_and_mb(r: Record) -> str:
-    if "ms" not in r:
-        return ""
-    return f"{r['ms']:.3g}" + ("" if r["graph"] else f" ({table.number(r['extra_mb'])})")
+def ms_and_mb(r: Any) -> str:
+    return "" if pd.isna(r.ms) else f"{r.ms:.3g}" + ("" if r.graph else f" ({number(r.extra_mb)})")
 
 
-def host_ms(r: Record) -> str:
-    return f"{r['host_ms']:.2g}" if "ms" in r and not r["graph"] else ""
+def host_ms(r: Any) -> str:
+    return "" if pd.isna(r.ms) or r.graph else f"{r.host_ms:.2g}"
 
 
-def share(r: Record, tflops: float | None) -> str:
-    """Of the time, that the products would take at the rate of a large one."""
-    return f"{r['flop'] / tflops / 1e9 / r['ms']:.0%}" if "flop" in r and tflops else ""
+def lined(title: str, corner: str, lines: dict[str, dict[str, str]]) -> Table:
+    """Of a dictionary a line."""
+    return Table(title, pd.DataFrame.from_dict(lines, orient="index").fillna(""), corner=corner)
 
 
-def kernels(cases: list[Record]) -> str:
+def kernels(cases: list[Record]) -> Table:
     """Where the time of a step goes."""
-    cases = sorted(cases, key=lambda r: (r["queue"], r["rows"]))
-    names = dict.fromkeys(name for r in cases for name in r["kernels_us"])
-    lines = [
-        [name, *(table.number(r["kernels_us"].get(name, [0, None])[1]) for r in cases)]
-        for name in names
-    ]
-    if not lines:
-        return ""
-    lines.append(["all", *(table.number(r["all_us"]) for r in cases)])
-    columns = ["us of a step", *(f"{r['rows']} x {r['queue'] or r['rows']}" for r in cases)]
+    lines: dict[str, dict[str, str]] = {}
+    for r in sorted(cases, key=lambda r: (r["queue"], r["rows"])):
+        for name, (_, us) in [*r["kernels_us"].items(), ("all", (0, r["all_us"]))]:
+            lines.setdefault(name, {})[f"{r['rows']} x {r['queue'] or r['rows']}"] = number(us)
+    if lines:
+        lines["all"] = lines.pop("all")  # below the others
     kinds = sorted({f"{r['method']}, {r['dtype']}, D = {r['features']}" for r in cases})
-    return table.markdown(table.Table(f"Kernels: {'; '.join(kinds)}", columns, lines, []))
+    return lined(f"Kernels: {'; '.join(kinds)}", "us of a step", lines)
 
 
-def errors(cases: list[Record]) -> str:
+def errors(cases: list[Record]) -> Table:
     """A line for each batch, a column for each method."""
-    found: dict[str, dict[str, str]] = {}
+    lines: dict[str, dict[str, str]] = {}
     for r in cases:
         batch = f"{r['rows']} x {r['queue'] or r['rows']}, D {r['features']}, {r['dtype']}"
         both = f"{r['loss_error']:.1e}, {r['gradient_error']:.1e}"
-        found.setdefault(batch, {}).setdefault(r["method"], both)
-    methods = list(dict.fromkeys(r["method"] for r in cases))
-    lines = [[batch, *(of.get(method, "") for method in methods)] for batch, of in found.items()]
+        lines.setdefault(batch, {}).setdefault(r["method"], both)
     title = "Relative errors of the loss and of the gradient, against float64"
-    return table.markdown(table.Table(title, ["", *methods], lines, [])) if lines else ""
+    return lined(title, "", lines)
 
 
-def of_float32(cases: list[Record]) -> str:
+def of_float32(cases: list[Record]) -> Table:
     """How exact float32 is, row by row, for many features."""
-    lines = [
-        [f"{r['features']}, {r['loss']}"]
-        + [f"{r[who][what]:.1e}" for what in ("max", "mean", "grad") for who in ("ours", "plain")]
-        for r in cases
-    ]
-    columns = ["D", "largest of a row's loss, ours", "plain", "mean with its sign, ours", "plain"]
-    columns += ["gradient, ours", "plain"]
+    kinds = {"max": "largest of a row's loss", "mean": "mean with its sign", "grad": "gradient"}
     title = "Errors in float32 by D, beside plain PyTorch in float32"
-    return table.markdown(table.Table(title, columns, lines, [])) if lines else ""
-
-
-def training(cases: list[Record]) -> str:
-    if not cases:
-        return ""
-    rows = [
-        [r["case"].partition(": ")[2], f"{r['step_ms']:.3g}", f"{r['loss_ms']:.3g}",
-         f"{r['share_of_step']:.1%}", f"{r['step_extra_mb']:.0f}", f"{r['loss_extra_mb']:.0f}"]
+    return lined(title, "D", {
+        f"{r['features']}, {r['loss']}": {
+            f"{name}, {who}": f"{r[who][kind]:.1e}"
+            for kind, name in kinds.items()
+            for who in ("ours", "plain")
+        }
         for r in cases
-    ]  # fmt: skip
-    columns = ["SimCLR's step, bfloat16", "step, ms", "loss, ms", "share", "step, MB", "loss, MB"]
-    return table.markdown(table.Table("Within a training step", columns, rows, []))
+    })  # fmt: skip
 
 
-def checks(records: Iterable[Record]) -> str:
-    """What has no time: tests, sanitizers, repeats, training runs; and what failed."""
-    rows = []
+def training(cases: list[Record]) -> Table:
+    return lined("Within a training step", "SimCLR's step, bfloat16", {
+        r["case"].partition(": ")[2]: {
+            "step, ms": f"{r['step_ms']:.3g}", "loss, ms": f"{r['loss_ms']:.3g}",
+            "share": f"{r['share_of_step']:.1%}", "step, MB": f"{r['step_extra_mb']:.0f}",
+            "loss, MB": f"{r['loss_extra_mb']:.0f}",
+        }
+        for r in cases
+    })  # fmt: skip
+
+
+def checks(records: Sequence[Record]) -> Table:
+    """What has no time: tests, sanitizers, repeats; and what failed."""
+    lines = {}
     for r in records:
-        if r.get("ok") is not None or "knn" in r:
-            said = r.get("note", "")
-            if "knn" in r:
-                said = f"k-NN {r['knn']:.2%}, linear {r['linear']:.2%}"
+        if r.get("ok") is not None:
             state = "passed" if r.get("ok", True) else "FAILED"
-            rows.append([r["case"], state, said.replace("|", "/")])
-    return table.markdown(table.Table("Tests and runs", ["", "", ""], rows, [])) if rows else ""
+            lines[r["case"]] = {"result": state, "it said": r.get("note", "").replace("|", "/")}
+    return lined("Tests and runs", "", lines)
 
 
 def not_reached(cases: Sequence[str]) -> str:
     """By step and batch."""
     batches = dict.fromkeys(", ".join(case.split(", ")[:2]) for case in cases)
-    return f"Not reached: {'; '.join(batches)}." if cases else ""
+    return f"Not reached: {'; '.join(batches)}."
 
 
-def pictures(records: Sequence[Record], on: str, folder: Path) -> list[Path]:
-    """Time and memory against N, by method; dotted in a graph."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no pictures: matplotlib is not installed")
-        return []
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+STYLES = {
+    peers.INF_CL.name: ("InfoNCE, Inf-CL", "#7a8fa6", "-."),
+    peers.AUTOCAST.name: ("InfoNCE, autocast", "#7a8fa6", "--"),
+    peers.AUTHORS.name: ("HEX, authors' form", "#2b4c7e", "-."),
+    peers.GIVEN.name: ("hex_loss, eps given", "#8c564b", "-"),
+    **report.STYLES,
+}
+STYLES |= {f"{name}, in a graph": (None, colour, ":") for name, (_, colour, _) in STYLES.items()}
 
-    cases = [r for r in of_steps(records, "sizes", "compiled") if "ms" in r]
-    ticks = sorted({r["rows"] for r in cases})
-    colours = {
-        name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys(r["method"] for r in cases))
-    }
-    made = []
-    for name, key, unit in (("time", "ms", "ms"), ("memory", "extra_mb", "MB beside the inputs")):
-        figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-        for method, graph in dict.fromkeys((r["method"], r["graph"]) for r in cases):
-            if graph and name == "memory":
-                continue  # the same
-            of = [r for r in cases if (r["method"], r["graph"]) == (method, graph)]
-            points = sorted((r["rows"], r[key]) for r in of)
-            style = ":" if graph else "-o" if method.startswith("hex ") else "--s"
-            # those on top of each other are all seen: the later the thinner
-            width = max(1, 4 - list(colours).index(method)) if name == "memory" else 1.5
-            label = None if graph else method
-            axes.plot(
-                *zip(*points, strict=True), style, color=colours[method], label=label,
-                linewidth=width, markersize=2.5 * width,
-            )  # fmt: skip
-        axes.set(xscale="log", yscale="log", xlabel="N = 2B", ylabel=unit)
-        axes.set_xticks(ticks, [str(n) for n in ticks])
-        axes.set_xticks([], minor=True)
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.set_title(on + ("; dotted: in a CUDA graph" if name == "time" else ""), fontsize=9)
-        axes.grid(True, alpha=0.3)
-        if cases:
-            axes.legend(fontsize=9, loc="upper left")
-        made.append(folder / f"{name}.png")
-        figure.savefig(made[-1], dpi=150)
-        pyplot.close(figure)
-    return made
+
+def picture(records: Sequence[Record], file: Path) -> None:
+    """Of the machine with the most results."""
+    found = frame([r for r in records if "ms" in r], None)
+    found = found[found["step"].isin(["sizes", "compiled"])]
+    on = next(iter(found["on"].mode()), "")
+    points = found.loc[found["on"] == on, ["name", "rows", "ms", "extra_mb"]]
+    points.columns = ["method", "rows", "ms", "mb"]
+    caption = f"{on}; bfloat16, D = 128; dotted: in a CUDA graph. In memory hex has one line"
+    draw(points, STYLES, caption, file)

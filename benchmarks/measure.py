@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Clock, memory and heap of this process, and the machine it runs on. Linux with glibc.
+"""Time, memory and heap of this process, and the machine it runs on. Linux with glibc.
 
-Time. On a busy machine the wall clock shows the neighbours; the CPU time of the process, user and
-kernel, repeats within a few per cent. With several threads it is their sum, waiting included, and
-says nothing about how long the user waits: then the wall clock is read. Methods take turns, so that
-a slow minute hits all of them, and the median of their samples counts.
+Time. torch.utils.benchmark repeats a fast call until the clock can tell its time. On a busy machine
+the wall clock shows the neighbours, so with one thread the clock is the CPU time of the process,
+which repeats within a few per cent. With several threads that is their sum, waiting included, and
+says nothing about how long the user waits: then the wall clock is read. With a GPU
+torch.utils.benchmark waits for the device first. Methods take turns, so that a slow minute hits all
+of them, and the median of their turns counts.
 
 Memory. What the process holds in RAM at most during a call, above what it held before: the kernel
 keeps that peak (VmHWM) and forgets it when asked to (/proc/self/clear_refs). Unused heap is handed
@@ -24,51 +26,48 @@ import gc
 import os
 import platform
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch.utils.benchmark import Timer
 
 from hex import __version__, ops
 
 Step = Callable[[], object]
-K = TypeVar("K", bound=Hashable)
+K = TypeVar("K")
 
-SAMPLE_MS = 10  # a sample repeats a fast call for at least this long
-LONG_MS = {500: 3, 1000: 2}  # of a call as long as this so many samples, the first included
+TURN_S = 0.01  # a turn repeats a fast call for at least this long
+ENOUGH_S = 4.0  # a method that has taken this long gets no more turns
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
+def times(steps: Mapping[K, Timer], turns: int) -> dict[K, list[float]]:
+    """Milliseconds a call, a sample a turn; the steps by turns."""
+    samples: dict[K, list[float]] = {name: [] for name in steps}
+    taken = dict.fromkeys(steps, 0.0)
+    for _ in range(turns):
+        for name, timer in steps.items():
+            if taken[name] < ENOUGH_S:
+                start = time.perf_counter()
+                sample = timer.blocked_autorange(min_run_time=TURN_S)
+                taken[name] += time.perf_counter() - start
+                samples[name].append(float(f"{sample.median * 1e3:.4g}"))
+    return samples
+
+
+def timer(step: Step, threads: int = 1, clock: Callable[[], float] | None = None) -> Timer:
+    """On that clock, or on the one of torch.utils.benchmark, which waits for a GPU."""
+    clocks = {"timer": clock} if clock else {}
+    return Timer("step()", globals={"step": step}, num_threads=threads, **clocks)
+
+
 def clock(threads: int) -> Callable[[], float]:
     return time.process_time if threads == 1 else time.perf_counter
-
-
-def times(steps: Mapping[K, Step], repeats: int, now: Callable[[], float]) -> dict[K, list[float]]:
-    """Milliseconds a call: `repeats` samples of each step, the steps by turns."""
-
-    def sample(step: Step, calls: int) -> float:
-        start = now()
-        for _ in range(calls):
-            step()
-        return (now() - start) / calls * 1e3
-
-    first = {name: sample(step, 1) for name, step in steps.items()}  # also to warm up
-    most = {
-        name: min([repeats, *(most for long, most in LONG_MS.items() if ms >= long)])
-        for name, ms in first.items()
-    }
-    samples: dict[K, list[float]] = {
-        name: [ms] if ms >= min(LONG_MS) else [] for name, ms in first.items()
-    }
-    for _ in range(repeats):
-        for name, step in steps.items():
-            if len(samples[name]) < most[name]:
-                calls = max(1, round(SAMPLE_MS / max(first[name], 1e-3)))
-                samples[name].append(sample(step, calls))
-    return samples
 
 
 def peak_mb(step: Step) -> float:
@@ -107,6 +106,12 @@ def machine() -> dict[str, object]:
     }
 
 
+def progress(what: str) -> None:
+    """One line, written over and over, for a person who waits."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{what}", end="", file=sys.stderr, flush=True)
+
+
 def _commit() -> str:
     """Of the sources this file lies in; with a plus where the library differs from it."""
 
@@ -119,11 +124,6 @@ def _commit() -> str:
         return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def load() -> float:
-    """Processes that wanted to run, on average over the last minute."""
-    return os.getloadavg()[0]
 
 
 def _cpu_model() -> str:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-for name in ("torchvision", "sklearn", "matplotlib", "rich", "tensorboard"):
+for name in ("torchvision", "sklearn", "statsmodels", "matplotlib", "rich", "tensorboard"):
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"the examples need {name}, which is not installed", allow_module_level=True)
 
@@ -387,14 +387,17 @@ def test_a_look_counts_the_pairs_that_are_in_h():
     assert seen["own"]["superclass"] == pytest.approx(same / pairs)
 
 
-def test_p_values_are_those_of_scipy_and_of_holm():
+def test_p_values_are_those_of_the_paired_t_test_and_of_holm():
     a, b = [0.5, 0.52, 0.55, 0.54], [0.49, 0.53, 0.51, 0.5]
     found = differences.summary(x - y for x, y in zip(a, b, strict=True))
     assert found.p == pytest.approx(stats.ttest_rel(a, b).pvalue)
     assert found.error == pytest.approx(stats.sem([x - y for x, y in zip(a, b, strict=True)]))
-    assert differences.summary([0.1]).error is None and differences.summary([0.1]).p == 1
+    one = differences.summary([0.1])
+    assert (one.error, one.p) == (None, 1)
+    assert differences.summary([0.25] * 3).p == 0 and differences.summary([0.0] * 3).p == 1
     # Holm: 4 x 0.005, 3 x 0.01, and never less than the one before
     assert differences.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert differences.holm([]) == []
 
 
 def test_the_report_is_drawn_from_the_rows_and_keeps_what_people_wrote(whole, tmp_path, capsys):

@@ -4,10 +4,12 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from functools import cached_property
+from statistics import fmean
 from typing import Any
 
-from scipy.stats import t as student
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 from effect.rows import Rows, RowsError, without_test
 from effect.table import MAIN, Study, chosen_temperatures
@@ -27,11 +29,22 @@ Runs = dict[int, dict[str, Any]]  # by seed
 
 @dataclass(frozen=True)
 class Summary:
-    """A mean over seeds and its standard error, None for one seed; p of a paired t-test with 0."""
+    """Of a measure of several seeds, or of its differences."""
 
-    mean: float
-    error: float | None
-    n: int
+    values: tuple[float, ...]
+
+    @property
+    def n(self) -> int:
+        return len(self.values)
+
+    @cached_property
+    def mean(self) -> float:
+        return fmean(self.values)
+
+    @cached_property
+    def error(self) -> float | None:
+        """The standard error of the mean; None for one seed."""
+        return float(stats.sem(self.values)) if self.n > 1 else None
 
     @property
     def enough(self) -> bool:
@@ -44,18 +57,16 @@ class Summary:
 
     @property
     def p(self) -> float:
-        """Two-sided, of a mean of 0; 1 for one seed, of which nothing can be said."""
-        if self.error is None:
+        """Of a mean of 0, by the two-sided t-test; 1 for one seed, of which nothing can be said."""
+        if self.n == 1:
             return 1.0
-        if self.error == 0:
-            return 1.0 if self.mean == 0 else 0.0
-        return float(2 * student.sf(abs(self.mean) / self.error, self.n - 1))
+        if self.error == 0:  # all alike, which scipy warns of
+            return float(self.mean == 0)
+        return float(stats.ttest_1samp(self.values, 0).pvalue)
 
 
 def summary(values: Iterable[float]) -> Summary:
-    values = list(values)
-    n = len(values)
-    return Summary(fmean(values), stdev(values) / math.sqrt(n) if n > 1 else None, n)
+    return Summary(tuple(values))
 
 
 def score(row: dict[str, Any], measure: str, split: str = "test") -> float | None:
@@ -89,13 +100,8 @@ def pooled_deviation(found: Iterable[Summary]) -> float:
 
 
 def holm(p: list[float]) -> list[float]:
-    """Holm's adjusted p-values: below 0.05, no error among all at that level (Holm 1979)."""
-    order = sorted(range(len(p)), key=p.__getitem__)
-    adjusted, highest = [0.0] * len(p), 0.0
-    for rank, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(p) - rank) * p[index]))
-        adjusted[index] = highest
-    return adjusted
+    """Holm's adjusted p-values: those below 0.05 hold together at that level (Holm 1979)."""
+    return list(multipletests(p, method="holm")[1]) if p else []
 
 
 def compared(name: str, study: Study, rows: Rows, regime: str = MAIN) -> dict[str, Runs]:
