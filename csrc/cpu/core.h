@@ -5,7 +5,8 @@
  *     real, dots            the type, its vectors, 2^x; pairs of bfloat16
  *     unit, dot_rows        unit rows
  *     product, dot_product  products of them, by register tiles
- *     row, select           the loss of one row and its gradient: the mathematics; its quantile
+ *     row, row_gradient     the loss of one row, and its gradient: the mathematics
+ *     select                its quantile and its bounds
  *     sets                  who is a positive, who is left out, what is compared with eps
  *     visit, blocks         any problem by blocks of rows
  *     schedule, tiles       where many anchors share their candidates: order and threads; sums and

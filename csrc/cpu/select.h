@@ -3,7 +3,7 @@
 #ifndef HEX_SELECT_H
 #define HEX_SELECT_H
 
-#include "row.h"
+#include "row_gradient.h"
 
 /* Without what rounding took past 1; NaN stays. */
 static inline real cosine(real c) { return c > 1 ? 1 : c < -1 ? -1 : c; }
