@@ -305,10 +305,9 @@ INLINE double row_scalars(const hex_problem *p, sums_t s, const sets_t *of, cons
 
     /* S = Q + sum_G e,  k = 1 / (t D) with D = E + S;  debias: dq / de_0 of the positives' share */
     const double rest = unit * s.rest, S = local + rest, k = 1 / (t * (E + S));
-    const double debias = s.count > 0 && !clamped ? k * s.count * p->tau_plus *
-                                                        (classed ? exp(below - m) : e0) /
-                                                        (1 - p->tau_plus) / nP
-                                                  : 0;
+    const bool debiased = s.count > 0 && !clamped;
+    const double share = k * s.count * p->tau_plus * (classed ? exp(below - m) : e0);
+    const double debias = debiased ? share / (1 - p->tau_plus) / nP : 0;
     out[HEX_STAT_REST] = k * unit;
     out[HEX_STAT_SHARE] = local / (E + S);
     /* -tau dL/dtau = sum_j (v_j - centre) dL/dv_j: only differences, but for the floor, which knows
