@@ -95,7 +95,7 @@ class ContrastiveLoss(nn.Module):
         if (
             tracker is not None
             and tracker.adaptive_rule
-            and batch.has_adaptive
+            and batch.has_adaptive()
             and tracker.state.device == batch.learner[0].device
             and tracker.state.dtype == torch.float64
             and not transformed

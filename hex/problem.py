@@ -123,8 +123,7 @@ class Problem(NamedTuple):
         options = kind, reduction, variant, *by_form, rule.beta, rule.tau_plus
         return form.loss(*inputs, eps, self.learner[-1], *options)
 
-    @property
-    def has_adaptive(self) -> bool:
+    def has_adaptive(self) -> bool:  # no property: torch 2.10 compiles none of a NamedTuple
         """Whether `adaptive_loss` serves it."""
         block = self.blocks[0]
         return block.form is ops.views and ops.has_adaptive(block.inputs[0])
