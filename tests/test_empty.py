@@ -6,6 +6,7 @@ option has the loss 0 and gradients of 0, by the kernels and by the composed for
 import itertools
 
 import pytest
+import operators
 import torch
 from conftest import without_kernels
 from data import f64
@@ -157,8 +158,8 @@ def test_the_operators_of_views_take_batches_of_nothing(mode, kernels):
         value, hard, _ = ops.loss(*inputs, f64(0.1), f64(0.1), mode, 1, 0, 1.0, 0.1)
         value.backward()
         assert value.isfinite()
-        low, high = ops.row_range(*inputs, mode)
+        low, high = operators.row_range(*inputs, mode)
         assert low.shape == high.shape == hard.shape
         for over in ("all", "negatives"):
-            eps = ops.threshold(*inputs, mode, 0.5, over)
+            eps = operators.threshold(*inputs, mode, 0.5, over)
             assert eps.isnan() or B > 0

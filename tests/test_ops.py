@@ -11,6 +11,7 @@ import os
 import warnings
 
 import pytest
+import operators
 import torch
 from conftest import DTYPES, Problem, problem
 from data import MODES, f64, leaves
@@ -343,7 +344,7 @@ def everything(p: Problem):
     for over in ("all", "negatives"):
         results.append(batch_threshold(*inputs, mode=mode, quantile=0.8, over=over))
     code = ops.MODES[p.mode]
-    return [*results, *ops.row_range(*p.raw()[:3], code)]
+    return [*results, *operators.row_range(*p.raw()[:3], code)]
 
 
 @pytest.mark.parametrize("mode", MODES)
