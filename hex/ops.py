@@ -403,7 +403,7 @@ def _measure(
                 over == "negatives", bounds,
             )  # fmt: skip
             return outputs
-        table = reference.problem_table(*tensors, mode, several, self_column)
+        table = reference.problem_table(*measured)
         if bounds:
             return tau, *reference.range_of(table)
         return reference.quantile_of(table, quantile, over), tau, tau

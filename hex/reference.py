@@ -434,8 +434,8 @@ def problem_rows(
         pairs = _as_pairs(z0, z1, negatives, ids, mode)
         x, y, own, candidates, pairing = pairs
         deciders = _halves(groups, x.shape[0]), _halves(guide, x.shape[0])
-        given: tuple[Any, ...] = (x, y, own, candidates, mask, *deciders[0], *deciders[1])
-        return labelled_rows(*given, eps, tau, pairing, *options)
+        given: Any = x, y, own, candidates, mask, *deciders[0], *deciders[1], eps, tau, pairing
+        return labelled_rows(*(*given, *options))
     table = batch_table(z0, z1, negatives, mode)
     if groups.numel():
         return row_loss(table, _same_group(groups, z0, z1, negatives, mode), tau, *options)
