@@ -117,9 +117,9 @@ def test_the_fake_of_what_is_kept_has_the_size_of_the_real_which_bounds_what_is_
     for mode, B, dtype in itertools.product(MODES, sizes, (torch.float32, torch.float64)):
         K = 3 if mode == "own" else 191 + B % 2 * 1000
         p = problem("gauss", B, 2, mode, K=K, dtype=dtype, eps=f64(0.5))
-        z0, _, negatives, *_, mode_code = p.raw()[:6]
+        z0, z1, negatives, *_, mode_code = p.raw()[:6]
         real = operators.forward(*p.raw()[:-1], True)[2]
-        fake = ops.views.kept((z0, None, negatives), mode_code, dtype)
+        fake = ops.kept_numbers(z0, z1, negatives, mode_code, dtype)
         assert real.numel() == fake, (mode, B, dtype)
         assert fake * dtype.itemsize <= 24 << 20
 
