@@ -75,7 +75,9 @@ static bool read_inputs(call *c, const tensors *t, int64_t mode, bool several, h
     p->K = mode == HEX_OWN ? v[2].size[1] : v[2].size[0];
     if (mode == HEX_LOGITS ? !several : several && (mode == HEX_CROSS || mode == HEX_OWN))
         return fail(c, "positives: expected others in this mode");
-    if (mode == HEX_LOGITS ? p->M != 0 : !several && p->M != p->B)
+    if (mode == HEX_LOGITS && p->M != 0)
+        return fail(c, "z1: expected none (0, D) in this mode");
+    if (!several && p->M != p->B)
         return fail(c, "z1: expected as many rows as z0, %" PRId64 ", got %" PRId64, p->B, p->M);
     if (mode == HEX_OWN && v[2].size[0] != p->B)
         return fail(c, "negatives: expected (B, K, D) with the B of z0");
