@@ -443,7 +443,7 @@ def problem_rows(
     if guide.numel():
         seen = guide.detach().to(score)
         g0, g1, others = _of_inputs(seen, z0, z1)
-        score = batch_table(g0, g1, others.view(*negatives.shape[:-1], -1), mode).values
+        score = batch_table(g0, g1, others.view(*negatives.shape[:-1], seen.shape[1]), mode).values
     return decided_loss(table, score, eps, tau, *options)
 
 
