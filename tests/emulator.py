@@ -285,7 +285,7 @@ def assert_one_call_is_two(p: Problem) -> None:
     quantile = operators.threshold(z0, z1, negatives, mode, tracker.quantile, tracker.over)
     eps = tracker.update(quantile, store=True, anchors=p.rows)
     two = operators.forward(z0, z1, negatives, eps, tau, mode, *options, keep)
-    pairs = ((one[0], two[0]), (one[1], two[1]), (one[2], eps), (one[3], tracker.state))
+    pairs = ((one[0], two[0]), (one[1], two[1]), (one[3], eps), (one[4], tracker.state))
     assert all(torch.equal(a, b) for a, b in pairs), p
     mean, *_ = operators.forward(
         z0, z1, negatives, eps, tau, mode, ops.REDUCTIONS["mean"], *options[1:], keep

@@ -8,8 +8,8 @@ negatives, G empty, an empty batch, dtypes.
 
 import math
 
-import pytest
 import operators
+import pytest
 import torch
 from conftest import DTYPES, Problem, at_the_floor, check_gradients, check_loss, problem
 from data import INF, MODES, NAN, f64, leaves

@@ -8,8 +8,8 @@ float32 and float64 meet the tolerances of the CPU's kernels; 16-bit inputs thos
 import math
 
 import emulator
-import pytest
 import operators
+import pytest
 import torch
 from conftest import (
     NAMES,
@@ -383,9 +383,7 @@ def test_one_product_for_float32_is_as_exact_as_16_bit_inputs(mma):
     p = problem("cluster", 40, 30, dtype=torch.float32)
     arguments = p.raw()
     exact, *_ = operators.forward(*arguments)
-    rounded, *_ = operators.forward(
-        *arguments[:5], arguments[5] | ops._ONE_PRODUCT, *arguments[6:]
-    )
+    rounded, *_ = operators.forward(*arguments, allow_tf32=True)
     steep = p.condition * (1 + p.beta) * 2**-11 / p.tau
     assert 1e-6 < (exact - rounded).abs().max() < 2 * steep
 
@@ -514,10 +512,10 @@ def test_a_gpu_that_the_library_has_no_code_for_is_composed_with_a_warning(libra
         with pytest.warns(
             RuntimeWarning, match=r"\(hex/_cuda.so has no code for this GPU, of comp"
         ):
-            assert not ops._has_kernel(cuda_tensor(0), "forward")
-        assert not ops._has_kernel(cuda_tensor(0), "threshold")  # and is silent from now on
+            assert not ops._has_kernel(cuda_tensor(0), True)
+        assert not ops._has_kernel(cuda_tensor(0), True)  # and is silent from now on
         assert "HEX_CUDA=1 HEX_CUDA_ARCH=90a pip install" in _load.cuda_problem(0)
-        assert ops._has_kernel(cuda_tensor(1), "forward")  # another GPU, for which there is
+        assert ops._has_kernel(cuda_tensor(1), True)  # another GPU, for which there is
         with library.in_use(), pytest.raises(RuntimeError, match="CUDA error 209, no kernel"):
             check_loss(problem(dtype=torch.float32))  # what it would have come to
     finally:

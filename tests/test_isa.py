@@ -14,8 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import operators
+import pytest
 import torch
 from conftest import DTYPES, check_gradients, check_loss, problem
 from data import MODES

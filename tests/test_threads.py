@@ -12,8 +12,8 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import pytest
 import operators
+import pytest
 import torch
 from conftest import problem
 from data import MODES
