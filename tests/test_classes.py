@@ -2,8 +2,8 @@
 """Labels, groups, guides and logits through torch.ops.hex: values, gradients and thresholds against
 reference.py.
 
-What torch asks of an operator is in test_ops.py, what the kernels refuse in test_raw.py; the modules
-and functions on top are in test_sup_con.py, test_logits.py and test_membership.py.
+What torch asks of an operator is in test_ops.py, what the kernels refuse in test_raw.py, and the
+modules and functions on top are in test_sup_con.py, test_logits.py and test_membership.py.
 """
 
 import dataclasses
@@ -13,11 +13,12 @@ import os
 import subprocess
 import sys
 
+import operators
 import pytest
 import torch
 from class_problems import PAIRINGS, SOURCES, Call, check, labelled, logits
-from conftest import DTYPES
-from data import f64
+from conftest import DTYPES, problem
+from data import MODES, f64, leaves, views
 from test_isa import FLAGS, skip_unless_available
 from torch import Tensor
 
@@ -92,6 +93,33 @@ def test_first_and_second_derivatives_are_those_of_finite_differences(p):
     inputs = [z.requires_grad_() for z in inputs]
     assert torch.autograd.gradcheck(p.rows, inputs)
     assert torch.autograd.gradgradcheck(p.rows, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("variant", ("paper", "released"))
+@pytest.mark.parametrize("source", ("groups", "guide"))
+@pytest.mark.parametrize("mode", MODES)
+def test_derivatives_of_views_are_those_of_finite_differences(mode, source, variant):
+    p = problem("cluster", 5, 3, mode, K=4, variant=variant, tau=0.3)
+    z0, z1, negatives, eps, _, code, reduction, *_ = p.raw()
+    n = len(z0) + len(z1) + negatives.shape[:-1].numel()
+    ids, mask, groups, guide = operators.nothing(z0)
+    if source == "groups":
+        groups = torch.arange(n) % 3
+    else:
+        guide = views("cluster", n, 4, seed=2)[0]
+        eps = guide.new_tensor(0.2)
+    options = code, reduction, ops.VARIANTS[variant], 0, p.beta, p.tau_plus
+
+    def loss(tau: Tensor, *z: Tensor) -> tuple[Tensor, ...]:
+        return ops.loss(*(*z, negatives)[:3], ids, mask, groups, guide, eps, tau, *options)
+
+    def rows(*inputs: Tensor) -> Tensor:
+        return loss(*inputs)[0]
+
+    inputs = leaves(f64(p.tau), *p.inputs)
+    assert (loss(*inputs)[1] > 0).any()
+    assert torch.autograd.gradcheck(rows, inputs)
+    assert torch.autograd.gradgradcheck(rows, inputs, fast_mode=True)
 
 
 def rows_of(p: Call, **changes: Tensor) -> Tensor:
