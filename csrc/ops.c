@@ -77,7 +77,7 @@ static bool read_inputs(call *c, const tensors *t, int64_t mode, bool several, h
         return fail(c, "positives: expected others in this mode");
     if (mode == HEX_LOGITS && p->M != 0)
         return fail(c, "z1: expected none (0, D) in this mode");
-    if (!several && p->M != p->B)
+    if ((!several || mode == HEX_SHARED) && p->M != p->B)
         return fail(c, "z1: expected as many rows as z0, %" PRId64 ", got %" PRId64, p->B, p->M);
     if (mode == HEX_OWN && v[2].size[0] != p->B)
         return fail(c, "negatives: expected (B, K, D) with the B of z0");
