@@ -159,6 +159,7 @@ REFUSED = [
         for op in OPERATORS
         for mode, z1, negatives in ((2, Z, EMPTY), (2, QUEUE, EMPTY), (4, Z, Z[:, None]))
     ),
+    ("forward", SEVERAL | dict(mode=3, z1=QUEUE), "z1: expected as many rows as z0, 5, got 4"),
     ("forward", LOGITS | dict(positives=0), OTHERS),
     ("quantile", LOGITS | dict(several=False), OTHERS),
     ("forward", SEVERAL | dict(ids=LABELS.int()), f"ids: {INTEGERS}"),
