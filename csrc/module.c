@@ -11,72 +11,49 @@
 #include "device.h"
 #include "ops.h"
 
+/* Every operator begins with the tensors of the problem. */
+/* clang-format off */
 static const char *const schemas[] = {
-    "forward(Tensor z0, Tensor z1, Tensor negatives, Tensor eps, Tensor tau, int mode, int "
-    "reduction, int variant, "
-    "float beta, float tau_plus, bool keep) -> (Tensor loss, Tensor stats, Tensor kept)",
-    "adaptive(Tensor z0, Tensor z1, Tensor negatives, Tensor state, Tensor tau, int mode, int "
-    "reduction, int variant, float beta, float tau_plus, float quantile, bool over_negatives, "
-    "float momentum, bool monotonic, bool lagged, int warmup_epochs, float warmup_threshold, "
-    "bool keep) -> (Tensor loss, Tensor stats, Tensor eps, Tensor new_state, Tensor kept)",
-    "backward(Tensor grad, Tensor z0, Tensor z1, Tensor negatives, Tensor tau, Tensor stats, "
-    "Tensor "
-    "kept, int mode, int reduction, "
-    "float beta, int needs) -> (Tensor dz0, Tensor dz1, Tensor dnegatives, Tensor dtau)",
-    "threshold(Tensor z0, Tensor z1, Tensor negatives, int mode, float quantile, bool "
-    "over_negatives) -> Tensor",
-    "row_range(Tensor z0, Tensor z1, Tensor negatives, int mode) -> (Tensor low, Tensor high)",
-    "labelled_forward(Tensor x, Tensor y, Tensor ids, Tensor candidate_ids, Tensor mask, Tensor "
-    "groups, Tensor candidate_groups, Tensor guide, Tensor candidate_guide, Tensor eps, Tensor "
-    "tau, int pairing, int reduction, int variant, int positives, float beta, float tau_plus) -> "
-    "(Tensor loss, Tensor stats)",
-    "labelled_backward(Tensor grad, Tensor x, Tensor y, Tensor ids, Tensor candidate_ids, Tensor "
-    "mask, Tensor groups, Tensor candidate_groups, Tensor guide, Tensor candidate_guide, Tensor "
-    "tau, Tensor stats, int pairing, int reduction, float beta, int needs) -> (Tensor dx, Tensor "
-    "dy, Tensor dtau)",
-    "labelled_threshold(Tensor x, Tensor y, Tensor ids, Tensor candidate_ids, Tensor mask, int "
-    "pairing, float quantile, bool over_negatives) -> Tensor",
-    "labelled_row_range(Tensor x, Tensor y, Tensor ids, Tensor candidate_ids, Tensor mask, int "
-    "pairing) -> (Tensor low, Tensor high)",
-    "logits_forward(Tensor logits, Tensor target, Tensor score, Tensor eps, Tensor tau, bool "
-    "given, int reduction, int variant, float beta, float tau_plus) -> (Tensor loss, Tensor stats)",
-    "logits_backward(Tensor grad, Tensor logits, Tensor target, Tensor score, Tensor tau, Tensor "
-    "stats, int reduction, float beta, int needs) -> (Tensor dlogits, Tensor dtau)",
-    "logits_threshold(Tensor logits, Tensor target, Tensor tau, float quantile, bool "
-    "over_negatives, bool self_column) -> Tensor",
-    "logits_row_range(Tensor logits, Tensor target, Tensor tau, bool self_column) -> (Tensor low, "
-    "Tensor high)",
+    "forward(Tensor z0, Tensor z1, Tensor negatives, Tensor ids, Tensor mask, Tensor groups, "
+        "Tensor guide, Tensor eps, Tensor tau, int mode, int reduction, int variant, "
+        "int positives, float beta, float tau_plus, bool keep, bool allow_tf32) "
+        "-> (Tensor loss, Tensor stats, Tensor kept)",
+    "adaptive(Tensor z0, Tensor z1, Tensor negatives, Tensor ids, Tensor mask, Tensor groups, "
+        "Tensor guide, Tensor state, Tensor tau, int mode, int reduction, int variant, "
+        "int positives, float beta, float tau_plus, bool keep, bool allow_tf32, "
+        "bool self_column, float quantile, bool over_negatives, float momentum, bool monotonic, "
+        "bool lagged, int warmup_epochs, float warmup_threshold) "
+        "-> (Tensor loss, Tensor stats, Tensor kept, Tensor eps, Tensor new_state)",
+    "backward(Tensor grad, Tensor z0, Tensor z1, Tensor negatives, Tensor ids, Tensor mask, "
+        "Tensor groups, Tensor guide, Tensor tau, Tensor stats, Tensor kept, int mode, "
+        "int reduction, int positives, float beta, bool allow_tf32, int needs) "
+        "-> (Tensor dz0, Tensor dz1, Tensor dnegatives, Tensor dtau)",
+    "quantile(Tensor z0, Tensor z1, Tensor negatives, Tensor ids, Tensor mask, Tensor tau, "
+        "int mode, bool several, bool allow_tf32, bool self_column, float quantile, "
+        "bool over_negatives, bool bounds) "
+        "-> (Tensor mean, Tensor low, Tensor high)",
 };
+/* clang-format on */
 
+/* Each serves the CPU and, with hex/_cuda.so, CUDA. */
 static const struct {
     const char *name;
-    void (*kernel)(StableIValue *, uint64_t, uint64_t);
-    bool cuda; /* on CUDA too, with hex/_cuda.so; hex/ops.py has the same names */
+    void (*kernel)(uint64_t *, uint64_t, uint64_t);
 } kernels[] = {
-    {"forward", hex_forward_boxed, true},
-    {"backward", hex_backward_boxed, true},
-    {"threshold", hex_threshold_boxed, true},
-    {"row_range", hex_row_range_boxed, true},
-    {"adaptive", hex_adaptive_boxed, true},
-    {"labelled_forward", hex_labelled_forward_boxed, false},
-    {"labelled_backward", hex_labelled_backward_boxed, false},
-    {"labelled_threshold", hex_labelled_threshold_boxed, false},
-    {"labelled_row_range", hex_labelled_row_range_boxed, false},
-    {"logits_forward", hex_logits_forward_boxed, false},
-    {"logits_backward", hex_logits_backward_boxed, false},
-    {"logits_threshold", hex_logits_threshold_boxed, false},
-    {"logits_row_range", hex_logits_row_range_boxed, false},
+    {"forward", hex_forward_boxed},
+    {"adaptive", hex_adaptive_boxed},
+    {"backward", hex_backward_boxed},
+    {"quantile", hex_quantile_boxed},
 };
 
 /* The library handles live as long as the process: deleting one would take its registrations back.
  */
 static TorchLibraryHandle definitions, cpu;
 
-static bool register_kernels(TorchLibraryHandle library, bool cuda_only)
+static bool register_kernels(TorchLibraryHandle library)
 {
     for (size_t i = 0; i < sizeof kernels / sizeof *kernels; i++)
-        if ((kernels[i].cuda || !cuda_only) &&
-            torch_library_impl(library, kernels[i].name, kernels[i].kernel, HEX_TORCH_ABI))
+        if (torch_library_impl(library, kernels[i].name, kernels[i].kernel, HEX_TORCH_ABI))
             return false;
     return true;
 }
@@ -89,7 +66,7 @@ static bool register_operators(void)
     for (size_t i = 0; i < sizeof schemas / sizeof *schemas; i++)
         if (aoti_torch_library_def(definitions, schemas[i]))
             return false;
-    return register_kernels(cpu, false);
+    return register_kernels(cpu);
 }
 
 /* The CUDA core, if it can be had, and its operators with it. */
@@ -106,7 +83,7 @@ static PyObject *load_cuda(PyObject *self, PyObject *path)
         return PyUnicode_FromString(problem);
     if (bytes && !hex_cuda_is_emulated() && !library) {
         bool done = !aoti_torch_library_init_impl("hex", "CUDA", __FILE__, __LINE__, &library);
-        if (!done || !register_kernels(library, true))
+        if (!done || !register_kernels(library))
             return PyUnicode_FromString("its operators could not be registered with torch");
     }
     Py_RETURN_NONE;

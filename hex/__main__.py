@@ -19,7 +19,8 @@ from torch import Tensor
 from . import __version__, ops, reference
 from ._load import _C, cuda_is_built, cuda_problem
 from .checks import Mode, Variant
-from .functional import batch_threshold, hex_loss
+from .functional import hex_loss
+from .problem import of_views
 
 IMAGES, FEATURES, NEGATIVES = 33, 29, 41  # no tile of a kernel divides them
 TEMPERATURE = 0.1
@@ -204,8 +205,10 @@ def from_kernels(
     batch: list[Tensor], eps: Tensor, tau: Tensor, mode: str, variant: Variant
 ) -> tuple[Tensor, Tensor]:
     kind, _ = MODES[mode]
-    threshold = batch_threshold(*batch, mode=kind, quantile=0.9, over="negatives")
-    low, high = ops.row_range(*three(batch), ops.MODES[mode])
+    z0, z1, *negatives = batch
+    problem = of_views(z0, z1, negatives[0] if negatives else None, kind, tau)
+    threshold = problem.threshold(0.9, "negatives")
+    low, high = problem.row_range()
     loss = hex_loss(*batch, eps=eps, temperature=tau, mode=kind, variant=variant, reduction="none")
     return torch.cat([threshold[None], low.double(), high.double()]), loss
 

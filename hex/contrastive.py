@@ -166,7 +166,7 @@ class ContrastiveLoss(nn.Module):
         self._last = statistics
         if tracker is not None and learns:
             hard, value, released = statistics[1], value.detach(), self.variant == "released"
-            if released and batch.labels is not None:  # not 0 because all of a row was in H
+            if released and batch.may_lack_positives:  # not 0 because all of a row was in H
                 value = torch.where(batch.is_without_positives(), math.nan, value)
             tracker.watch(hard, value, could_be_0=released)
 

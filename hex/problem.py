@@ -15,20 +15,19 @@ a threshold on the cosine, groups, or the cosines of a guide decide which negati
                                                          or marked in a mask
     logits               rows        columns             the target          -inf
 
-The layouts of views have operators of their own as long as a threshold on their own cosines
-decides. With groups or a guide they are laid out as rows with labels, an image's number being its
-label, and negatives of each anchor's own as logits. A layout checks all its arguments first and
-then gathers the rows of other ranks, if that is wanted.
+To the operators all of them are tensors z0, z1 and negatives (or logits in place of z0) and, where
+there are any, a mask, and the ids, groups and guide of all their rows, one after another; of logits
+the ids are the targets. A layout checks all its arguments first and then gathers the rows of other
+ranks, if that is wanted.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import ops
 from .checks import (
     check_features,
     check_groups,
@@ -70,91 +69,85 @@ class Rule(NamedTuple):
     base_temperature: float | None = None
 
 
-class Block(NamedTuple):
-    """Anchors that one call of an operator serves."""
-
-    form: ops.Form
-    inputs: tuple[Tensor, ...]
-    kind: int
-
-
 class Problem(NamedTuple):
     """A checked batch, laid out; and what can be computed of it."""
 
-    learner: tuple[Tensor, ...]
-    """The tensors that may have a gradient, tau the last."""
-    blocks: tuple[Block, ...]
-    """Several follow each other in the rows of the result."""
-    measured: tuple[Any, ...]
-    """What the threshold is measured on: a form of the operators, and their arguments."""
+    inputs: tuple[Tensor, ...]
+    """z0, z1, negatives, ids, mask, groups, guide; empty where there are none."""
+    tau: Tensor
+    mode: int
+    several: bool
+    """Whether an anchor may have several positives, or none."""
     anchors: int
     row_length: int
     """Cosines in a row as a whole."""
     has_self: bool
     """Whether the anchor's own is one of them."""
-    h_is_given: bool
+    h_is_given: bool = False
     """By groups: then there is no threshold."""
-    labels: tuple[Tensor, Tensor] | None = None
-    """Of features, whose rows may be without a positive: their labels, and the mask."""
+    guide: tuple[Tensor, ...] | None = None
+    """In place of z0, z1 and negatives where the threshold is measured."""
+    self_column: bool = False
+    """Of logits: whether the anchor's own cosine, 1, is no column but counts."""
+
+    @property
+    def may_lack_positives(self) -> bool:
+        """Whether rows may be without one, and `is_without_positives` tells whether all are."""
+        return self.several and self.mode == ops.MODES["ntxent"]
+
+    @property
+    def learner(self) -> tuple[Tensor, ...]:
+        """The tensors that may have a gradient."""
+        return *self.inputs[:3], self.tau
 
     def loss(self, eps: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
         """The reduced loss, and of each row |H| and the local term's share (no gradient)."""
-        reduction = ops.REDUCTIONS[rule.reduction]
-        if len(self.blocks) == 1:
-            value, hard, share = self._of_block(self.blocks[0], eps, reduction, rule)
-        else:
-            each = eps.chunk(len(self.blocks)) if eps.dim() else [eps] * len(self.blocks)
-            rows = [
-                self._of_block(block, its, ops.REDUCTIONS["none"], rule)
-                for block, its in zip(self.blocks, each, strict=True)
-            ]
-            value, hard, share = (torch.cat(parts) for parts in zip(*rows, strict=True))
-            value = reference.reduce(value, reduction)
-        if rule.base_temperature is not None:
-            value = value * (self.learner[-1] / rule.base_temperature).to(value)
-        return value, hard, share
-
-    def _of_block(
-        self, block: Block, eps: Tensor, reduction: int, rule: Rule
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        form, inputs, kind = block
-        variant = ops.VARIANTS[rule.variant]
-        by_form = (ops.POSITIVES[rule.positives],) if form is ops.labelled else ()
-        options = kind, reduction, variant, *by_form, rule.beta, rule.tau_plus
-        return form.loss(*inputs, eps, self.learner[-1], *options)
+        arguments: tuple[Any, ...] = (*self.inputs, eps, self.tau, *self._options(rule))
+        value, hard, share = ops.loss(*arguments)
+        return self._scaled(value, rule), hard, share
 
     def has_adaptive(self) -> bool:  # no property: torch 2.10 compiles none of a NamedTuple
         """Whether `adaptive_loss` serves it."""
-        block = self.blocks[0]
-        return block.form is ops.views and ops.has_adaptive(block.inputs[0])
+        decided = self.h_is_given or self.guide is not None
+        return not decided and ops.has_adaptive(self.inputs[0], not self.several)
 
     def adaptive_loss(
         self, state: Tensor, rule: Rule, tracking: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """`loss` at the eps that a tracker of this state and rule gives, in one call; and eps, and
         the tracker's new state."""
-        z0, z1, negatives, tau = self.learner
-        return ops.adaptive_loss(
-            z0, z1, negatives, state, tau, self.blocks[0].kind, ops.REDUCTIONS[rule.reduction],
-            ops.VARIANTS[rule.variant], rule.beta, rule.tau_plus, *tracking,
+        arguments: tuple[Any, ...] = (
+            *self.inputs, state, self.tau, *self._options(rule), self.self_column, *tracking,
         )  # fmt: skip
+        value, hard, share, eps, state = ops.adaptive_loss(*arguments)
+        return self._scaled(value, rule), hard, share, eps, state
 
     def threshold(self, quantile: float, over: str) -> Tensor:
         """The mean over rows of the row's quantile; 0-d float64, no gradient."""
-        form, *arguments = self.measured
-        value: Tensor = form.threshold(*arguments, quantile, over)
-        return value
+        return ops.quantile(*self._measured(), quantile, over)
 
     def row_range(self) -> tuple[Tensor, Tensor]:
         """Least and largest cosine of each row; (N,) each, no gradient."""
-        form, *arguments = self.measured
-        low, high = form.row_range(*arguments)
-        return low, high
+        return ops.row_range(*self._measured())
+
+    def _measured(self) -> tuple[Any, ...]:
+        *z, ids, mask, _, _ = self.inputs
+        seen = z if self.guide is None else self.guide
+        return *seen, ids, mask, self.tau, self.mode, self.several, self.self_column
+
+    def _options(self, rule: Rule) -> tuple[Any, ...]:
+        positives = ops.POSITIVES[rule.positives] if self.several else ops.POSITIVES["one"]
+        reduction, variant = ops.REDUCTIONS[rule.reduction], ops.VARIANTS[rule.variant]
+        return self.mode, reduction, variant, positives, rule.beta, rule.tau_plus
+
+    def _scaled(self, value: Tensor, rule: Rule) -> Tensor:
+        if rule.base_temperature is None:
+            return value
+        return value * (self.tau / rule.base_temperature).to(value)
 
     def is_without_positives(self) -> Tensor:
         """Of features: whether no row has one, so that every loss is 0; 0-d bool, on the device."""
-        assert self.labels is not None
-        ids, mask = self.labels
+        ids, mask = self.inputs[3:5]
         if mask.numel():
             views = ids.shape[0] // mask.shape[0]
             others = mask if views > 1 else mask.triu(1) | mask.tril(-1)
@@ -205,22 +198,19 @@ def of_views(
             anchors = 2 * images
         if mode == "ntxent":
             row_length, has_self = 2 * images, True
-    kind = ops.MODES[mode]
-    inputs = z0, z1, negatives
-    learner = *inputs, tau
-    if groups is None and guide is None:
-        block = Block(ops.views, inputs, kind)
-        return Problem(
-            learner, (block,), (ops.views, *inputs, kind), anchors, row_length, has_self, False
-        )
-    seen = inputs
+    ids, mask, no_groups, no_guide = _nothing(z0)
+    labels, seen, rows = no_groups, None, no_guide
+    if groups is not None:
+        own, others = groups
+        labels = torch.cat([own, own] if others is None else [own, own, others.flatten()])
     if guide is not None:
-        g0, g1, others = guide
-        seen = g0, g1, g0.new_empty((0, g0.shape[1])) if others is None else others
-    blocks = _with_decider(mode, inputs, tau, groups, None if guide is None else seen)
+        g0, g1, its = guide
+        seen = g0, g1, g0.new_empty((0, g0.shape[1])) if its is None else its
+        rows = torch.cat([g.flatten(0, -2) for g in seen])
     return Problem(
-        learner, blocks, (ops.views, *seen, kind), anchors, row_length, has_self, guide is None
-    )
+        (z0, z1, negatives, ids, mask, labels, rows), tau, ops.MODES[mode], False, anchors,
+        row_length, has_self, groups is not None, seen,
+    )  # fmt: skip
 
 
 def of_features(
@@ -238,9 +228,7 @@ def of_features(
     device, images = features.device, features.shape[0]
     if labels is not None:
         labels = check_labels("labels", labels, (images,), device)
-    if mask is None:
-        positive = torch.empty((0, 0), dtype=torch.bool, device=device)
-    else:
+    if mask is not None:
         positive = check_mask(mask, images, device)
     if groups is not None:
         groups = check_labels("groups", groups, (images,), device)
@@ -256,18 +244,22 @@ def of_features(
 
     views = features.shape[1] if features.dim() > 2 else 1
     ids = torch.arange(features.shape[0], device=device) if labels is None else labels
-    x, ids = _view_major(features), ids.repeat(views)
-    seen = x if guide is None else _view_major(guide)
-    block = _labelled(
-        "self", (x, None), (ids, None), (None if groups is None else groups.repeat(views), None),
-        (None if guide is None else seen, None), positive,
+    x = _view_major(features)
+    z1, negatives = (x.new_empty((0, x.shape[1])) for _ in range(2))
+    _, no_mask, no_groups, no_guide = _nothing(x)
+    seen = None
+    if guide is not None:
+        g = _view_major(guide)
+        seen = g, g.new_empty((0, g.shape[1])), g.new_empty((0, g.shape[1]))
+    inputs = (
+        x, z1, negatives, ids.repeat(views), no_mask if mask is None else positive,
+        no_groups if groups is None else groups.repeat(views),
+        no_guide if seen is None else seen[0],
     )  # fmt: skip
-    pairs = seen, seen.new_empty((0, seen.shape[1])), ids, ids[:0], positive, ops.PAIRINGS["self"]
     rows = x.shape[0]
     return Problem(
-        (x, tau), (block,), (ops.labelled, *pairs), rows, rows, True, groups is not None,
-        (ids, positive),
-    )  # fmt: skip
+        inputs, tau, ops.MODES["ntxent"], True, rows, rows, True, groups is not None, seen
+    )
 
 
 def of_logits(
@@ -277,89 +269,24 @@ def of_logits(
     target = check_logits(logits, target)
     tau = _tau_tensor(temperature, logits)
     rows, columns = logits.shape
-    block = Block(ops.logits, (logits, target, logits.new_empty((0, 0))), False)
-    measured = ops.logits, logits, target, tau, self_column
+    z1, negatives = (logits.new_empty((0, columns)) for _ in range(2))
+    _, *none = _nothing(logits)
     return Problem(
-        (logits, tau), (block,), measured, rows, columns + self_column, self_column, False
-    )
+        (logits, z1, negatives, target, *none), tau, ops.MODES["logits"], True, rows,
+        columns + self_column, self_column, self_column=self_column,
+    )  # fmt: skip
 
 
-# ---- views with groups or a guide ---------------------------------------------------------------
-
-Two = tuple[Tensor | None, Tensor | None]  # of anchors, of candidates where they are others
+# ---- parts --------------------------------------------------------------------------------------
 
 
-def _with_decider(
-    mode: str, inputs: tuple[Tensor, ...], tau: Tensor, groups: Two | None,
-    guide: tuple[Tensor, ...] | None,
-) -> tuple[Block, ...]:  # fmt: skip
-    """Views whose H is decided by groups, or by the cosines of a guide."""
-    z0, z1, negatives = inputs
-    g0, g1, g_negatives = (None, None, None) if guide is None else guide
-    own, others = (None, None) if groups is None else groups
-    rows = torch.arange(z0.shape[0], device=z0.device)
-    if mode == "ntxent":
-        views, ids = (torch.cat([z0, z1]), None), (rows.repeat(2), None)
-        return (_labelled("self", views, ids, (_cat(own, own), None), (_cat(g0, g1), None)),)
-    if mode == "query":
-        return (_labelled("pair", (z0, z1), (rows, rows), (own, own), (g0, g1)),)
-    if mode == "cross":
-        return (
-            _labelled("pair", (z0, z1), (rows, rows), (own, own), (g0, g1)),
-            _labelled("pair", (z1, z0), (rows, rows), (own, own), (g1, g0)),
-        )
-    if mode == "shared":
-        nobody = torch.full((negatives.shape[0],), -1, device=z0.device)
-        return (
-            _labelled("queue", (z0, torch.cat([z1, negatives])), (rows, torch.cat([rows, nobody])),
-                      (own, _cat(own, others)), (g0, _cat(g1, g_negatives))),
-        )  # fmt: skip
-    # Negatives of each anchor's own: their cosines are D times smaller than they are themselves, so
-    # the rows of logits are made here.
-    wide = any(z.dtype == torch.float64 for z in inputs)
-    c = _own_cosines(inputs, torch.float64 if wide else torch.float32)  # (B, 1 + K)
-    if guide is not None:
-        score = _own_cosines(guide, c.dtype)
-    else:
-        assert own is not None and others is not None
-        score = (torch.cat([own[:, None], others], 1) == own[:, None]).to(c.dtype)
-    return (Block(ops.logits, (c / tau.to(c), torch.zeros_like(rows), score), guide is None),)
-
-
-def _labelled(
-    pairing: str, embeddings: Two, ids: Two, groups: Two, guides: Two, mask: Tensor | None = None
-) -> Block:
-    """Rows with labels, an empty tensor for what there is none of."""
-    x, y = embeddings
-    assert x is not None and ids[0] is not None
-    if y is None:
-        y = x.new_empty((0, x.shape[1]))
-    if mask is None:
-        mask = torch.empty((0, 0), dtype=torch.bool, device=x.device)
-    guide, candidate_guide = guides
-    if guide is None:
-        guide = x.new_empty((0, 0))
-    if candidate_guide is None:
-        candidate_guide = guide.new_empty((0, guide.shape[1]))
-    # Each a tensor of its own: torch.compile refuses one that is passed twice.
-    own, its, none = ids[0].view(-1), ids[1], ids[0]
-    candidates = none[:0] if its is None else its.view(-1)
-    group, of_candidates = groups
-    group = none[:0] if group is None else group.view(-1)
-    of_candidates = none[:0] if of_candidates is None else of_candidates.view(-1)
-    inputs = x, y, own, candidates, mask, group, of_candidates, guide, candidate_guide
-    return Block(ops.labelled, inputs, ops.PAIRINGS[pairing])
-
-
-def _cat(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    return None if first is None or second is None else torch.cat([first, second])
-
-
-def _own_cosines(inputs: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """(B, 1 + K): of each anchor with its positive and its own negatives."""
-    u0, u1, un = (reference.unit_rows(z.to(dtype)) for z in inputs)
-    others = reference.dots(un, u0.unsqueeze(1)).squeeze(-1)
-    return torch.cat([(u0 * u1).sum(-1, keepdim=True), others], 1)
+def _nothing(like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ids, mask, groups and guide where there are none: each a tensor of its own, for
+    torch.compile refuses one that is passed twice."""
+    return (
+        like.new_empty(0, dtype=torch.int64), like.new_empty((0, 0), dtype=torch.bool),
+        like.new_empty(0, dtype=torch.int64), like.new_empty((0, 0), dtype=torch.float32),
+    )  # fmt: skip
 
 
 def _view_major(z: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ several positives.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +28,12 @@ from torch import Tensor
 
 __all__ = ["Table", "batch_table", "cosines", "decided_loss", "dots", "labelled_cosines",
            "labelled_rows", "labelled_table", "logits_cosines", "logits_rows", "logits_table",
-           "loss_rows", "quantile_of", "range_of", "reduce", "row_loss", "row_range", "threshold",
-           "unit_rows"]  # fmt: skip
+           "loss_rows", "problem_rows", "problem_table", "quantile_of", "range_of", "reduce",
+           "row_loss", "row_range", "threshold", "unit_rows"]  # fmt: skip
 
 # The position of a name is the code that the operators take.
 MODES = ("ntxent", "query", "cross", "shared", "own")
+LOGITS = len(MODES)  # as a mode of the operators
 PAIRINGS = ("self", "pair", "queue")
 REDUCTIONS = ("none", "mean", "sum")
 VARIANTS = ("paper", "released")
@@ -418,6 +419,79 @@ def logits_rows(
     values = table.values.detach()
     score = score.to(values) if score.numel() else values * tau.detach().to(values)
     return decided_loss(table, score, eps, tau, *options, logits=True)
+
+
+def problem_rows(
+    z0: Tensor, z1: Tensor, negatives: Tensor, ids: Tensor, mask: Tensor, groups: Tensor,
+    guide: Tensor, eps: Tensor, tau: Tensor, mode: int, positives: int, beta: float,
+    tau_plus: float, variant: int,
+) -> Rows:  # fmt: skip
+    """Loss, |H| and share of each row of a problem as the operators are given it (problem.py)."""
+    if mode == LOGITS:
+        return logits_rows(z0, ids, z0[:0], eps, tau, False, beta, tau_plus, variant)
+    options: tuple[Any, ...] = (beta, tau_plus, variant, POSITIVES[max(positives - 1, 0)])
+    if positives:
+        pairs = _as_pairs(z0, z1, negatives, ids, mode)
+        x, y, own, candidates, pairing = pairs
+        deciders = _halves(groups, x.shape[0]), _halves(guide, x.shape[0])
+        given: Any = x, y, own, candidates, mask, *deciders[0], *deciders[1], eps, tau, pairing
+        return labelled_rows(*(*given, *options))
+    table = batch_table(z0, z1, negatives, mode)
+    if groups.numel():
+        return row_loss(table, _same_group(groups, z0, z1, negatives, mode), tau, *options)
+    score = table.values
+    if guide.numel():
+        seen = guide.detach().to(score)
+        g0, g1, others = _of_inputs(seen, z0, z1)
+        score = batch_table(g0, g1, others.view(*negatives.shape[:-1], seen.shape[1]), mode).values
+    return decided_loss(table, score, eps, tau, *options)
+
+
+def problem_table(
+    z0: Tensor, z1: Tensor, negatives: Tensor, ids: Tensor, mask: Tensor, tau: Tensor, mode: int,
+    several: bool, self_column: bool,
+) -> Table:  # fmt: skip
+    """The cosines of a problem, for its threshold."""
+    if mode == LOGITS:
+        return logits_cosines(z0, ids, tau, self_column)
+    if several:
+        x, y, own, candidates, pairing = _as_pairs(z0, z1, negatives, ids, mode)
+        return labelled_table(x, y, own, candidates, mask, pairing)
+    return batch_table(z0, z1, negatives, mode)
+
+
+def _as_pairs(
+    z0: Tensor, z1: Tensor, negatives: Tensor, ids: Tensor, mode: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """x, y, their ids and the pairing of `labelled_table`."""
+    if mode == MODES.index("ntxent"):
+        return torch.cat([z0, z1]), z1[:0], ids, ids[:0], PAIRINGS.index("self")
+    own, others = _halves(ids, z0.shape[0])
+    if mode == MODES.index("query"):
+        return z0, z1, own, others, PAIRINGS.index("pair")
+    return z0, torch.cat([z1, negatives]), own, others, PAIRINGS.index("queue")
+
+
+def _halves(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    return x[:n], x[n:]
+
+
+def _of_inputs(x: Tensor, z0: Tensor, z1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What belongs to the rows of z0, of z1 and of the negatives."""
+    B, end = z0.shape[0], z0.shape[0] + z1.shape[0]
+    return x[:B], x[B:end], x[end:]
+
+
+def _same_group(groups: Tensor, z0: Tensor, z1: Tensor, negatives: Tensor, mode: int) -> Tensor:
+    """Of the entries of `batch_table`, which are of the anchor's group."""
+    own, its, others = _of_inputs(groups, z0, z1)
+    if mode == MODES.index("ntxent"):
+        return groups[:, None] == groups
+    if mode >= MODES.index("shared"):
+        others = others.view(negatives.shape[:-1]).expand(z0.shape[0], -1)
+        return own[:, None] == torch.cat([its[:, None], others], 1)
+    there = own[:, None] == its
+    return torch.cat([there, there.T]) if mode == MODES.index("cross") else there
 
 
 def reduce(rows: Tensor, reduction: int) -> Tensor:

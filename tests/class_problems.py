@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import operators
 import torch
 from conftest import assert_as_good_as_torch
 from data import eps_in_a_gap, f64, views
@@ -17,16 +18,18 @@ from hex import ops, reference
 
 HEX = torch.ops.hex
 PAIRINGS = ("self", "pair", "queue")
+MODES = {"self": "ntxent", "pair": "query", "queue": "shared", "logits": "logits"}
 SOURCES = ("cosines", "groups", "guide")
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call: `differentiable` are the tensors with a gradient, tau the last of them."""
+    """One call: `tensors` are x, y, ids, candidate_ids, mask, groups, candidate_groups, guide,
+    candidate_guide, eps and tau of labelled rows, or logits, target, eps and tau."""
 
     name: str  # "labelled" or "logits"
     tensors: tuple[Tensor, ...] = dataclasses.field(repr=False)  # up to and with tau
-    first: tuple[Any, ...]  # pairing; or given
+    pairing: str
     variant: int
     positives: int
     beta: float
@@ -40,8 +43,8 @@ class Call:
     def places(self) -> tuple[int, ...]:
         """Of what has a gradient, in `tensors`."""
         if self.name == "logits":
-            return (0, 4)
-        return (0, 10) if self.first == (0,) else (0, 1, 10)
+            return (0, 3)
+        return (0, 10) if self.pairing == "self" else (0, 1, 10)
 
     @property
     def tau(self) -> float:
@@ -49,49 +52,82 @@ class Call:
 
     @property
     def dtype(self) -> torch.dtype:
-        used = self.tensors[:1] if self.name == "logits" or self.first == (0,) else self.tensors[:2]
+        used = self.tensors[:1] if self.name == "logits" else self.tensors[:2]
         return torch.float64 if any(z.dtype == torch.float64 for z in used) else torch.float32
 
+    @property
+    def code(self) -> int:
+        """The mode of the operators."""
+        return ops.MODES[MODES[self.pairing]]
+
+    def inputs(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        """z0, z1, negatives, ids, mask, groups and guide of the operators."""
+        if self.name == "logits":
+            logits, target, *_ = tensors
+            none = logits[:0].detach()
+            _, mask, groups, guide = operators.nothing(logits)
+            return logits, none, none.clone(), target, mask, groups, guide
+        x, y, ids, candidates, mask, groups, candidate_groups, guide, candidate_guide, *_ = tensors
+        others = x.shape[0] if self.pairing == "queue" else y.shape[0]
+        guides = guide if not guide.numel() else torch.cat([guide, candidate_guide])
+        return (
+            x, y[:others], y[others:], torch.cat([ids, candidates]), mask,
+            torch.cat([groups, candidate_groups]), guides,
+        )  # fmt: skip
+
     def options(self, reduction: int) -> tuple[Any, ...]:
-        kind = () if self.name == "logits" else (self.positives,)
-        return *self.first, reduction, self.variant, *kind, self.beta, self.tau_plus
+        return (self.code, reduction, self.variant, 1 + self.positives, self.beta, self.tau_plus)
 
-    def forward(self, reduction: int = 0, *changed: Tensor):
-        """The operator and its arguments, with other differentiable tensors if given."""
+    def changed(self, *differentiable: Tensor) -> list[Tensor]:
+        """The tensors, with other differentiable ones if given."""
         tensors = list(self.tensors)
-        for place, value in zip(self.places, changed, strict=False):
+        for place, value in zip(self.places, differentiable, strict=False):
             tensors[place] = value
-        return getattr(HEX, f"{self.name}_forward").default, (*tensors, *self.options(reduction))
+        return tensors
 
-    def backward(self, reduction: int = 0, needs: int = 7):
+    def forward(self, reduction: int = 0, *differentiable: Tensor):
+        """The operator and its arguments."""
+        tensors = self.changed(*differentiable)
+        arguments = (*self.inputs(tensors), *tensors[-2:], *self.options(reduction), False, False)
+        return HEX.forward.default, arguments
+
+    def backward(self, reduction: int = 0, needs: int = 15):
         op, arguments = self.forward(0)
-        stats = op(*arguments)[1]
+        _, stats, kept = op(*arguments)
         rows = self.grad_output()
         grad = rows if reduction == 0 else rows[0]
-        if self.name == "logits":
-            logits, target, score, _, tau = self.tensors
-            arguments = grad, logits, target, score, tau, stats, reduction, self.beta, needs
-        else:
-            *inputs, _, tau = self.tensors
-            arguments = grad, *inputs, tau, stats, *self.first, reduction, self.beta, needs
-        return getattr(HEX, f"{self.name}_backward").default, arguments
+        inputs, tau = self.inputs(list(self.tensors)), self.tensors[-1]
+        options = self.code, reduction, 1 + self.positives, self.beta, False, needs
+        return HEX.backward.default, (grad, *inputs, tau, stats, kept, *options)
+
+    def measured(self, self_column: bool = False) -> tuple[Any, ...]:
+        """The arguments of ops.row_range, and the first of ops.quantile."""
+        *z, _, _ = self.inputs(list(self.tensors))
+        return *z, self.tensors[-1], self.code, True, self_column
+
+    def quantile(self, quantile: float = 0.9, over: bool = False, bounds: bool = False):
+        *tensors, code, several, self_column = self.measured()
+        options = code, several, False, self_column, quantile, over, bounds
+        return HEX.quantile.default, (*tensors, *options)
 
     def grad_output(self) -> Tensor:
         rows = self.tensors[0].shape[0]
         return torch.randn(rows, generator=torch.Generator().manual_seed(1)).to(self.dtype)
 
-    def rows(self, *changed: Tensor) -> Tensor:
+    def rows(self, *differentiable: Tensor) -> Tensor:
         """The kernels' loss of each row, differentiable."""
-        function = ops.labelled.loss if self.name == "labelled" else ops.logits.loss
-        return function(*self.forward(0, *changed)[1])[0]
+        *arguments, _keep, _tf32 = self.forward(0, *differentiable)[1]
+        return ops.loss(*arguments)[0]
 
-    def plain(self, *changed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def plain(self, *differentiable: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The reference's rows, |H| and share."""
-        tensors = list(self.forward(0, *changed)[1][: len(self.tensors)])
+        tensors = self.changed(*differentiable)
         rest = (self.beta, self.tau_plus, self.variant, self.positives)
         if self.name == "labelled":
-            return reference.labelled_rows(*tensors, *self.first, *rest)
-        return reference.logits_rows(*tensors, *self.first, *rest[:3])
+            return reference.labelled_rows(*tensors, PAIRINGS.index(self.pairing), *rest)
+        logits, target, eps, tau = tensors
+        score = logits.detach()[:0]
+        return reference.logits_rows(logits, target, score, eps, tau, False, *rest[:3])
 
     def values(self, function, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Rows and gradients of a function of the differentiable tensors, in a dtype."""
@@ -148,15 +184,15 @@ def labelled(
         "labelled",
         (x, y, ids, candidate_ids, mask, groups, candidate_groups, guide, candidate_guide, eps,
          f64(tau)),
-        (code,), int(variant == "released"), int(positives == "inside"), beta, tau_plus,
+        pairing, int(variant == "released"), int(positives == "inside"), beta, tau_plus,
         f"{kind} {N} x {D} {pairing} {source} {variant} {positives} {dtype} seed {seed}",
     )  # fmt: skip
 
 
 def logits(
-    N: int = 19, C: int = 37, source: str = "cosines", *, dtype: torch.dtype = torch.float64,
-    variant: str = "paper", near: float = 0.3, tau: float = 0.1, left_out: float = 0.2,
-    beta: float = 1.0, tau_plus: float = 0.1, seed: int = 0,
+    N: int = 19, C: int = 37, *, dtype: torch.dtype = torch.float64, variant: str = "paper",
+    near: float = 0.3, tau: float = 0.1, left_out: float = 0.2, beta: float = 1.0,
+    tau_plus: float = 0.1, seed: int = 0,
 ) -> Call:  # fmt: skip
     """Logits of cosines of data.py's clusters, some columns -inf, targets anywhere."""
     generator = torch.Generator().manual_seed(seed)
@@ -166,36 +202,31 @@ def logits(
     values = (c / tau).masked_fill(torch.rand(N, C, generator=generator) < left_out, -torch.inf)
     values[torch.arange(N), target] = c[torch.arange(N), target] / tau
     values = values.to(dtype)
-    score = values.new_empty((0, 0))
-    if source == "groups":
-        score = (torch.rand(N, C, generator=generator) < 0.3).to(dtype)
-    elif source == "guide":
-        score = views("cluster", N, C, seed + 3)[0].tanh().to(dtype)
     negative = reference.logits_table(values, target).negative
-    seen = values.double() * tau if source == "cosines" else score.double()
+    seen = values.double() * tau
     eps = eps_in_a_gap(seen[negative], near) if negative.sum() > 2 else f64(near)
     return Call(
-        "logits", (values, target, score, eps, f64(tau)), (source == "groups",),
-        int(variant == "released"), 0, beta, tau_plus, f"{N} x {C} {source} {variant} {dtype}",
+        "logits", (values, target, eps, f64(tau)), "logits", int(variant == "released"), 0, beta,
+        tau_plus, f"{N} x {C} {variant} {dtype}",
     )  # fmt: skip
 
 
 def check(p: Call) -> None:
     """Values, |H|, share and every gradient of the kernels against the reference."""
     op, arguments = p.forward()
-    loss, stats = op(*arguments)
+    loss, stats, _ = op(*arguments)
     inputs = [p.tensors[k] for k in p.places]
     wide = [z.double() for z in inputs]
     truth = p.plain(*wide)
     assert loss.dtype == stats.dtype == p.dtype
-    assert torch.equal(stats[ops.labelled.count].double(), truth[1].double()), p
+    assert torch.equal(stats[ops.COUNT].double(), truth[1].double()), p
     # What the rows are differences of: -mean_P l and log D, each up to 1/tau.
     size = 2 / p.tau if p.variant or p.name == "labelled" else 0.0
     condition = (1 + p.tau_plus) / (1 - p.tau_plus) if not p.variant else 1.0
     same = p.plain(*(z.to(p.dtype if z.dim() else torch.float64) for z in inputs))
     for name, ours, a, b in (
         ("loss", loss, same[0], truth[0]),
-        ("share", stats[ops.labelled.share], same[2], truth[2]),
+        ("share", stats[ops.SHARE], same[2], truth[2]),
     ):
         assert_as_good_as_torch(ours, a, b, tau=p.tau, dtype=p.dtype, condition=condition,
                                 scale=size, about=(name, p))  # fmt: skip

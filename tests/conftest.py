@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import hypothesis
 import pytest
+import operators
 import torch
 from data import batch, eps_in_a_gap, f64
 from torch import Tensor
@@ -301,15 +302,15 @@ def assert_as_good_as_torch(
 
 def check_loss(p: Problem) -> None:
     """The loss of each row, |H| and share, against plain PyTorch."""
-    loss, stats, _ = torch.ops.hex.forward(*p.raw())
+    loss, stats, _ = operators.forward(*p.raw())
     assert loss.dtype == stats.dtype == p.dtype
     same, truth = (
         p.reference(*(z.to(t) for z in p.inputs), tau=f64(p.tau)) for t in (p.dtype, torch.float64)
     )
-    assert torch.equal(stats[ops.views.count].double(), truth[1].double()), p
+    assert torch.equal(stats[ops.COUNT].double(), truth[1].double()), p
     named = {
         "loss": (loss, same[0], truth[0]),
-        "share": (stats[ops.views.share], same[2], truth[2]),
+        "share": (stats[ops.SHARE], same[2], truth[2]),
     }
     for name, tensors in named.items():
         assert_as_good_as_torch(

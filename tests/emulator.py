@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import conftest
+import operators
 import torch
 from conftest import Problem, check_gradients, check_loss, eps_of_each_row
 from data import f64
@@ -178,11 +179,11 @@ def assert_threshold_is_right(
     narrow = all(z.element_size() == 2 for z in p.inputs) and p.mode != "own"
     cosine = 2 * 2**-11 if narrow else 1e-6
     for over, quantile in quantiles:
-        got = ops.threshold(*padded, code, quantile, over)
+        got = operators.threshold(*padded, code, quantile, over)
         want = reference.threshold(*wide, code, quantile, over)
         assert abs(got - want) <= BIN + cosine, (over, quantile, got, want, p)
     for got, want in zip(
-        ops.row_range(*padded, code), reference.row_range(*wide, code), strict=True
+        operators.row_range(*padded, code), reference.row_range(*wide, code), strict=True
     ):
         assert (got.double() - want).abs().max() <= cosine, p
 
@@ -196,7 +197,7 @@ def assert_one_pass_is_two(
 
     def threshold() -> tuple[Tensor, int]:
         before = library.launches
-        value = ops.threshold(*padded, ops.MODES[p.mode], quantile, over)
+        value = operators.threshold(*padded, ops.MODES[p.mode], quantile, over)
         return value, library.launches - before
 
     two, launches = threshold()
@@ -280,13 +281,13 @@ def assert_one_call_is_two(p: Problem) -> None:
     tracker.update(f64(0.3).to(z0.device), store=True, anchors=p.rows + 1)
     tracker.state[:2] *= 0.5  # the average with a new one
     rule = (*tracker.kernel_rule(), keep)
-    one = torch.ops.hex.adaptive(z0, z1, negatives, tracker.state, tau, mode, *options, *rule)
-    quantile = ops.threshold(z0, z1, negatives, mode, tracker.quantile, tracker.over)
+    one = operators.adaptive(z0, z1, negatives, tracker.state, tau, mode, *options, *rule)
+    quantile = operators.threshold(z0, z1, negatives, mode, tracker.quantile, tracker.over)
     eps = tracker.update(quantile, store=True, anchors=p.rows)
-    two = torch.ops.hex.forward(z0, z1, negatives, eps, tau, mode, *options, keep)
-    pairs = ((one[0], two[0]), (one[1], two[1]), (one[2], eps), (one[3], tracker.state))
+    two = operators.forward(z0, z1, negatives, eps, tau, mode, *options, keep)
+    pairs = ((one[0], two[0]), (one[1], two[1]), (one[3], eps), (one[4], tracker.state))
     assert all(torch.equal(a, b) for a, b in pairs), p
-    mean, *_ = torch.ops.hex.forward(
+    mean, *_ = operators.forward(
         z0, z1, negatives, eps, tau, mode, ops.REDUCTIONS["mean"], *options[1:], keep
     )
     torch.testing.assert_close(mean, two[0].mean(), rtol=1e-6, atol=0)
@@ -300,9 +301,9 @@ def assert_not_finite_reaches_who_sees_it(p: Problem) -> None:
     for name in p.names[:-1]:
         assert torch.equal(ours.grads[name].isnan(), truth.grads[name].isnan()), (name, p)
     padded = (*p.inputs, p.inputs[0].new_empty((0, p.inputs[0].shape[1])))[:3]
-    assert ops.threshold(*padded, ops.MODES[p.mode], 0.9, "all").isnan(), p
+    assert operators.threshold(*padded, ops.MODES[p.mode], 0.9, "all").isnan(), p
     wide = tuple(z.double() for z in padded)
-    bounds = ops.row_range(*padded, ops.MODES[p.mode])
+    bounds = operators.row_range(*padded, ops.MODES[p.mode])
     for got, want in zip(bounds, reference.row_range(*wide, ops.MODES[p.mode]), strict=True):
         assert torch.equal(got.isnan(), want.isnan()), p
 

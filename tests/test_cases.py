@@ -8,6 +8,7 @@ negatives, G empty, an empty batch, dtypes.
 
 import math
 
+import operators
 import pytest
 import torch
 from conftest import DTYPES, Problem, at_the_floor, check_gradients, check_loss, problem
@@ -97,7 +98,7 @@ def test_without_weights_and_debiasing_every_threshold_is_infonce(mode):
 
 
 def counts(p: Problem):
-    return torch.ops.hex.forward(*p.raw())[1][ops.views.count]
+    return operators.forward(*p.raw())[1][ops.COUNT]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -186,7 +187,7 @@ def test_a_tie_with_the_floor_takes_the_unclamped_branch():
         (grad,) = torch.autograd.grad(loss, negative)
         assert grad.abs().max() > 0
         exact = Problem((z, z, -z), "shared", eps=f64(-1.5), tau=0.5, tau_plus=0.0)
-        stats = torch.ops.hex.forward(*exact.raw())[1]
+        stats = operators.forward(*exact.raw())[1]
         assert stats[3].item() > 0  # hard_e, the coefficient that a clamped row has 0
 
 
@@ -351,7 +352,7 @@ def test_nan_or_infinity_gives_nan_in_every_row_that_sees_it_and_in_no_other(mod
                 z, name = arguments(p)
                 for over in ("all", "negatives"):
                     assert batch_threshold(*z, mode=name, over=over).isnan()
-                low, high = ops.row_range(*p.raw()[:3], ops.MODES[mode])
+                low, high = operators.row_range(*p.raw()[:3], ops.MODES[mode])
                 assert set(low.isnan().nonzero().flatten().tolist()) == rows
                 assert torch.equal(low.isnan(), high.isnan())
 

@@ -8,6 +8,7 @@ float32 and float64 meet the tolerances of the CPU's kernels; 16-bit inputs thos
 import math
 
 import emulator
+import operators
 import pytest
 import torch
 from conftest import (
@@ -144,13 +145,13 @@ def test_the_threshold_is_within_half_a_bin(mma, mode, dtype):
 def test_the_threshold_of_a_small_batch_is_exactly_the_self_cosine(mma):
     z = problem("cluster", 20, 16, dtype=torch.float32).inputs  # N = 40 < 52
     none = z[0].new_empty((0, 16))
-    assert ops.threshold(*z, none, ops.MODES["ntxent"], 0.99, "all") == 1
+    assert operators.threshold(*z, none, ops.MODES["ntxent"], 0.99, "all") == 1
 
 
 def test_a_row_of_more_negatives_than_16_bits_count_has_its_threshold(mma):
     z0, z1, few = problem("cluster", 2, 8, "shared", K=90, dtype=torch.bfloat16).inputs
     queue = torch.cat([few[:1].expand(65560, 8), few])  # a bin with more than 65535
-    got = ops.threshold(z0, z1, queue, ops.MODES["shared"], 0.9992, "negatives")
+    got = operators.threshold(z0, z1, queue, ops.MODES["shared"], 0.9992, "negatives")
     wide = (z.double() for z in (z0, z1, queue))
     want = reference.threshold(*wide, "shared", 0.9992, "negatives")
     assert abs(got - want) <= emulator.BIN + 2 * 2**-11
@@ -211,7 +212,7 @@ def test_a_batch_that_is_not_finite_has_no_threshold_in_one_pass(mma):
     p.inputs[0][2, 3] = math.nan
     with mma.brackets():
         none = p.inputs[0].new_empty((0, 9))
-        assert ops.threshold(*p.inputs, none, ops.MODES["ntxent"], 0.99, "all").isnan()
+        assert operators.threshold(*p.inputs, none, ops.MODES["ntxent"], 0.99, "all").isnan()
 
 
 def test_one_pass_is_for_large_batches_in_16_bits_and_high_quantiles(mma):
@@ -220,7 +221,7 @@ def test_one_pass_is_for_large_batches_in_16_bits_and_high_quantiles(mma):
     def launches(p, quantile):
         before = mma.launches
         none = p.inputs[0].new_empty((0, 9))
-        ops.threshold(*p.inputs, none, ops.MODES["ntxent"], quantile, "all")
+        operators.threshold(*p.inputs, none, ops.MODES["ntxent"], quantile, "all")
         return mma.launches - before
 
     assert launches(p, 0.99) == 3
@@ -237,7 +238,7 @@ def test_what_has_nothing_to_sum_is_defined(mma):
         check(problem("gauss", 4, 5, mode, K=3, dtype=torch.float32, eps=f64(math.inf)))
         p = problem("gauss", 0, 5, mode, K=3, dtype=torch.float32, eps=f64(0.5))
         padded = (*p.inputs, p.inputs[0].new_empty((0, 5)))[:3]
-        assert ops.threshold(*padded, ops.MODES[mode], 0.9, "all").isnan()
+        assert operators.threshold(*padded, ops.MODES[mode], 0.9, "all").isnan()
         for reduction, shape in (("none", (0,)), ("sum", ()), ("mean", ())):
             inputs = [z.clone().requires_grad_() for z in p.inputs]
             value = p.loss(*inputs, reduction=reduction)
@@ -256,8 +257,8 @@ def test_a_row_that_is_not_finite_reaches_exactly_the_rows_that_see_it(mma, dtyp
         for name in p.names[:-1]:
             assert torch.equal(ours.grads[name].isnan(), truth.grads[name].isnan()), (mode, name)
         padded = (*p.inputs, p.inputs[0].new_empty((0, 6)))[:3]
-        assert ops.threshold(*padded, ops.MODES[mode], 0.9, "all").isnan()
-        low, high = ops.row_range(*padded, ops.MODES[mode])
+        assert operators.threshold(*padded, ops.MODES[mode], 0.9, "all").isnan()
+        low, high = operators.row_range(*padded, ops.MODES[mode])
         assert torch.equal(low.isnan(), truth.loss.isnan()) and low.isnan().equal(high.isnan())
 
 
@@ -283,7 +284,7 @@ def test_the_bits_are_the_same_in_any_order_of_warps_and_blocks(mma):
         for seed in (1, 2, 3, 4):
             mma.seed(seed)
             result = p.ours()
-            eps = ops.threshold(*p.raw()[:3], 0, 0.99, "all")
+            eps = operators.threshold(*p.raw()[:3], 0, 0.99, "all")
             runs.append((result.loss, *result.grads.values(), eps))
         for other in runs[1:]:
             assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
@@ -311,7 +312,7 @@ def launches_of_a_backward(library, B, D=8, mode="ntxent", K=0, wanted="z0 z1 ta
     needs = sum(1 << k for k, name in enumerate(NAMES) if name in wanted.split())
     empty = torch.zeros(0)
     return library.launches_of(
-        lambda: torch.ops.hex.backward(
+        lambda: operators.backward(
             torch.zeros(rows), z0, z1, negatives, f64(0.1), torch.zeros(9, rows), empty,
             ops.MODES[mode], ops.REDUCTIONS["none"], 1.0, needs,
         )
@@ -381,10 +382,8 @@ def test_wide_features_do_not_stay_in_shared_memory(mma):
 def test_one_product_for_float32_is_as_exact_as_16_bit_inputs(mma):
     p = problem("cluster", 40, 30, dtype=torch.float32)
     arguments = p.raw()
-    exact, *_ = torch.ops.hex.forward(*arguments)
-    rounded, *_ = torch.ops.hex.forward(
-        *arguments[:5], arguments[5] | ops._ONE_PRODUCT, *arguments[6:]
-    )
+    exact, *_ = operators.forward(*arguments)
+    rounded, *_ = operators.forward(*arguments, allow_tf32=True)
     steep = p.condition * (1 + p.beta) * 2**-11 / p.tau
     assert 1e-6 < (exact - rounded).abs().max() < 2 * steep
 
@@ -454,7 +453,7 @@ def run_of_steps(mode, dtype, rule, in_one_call):
         inputs = [z.requires_grad_() for z in p.inputs]  # or the threshold would not learn
         with pytest.MonkeyPatch.context() as patch:
             if not in_one_call:
-                patch.setattr(ops, "has_adaptive", lambda z: False)
+                patch.setattr(ops, "has_adaptive", lambda z, of_views: False)
             value = loss(*inputs)
         out += [value, *loss.last, loss.threshold.state.clone()]
     return out
@@ -492,7 +491,7 @@ def test_a_training_step_takes_seven_launches(mma, monkeypatch):
         return counts[1] - counts[0], mma.launches - counts[1]
 
     assert launches() == (4, 3)
-    monkeypatch.setattr(ops, "has_adaptive", lambda z: False)  # as of a tracker elsewhere
+    monkeypatch.setattr(ops, "has_adaptive", lambda z, of_views: False)  # as of a tracker elsewhere
     assert launches() == (3 + 2, 3)
 
 
@@ -513,10 +512,10 @@ def test_a_gpu_that_the_library_has_no_code_for_is_composed_with_a_warning(libra
         with pytest.warns(
             RuntimeWarning, match=r"\(hex/_cuda.so has no code for this GPU, of comp"
         ):
-            assert not ops._has_kernel(cuda_tensor(0), "forward")
-        assert not ops._has_kernel(cuda_tensor(0), "threshold")  # and is silent from now on
+            assert not ops._has_kernel(cuda_tensor(0), True)
+        assert not ops._has_kernel(cuda_tensor(0), True)  # and is silent from now on
         assert "HEX_CUDA=1 HEX_CUDA_ARCH=90a pip install" in _load.cuda_problem(0)
-        assert ops._has_kernel(cuda_tensor(1), "forward")  # another GPU, for which there is
+        assert ops._has_kernel(cuda_tensor(1), True)  # another GPU, for which there is
         with library.in_use(), pytest.raises(RuntimeError, match="CUDA error 209, no kernel"):
             check_loss(problem(dtype=torch.float32))  # what it would have come to
     finally:

@@ -5,6 +5,7 @@ option has the loss 0 and gradients of 0, by the kernels and by the composed for
 
 import itertools
 
+import operators
 import pytest
 import torch
 from conftest import without_kernels
@@ -124,28 +125,23 @@ def test_an_empty_batch_of_the_baseline_has_loss_0(kernels):
 
 @pytest.mark.parametrize("N, M, D", [(0, 0, 3), (0, 4, 3), (4, 0, 3), (4, 5, 0), (0, 0, 0)])
 def test_the_operators_of_pairs_take_sides_of_nothing(N, M, D, kernels):
-    x, y = leaf(N, D), leaf(M, D)
-    ids, others = torch.zeros(N).long(), torch.zeros(M).long()
-    mask = torch.empty(0, 0, dtype=torch.bool)
-    none = torch.empty(0).long()
-    for pairing in (0, 1, 2):
-        given = (y[:0], ids, none) if pairing == 0 else (y, ids, others)
-        if pairing == 2 and M < N:
-            continue
-        for groups, guides in (
-            ((none, none), (x[:0], y[:0])),
-            ((ids, given[2]), (x[:0], y[:0])),
-            ((none, none), (leaf(N, 2), leaf(0 if pairing == 0 else M, 2))),
-        ):
-            value, hard, share = ops.labelled.loss(
-                x, *given, mask, *groups, *guides, f64(0.1), f64(0.1), pairing, 1, 0, 0, 1.0, 0.1
+    x, x1, y = leaf(N, D), leaf(N, D), leaf(M, D)
+    none, nobody, no_groups, no_guide = operators.nothing(x.detach())
+    for mode, *others in (("ntxent", x[:0], x[:0]), ("query", y, x[:0]), ("shared", x1, y)):
+        z, code = (x, *others), ops.MODES[mode]
+        n = sum(len(part) for part in z)
+        ids = none.new_zeros(n)
+        for groups, guide in ((no_groups, no_guide), (ids, no_guide), (no_groups, leaf(n, 2))):
+            value, hard, share = ops.loss(
+                *z, ids, nobody, groups, guide, f64(0.1), f64(0.1), code, 1, 0, 1, 1.0, 0.1
             )
             value.backward()
             assert value.isfinite() and hard.shape == share.shape == (N,)
-        low, high = ops.labelled.row_range(x, *given, mask, pairing)
+        measured = *z, ids, nobody, f64(0.1), code, True, False
+        low, high = ops.row_range(*measured)
         assert low.shape == high.shape == (N,)
         for over in ("all", "negatives"):
-            eps = ops.labelled.threshold(x, *given, mask, pairing, 0.5, over)
+            eps = ops.quantile(*measured, 0.5, over)
             assert eps.isnan() or N > 0
 
 
@@ -154,11 +150,16 @@ def test_the_operators_of_views_take_batches_of_nothing(mode, kernels):
     for B, K, D in itertools.product((0, 1, 3), (0, 2), (0, 4)):
         shapes = (B, D), (B, D), (0, D) if mode < 3 else (K, D) if mode == 3 else (B, K, D)
         inputs = [leaf(*shape) for shape in shapes]
-        value, hard, _ = ops.loss(*inputs, f64(0.1), f64(0.1), mode, 1, 0, 1.0, 0.1)
+        value, hard, _ = ops.loss(
+            *inputs, *operators.nothing(inputs[0].detach()), f64(0.1), f64(0.1), mode, 1, 0, 0,
+            1.0, 0.1,
+        )  # fmt: skip
         value.backward()
         assert value.isfinite()
-        low, high = ops.row_range(*inputs, mode)
+        ids, mask, _, _ = operators.nothing(inputs[0].detach())
+        measured = *inputs, ids, mask, f64(0.1), mode, False, False
+        low, high = ops.row_range(*measured)
         assert low.shape == high.shape == hard.shape
         for over in ("all", "negatives"):
-            eps = ops.threshold(*inputs, mode, 0.5, over)
+            eps = ops.quantile(*measured, 0.5, over)
             assert eps.isnan() or B > 0

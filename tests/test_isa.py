@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import operators
 import pytest
 import torch
 from conftest import DTYPES, check_gradients, check_loss, problem
@@ -112,10 +113,10 @@ def check_thresholds(p) -> None:
     wide = [z.double() for z in (z0, z1, negatives)]
     allowed = 4 * torch.finfo(p.dtype).eps * z0.shape[1] ** 0.5
     for over in ("all", "negatives"):
-        ours = ops.threshold(z0, z1, negatives, mode, 0.7, over)
+        ours = operators.threshold(z0, z1, negatives, mode, 0.7, over)
         truth = reference.threshold(*wide, p.mode, 0.7, over)
         assert abs(ours - truth) <= allowed, (over, p)
-    ours, truth = ops.row_range(z0, z1, negatives, mode), reference.row_range(*wide, p.mode)
+    ours, truth = operators.row_range(z0, z1, negatives, mode), reference.row_range(*wide, p.mode)
     for a, b in zip(ours, truth, strict=True):
         assert (a.double() - b).abs().max() <= allowed, p
 

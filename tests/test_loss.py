@@ -6,6 +6,7 @@ or exactly zero in test_cases.py, the accuracy where the cosines are exact in te
 """
 
 import pytest
+import operators
 import torch
 import torch.nn.functional as F
 from conftest import DTYPES, at_the_floor, check_loss, eps_of_each_row, problem
@@ -42,7 +43,7 @@ def test_each_row_may_have_its_own_threshold(mode, dtype, device):
         )
         check_loss(p)
         check_loss(p.with_(eps=torch.stack([p.eps, -p.eps], 1)[:, 0]))
-        hard = torch.ops.hex.forward(*p.raw())[1][ops.views.count]
+        hard = operators.forward(*p.raw())[1][ops.COUNT]
         assert len(hard.unique()) > 4
 
 
@@ -187,5 +188,5 @@ def test_the_threshold_is_compared_in_float64(device):
     negative = torch.tensor([[0.75, 0.6614378]], device=device)
     cosine = reference.cosines(z, z, negative, "shared")[0][0, 1].double()
     for eps, inside in ((cosine, 0), (cosine - 1e-12, 1), (cosine + 1e-12, 0)):
-        stats = torch.ops.hex.forward(z, z, negative, eps, f64(0.1), 3, 0, 0, 1.0, 0.1, False)[1]
-        assert stats[ops.views.count].item() == inside
+        stats = operators.forward(z, z, negative, eps, f64(0.1), 3, 0, 0, 1.0, 0.1, False)[1]
+        assert stats[ops.COUNT].item() == inside

@@ -83,7 +83,7 @@ def test_a_wrong_loss_is_found_and_named(monkeypatch, capsys, factor):
 
 def test_a_wrong_threshold_is_found(monkeypatch, capsys):
     right = ops.row_range
-    monkeypatch.setattr(ops, "row_range", lambda *batch: [x + 1e-5 for x in right(*batch)])
+    monkeypatch.setattr(ops, "row_range", lambda *of: [x + 1e-5 for x in right(*of)])
     assert main.main([]) == 1
     assert capsys.readouterr().out.count("WRONG\n") == 20
 

@@ -6,10 +6,10 @@ as their type, logits of -inf. Through every loss, and in every path of its kern
 import itertools
 import math
 
+import operators
 import pytest
 import torch
 import torch.nn.functional as F
-from class_problems import HEX
 from conftest import without_kernels
 from data import f64, nans
 
@@ -20,9 +20,9 @@ from hex import (
     hex_cross_entropy,
     hex_loss,
     hex_sup_con,
-    ops,
     reference,
 )
+from hex.problem import of_logits
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -246,7 +246,7 @@ def test_the_calling_thread_flushes_afterwards_as_before(flush):
         flush(on)
         hex_loss(z0, z1, eps=0.1)
         with pytest.raises(RuntimeError, match="mode"):
-            HEX.row_range(z0, z1, z0[:0], 7)
+            operators.row_range(z0, z1, z0[:0], 7)
         assert (tiny * 1.0 == 0) == on
 
 
@@ -259,7 +259,7 @@ def test_every_half_is_the_float_that_it_is():
     same = hex_cross_entropy(logits.float(), target, eps=2.0, temperature=1.0, reduction="none")
     assert torch.equal(ours.isnan(), same.isnan())
     assert torch.equal(ours.nan_to_num(), same.nan_to_num())
-    low, high = HEX.logits_row_range(logits, target, f64(1.0), False)
+    low, high = of_logits(logits, target, 1.0).row_range()
     finite = halves.squeeze(1).isfinite()
     assert torch.equal(
         torch.maximum(-low, high)[finite], halves.float().abs().clamp(max=1)[finite, 0]
@@ -295,16 +295,15 @@ def test_the_quantile_of_any_finite_row_is_that_of_a_sort(tau, dtype):
         row = row.clamp(-most, most).to(dtype)[None]
         for q in (0.0, 1.0, 0.5, random().item()):
             for target in (0, n - 1):
-                got = HEX.logits_threshold(row, torch.tensor([target]), f64(tau), q, False, False)
+                got = of_logits(row, torch.tensor([target]), tau).threshold(q, "all")
                 assert got == sorted_quantile(row, tau, q), (row, q)
-        low, high = HEX.logits_row_range(row, torch.tensor([0]), f64(tau), False)
+        low, high = of_logits(row, torch.tensor([0]), tau).row_range()
         assert low == sorted_quantile(row, tau, 0.0) and high == sorted_quantile(row, tau, 1.0)
 
 
 def test_the_quantile_of_a_row_wider_than_the_largest_float():
     row = torch.tensor([[9, -3e38, -1, 0.25, 0.6, 3e38]])
-    one = f64(1.0)
-    assert HEX.logits_threshold(row, torch.tensor([0]), one, 0.4, False, False) == 0.25
+    assert of_logits(row, torch.tensor([0]), 1.0).threshold(0.4, "all") == 0.25
 
 
 @pytest.mark.parametrize("tau", [0.1, 1.0, 3.0])
@@ -331,8 +330,8 @@ def test_a_row_of_logits_that_is_not_finite_has_no_quantile(value, monkeypatch):
         if not kernels:
             without_kernels(monkeypatch)
         for over in ("all", "negatives"):
-            assert ops.logits.threshold(logits, target, f64(1.0), False, 0.5, over).isnan()
-        low, high = ops.logits.row_range(logits, target, f64(1.0), False)
+            assert of_logits(logits, target, 1.0).threshold(0.5, over).isnan()
+        low, high = of_logits(logits, target, 1.0).row_range()
         assert low.isnan().tolist() == high.isnan().tolist() == [False, True, False]
 
 

@@ -10,6 +10,7 @@ import itertools
 import math
 
 import pytest
+import operators
 import torch
 from conftest import (
     DTYPES,
@@ -59,7 +60,7 @@ def in_two_calls(p: Problem, **options) -> Tensor:
     """The threshold by the operator that computes nothing else."""
     z0, z1, negatives, _, _, mode = p.raw()[:6]
     t = tracker(**options)
-    return ops.threshold(z0, z1, negatives, mode, t.quantile, t.over)
+    return operators.threshold(z0, z1, negatives, mode, t.quantile, t.over)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -92,14 +93,14 @@ def test_cosines_that_were_kept_and_computed_again_give_the_same_bits(mode, dtyp
         p = problem("cluster", B + (mode != "shared") * 190, 40, mode, K=K, dtype=dtype)
         z0, z1, negatives, eps, tau, *options, _ = p.raw()
         given = z0, z1, negatives, eps, tau, *options
-        loss, stats, kept = torch.ops.hex.forward(*given, True)
-        again, _, nothing = torch.ops.hex.forward(*given, False)
+        loss, stats, kept = operators.forward(*given, True)
+        again, _, nothing = operators.forward(*given, False)
         assert torch.equal(loss, again)
         assert kept.numel() > p.rows * 190 / 2
         assert nothing.numel() == 0
         code, reduction, _, beta, _ = options
         one, other = (
-            torch.ops.hex.backward(
+            operators.backward(
                 p.grad_output(), z0, z1, negatives, tau, stats, k, code, reduction, beta, 15
             )
             for k in (kept, nothing)
@@ -116,9 +117,9 @@ def test_the_fake_of_what_is_kept_has_the_size_of_the_real_which_bounds_what_is_
     for mode, B, dtype in itertools.product(MODES, sizes, (torch.float32, torch.float64)):
         K = 3 if mode == "own" else 191 + B % 2 * 1000
         p = problem("gauss", B, 2, mode, K=K, dtype=dtype, eps=f64(0.5))
-        z0, _, negatives, *_, mode_code = p.raw()[:6]
-        real = torch.ops.hex.forward(*p.raw()[:-1], True)[2]
-        fake = ops.views.kept((z0, None, negatives), mode_code, dtype)
+        z0, z1, negatives, *_, mode_code = p.raw()[:6]
+        real = operators.forward(*p.raw()[:-1], True)[2]
+        fake = ops.kept_numbers(z0, z1, negatives, mode_code, dtype)
         assert real.numel() == fake, (mode, B, dtype)
         assert fake * dtype.itemsize <= 24 << 20
 
@@ -158,7 +159,7 @@ def test_one_call_finds_the_threshold_and_the_loss_of_two(rule, kind):
                 given.reference(*(z.to(t) for z in p.inputs), tau=f64(0.1))
                 for t in (dtype, torch.float64)
             )
-            members = torch.ops.hex.forward(*given.raw())[1][ops.views.count]
+            members = operators.forward(*given.raw())[1][ops.COUNT]
             assert torch.equal(count, members)
             if torch.equal(members.double(), truth[1]):  # else a cosine is within rounding of eps
                 assert_as_good_as_torch(
@@ -199,7 +200,7 @@ def test_shortlists_that_do_not_fit_change_nothing(mode, share, spread):
         loss, *_, eps, count, _ = step(module, p)
         assert torch.equal(eps, in_two_calls(p))
         given = p.with_(eps=eps)
-        assert torch.equal(count, torch.ops.hex.forward(*given.raw())[1][ops.views.count])
+        assert torch.equal(count, operators.forward(*given.raw())[1][ops.COUNT])
         two = given.loss(*p.inputs)
         # the same numbers summed in another order: a few ulp of the largest term, over tau
         torch.testing.assert_close(loss, two, rtol=1e-5, atol=1e-5)
@@ -309,9 +310,9 @@ def test_the_adaptive_operator_refuses_what_is_no_state():
         (torch.zeros(4, dtype=torch.float64), r"float64 of shape \(11,\)"),
     ):
         with pytest.raises(RuntimeError, match=f"state: expected {wanted}"):
-            torch.ops.hex.adaptive(z0, z1, negatives, state, tau, *options, *rule, keep)
+            operators.adaptive(z0, z1, negatives, state, tau, *options, *rule, keep)
     with pytest.raises(RuntimeError, match="quantile: expected a number in"):
-        torch.ops.hex.adaptive(
+        operators.adaptive(
             z0, z1, negatives, tracker().state, tau, *options, 2.0, *rule[1:], keep
         )
 

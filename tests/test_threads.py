@@ -12,6 +12,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import operators
 import pytest
 import torch
 from conftest import problem
@@ -26,13 +27,13 @@ THREADS = (1, 2, 3, 4)
 def everything(p) -> list[Tensor]:
     """The outputs of every operator, forward and backward."""
     z0, z1, negatives, eps, tau, mode, reduction, variant, beta, tau_plus, _ = p.raw()
-    loss, stats, kept = torch.ops.hex.forward(*p.raw())
-    mean = torch.ops.hex.forward(*p.raw()[:6], ops.REDUCTIONS["mean"], *p.raw()[7:])[0]
-    grads = torch.ops.hex.backward(
+    loss, stats, kept = operators.forward(*p.raw())
+    mean = operators.forward(*p.raw()[:6], ops.REDUCTIONS["mean"], *p.raw()[7:])[0]
+    grads = operators.backward(
         p.grad_output(), z0, z1, negatives, tau, stats, kept, mode, reduction, beta, 15
     )
-    low, high = ops.row_range(z0, z1, negatives, mode)
-    eps = [ops.threshold(z0, z1, negatives, mode, 0.9, over) for over in ("all", "negatives")]
+    low, high = operators.row_range(z0, z1, negatives, mode)
+    eps = [operators.threshold(z0, z1, negatives, mode, 0.9, over) for over in ("all", "negatives")]
     return [loss, stats, mean, *grads, low, high, *eps]
 
 

@@ -10,6 +10,7 @@ for bit, elsewhere with plain PyTorch. What is kept over training is in test_thr
 import math
 
 import pytest
+import operators
 import torch
 from conftest import DTYPES, Problem, assert_as_good_as_torch, problem
 from data import KINDS, MODES, f64, leaves
@@ -22,12 +23,12 @@ OVER = ("all", "negatives")
 
 def threshold(p: Problem, quantile: float, over: str = "all"):
     z0, z1, negatives, _, _, mode = p.raw()[:6]
-    return torch.ops.hex.threshold(z0, z1, negatives, mode, quantile, over == "negatives")
+    return operators.threshold(z0, z1, negatives, mode, quantile, over == "negatives")
 
 
 def row_range(p: Problem):
     z0, z1, negatives, _, _, mode = p.raw()[:6]
-    return torch.ops.hex.row_range(z0, z1, negatives, mode)
+    return operators.row_range(z0, z1, negatives, mode)
 
 
 def exact(mode: str, B: int = 23, K: int = 37, dtype=torch.float32, flips: float = 0.3) -> Problem:
@@ -138,7 +139,7 @@ def test_a_threshold_taken_as_eps_leaves_the_wanted_share_above():
     p = exact("own", 1, 300, flips=0.5)
     eps = threshold(p, 0.75, "negatives")
     row = rows_of_cosines(p, "negatives")[0]
-    count = torch.ops.hex.forward(*p.with_(eps=eps).raw())[1][ops.views.count].item()
+    count = operators.forward(*p.with_(eps=eps).raw())[1][ops.COUNT].item()
     assert count == (row > eps).sum().item()
     assert 0 < count <= 75
 
@@ -271,7 +272,7 @@ def test_too_small_a_batch_takes_the_self_cosine_or_the_positive():
 def test_the_threshold_has_no_gradient_and_none_is_recorded():
     z0, z1 = leaves(*problem("cluster", 9, 5).inputs)
     assert not batch_threshold(z0, z1).requires_grad
-    low, high = ops.row_range(z0, z1, z0.new_empty(0, 5), 0)
+    low, high = operators.row_range(z0, z1, z0.new_empty(0, 5), 0)
     assert not low.requires_grad
     assert not high.requires_grad
 

@@ -1,0 +1,186 @@
+/* SPDX-License-Identifier: MIT */
+/* What call.h declares. */
+#include "call.h"
+
+#include <inttypes.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- begin and end ---- */
+
+/* Keeps the first error; returns false, so that checks can be chained with &&. */
+bool fail(call *c, const char *format, ...)
+{
+    if (!c->error[0]) {
+        va_list arguments;
+        va_start(arguments, format);
+        vsnprintf(c->error, sizeof c->error, format, arguments);
+        va_end(arguments);
+    }
+    return false;
+}
+
+bool ok(call *c, const char *core_error) { return core_error ? fail(c, "%s", core_error) : true; }
+
+call begin(StableIValue *stack, int tensors)
+{
+    call c = {.stack = stack, .n_in = tensors, .before = hex_ieee_begin()};
+    for (int i = 0; i < tensors; i++)
+        c.in[i] = (AtenTensorHandle)(uintptr_t)stack[i];
+    if (!hex_place_of(c.in[0], &c.place))
+        fail(&c, SHIM_FAILED);
+    return c;
+}
+
+void finish(call *c, const char *op)
+{
+    for (int i = 0; i < c->n_in; i++)
+        aoti_torch_delete_tensor_object(c->in[i]);
+    free(c->memory);
+    hex_ieee_end(c->before);
+    if (c->error[0]) {
+        char text[ERROR_SIZE + 64];
+        for (int i = 0; i < c->n_out; i++)
+            aoti_torch_delete_tensor_object(c->out[i]);
+        snprintf(text, sizeof text, "hex::%s: %s", op, c->error);
+        aoti_torch_check(false, op, __FILE__, __LINE__, text); /* throws */
+        return;
+    }
+    for (int i = 0; i < c->n_out; i++)
+        c->stack[i] = (StableIValue)(uintptr_t)c->out[i];
+}
+
+/* ---- arguments ---- */
+
+AtenTensorHandle next_tensor(call *c) { return c->in[c->next++]; }
+
+int64_t next_int(call *c) { return (int64_t)c->stack[c->next++]; }
+
+double next_float(call *c)
+{
+    double x;
+    memcpy(&x, &c->stack[c->next++], sizeof x);
+    return x;
+}
+
+bool next_bool(call *c) { return c->stack[c->next++] & 1; }
+
+/* ---- tensors -> plain C ---- */
+
+static bool read_dtype(int32_t code, hex_dtype *dtype)
+{
+    if (code == aoti_torch_dtype_float32())
+        *dtype = HEX_F32;
+    else if (code == aoti_torch_dtype_float64())
+        *dtype = HEX_F64;
+    else if (code == aoti_torch_dtype_float16())
+        *dtype = HEX_F16;
+    else if (code == aoti_torch_dtype_bfloat16())
+        *dtype = HEX_BF16;
+    else
+        return false;
+    return true;
+}
+
+static int32_t torch_dtype(hex_dtype dtype)
+{
+    return dtype == HEX_F32   ? aoti_torch_dtype_float32()
+           : dtype == HEX_F64 ? aoti_torch_dtype_float64()
+           : dtype == HEX_F16 ? aoti_torch_dtype_float16()
+                              : aoti_torch_dtype_bfloat16();
+}
+
+int64_t item_size(hex_dtype dtype) { return dtype == HEX_F64 ? 8 : dtype == HEX_F32 ? 4 : 2; }
+
+/* Whether every element lies inside the storage. torch's own operators trust this and crash on a
+ * tensor whose storage was freed or shrunk under it, as sharded training does. */
+static bool inside_storage(AtenTensorHandle t, const view *v, int64_t element)
+{
+    int64_t last, bytes;
+    if (aoti_torch_get_storage_offset(t, &last) || aoti_torch_get_storage_size(t, &bytes))
+        return false;
+    for (int64_t d = 0; d < v->dim; d++) {
+        int64_t step;
+        if (v->size[d] == 0)
+            return true;
+        if (v->stride[d] < 0 || __builtin_mul_overflow(v->size[d] - 1, v->stride[d], &step) ||
+            __builtin_add_overflow(last, step, &last))
+            return false;
+    }
+    return last < bytes / element;
+}
+
+bool read_dense(call *c, AtenTensorHandle t, const char *name, element_kind kind, view *v)
+{
+    static const char *const wanted[] = {"float64, float32, bfloat16 or float16", "int64", "bool"};
+    hex_place place;
+    int32_t dtype, layout;
+    if (!hex_place_of(t, &place) || aoti_torch_get_dtype(t, &dtype) ||
+        aoti_torch_get_layout(t, &layout))
+        return fail(c, SHIM_FAILED);
+    const bool right = kind == FLOATS     ? read_dtype(dtype, &v->dtype)
+                       : kind == INTEGERS ? dtype == aoti_torch_dtype_int64()
+                                          : dtype == aoti_torch_dtype_bool();
+    if (place.type != c->place.type || layout != aoti_torch_layout_strided() || !right)
+        return fail(c, "%s: expected a dense %s tensor of %s", name, hex_place_name(&c->place),
+                    wanted[kind]);
+    if (place.index != c->place.index)
+        return fail(c, "%s: expected a tensor on device %d, got one on %d", name, c->place.index,
+                    place.index);
+    if (aoti_torch_get_dim(t, &v->dim) || aoti_torch_get_sizes(t, &v->size) ||
+        aoti_torch_get_strides(t, &v->stride) || torch_get_const_data_ptr(t, &v->data))
+        return fail(c, SHIM_FAILED);
+    if (!inside_storage(t, v, kind == FLOATS ? item_size(v->dtype) : kind == INTEGERS ? 8 : 1))
+        return fail(c, "%s: its storage is smaller than its shape says (freed or resized?)", name);
+    return true;
+}
+
+bool read_view(call *c, AtenTensorHandle t, const char *name, view *v)
+{
+    return read_dense(c, t, name, FLOATS, v);
+}
+
+/* See MOST_ROWS. */
+bool check_sizes(call *c, const char *name, const view *v)
+{
+    for (int64_t d = 0; d < v->dim; d++)
+        if (v->size[d] > MOST_ROWS)
+            return fail(c, "%s: expected at most %" PRId64 " rows and columns, got %" PRId64, name,
+                        MOST_ROWS, v->size[d]);
+    return true;
+}
+
+bool read_numbers(call *c, AtenTensorHandle t, const char *name, numbers allowed, int64_t rows,
+                  hex_vector *out)
+{
+    static const char *const shapes[] = {"", "()", "(rows,)", "() or (rows,)"};
+    view v;
+    if (!read_view(c, t, name, &v))
+        return false;
+    const bool shape =
+        v.dim == 0 ? allowed & ONE : v.dim == 1 && allowed & EACH_ROW && v.size[0] == rows;
+    if ((v.dtype != HEX_F32 && v.dtype != HEX_F64) || !shape)
+        return fail(c, "%s: expected float32 or float64 of shape %s", name, shapes[allowed]);
+    *out = (hex_vector){v.data, v.dtype, v.dim == 1 ? v.stride[0] : 0};
+    return true;
+}
+
+/* ---- outputs ---- */
+
+/* A new contiguous tensor as the next output; *data points to its first element. */
+bool add_output(call *c, int64_t dim, const int64_t *size, hex_dtype dtype, void **data)
+{
+    int64_t stride[3], step = 1;
+    AtenTensorHandle t;
+    for (int64_t d = dim - 1; d >= 0; d--) {
+        stride[d] = step;
+        step *= size[d] > 0 ? size[d] : 1;
+    }
+    if (aoti_torch_empty_strided(dim, size, stride, torch_dtype(dtype), c->place.type,
+                                 c->place.index, &t))
+        return fail(c, "cannot allocate an output");
+    c->out[c->n_out++] = t;
+    return torch_get_mutable_data_ptr(t, data) ? fail(c, SHIM_FAILED) : true;
+}
