@@ -111,11 +111,10 @@ typedef struct {
     hex_ids ids[3]; /* of the rows of each input; of logits the target, a column that is checked */
     hex_mask mask;  /* ntxent: P(i) where it is given, rows and columns modulo its own */
     /* who decides H */
-    bool given;        /* groups: eps plays no part */
-    hex_ids groups[3]; /* of the rows of each input */
-    int64_t G;         /* features of a guide, 0: there is none */
-    hex_rows
-        guide[3]; /* its rows, as those of the inputs; of logits the scores (B, D) in the first */
+    bool given;          /* groups: eps plays no part */
+    hex_ids groups[3];   /* of the rows of each input */
+    int64_t G;           /* features of a guide, 0: there is none */
+    hex_rows guide[3];   /* its rows, as those of the inputs */
     hex_vector eps, tau; /* tau has one element; adaptive finds its eps itself */
     /* the loss */
     hex_reduction reduction;

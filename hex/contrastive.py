@@ -87,16 +87,16 @@ class ContrastiveLoss(nn.Module):
             self.base_temperature,
         )
         if tracker is None:
-            transformed = is_transformed(*batch.learner)
+            transformed = is_transformed(*batch.learner())
         else:
-            transformed = is_transformed(*batch.learner, tracker.state)
+            transformed = is_transformed(*batch.learner(), tracker.state)
         again = is_in_backward()  # most likely the second run of a checkpoint
         learns = tracker is not None and not transformed and self._learns(batch)
         if (
             tracker is not None
             and tracker.adaptive_rule
             and batch.has_adaptive()
-            and tracker.state.device == batch.learner[0].device
+            and tracker.state.device == batch.inputs[0].device
             and tracker.state.dtype == torch.float64
             and not transformed
             and not again
@@ -119,7 +119,7 @@ class ContrastiveLoss(nn.Module):
 
     def _eps(self, batch: Problem, tracker: ThresholdTracker | None, learns: bool) -> Tensor:
         """eps of a problem, in a step that trains or does not."""
-        like = batch.learner[0]
+        like = batch.inputs[0]
         if batch.h_is_given:
             return problem.unknown_eps(like)
         if tracker is None:
@@ -140,7 +140,7 @@ class ContrastiveLoss(nn.Module):
         if not self.training:
             return False
         if torch.is_grad_enabled():
-            for z in batch.learner:
+            for z in batch.learner():
                 if z.requires_grad:
                     return True
             return False
@@ -166,7 +166,7 @@ class ContrastiveLoss(nn.Module):
         self._last = statistics
         if tracker is not None and learns:
             hard, value, released = statistics[1], value.detach(), self.variant == "released"
-            if released and batch.may_lack_positives:  # not 0 because all of a row was in H
+            if released and batch.may_lack_positives():  # not 0 because all of a row was in H
                 value = torch.where(batch.is_without_positives(), math.nan, value)
             tracker.watch(hard, value, could_be_0=released)
 

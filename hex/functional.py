@@ -295,7 +295,7 @@ def hex_cross_entropy(
 
 def _at(batch: Problem, eps: Any, rule: Rule) -> Tensor:
     """The loss at a threshold, or where H is given by groups."""
-    like = batch.learner[0]
+    like = batch.inputs[0]
     if batch.h_is_given:
         return batch.loss(unknown_eps(like), rule)[0]
     check_eps(eps, batch.anchors)

@@ -90,12 +90,12 @@ class Problem(NamedTuple):
     self_column: bool = False
     """Of logits: whether the anchor's own cosine, 1, is no column but counts."""
 
-    @property
+    # Methods, no properties: torch 2.10 compiles none of a NamedTuple.
+
     def may_lack_positives(self) -> bool:
         """Whether rows may be without one, and `is_without_positives` tells whether all are."""
         return self.several and self.mode == ops.MODES["ntxent"]
 
-    @property
     def learner(self) -> tuple[Tensor, ...]:
         """The tensors that may have a gradient."""
         return *self.inputs[:3], self.tau
@@ -106,7 +106,7 @@ class Problem(NamedTuple):
         value, hard, share = ops.loss(*arguments)
         return self._scaled(value, rule), hard, share
 
-    def has_adaptive(self) -> bool:  # no property: torch 2.10 compiles none of a NamedTuple
+    def has_adaptive(self) -> bool:
         """Whether `adaptive_loss` serves it."""
         decided = self.h_is_given or self.guide is not None
         return not decided and ops.has_adaptive(self.inputs[0], not self.several)

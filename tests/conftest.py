@@ -14,8 +14,8 @@ import types
 from typing import Any, NamedTuple
 
 import hypothesis
-import pytest
 import operators
+import pytest
 import torch
 from data import batch, eps_in_a_gap, f64
 from torch import Tensor

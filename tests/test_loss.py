@@ -5,8 +5,8 @@ conftest.py has the comparison. The gradients are in test_gradient.py, what is b
 or exactly zero in test_cases.py, the accuracy where the cosines are exact in test_contract.py.
 """
 
-import pytest
 import operators
+import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DTYPES, at_the_floor, check_loss, eps_of_each_row, problem

@@ -9,8 +9,8 @@ blocks, batches that the shortlists do not fit, and the one call against the two
 import itertools
 import math
 
-import pytest
 import operators
+import pytest
 import torch
 from conftest import (
     DTYPES,
@@ -312,9 +312,7 @@ def test_the_adaptive_operator_refuses_what_is_no_state():
         with pytest.raises(RuntimeError, match=f"state: expected {wanted}"):
             operators.adaptive(z0, z1, negatives, state, tau, *options, *rule, keep)
     with pytest.raises(RuntimeError, match="quantile: expected a number in"):
-        operators.adaptive(
-            z0, z1, negatives, tracker().state, tau, *options, 2.0, *rule[1:], keep
-        )
+        operators.adaptive(z0, z1, negatives, tracker().state, tau, *options, 2.0, *rule[1:], keep)
 
 
 def test_the_reference_agrees_on_a_large_batch():

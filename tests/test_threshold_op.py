@@ -9,8 +9,8 @@ for bit, elsewhere with plain PyTorch. What is kept over training is in test_thr
 
 import math
 
-import pytest
 import operators
+import pytest
 import torch
 from conftest import DTYPES, Problem, assert_as_good_as_torch, problem
 from data import KINDS, MODES, f64, leaves

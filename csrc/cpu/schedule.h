@@ -105,7 +105,7 @@ static int64_t tile_numbers(const field_t *f, int64_t most)
 
 /* Room for the cosines that are kept for the backward: for tiles of the largest blocks, which take
  * no less than those in use. A bound without a branch on the sizes, for torch.compile has to write
- * it down for all of them (_kept_numbers in hex/ops.py); memory that is not used is never touched.
+ * it down for all of them (kept_numbers in hex/ops.py); memory that is not used is never touched.
  * *used: whether the core has a use for it, with a problem large enough and not too large. */
 static int64_t kept_room(const hex_problem *p, bool *used)
 {
