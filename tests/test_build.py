@@ -96,7 +96,13 @@ def test_the_wheel_asks_for_torch_and_nothing_else(built):
     metadata = email.message_from_string(path.read_text())
     needed = metadata.get_all("Requires-Dist")
     assert [r for r in needed if "extra ==" not in r] == ["torch>=2.10"]
-    assert metadata.get_all("Provides-Extra") == ["lightning", "examples", "test", "dev"]
+    assert metadata.get_all("Provides-Extra") == [
+        "lightning",
+        "examples",
+        "test",
+        "benchmarks",
+        "dev",
+    ]
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "MIT"
 

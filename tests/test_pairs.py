@@ -296,9 +296,8 @@ def test_opcheck_of_the_adaptive_operator():
         p = problem("gauss", B, 7, mode, dtype=torch.float32, eps=f64(0.5))
         z0, z1, negatives, _, tau, *options, keep = p.raw()
         state = ThresholdTracker.adaptive().state
-        torch.library.opcheck(
-            torch.ops.hex.adaptive, (z0, z1, negatives, state, tau, *options, *rule, keep)
-        )
+        arguments = z0, z1, negatives, state, tau, *options, *rule, keep
+        torch.library.opcheck(torch.ops.hex.adaptive, operators.arguments("adaptive", *arguments))
 
 
 def test_the_adaptive_operator_refuses_what_is_no_state():

@@ -130,7 +130,7 @@ INLINE void add_sums(const row_t *r, real shift, real positive, real eps, real s
                        is_n = !classed || kind[j] == NEGATIVE, hard = is_n & (s[j] > eps),
                        other = is_n & !hard;
             /* what is left out may be infinite, and 0 times that is not 0 */
-            const real x = is_p | is_n ? v[j] - (is_p ? positive : shift) : 0;
+            const real x = (is_p | is_n) ? v[j] - (is_p ? positive : shift) : 0;
             const real t = x * scale, e = exp2_of(t);
             const real g = other ? e : 0, b = hard ? weight(power, t, e, beta) : 0;
             rest += g;
