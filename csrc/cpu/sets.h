@@ -28,8 +28,8 @@ static int compare_labels(const void *a, const void *b)
 }
 
 /* Codes that are equal where the labels are: their distance from the least or, where that is too
- * much for a word, their rank. */
-static const char *make_codes(const hex_problem *p, const hex_ids labels[3], word **codes)
+ * much for a word, their rank. labels: of the three inputs. */
+static const char *make_codes(const hex_problem *p, const hex_ids *labels, word **codes)
 {
     int64_t n = 0;
     for (int k = 0; k < 3; k++)
