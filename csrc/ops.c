@@ -311,9 +311,9 @@ static bool check_quantile(call *c, double quantile)
     return quantile >= 0 && quantile <= 1 ? true : fail(c, "quantile: expected a number in [0, 1]");
 }
 
-/* adaptive(z0, z1, negatives, ids, mask, groups, guide, state, tau, mode, reduction, variant, positives, beta,
- * tau_plus, keep, allow_tf32, self_column, quantile, over_negatives, momentum, monotonic, lagged,
- * warmup_epochs, warmup_threshold) -> (loss, stats, kept, eps, new_state) */
+/* adaptive(z0, z1, negatives, ids, mask, groups, guide, state, tau, mode, reduction, variant,
+ * positives, beta, tau_plus, keep, allow_tf32, self_column, quantile, over_negatives, momentum,
+ * monotonic, lagged, warmup_epochs, warmup_threshold) -> (loss, stats, kept, eps, new_state) */
 void hex_adaptive_boxed(StableIValue *stack, uint64_t arguments, uint64_t outputs)
 {
     (void)arguments, (void)outputs;

@@ -431,8 +431,7 @@ def problem_rows(
         return logits_rows(z0, ids, z0[:0], eps, tau, False, beta, tau_plus, variant)
     options: tuple[Any, ...] = (beta, tau_plus, variant, POSITIVES[max(positives - 1, 0)])
     if positives:
-        pairs = _as_pairs(z0, z1, negatives, ids, mode)
-        x, y, own, candidates, pairing = pairs
+        x, y, own, candidates, pairing = _as_pairs(z0, z1, negatives, ids, mode)
         deciders = _halves(groups, x.shape[0]), _halves(guide, x.shape[0])
         given: Any = x, y, own, candidates, mask, *deciders[0], *deciders[1], eps, tau, pairing
         return labelled_rows(*(*given, *options))

@@ -156,9 +156,7 @@ static row_t anchor_row(const hex_problem *p, const inputs_t *in, int64_t i, anc
         paired_cosines(p, &p->guide[2], p->G, &in->guide, i, &a->guide);
         r.s = a->guide.c;
     } else {
-        const word group = in->groups[i], *other = in->groups + p->B + p->M + i * p->K;
-        for (int64_t j = 0; j < p->K; j++)
-            a->table.group[j] = other[j] == group ? 1 : 0;
+        fill_groups(in->groups, i, p->B + p->M + i * p->K, p->K, a->table.group);
         r.s = a->table.group;
     }
     return r;
@@ -176,11 +174,8 @@ static row_t logits_row(const hex_problem *p, int64_t i, real tau, real *scratch
     for (int64_t j = 0; j < C; j++)
         kind[j] = v[j] == -(real)INFINITY ? LEFT_OUT : NEGATIVE;
     kind[p->ids[0].data[i]] = POSITIVE;
-    if (p->G > 0)
-        load(&p->guide[0], i, C, s);
-    else
-        for (int64_t j = 0; j < C; j++)
-            s[j] = v[j] * tau;
+    for (int64_t j = 0; j < C; j++)
+        s[j] = v[j] * tau;
     return (row_t){.v = v, .s = s, .kind = kind, .n = C};
 }
 
