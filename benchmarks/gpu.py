@@ -104,15 +104,20 @@ class Worker:
 
 
 def _alone(log: Path) -> None:
-    """A group to kill, whose output goes into the log."""
+    """Leads a process group that can be killed as one, and writes all its output to the log.
+
+    Only descriptors 1 and 2 are used. A pipe of the worker before, which another thread was closing
+    at the moment of the fork, may be closed here once more, under a number that is a new file's.
+    """
     os.setsid()
     gc.freeze()  # or every collection would go through all that was imported
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    sys.stdout = sys.stderr = file = log.open("a", buffering=1)
-    for stream in (1, 2):
-        os.dup2(file.fileno(), stream)
-    faulthandler.enable(file)
-    faulthandler.register(signal.SIGUSR1, file)
+    with log.open("a") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    sys.stdout = sys.stderr = open(2, "a", buffering=1, closefd=False)  # noqa: SIM115
+    faulthandler.enable(2)
+    faulthandler.register(signal.SIGUSR1, 2)
 
 
 def _attempt(work: Callable[[], Record]) -> Record:

@@ -86,6 +86,9 @@ def deaf(folder):
 
 
 def crashes(folder):
+    for file in Path("/proc/self/fd").iterdir():
+        if int(file.name) > 2 and file.exists() and file.resolve().name == "log.txt":
+            os.close(int(file.name))  # as an inherited pipe of the same number does when it goes
     os.abort()
 
 
