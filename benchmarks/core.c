@@ -18,7 +18,7 @@
 /* Rows and columns of the blocks: a multiple of every MR and NR; and a slice of the core deep. */
 enum { SIDE = 96, DEEP = 256 };
 
-bool hex_parallel_for(int64_t n, int64_t work, hex_body body, void *context)
+bool hex_parallel_for(int64_t n, int64_t work, hex_body_t body, void *context)
 {
     (void)work;
     if (n > 0)
@@ -83,20 +83,21 @@ PUBLIC bool loss(const batch *x)
 {
     static const double tau = 0.1, one = 1;
     const int64_t B = x->B, D = x->D;
-    const hex_rows z0 = {x->z, HEX_F32, B, B, B * D, D, 1},
-                   z1 = {x->z + B * D, HEX_F32, B, B, B * D, D, 1};
-    hex_problem p = {.mode = HEX_NTXENT,
-                     .reduction = HEX_MEAN,
-                     .B = B,
-                     .M = B,
-                     .D = D,
-                     .input = {z0, z1},
-                     .tau = {&tau, HEX_F64, 0},
-                     .beta = 1,
-                     .tau_plus = 0.1};
-    const hex_gradient g = {
+    const hex_rows_t z0 = {x->z, HEX_F32, B, B, B * D, D, 1},
+                     z1 = {x->z + B * D, HEX_F32, B, B, B * D, D, 1};
+    hex_problem_t p = {.mode = HEX_NTXENT,
+                       .reduction = HEX_MEAN,
+                       .B = B,
+                       .count = B,
+                       .M = B,
+                       .D = D,
+                       .input = {z0, z1},
+                       .tau = {&tau, HEX_F64, 0},
+                       .beta = 1,
+                       .tau_plus = 0.1};
+    const hex_gradient_t g = {
         .grad = {&one, HEX_F64, 0}, .stats = x->stats, .dz = {x->dz, x->dz + B * D}};
-    hex_tracker t = {.quantile = 0.99};
+    hex_tracker_t t = {.quantile = 0.99};
     bool used;
     const int64_t room = kept_room(&p, &used);
     p.kept = used ? allocate(room, 1, sizeof(float)) : NULL;

@@ -11,7 +11,7 @@
 /* ---- begin and end ---- */
 
 /* Keeps the first error; returns false, so that checks can be chained with &&. */
-bool fail(call *c, const char *format, ...)
+bool fail(call_t *c, const char *format, ...)
 {
     if (!c->error[0]) {
         va_list arguments;
@@ -22,11 +22,11 @@ bool fail(call *c, const char *format, ...)
     return false;
 }
 
-bool ok(call *c, const char *core_error) { return core_error ? fail(c, "%s", core_error) : true; }
+bool ok(call_t *c, const char *core_error) { return core_error ? fail(c, "%s", core_error) : true; }
 
-call begin(StableIValue *stack, int tensors)
+call_t begin(StableIValue *stack, int tensors)
 {
-    call c = {.stack = stack, .n_in = tensors, .before = hex_ieee_begin()};
+    call_t c = {.stack = stack, .n_in = tensors, .before = hex_ieee_begin()};
     for (int i = 0; i < tensors; i++)
         c.in[i] = (AtenTensorHandle)(uintptr_t)stack[i];
     if (!hex_place_of(c.in[0], &c.place))
@@ -34,7 +34,7 @@ call begin(StableIValue *stack, int tensors)
     return c;
 }
 
-void finish(call *c, const char *op)
+void finish(call_t *c, const char *op)
 {
     for (int i = 0; i < c->n_in; i++)
         aoti_torch_delete_tensor_object(c->in[i]);
@@ -54,22 +54,22 @@ void finish(call *c, const char *op)
 
 /* ---- arguments ---- */
 
-AtenTensorHandle next_tensor(call *c) { return c->in[c->next++]; }
+AtenTensorHandle next_tensor(call_t *c) { return c->in[c->next++]; }
 
-int64_t next_int(call *c) { return (int64_t)c->stack[c->next++]; }
+int64_t next_int(call_t *c) { return (int64_t)c->stack[c->next++]; }
 
-double next_float(call *c)
+double next_float(call_t *c)
 {
     double x;
     memcpy(&x, &c->stack[c->next++], sizeof x);
     return x;
 }
 
-bool next_bool(call *c) { return c->stack[c->next++] & 1; }
+bool next_bool(call_t *c) { return c->stack[c->next++] & 1; }
 
 /* ---- tensors -> plain C ---- */
 
-static bool read_dtype(int32_t code, hex_dtype *dtype)
+static bool read_dtype(int32_t code, hex_dtype_t *dtype)
 {
     if (code == aoti_torch_dtype_float32())
         *dtype = HEX_F32;
@@ -84,7 +84,7 @@ static bool read_dtype(int32_t code, hex_dtype *dtype)
     return true;
 }
 
-static int32_t torch_dtype(hex_dtype dtype)
+static int32_t torch_dtype(hex_dtype_t dtype)
 {
     return dtype == HEX_F32   ? aoti_torch_dtype_float32()
            : dtype == HEX_F64 ? aoti_torch_dtype_float64()
@@ -92,11 +92,11 @@ static int32_t torch_dtype(hex_dtype dtype)
                               : aoti_torch_dtype_bfloat16();
 }
 
-int64_t item_size(hex_dtype dtype) { return dtype == HEX_F64 ? 8 : dtype == HEX_F32 ? 4 : 2; }
+int64_t item_size(hex_dtype_t dtype) { return dtype == HEX_F64 ? 8 : dtype == HEX_F32 ? 4 : 2; }
 
 /* Whether every element lies inside the storage. torch's own operators trust this and crash on a
  * tensor whose storage was freed or shrunk under it, as sharded training does. */
-static bool inside_storage(AtenTensorHandle t, const view *v, int64_t element)
+static bool inside_storage(AtenTensorHandle t, const view_t *v, int64_t element)
 {
     int64_t last, bytes;
     if (aoti_torch_get_storage_offset(t, &last) || aoti_torch_get_storage_size(t, &bytes))
@@ -112,10 +112,10 @@ static bool inside_storage(AtenTensorHandle t, const view *v, int64_t element)
     return last < bytes / element;
 }
 
-bool read_dense(call *c, AtenTensorHandle t, const char *name, element_kind kind, view *v)
+bool read_dense(call_t *c, AtenTensorHandle t, const char *name, element_t kind, view_t *v)
 {
     static const char *const wanted[] = {"float64, float32, bfloat16 or float16", "int64", "bool"};
-    hex_place place;
+    hex_place_t place;
     int32_t dtype, layout;
     if (!hex_place_of(t, &place) || aoti_torch_get_dtype(t, &dtype) ||
         aoti_torch_get_layout(t, &layout))
@@ -137,13 +137,13 @@ bool read_dense(call *c, AtenTensorHandle t, const char *name, element_kind kind
     return true;
 }
 
-bool read_view(call *c, AtenTensorHandle t, const char *name, view *v)
+bool read_view(call_t *c, AtenTensorHandle t, const char *name, view_t *v)
 {
     return read_dense(c, t, name, FLOATS, v);
 }
 
 /* See MOST_ROWS. */
-bool check_sizes(call *c, const char *name, const view *v)
+bool check_sizes(call_t *c, const char *name, const view_t *v)
 {
     for (int64_t d = 0; d < v->dim; d++)
         if (v->size[d] > MOST_ROWS)
@@ -152,25 +152,25 @@ bool check_sizes(call *c, const char *name, const view *v)
     return true;
 }
 
-bool read_numbers(call *c, AtenTensorHandle t, const char *name, numbers allowed, int64_t rows,
-                  hex_vector *out)
+bool read_numbers(call_t *c, AtenTensorHandle t, const char *name, numbers_t allowed, int64_t rows,
+                  hex_vector_t *out)
 {
     static const char *const shapes[] = {"", "()", "(rows,)", "() or (rows,)"};
-    view v;
+    view_t v;
     if (!read_view(c, t, name, &v))
         return false;
     const bool shape =
         v.dim == 0 ? allowed & ONE : v.dim == 1 && allowed & EACH_ROW && v.size[0] == rows;
     if ((v.dtype != HEX_F32 && v.dtype != HEX_F64) || !shape)
         return fail(c, "%s: expected float32 or float64 of shape %s", name, shapes[allowed]);
-    *out = (hex_vector){v.data, v.dtype, v.dim == 1 ? v.stride[0] : 0};
+    *out = (hex_vector_t){v.data, v.dtype, v.dim == 1 ? v.stride[0] : 0};
     return true;
 }
 
 /* ---- outputs ---- */
 
 /* A new contiguous tensor as the next output; *data points to its first element. */
-bool add_output(call *c, int64_t dim, const int64_t *size, hex_dtype dtype, void **data)
+bool add_output(call_t *c, int64_t dim, const int64_t *size, hex_dtype_t dtype, void **data)
 {
     int64_t stride[3], step = 1;
     AtenTensorHandle t;

@@ -26,29 +26,29 @@ typedef struct {
     int next; /* the argument that is taken next */
     AtenTensorHandle in[MOST_IN], out[MOST_OUT];
     int n_in, n_out;
-    hex_place place;       /* of every tensor */
-    hex_arithmetic before; /* the thread's own, see ieee.h */
-    void *memory;          /* freed at the end, or NULL */
-} call;
+    hex_place_t place;       /* of every tensor */
+    hex_arithmetic_t before; /* the thread's own, see ieee.h */
+    void *memory;            /* freed at the end, or NULL */
+} call_t;
 
-call begin(StableIValue *stack, int tensors); /* which come first */
-void finish(call *c, const char *op);
+call_t begin(StableIValue *stack, int tensors); /* which come first */
+void finish(call_t *c, const char *op);
 
 /* Keeps the first error; returns false, so that checks can be chained with &&. */
-__attribute__((format(printf, 2, 3))) bool fail(call *c, const char *format, ...);
-bool ok(call *c, const char *core_error);
+__attribute__((format(printf, 2, 3))) bool fail(call_t *c, const char *format, ...);
+bool ok(call_t *c, const char *core_error);
 
 /* ---- arguments, each once and in order ---- */
 
-AtenTensorHandle next_tensor(call *c);
-int64_t next_int(call *c);
-double next_float(call *c);
-bool next_bool(call *c);
+AtenTensorHandle next_tensor(call_t *c);
+int64_t next_int(call_t *c);
+double next_float(call_t *c);
+bool next_bool(call_t *c);
 
 /* ---- tensors -> plain C ---- */
 
 /* The embeddings' dtypes, int64, bool. */
-typedef enum { FLOATS, INTEGERS, BOOLEANS } element_kind;
+typedef enum { FLOATS, INTEGERS, BOOLEANS } element_t;
 
 /* Rows or columns of a matrix. A tensor that is expanded may claim any number; with no more than
  * these no product of sizes leaves int64_t, of which the longest is the arithmetic of a loop's
@@ -57,23 +57,23 @@ typedef enum { FLOATS, INTEGERS, BOOLEANS } element_kind;
 
 typedef struct {
     const void *data;
-    hex_dtype dtype; /* of FLOATS */
+    hex_dtype_t dtype; /* of FLOATS */
     int64_t dim, *size, *stride;
-} view;
+} view_t;
 
 /* Numbers in float32 or float64: one, one for each of `rows`, or either. */
-typedef enum { ONE = 1, EACH_ROW = 2 } numbers;
+typedef enum { ONE = 1, EACH_ROW = 2 } numbers_t;
 
-bool read_dense(call *c, AtenTensorHandle t, const char *name, element_kind kind, view *v);
-bool read_view(call *c, AtenTensorHandle t, const char *name, view *v); /* of FLOATS */
-bool read_numbers(call *c, AtenTensorHandle t, const char *name, numbers allowed, int64_t rows,
-                  hex_vector *out);
-bool check_sizes(call *c, const char *name, const view *v);
-int64_t item_size(hex_dtype dtype);
+bool read_dense(call_t *c, AtenTensorHandle t, const char *name, element_t kind, view_t *v);
+bool read_view(call_t *c, AtenTensorHandle t, const char *name, view_t *v); /* of FLOATS */
+bool read_numbers(call_t *c, AtenTensorHandle t, const char *name, numbers_t allowed, int64_t rows,
+                  hex_vector_t *out);
+bool check_sizes(call_t *c, const char *name, const view_t *v);
+int64_t item_size(hex_dtype_t dtype);
 
 /* ---- outputs ---- */
 
 /* A new contiguous tensor as the next output; *data points to its first element. */
-bool add_output(call *c, int64_t dim, const int64_t *size, hex_dtype dtype, void **data);
+bool add_output(call_t *c, int64_t dim, const int64_t *size, hex_dtype_t dtype, void **data);
 
 #endif

@@ -49,19 +49,19 @@ int hex_probe_cuda(int device) { return cuda ? cuda->probe(device) : -1; }
 
 bool hex_cuda_is_emulated(void) { return cuda && cuda->emulated; }
 
-bool hex_place_of(AtenTensorHandle t, hex_place *place)
+bool hex_place_of(AtenTensorHandle t, hex_place_t *place)
 {
     return !aoti_torch_get_device_type(t, &place->type) &&
            !aoti_torch_get_device_index(t, &place->index);
 }
 
-bool hex_place_is_cuda(const hex_place *place)
+bool hex_place_is_cuda(const hex_place_t *place)
 {
     return cuda && place->type == (cuda->emulated ? aoti_torch_device_type_cpu()
                                                   : aoti_torch_device_type_cuda());
 }
 
-const char *hex_place_name(const hex_place *place)
+const char *hex_place_name(const hex_place_t *place)
 {
     return place->type == aoti_torch_device_type_cpu() ? "CPU" : "CUDA";
 }
@@ -70,7 +70,7 @@ const char *hex_place_name(const hex_place *place)
 
 typedef struct {
     hex_device device;
-    const hex_place *place;
+    const hex_place_t *place;
     AtenTensorHandle workspace;
     DeviceGuardHandle guard;
 } surroundings;
@@ -90,10 +90,10 @@ static void *allocate(void *context, int64_t bytes)
     return data;
 }
 
-static const char *enter(surroundings *s, const hex_place *place)
+static const char *enter(surroundings *s, const hex_place_t *place)
 {
     s->place = place;
-    s->device = (hex_device){NULL, allocate, s, place->one_product};
+    s->device = (hex_device){NULL, allocate, s, place->allow_tf32};
     if (cuda->emulated)
         return NULL;
     if (aoti_torch_create_device_guard(place->index, &s->guard) ||
@@ -118,31 +118,35 @@ static const char *leave(surroundings *s, const char *error)
     const char *error = enter(&s, place);                                                          \
     return leave(&s, error ? error : cuda->function(p, &s.device, __VA_ARGS__))
 
-const char *hex_run_forward(const hex_place *place, const hex_problem *p, void *loss, void *stats)
+const char *hex_run_forward(const hex_place_t *place, const hex_problem_t *p, void *loss,
+                            void *stats)
 {
     RUN(forward, loss, stats);
 }
 
-const char *hex_run_backward(const hex_place *place, const hex_problem *p, const hex_gradient *g)
+const char *hex_run_backward(const hex_place_t *place, const hex_problem_t *p,
+                             const hex_gradient_t *g)
 {
     RUN(backward, g);
 }
 
-const char *hex_run_threshold(const hex_place *place, const hex_problem *p, double quantile,
+const char *hex_run_threshold(const hex_place_t *place, const hex_problem_t *p, double quantile,
                               bool over_negatives, double *mean)
 {
     RUN(threshold, quantile, over_negatives, mean);
 }
 
-const char *hex_cuda_adaptive(const hex_place *place, const hex_problem *p, const hex_tracker *t,
-                              const hex_device_state *state, void *loss, void *stats)
+const char *hex_cuda_adaptive(const hex_place_t *place, const hex_problem_t *p,
+                              const hex_tracker_t *t, const hex_device_state_t *state, void *loss,
+                              void *stats)
 {
     surroundings s = {0};
     const char *error = enter(&s, place);
     return leave(&s, error ? error : cuda->adaptive(p, &s.device, t, state, loss, stats));
 }
 
-const char *hex_run_row_range(const hex_place *place, const hex_problem *p, void *low, void *high)
+const char *hex_run_row_range(const hex_place_t *place, const hex_problem_t *p, void *low,
+                              void *high)
 {
     RUN(row_range, low, high);
 }

@@ -11,25 +11,29 @@
 /* The device of a call's tensors. */
 typedef struct {
     int32_t type, index;
-    bool one_product; /* see hex_device */
-} hex_place;
+    bool allow_tf32; /* see hex_device */
+} hex_place_t;
 
-bool hex_place_of(AtenTensorHandle t, hex_place *place);
+bool hex_place_of(AtenTensorHandle t, hex_place_t *place);
 /* Whether calls there are for the CUDA core; the functions below choose by it. */
-bool hex_place_is_cuda(const hex_place *place);
+bool hex_place_is_cuda(const hex_place_t *place);
 /* "CPU" or "CUDA" */
-const char *hex_place_name(const hex_place *place);
+const char *hex_place_name(const hex_place_t *place);
 
 /* As the functions of a core. On the CUDA core, dtau and mean are on the device; see hex_cuda.h. */
-const char *hex_run_forward(const hex_place *place, const hex_problem *p, void *loss, void *stats);
-const char *hex_run_backward(const hex_place *place, const hex_problem *p, const hex_gradient *g);
-const char *hex_run_threshold(const hex_place *place, const hex_problem *p, double quantile,
+const char *hex_run_forward(const hex_place_t *place, const hex_problem_t *p, void *loss,
+                            void *stats);
+const char *hex_run_backward(const hex_place_t *place, const hex_problem_t *p,
+                             const hex_gradient_t *g);
+const char *hex_run_threshold(const hex_place_t *place, const hex_problem_t *p, double quantile,
                               bool over_negatives, double *mean);
-const char *hex_run_row_range(const hex_place *place, const hex_problem *p, void *low, void *high);
+const char *hex_run_row_range(const hex_place_t *place, const hex_problem_t *p, void *low,
+                              void *high);
 
 /* On the CUDA core alone: the tracker's state stays on the device, which the CPU's core reads. */
-const char *hex_cuda_adaptive(const hex_place *place, const hex_problem *p, const hex_tracker *t,
-                              const hex_device_state *state, void *loss, void *stats);
+const char *hex_cuda_adaptive(const hex_place_t *place, const hex_problem_t *p,
+                              const hex_tracker_t *t, const hex_device_state_t *state, void *loss,
+                              void *stats);
 
 /* Loads hex/_cuda.so and returns NULL, or what is in the way. A core that is emulated on the CPU
  * (tests/emulation) takes the place of the CPU's until NULL is loaded. */

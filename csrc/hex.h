@@ -28,23 +28,26 @@
  *     ntxent      anchors z0 and z1, candidates the same without the anchor itself
  *     query       anchors z0, candidates z1
  *     cross       the same and, beside it, anchors z1, candidates z0
- *     shared      anchors z0, candidates the negatives and of z1 the positive
- *     own         the same, where each anchor has K negatives of its own
+ *     unpaired    anchors z0, candidates the negatives and of z1 the positive
+ *     paired      the same, where each anchor has K negatives of its own
  *     logits      rows of values that are given
  *
- * Anchors are always its first `hex_anchors()` rows, so a row of the loss and its anchor have the
- * same index. */
+ * Anchors are always the first `hex_anchors()` rows of it. A call may be of a block of them alone:
+ * rows [first, first + count) of z0 and, where rows of z1 are anchors too, the same rows of z1. Then
+ * the forward has a loss and statistics for each anchor of the block, in this order; the backward is
+ * given the statistics of all anchors, for which the block's rows are candidates, and has the
+ * gradient of the block's rows. */
 #ifndef HEX_H
 #define HEX_H
 
 #include <stdbool.h>
 #include <stdint.h>
 
-typedef enum { HEX_F32, HEX_F64, HEX_F16, HEX_BF16 } hex_dtype;
-typedef enum { HEX_NTXENT, HEX_QUERY, HEX_CROSS, HEX_SHARED, HEX_OWN, HEX_LOGITS } hex_mode;
-typedef enum { HEX_OUTSIDE, HEX_INSIDE, HEX_POSITIVES } hex_positives;
-typedef enum { HEX_NONE, HEX_MEAN, HEX_SUM, HEX_REDUCTIONS } hex_reduction;
-typedef enum { HEX_PAPER, HEX_RELEASED, HEX_VARIANTS } hex_variant;
+typedef enum { HEX_F32, HEX_F64, HEX_F16, HEX_BF16 } hex_dtype_t;
+typedef enum { HEX_NTXENT, HEX_QUERY, HEX_CROSS, HEX_UNPAIRED, HEX_PAIRED, HEX_LOGITS } hex_mode_t;
+typedef enum { HEX_OUTSIDE, HEX_INSIDE, HEX_POSITIVES } hex_positives_t;
+typedef enum { HEX_NONE, HEX_MEAN, HEX_SUM, HEX_REDUCTIONS } hex_reduction_t;
+typedef enum { HEX_PAPER, HEX_RELEASED, HEX_VARIANTS } hex_variant_t;
 
 /* What the forward keeps of each row, stats[kind][row] in the compute type. With
  * e = exp((c - shift) / tau) and b = e^beta a gradient entry of row i is
@@ -75,63 +78,64 @@ enum {
  * (r / inner) outer + (r % inner) row: inner = rows for a matrix, K for the (B, K, D) negatives. */
 typedef struct {
     const void *data;
-    hex_dtype dtype;
+    hex_dtype_t dtype;
     int64_t rows, inner, outer, row, col;
-} hex_rows;
+} hex_rows_t;
 
 /* A vector of float32 or float64 numbers; stride 0 repeats one. */
 typedef struct {
     const void *data;
-    hex_dtype dtype;
+    hex_dtype_t dtype;
     int64_t stride;
-} hex_vector;
+} hex_vector_t;
 
 /* Labels, one for each row; data NULL: there are none. */
 typedef struct {
     const int64_t *data;
     int64_t stride;
-} hex_ids;
+} hex_ids_t;
 
 /* Booleans, any byte but 0 is true: a _Bool of another than 0 and 1 is undefined, and torch has
  * them. data NULL: there are none. */
 typedef struct {
     const uint8_t *data;
     int64_t rows, row, col;
-} hex_mask;
+} hex_mask_t;
 
 typedef struct {
     /* values */
-    hex_mode mode;
-    bool wide;          /* compute in double instead of float */
-    int64_t B, M, K, D; /* rows of z0, of z1; negatives, of all or of one anchor; features */
-    hex_rows input[3];  /* z0, z1, negatives; or logits (B, D) in the first */
+    hex_mode_t mode;
+    bool compute_f64;     /* compute in double instead of float */
+    int64_t B, M, K, D;   /* rows of z0, of z1; negatives, of all or of one anchor; features */
+    int64_t first, count; /* the block of anchors; (0, B): the whole batch */
+    hex_rows_t input[3];  /* z0, z1, negatives; or logits (B, D) in the first */
     void *kept; /* of the CPU: hex_cpu_kept() numbers from the forward to the backward, or NULL */
     /* sets */
-    bool several;   /* positives are those of equal ids, or of the mask; else p(i) alone */
-    hex_ids ids[3]; /* of the rows of each input; of logits the target, a column that is checked */
-    hex_mask mask;  /* ntxent: P(i) where it is given, rows and columns modulo its own */
+    bool several;     /* positives are those of equal ids, or of the mask; else p(i) alone */
+    hex_ids_t ids[3]; /* of the rows of each input; of logits the target, which is checked */
+    hex_mask_t mask;  /* ntxent: P(i) where it is given, rows and columns modulo its own */
     /* who decides H */
-    bool given;          /* groups: eps plays no part */
-    hex_ids groups[3];   /* of the rows of each input */
-    int64_t G;           /* features of a guide, 0: there is none */
-    hex_rows guide[3];   /* its rows, as those of the inputs */
-    hex_vector eps, tau; /* tau has one element; adaptive finds its eps itself */
+    bool by_group;         /* groups: eps plays no part */
+    hex_ids_t groups[3];   /* of the rows of each input */
+    int64_t G;             /* features of a guide, 0: there is none */
+    hex_rows_t guide[3];   /* its rows, as those of the inputs */
+    hex_vector_t eps, tau; /* tau has one element; adaptive finds its eps itself */
     /* the loss */
-    hex_reduction reduction;
-    hex_variant variant;
-    hex_positives positives; /* outside the logarithm, or inside */
+    hex_reduction_t reduction;
+    hex_variant_t variant;
+    hex_positives_t positives; /* outside the logarithm, or inside */
     double beta, tau_plus;
     bool self_column; /* of logits: each row's quantile has a cosine of 1 too, the anchor's own */
-} hex_problem;
+} hex_problem_t;
 
 /* What the backward is given and fills. An input whose gradient is not wanted has a null pointer in
  * dz. */
 typedef struct {
-    hex_vector grad;   /* of the loss: one number, or one a row */
+    hex_vector_t grad; /* of the loss: one number, or one a row */
     const void *stats; /* (hex_stats(), rows) from the forward, compute type */
     void *dz[3];       /* contiguous, in the dtype of the input */
     double *dtau;      /* one number, or null */
-} hex_gradient;
+} hex_gradient_t;
 
 /* The threshold over training (tracker.h): what the adaptive loss is given, what it does with the
  * batch's candidate, and the eps that comes of it. All numbers of the state are doubles, so that an
@@ -158,30 +162,64 @@ typedef struct {
     bool over_negatives, monotonic, lagged;
     double state[HEX_STATE];
     double eps;
-} hex_tracker;
+} hex_tracker_t;
 
-static inline int64_t hex_anchors(const hex_problem *p)
+static inline bool hex_both_anchors(const hex_problem_t *p)
 {
-    return p->mode == HEX_NTXENT || p->mode == HEX_CROSS ? p->B + p->M : p->B;
+    return p->mode == HEX_NTXENT || p->mode == HEX_CROSS;
+}
+
+/* All anchors of the batch. */
+static inline int64_t hex_anchors(const hex_problem_t *p)
+{
+    return hex_both_anchors(p) ? p->B + p->M : p->B;
+}
+
+/* Rows of an input, which ids, groups and a guide are of; the paired negatives of all anchors. */
+static inline int64_t hex_input_rows(const hex_problem_t *p, int input)
+{
+    return input == 0 ? p->B : input == 1 ? p->M : p->mode == HEX_PAIRED ? p->B * p->K : p->K;
+}
+
+static inline bool hex_is_whole(const hex_problem_t *p) { return p->count == p->B; }
+
+/* Rows of an input that belong to the block. */
+static inline int64_t hex_block_rows(const hex_problem_t *p, int input)
+{
+    const int64_t rows = hex_input_rows(p, input);
+    if (hex_is_whole(p) || rows == 0 || (input == 2 && p->mode == HEX_UNPAIRED))
+        return rows;
+    return input == 2 ? p->count * p->K : p->count;
+}
+
+/* Anchors of the block, and the place among them of an anchor of the index space. */
+static inline int64_t hex_block_anchors(const hex_problem_t *p)
+{
+    return p->count + (hex_both_anchors(p) ? hex_block_rows(p, 1) : 0);
+}
+
+static inline int64_t hex_block_place(const hex_problem_t *p, int64_t i)
+{
+    return i < p->B ? i - p->first : i - p->B - p->first + p->count;
 }
 
 /* How many of the statistics a row has. */
-static inline int hex_stats(const hex_problem *p)
+static inline int hex_stats(const hex_problem_t *p)
 {
     return p->several ? HEX_STATS_SEVERAL : HEX_STATS;
 }
 
 /* Every core function returns NULL, or the text of an error after freeing all it took. Arguments
  * are already checked. */
-const char *hex_cpu_forward(const hex_problem *p, void *loss, void *stats);
-const char *hex_cpu_backward(const hex_problem *p, const hex_gradient *g);
-const char *hex_cpu_threshold(const hex_problem *p, double quantile, bool over_negatives,
+const char *hex_cpu_forward(const hex_problem_t *p, void *loss, void *stats);
+const char *hex_cpu_backward(const hex_problem_t *p, const hex_gradient_t *g);
+const char *hex_cpu_threshold(const hex_problem_t *p, double quantile, bool over_negatives,
                               double *mean);
-const char *hex_cpu_adaptive(const hex_problem *p, hex_tracker *t, void *loss, void *stats);
-const char *hex_cpu_row_range(const hex_problem *p, void *low, void *high);
+const char *hex_cpu_adaptive(const hex_problem_t *p, hex_tracker_t *t, void *loss, void *stats);
+const char *hex_cpu_row_range(const hex_problem_t *p, void *low, void *high);
 /* Room, in numbers, for the cosines that the forward of such shapes leaves for the backward to use
  * again; *used: whether it leaves any. */
-int64_t hex_cpu_kept(const hex_problem *p, bool *used);
+int64_t hex_cpu_kept(const hex_problem_t *p, bool *used);
 
 /* Chooses the instruction set once: the best this CPU has, or what HEX_ISA asks for. Returns the
  * name in use and an explanation in *problem where HEX_ISA could not be followed (NULL name: it
@@ -191,7 +229,7 @@ const char *hex_cpu_select(const char *wanted, const char **problem);
 /* The one service a core needs from outside (parallel.c): body over [0, n) in chunks, any order,
  * maybe one after another, so that no chunk may wait for another. `work`, roughly the arithmetic
  * operations of one item, keeps small loops on one thread. Returns false if it could not run. */
-typedef void (*hex_body)(int64_t begin, int64_t end, void *context);
-bool hex_parallel_for(int64_t n, int64_t work, hex_body body, void *context);
+typedef void (*hex_body_t)(int64_t begin, int64_t end, void *context);
+bool hex_parallel_for(int64_t n, int64_t work, hex_body_t body, void *context);
 
 #endif

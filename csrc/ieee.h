@@ -10,31 +10,31 @@
 #ifdef __SSE2__
 #include <xmmintrin.h>
 
-typedef unsigned hex_arithmetic; /* of a thread */
+typedef unsigned hex_arithmetic_t; /* of a thread */
 
-static inline hex_arithmetic hex_ieee_begin(void)
+static inline hex_arithmetic_t hex_ieee_begin(void)
 {
-    const hex_arithmetic before = _mm_getcsr();
+    const hex_arithmetic_t before = _mm_getcsr();
     _mm_setcsr(0x1f80); /* as a program starts */
     return before;
 }
 
-static inline void hex_ieee_end(hex_arithmetic before) { _mm_setcsr(before); }
+static inline void hex_ieee_end(hex_arithmetic_t before) { _mm_setcsr(before); }
 
 #else
 #include <fenv.h>
 
-typedef fenv_t hex_arithmetic;
+typedef fenv_t hex_arithmetic_t;
 
-static inline hex_arithmetic hex_ieee_begin(void)
+static inline hex_arithmetic_t hex_ieee_begin(void)
 {
-    hex_arithmetic before;
+    hex_arithmetic_t before;
     fegetenv(&before);
     fesetenv(FE_DFL_ENV);
     return before;
 }
 
-static inline void hex_ieee_end(hex_arithmetic before) { fesetenv(&before); }
+static inline void hex_ieee_end(hex_arithmetic_t before) { fesetenv(&before); }
 #endif
 
 #endif

@@ -11,12 +11,14 @@
 #include "device.h"
 #include "ops.h"
 
-/* Every operator begins with the tensors of the problem. */
+/* Every operator begins with the tensors of the problem. first and count are the block of anchors
+ * that the call is of (hex.h), count -1 all that follow: the whole batch unless they are named. */
 /* clang-format off */
 static const char *const schemas[] = {
     "forward(Tensor z0, Tensor z1, Tensor negatives, Tensor ids, Tensor mask, Tensor groups, "
         "Tensor guide, Tensor eps, Tensor tau, int mode, int reduction, int variant, "
-        "int positives, float beta, float tau_plus, bool keep, bool allow_tf32) "
+        "int positives, float beta, float tau_plus, bool keep, bool allow_tf32, "
+        "SymInt first=0, SymInt count=-1) "
         "-> (Tensor loss, Tensor stats, Tensor kept)",
     "adaptive(Tensor z0, Tensor z1, Tensor negatives, Tensor ids, Tensor mask, Tensor groups, "
         "Tensor guide, Tensor state, Tensor tau, int mode, int reduction, int variant, "
@@ -26,11 +28,12 @@ static const char *const schemas[] = {
         "-> (Tensor loss, Tensor stats, Tensor kept, Tensor eps, Tensor new_state)",
     "backward(Tensor grad, Tensor z0, Tensor z1, Tensor negatives, Tensor ids, Tensor mask, "
         "Tensor groups, Tensor guide, Tensor tau, Tensor stats, Tensor kept, int mode, "
-        "int reduction, int positives, float beta, bool allow_tf32, int needs) "
+        "int reduction, int positives, float beta, bool allow_tf32, int needs, "
+        "SymInt first=0, SymInt count=-1) "
         "-> (Tensor dz0, Tensor dz1, Tensor dnegatives, Tensor dtau)",
     "quantile(Tensor z0, Tensor z1, Tensor negatives, Tensor ids, Tensor mask, Tensor tau, "
         "int mode, bool several, bool allow_tf32, bool self_column, float quantile, "
-        "bool over_negatives, bool bounds) "
+        "bool over_negatives, bool bounds, SymInt first=0, SymInt count=-1) "
         "-> (Tensor mean, Tensor low, Tensor high)",
 };
 /* clang-format on */

@@ -23,7 +23,7 @@ bool hex_watch_forks(void) { return pthread_atfork(NULL, NULL, after_fork_in_chi
 #define CHUNK_WORK (1 << 18)
 
 typedef struct {
-    hex_body body;
+    hex_body_t body;
     void *context;
 } loop;
 
@@ -31,12 +31,12 @@ typedef struct {
 static void run_chunk(int64_t begin, int64_t end, void *context)
 {
     const loop *l = context;
-    const hex_arithmetic before = hex_ieee_begin();
+    const hex_arithmetic_t before = hex_ieee_begin();
     l->body(begin, end, l->context);
     hex_ieee_end(before);
 }
 
-bool hex_parallel_for(int64_t n, int64_t work, hex_body body, void *context)
+bool hex_parallel_for(int64_t n, int64_t work, hex_body_t body, void *context)
 {
     loop l = {body, context};
     const int64_t grain = work < CHUNK_WORK ? CHUNK_WORK / (work + 1) + 1 : 1;

@@ -30,7 +30,7 @@ static inline double HEX_TRACKER_MUL(double x, double y)
 /* -1 before the first; a state that is an average of states has counts that are not whole. */
 HEX_TRACKER double hex_epoch(const double *state) { return nearbyint(state[HEX_STATE_EPOCH]) - 1; }
 
-HEX_TRACKER bool hex_is_warm_up(const hex_tracker *t)
+HEX_TRACKER bool hex_is_warm_up(const hex_tracker_t *t)
 {
     return fmax(hex_epoch(t->state), 0.0) < (double)t->warmup_epochs;
 }
@@ -53,7 +53,7 @@ HEX_TRACKER bool hex_is_short(double *s, double anchors)
     return small;
 }
 
-HEX_TRACKER void hex_track(hex_tracker *t, double candidate, int64_t anchors)
+HEX_TRACKER void hex_track(hex_tracker_t *t, double candidate, int64_t anchors)
 {
     double *s = t->state;
     if (hex_is_warm_up(t)) {

@@ -60,9 +60,17 @@ def isa() -> str:
 # ---- shapes -------------------------------------------------------------------------------------
 
 
-def _anchors(z0: Tensor, z1: Tensor, mode: int) -> int:
+def _block(z: Tensor, first: int = 0, count: int = -1) -> int:
+    """Rows of an input that belong to the block [first, first + count); count -1: all from first
+    on."""
+    if z.shape[0] == 0:
+        return 0
+    return z.shape[0] - first if count == -1 else count
+
+
+def _anchors(z0: Tensor, z1: Tensor, mode: int, *block: int) -> int:
     both = mode in (MODES["ntxent"], MODES["cross"])
-    return z0.shape[0] + z1.shape[0] if both else z0.shape[0]
+    return _block(z0, *block) + (_block(z1, *block) if both else 0)
 
 
 def _compute_dtype(z0: Tensor, z1: Tensor, negatives: Tensor, mode: int) -> torch.dtype:
@@ -93,8 +101,8 @@ def kept_numbers(z0: Tensor, z1: Tensor, negatives: Tensor, mode: int, dtype: to
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     z0, z1, negatives = arguments[:3]
-    mode, reduction, _, positives, _, _, keep = arguments[_INPUTS + 2 :][:7]
-    rows, dtype = _anchors(z0, z1, mode), _compute_dtype(z0, z1, negatives, mode)
+    mode, reduction, _, positives, _, _, keep, _, *block = arguments[_INPUTS + 2 :]
+    rows, dtype = _anchors(z0, z1, mode, *block), _compute_dtype(z0, z1, negatives, mode)
     loss = z0.new_empty((rows,) if reduction == REDUCTIONS["none"] else (), dtype=dtype)
     stats = z0.new_empty((_STATS_SEVERAL if positives else _STATS, rows), dtype=dtype)
     kept = kept_numbers(z0, z1, negatives, mode, dtype) if keep else 0
@@ -104,17 +112,25 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _fake_adaptive(*arguments: Any) -> tuple[Tensor, ...]:
     z0, state = arguments[0], arguments[_INPUTS]
     eps = z0.new_empty((), dtype=torch.float64)
-    return *_fake_forward(*arguments), eps, torch.empty_like(state)
+    return *_fake_forward(*arguments[: _INPUTS + 10]), eps, torch.empty_like(state)
 
 
 def _fake_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    learned, needs = (*arguments[:3], arguments[_INPUTS]), arguments[-1]
-    return tuple(z.new_empty(z.shape if needs >> k & 1 else (0,)) for k, z in enumerate(learned))
+    learned = *arguments[:3], arguments[_INPUTS]
+    mode, _, _, _, _, needs, *block = arguments[_INPUTS + 3 :]
+    of_rows = 3 if mode == MODES["own"] else 2  # shared negatives belong to every block
+    shapes = [(_block(z, *block), *z.shape[1:]) for z in learned[:of_rows]]
+    shapes += [z.shape for z in learned[of_rows:]]
+    return tuple(
+        z.new_empty(shape if needs >> k & 1 else (0,))
+        for k, (z, shape) in enumerate(zip(learned, shapes, strict=True))
+    )
 
 
 def _fake_quantile(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    z0, z1, negatives, mode, bounds = *arguments[:3], arguments[6], arguments[-1]
-    rows = _anchors(z0, z1, mode) if bounds else 0
+    z0, z1, negatives = arguments[:3]
+    mode, _, _, _, _, _, bounds, *block = arguments[6:]
+    rows = _anchors(z0, z1, mode, *block) if bounds else 0
     low = z0.new_empty(rows, dtype=_compute_dtype(z0, z1, negatives, mode))
     mean = z0.new_empty((0,) if bounds else (), dtype=torch.float64)
     return mean, low, torch.empty_like(low)

@@ -30,14 +30,14 @@ LABELS, MASK = torch.arange(10) % 3, torch.ones(5, 5, dtype=torch.bool)
 FLOATING = "expected a dense CPU tensor of float64, float32, bfloat16 or float16"
 INTEGERS, BOOLEANS = "expected a dense CPU tensor of int64", "expected a dense CPU tensor of bool"
 NUMBERS = "expected float32 or float64 of shape"
-CHOICES = "expected beta >= 0 and tau_plus in [0, 1)"
+BETA, TAU_PLUS = "beta: expected a number from 0 on", "tau_plus: expected a number in [0, 1)"
 MODE = "mode: expected 0 to 5"
 DAMAGED = "its storage is smaller than its shape says (freed or resized?)"
 OF_FORWARD = "expected the contiguous (statistics, rows) tensor of the forward"
 NO_NEGATIVES = "negatives: expected none (0, D) in this mode"
 PART = "mask: expected rows among themselves and a part of their"
-ONE_DECIDER = "expected groups or a guide, not both, and neither with logits"
-OTHERS = "positives: expected others in this mode"
+ONE_DECIDER = "groups, guide: expected one of them at most, and none with logits"
+FOR_SEVERAL = "mode: 5 is for anchors with several positives"
 
 OPERATORS = ("forward", "adaptive", "backward", "quantile")
 VIEWS = (
@@ -47,6 +47,7 @@ VIEWS = (
     | dict(state=STATE, quantile=0.9, over_negatives=False, momentum=0.0, monotonic=False)
     | dict(lagged=False, warmup_epochs=0, warmup_threshold=1.0)
     | dict(grad=ROWS, stats=STATS, kept=KEPT, needs=15, several=False, bounds=False)
+    | dict(first=0, count=-1)
 )
 SEVERAL = dict(positives=1, several=True, stats=torch.zeros(12, 10), ids=LABELS)
 FIVE = dict(grad=ROWS[:5], stats=torch.zeros(12, 5))  # rows
@@ -107,11 +108,11 @@ REFUSED = [
     ("forward", dict(reduction=-1), "reduction: expected 0, 1 or 2"),
     ("forward", dict(variant=2), "variant: expected 0 or 1"),
     ("forward", dict(variant=-1), "variant: expected 0 or 1"),
-    ("forward", dict(beta=-0.5), CHOICES),
-    ("forward", dict(beta=float("nan")), CHOICES),
-    ("forward", dict(tau_plus=-0.1), CHOICES),
-    ("forward", dict(tau_plus=1.0), CHOICES),
-    ("forward", dict(tau_plus=float("nan")), CHOICES),
+    ("forward", dict(beta=-0.5), BETA),
+    ("forward", dict(beta=float("nan")), BETA),
+    ("forward", dict(tau_plus=-0.1), TAU_PLUS),
+    ("forward", dict(tau_plus=1.0), TAU_PLUS),
+    ("forward", dict(tau_plus=float("nan")), TAU_PLUS),
     ("forward", dict(eps=EPS.half()), f"eps: {NUMBERS} () or (rows,)"),
     ("forward", dict(eps=torch.ones(5)), f"eps: {NUMBERS} () or (rows,)"),
     ("forward", dict(eps=torch.ones(10, 1)), f"eps: {NUMBERS} () or (rows,)"),
@@ -123,7 +124,7 @@ REFUSED = [
     ("backward", dict(grad=ROWS.half()), f"grad: {NUMBERS} (rows,)"),
     ("backward", dict(tau=torch.ones(1)), f"tau: {NUMBERS} ()"),
     ("backward", dict(reduction=9), "reduction: expected 0, 1 or 2"),
-    ("backward", dict(beta=-1.0), CHOICES),
+    ("backward", dict(beta=-1.0), BETA),
     ("backward", dict(mode=7), MODE),
     ("backward", dict(z0=Z[:4]), "z1: expected as many rows as z0, 4, got 5"),
     *(
@@ -155,13 +156,14 @@ REFUSED = [
     ("forward", SEVERAL | dict(positives=3), "positives: expected 0, 1 or 2"),
     ("backward", SEVERAL | dict(positives=-1), "positives: expected 0, 1 or 2"),
     *(
-        (op, SEVERAL | dict(mode=mode, z1=z1, negatives=negatives), OTHERS)
+        (op, SEVERAL | dict(mode=mode, z1=z1, negatives=negatives),
+         f"mode: {mode} is for anchors with one positive")
         for op in OPERATORS
         for mode, z1, negatives in ((2, Z, EMPTY), (2, QUEUE, EMPTY), (4, Z, Z[:, None]))
     ),
     ("forward", SEVERAL | dict(mode=3, z1=QUEUE), "z1: expected as many rows as z0, 5, got 4"),
-    ("forward", LOGITS | dict(positives=0), OTHERS),
-    ("quantile", LOGITS | dict(several=False), OTHERS),
+    ("forward", LOGITS | dict(positives=0), FOR_SEVERAL),
+    ("quantile", LOGITS | dict(several=False), FOR_SEVERAL),
     ("forward", SEVERAL | dict(ids=LABELS.int()), f"ids: {INTEGERS}"),
     ("forward", SEVERAL | dict(ids=LABELS[1:]), "ids: expected 10 labels in one dimension"),
     ("quantile", SEVERAL | dict(ids=LABELS[None]), "ids: expected 10 labels in one dimension"),

@@ -17,7 +17,7 @@ static int64_t threads;
 
 typedef struct {
     int64_t begin, end;
-    hex_body body;
+    hex_body_t body;
     void *context;
 } chunk;
 
@@ -29,7 +29,7 @@ static void *run(void *of)
 }
 
 /* In as many chunks as there are threads, whatever the work: small problems are shared out too. */
-bool hex_parallel_for(int64_t n, int64_t work, hex_body body, void *context)
+bool hex_parallel_for(int64_t n, int64_t work, hex_body_t body, void *context)
 {
     enum { MOST = 8 };
     (void)work;
@@ -81,9 +81,9 @@ static void take(int64_t *counts)
         counts[k] = atomic_exchange(&hex_work[k], 0);
 }
 
-static hex_rows matrix(const void *data, int64_t dtype, int64_t rows, int64_t D)
+static hex_rows_t matrix(const void *data, int64_t dtype, int64_t rows, int64_t D)
 {
-    return (hex_rows){data, (hex_dtype)dtype, rows, rows ? rows : 1, rows * D, D, 1};
+    return (hex_rows_t){data, (hex_dtype_t)dtype, rows, rows ? rows : 1, rows * D, D, 1};
 }
 
 /* MR and NR of the level, by width of the compute type. */
@@ -95,7 +95,7 @@ PUBLIC void tile_sides(int64_t wide, int64_t *mr, int64_t *nr)
 
 #define JOIN_(a, b, c) a##b##c
 #define JOIN(a, b, c) JOIN_(a, b, c)
-static const hex_cpu_entry *const level[] = {
+static const hex_cpu_entry_t *const level[] = {
     &JOIN(hex_cpu_, HEX_LEVEL, _f32),
 #ifndef FLOAT_ONLY
     &JOIN(hex_cpu_, HEX_LEVEL, _f64),
@@ -107,27 +107,28 @@ PUBLIC const char *count(const request *r, int64_t counts[2][WORK_KINDS])
 {
     static const double one = 1;
     const int64_t size = r->wide ? 8 : 4, K = r->K;
-    hex_problem p = {.mode = (hex_mode)r->mode,
-                     .reduction = HEX_MEAN,
-                     .wide = r->wide,
-                     .B = r->B,
-                     .M = r->B,
-                     .K = K,
-                     .D = r->D,
-                     .eps = {&r->eps, HEX_F64, 0},
-                     .tau = {&r->tau, HEX_F64, 0},
-                     .beta = r->beta,
-                     .tau_plus = r->tau_plus};
-    const int64_t rows[3] = {r->B, r->B, p.mode == HEX_OWN ? r->B * K : K};
-    hex_tracker t = {.quantile = r->quantile, .over_negatives = r->over_negatives};
-    hex_gradient g = {.grad = {&one, HEX_F64, 0}};
+    hex_problem_t p = {.mode = (hex_mode_t)r->mode,
+                       .reduction = HEX_MEAN,
+                       .compute_f64 = r->wide,
+                       .B = r->B,
+                       .count = r->B,
+                       .M = r->B,
+                       .K = K,
+                       .D = r->D,
+                       .eps = {&r->eps, HEX_F64, 0},
+                       .tau = {&r->tau, HEX_F64, 0},
+                       .beta = r->beta,
+                       .tau_plus = r->tau_plus};
+    const int64_t rows[3] = {r->B, r->B, p.mode == HEX_PAIRED ? r->B * K : K};
+    hex_tracker_t t = {.quantile = r->quantile, .over_negatives = r->over_negatives};
+    hex_gradient_t g = {.grad = {&one, HEX_F64, 0}};
     void *dz[3], *stats = allocate(HEX_STATS, hex_anchors(&p), (size_t)size);
     for (int k = 0; k < 3; k++) {
         p.input[k] = matrix(r->z[k], r->dtype, rows[k], r->D);
         dz[k] = allocate(rows[k], r->D, sizeof(double));
         g.dz[k] = r->dz[k] ? dz[k] : NULL;
     }
-    if (p.mode == HEX_OWN)
+    if (p.mode == HEX_PAIRED)
         p.input[2].inner = K, p.input[2].outer = K * r->D;
     g.stats = stats;
     threads = r->threads;
@@ -155,13 +156,13 @@ PUBLIC const char *count(const request *r, int64_t counts[2][WORK_KINDS])
 }
 
 /* The same of a loss with several positives; counts[2] is of its threshold. */
-static const char *count_several(hex_problem *p, hex_gradient *g, int64_t counts[3][WORK_KINDS])
+static const char *count_several(hex_problem_t *p, hex_gradient_t *g, int64_t counts[3][WORK_KINDS])
 {
     static const double one = 1;
     float *stats = allocate(HEX_STATS_SEVERAL, p->B, sizeof(float)), value;
     double mean;
     p->several = true;
-    g->grad = (hex_vector){&one, HEX_F64, 0};
+    g->grad = (hex_vector_t){&one, HEX_F64, 0};
     g->stats = stats;
     take(counts[0]);
     const char *error = level[0]->forward(p, &value, stats);
@@ -181,27 +182,28 @@ static const char *count_several(hex_problem *p, hex_gradient *g, int64_t counts
 /* Of rows with labels, or groups, or a guide. */
 PUBLIC const char *count_labelled(const labelled_request *r, int64_t counts[3][WORK_KINDS])
 {
-    hex_problem p = {
-        .mode = (hex_mode)r->mode,
+    hex_problem_t p = {
+        .mode = (hex_mode_t)r->mode,
         .B = r->N,
+        .count = r->N,
         .M = r->M,
         .D = r->D,
         .input = {matrix(r->x, r->dtype, r->N, r->D), matrix(r->y, r->dtype, r->M, r->D)},
-        .given = r->groups[0] != NULL,
+        .by_group = r->groups[0] != NULL,
         .G = r->guide_D,
         .reduction = HEX_MEAN,
-        .positives = (hex_positives)r->positives,
+        .positives = (hex_positives_t)r->positives,
         .beta = r->beta,
         .tau_plus = r->tau_plus,
         .eps = {&r->eps, HEX_F64, 0},
         .tau = {&r->tau, HEX_F64, 0}};
     for (int k = 0; k < 2; k++) {
         p.guide[k] = matrix(r->guide[k], r->dtype, k ? r->M : r->N, r->guide_D);
-        p.ids[k] = (hex_ids){r->ids[k], 1};
-        p.groups[k] = (hex_ids){r->groups[k], 1};
+        p.ids[k] = (hex_ids_t){r->ids[k], 1};
+        p.groups[k] = (hex_ids_t){r->groups[k], 1};
     }
-    hex_gradient g = {.dz = {allocate(r->N, r->D, sizeof(float)),
-                             r->dz[1] ? allocate(r->M, r->D, sizeof(float)) : NULL}};
+    hex_gradient_t g = {.dz = {allocate(r->N, r->D, sizeof(float)),
+                               r->dz[1] ? allocate(r->M, r->D, sizeof(float)) : NULL}};
     threads = r->threads;
     return count_several(&p, &g, counts);
 }
@@ -209,18 +211,19 @@ PUBLIC const char *count_labelled(const labelled_request *r, int64_t counts[3][W
 /* Of rows of logits. */
 PUBLIC const char *count_logits(const logits_request *r, int64_t counts[3][WORK_KINDS])
 {
-    hex_problem p = {.mode = HEX_LOGITS,
-                     .B = r->N,
-                     .D = r->C,
-                     .input = {matrix(r->logits, HEX_F32, r->N, r->C)},
-                     .ids = {{r->target, 1}},
-                     .reduction = HEX_MEAN,
-                     .positives = (hex_positives)r->positives,
-                     .beta = r->beta,
-                     .tau_plus = r->tau_plus,
-                     .eps = {&r->eps, HEX_F64, 0},
-                     .tau = {&r->tau, HEX_F64, 0}};
-    hex_gradient g = {.dz = {allocate(r->N, r->C, sizeof(float))}};
+    hex_problem_t p = {.mode = HEX_LOGITS,
+                       .B = r->N,
+                       .count = r->N,
+                       .D = r->C,
+                       .input = {matrix(r->logits, HEX_F32, r->N, r->C)},
+                       .ids = {{r->target, 1}},
+                       .reduction = HEX_MEAN,
+                       .positives = (hex_positives_t)r->positives,
+                       .beta = r->beta,
+                       .tau_plus = r->tau_plus,
+                       .eps = {&r->eps, HEX_F64, 0},
+                       .tau = {&r->tau, HEX_F64, 0}};
+    hex_gradient_t g = {.dz = {allocate(r->N, r->C, sizeof(float))}};
     threads = r->threads;
     return count_several(&p, &g, counts);
 }

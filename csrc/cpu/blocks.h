@@ -19,14 +19,14 @@
 /* ---- forward ---- */
 
 typedef struct {
-    const hex_problem *p;
+    const hex_problem_t *p;
     int64_t rows;
     double tau;
     real *stats;
     double *loss;
 } forward_context_t;
 
-static void write_stats(const hex_problem *p, const double *of, int64_t i, int64_t rows,
+static void write_stats(const hex_problem_t *p, const double *of, int64_t i, int64_t rows,
                         real *stats)
 {
     for (int k = 0; k < hex_stats(p); k++)
@@ -39,12 +39,13 @@ static void forward_row(void *context, int64_t i, row_t *r, int64_t first, int64
     double stats[HEX_STATS_SEVERAL];
     if (!r->kind)
         r->n = drop(r->v, r->n, first, second);
-    f->loss[i] = row_forward(f->p, r, read_vector(f->p->eps, i), f->tau, stats);
-    write_stats(f->p, stats, i, f->rows, f->stats);
+    const int64_t at = hex_block_place(f->p, i);
+    f->loss[at] = row_forward(f->p, r, read_vector(f->p->eps, at), f->tau, stats);
+    write_stats(f->p, stats, at, f->rows, f->stats);
 }
 
 /* The rows' losses to what the caller wants of them: one thread, in the order of the rows. */
-static void reduce(hex_reduction reduction, const double *rows, int64_t n, real *out)
+static void reduce(hex_reduction_t reduction, const double *rows, int64_t n, real *out)
 {
     double sum = 0;
     for (int64_t i = 0; i < n; i++) {
@@ -56,9 +57,9 @@ static void reduce(hex_reduction reduction, const double *rows, int64_t n, real 
         *out = (real)(reduction == HEX_MEAN && n ? sum / (double)n : sum);
 }
 
-static const char *forward_rows(const hex_problem *p, void *loss, void *stats)
+static const char *forward_rows(const hex_problem_t *p, void *loss, void *stats)
 {
-    const int64_t rows = hex_anchors(p);
+    const int64_t rows = hex_block_anchors(p);
     forward_context_t f = {p, rows, read_vector(p->tau, 0), stats,
                            allocate(rows, 1, sizeof(double))};
     if (!f.loss)
@@ -73,8 +74,8 @@ static const char *forward_rows(const hex_problem *p, void *loss, void *stats)
 /* ---- backward ---- */
 
 typedef struct {
-    const hex_problem *p;
-    const hex_gradient *g;
+    const hex_problem_t *p;
+    const hex_gradient_t *g;
     const inputs_t *in;
     const panels_t *panels, *guide;
     int input;
@@ -88,7 +89,7 @@ typedef struct {
 /* The partner's part of du, then the projection and the rounding to the input's dtype. */
 static void finish_row(const backward_context_t *c, int64_t o, real *du)
 {
-    const hex_problem *p = c->p;
+    const hex_problem_t *p = c->p;
     const unit_t *unit = &c->in->unit;
     const real *u = unit->u + o * unit->stride;
     int64_t row;
@@ -100,14 +101,14 @@ static void finish_row(const backward_context_t *c, int64_t o, real *du)
         for (int64_t d = 0; d < p->D; d++)
             du[d] += by * uq[d];
     }
-    store(c->g->dz[input], p->input[input].dtype, row, p->D, du, u, dot_product(du, u, p->D),
-          unit->inverse[o]);
+    store(c->g->dz[input], p->input[input].dtype, row - (input < 2 ? p->first : 0), p->D, du, u,
+          dot_product(du, u, p->D), unit->inverse[o]);
 }
 
 static void backward_body(int64_t begin, int64_t end, void *context)
 {
     backward_context_t *c = context;
-    const hex_problem *p = c->p;
+    const hex_problem_t *p = c->p;
     const unit_t *unit = &c->in->unit;
     const int64_t width = unit->width, n = c->met.end - c->met.begin, anchors = hex_anchors(p);
     const bool column_terms = c->met.begin < anchors, row_terms = c->owners.begin < anchors;
@@ -156,13 +157,13 @@ static void backward_body(int64_t begin, int64_t end, void *context)
 static void paired_backward_body(int64_t begin, int64_t end, void *context)
 {
     backward_context_t *c = context;
-    const hex_problem *p = c->p;
+    const hex_problem_t *p = c->p;
     const unit_t *unit = &c->in->unit;
     const int64_t width = unit->width;
     anchor_t a = {0};
     real *du = allocate(width, 1, sizeof(real)), *g = allocate(p->K, 1, sizeof(real));
     const bool ready = make_anchor(p, c->in, &a) && du && g;
-    for (int64_t i = begin; ready && i < end; i++) {
+    for (int64_t i = c->owners.begin + begin; ready && i < c->owners.begin + end; i++) {
         const real *u = unit->u + i * unit->stride;
         const row_t r = anchor_row(p, c->in, i, &a);
         memcpy(g, r.v, (size_t)p->K * sizeof(real));
@@ -174,8 +175,8 @@ static void paired_backward_body(int64_t begin, int64_t end, void *context)
                 for (int64_t d = 0; d < p->D; d++)
                     du[d] += g[j] * nj[d];
             if (c->g->dz[2])
-                store(c->g->dz[2], p->input[2].dtype, i * p->K + j, p->D, u, nj, (double)a.own.c[j],
-                      a.own.inverse[j] * (double)g[j]);
+                store(c->g->dz[2], p->input[2].dtype, (i - p->first) * p->K + j, p->D, u, nj,
+                      (double)a.own.c[j], a.own.inverse[j] * (double)g[j]);
         }
         if (c->g->dz[0])
             finish_row(c, i, du);
@@ -190,26 +191,27 @@ static void paired_backward_body(int64_t begin, int64_t end, void *context)
 static void logits_backward_body(int64_t begin, int64_t end, void *context)
 {
     backward_context_t *c = context;
-    const hex_problem *p = c->p;
+    const hex_problem_t *p = c->p;
     const real tau = (real)read_vector(p->tau, 0);
-    const hex_dtype dtype = p->input[0].dtype;
+    const hex_dtype_t dtype = p->input[0].dtype;
     real *scratch = allocate(p->D + 1, 3, sizeof(real));
     if (!scratch)
         c->no_memory = true;
-    for (int64_t i = begin; scratch && i < end; i++) {
+    for (int64_t i = c->owners.begin + begin; scratch && i < c->owners.begin + end; i++) {
         const row_t r = logits_row(p, i, tau, scratch);
         row_entries(r.v, r.s, p->D, &c->k, (terms_t){i, -1, r.kind, r.kind});
         if (dtype == (sizeof(real) == sizeof(double) ? HEX_F64 : HEX_F32))
-            memcpy((real *)c->g->dz[0] + i * p->D, r.v, (size_t)p->D * sizeof(real));
+            memcpy((real *)c->g->dz[0] + (i - p->first) * p->D, r.v, (size_t)p->D * sizeof(real));
         else /* rounded, nothing else */
-            store(c->g->dz[0], dtype, i, p->D, r.v, r.kind, 0, 1);
+            store(c->g->dz[0], dtype, i - p->first, p->D, r.v, r.kind, 0, 1);
     }
     free(scratch);
 }
 
 /* The coefficients of every row, those from REST on times its grad_output, into `out` of
  * (hex_stats(), rows). */
-static void scale_stats(const hex_problem *p, const hex_gradient *g, real *out, coefficients_t *c)
+static void scale_stats(const hex_problem_t *p, const hex_gradient_t *g, real *out,
+                        coefficients_t *c)
 {
     const int64_t rows = hex_anchors(p);
     const real *stats = g->stats;
@@ -238,17 +240,17 @@ static void scale_stats(const hex_problem *p, const hex_gradient *g, real *out, 
 
 static const char *backward_rows(backward_context_t *c, panels_t *panels)
 {
-    const hex_problem *p = c->p;
-    const bool blocks = p->mode < HEX_OWN;
+    const hex_problem_t *p = c->p;
+    const bool blocks = p->mode < HEX_PAIRED;
     const char *error = NULL;
     panels_t guide = {0};
     for (c->input = 0; !error && c->input < 3; c->input++) {
         /* an anchor and its own negatives are done together, in the pass of whichever is wanted
          * first */
-        const bool own = p->mode == HEX_OWN && c->input != 1;
+        const bool own = p->mode == HEX_PAIRED && c->input != 1;
         if (!c->g->dz[c->input] || (own && c->input == 2 && c->g->dz[0]))
             continue;
-        c->owners = rows_of(p, own ? 0 : c->input);
+        c->owners = block_of(p, own ? 0 : c->input);
         c->met = met_by(p, c->input);
         c->block =
             own || p->mode == HEX_LOGITS ? 1 : block_rows(c->owners.end - c->owners.begin, 0);

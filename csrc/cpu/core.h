@@ -27,7 +27,7 @@ LEVEL_BEGIN
 #define ENTRY JOIN(hex_cpu_, HEX_LEVEL, _f32)
 #endif
 
-const hex_cpu_entry ENTRY = {
+const hex_cpu_entry_t ENTRY = {
     .forward = forward,
     .backward = backward,
     .adaptive = adaptive,

@@ -25,19 +25,19 @@
 #endif
 
 typedef struct {
-    const char *(*forward)(const hex_problem *, void *, void *);
-    const char *(*backward)(const hex_problem *, const hex_gradient *);
-    const char *(*adaptive)(const hex_problem *, hex_tracker *, void *, void *);
-    const char *(*threshold)(const hex_problem *, double, bool, double *);
-    const char *(*row_range)(const hex_problem *, void *, void *);
-    int64_t (*kept)(const hex_problem *, bool *);
-} hex_cpu_entry;
+    const char *(*forward)(const hex_problem_t *, void *, void *);
+    const char *(*backward)(const hex_problem_t *, const hex_gradient_t *);
+    const char *(*adaptive)(const hex_problem_t *, hex_tracker_t *, void *, void *);
+    const char *(*threshold)(const hex_problem_t *, double, bool, double *);
+    const char *(*row_range)(const hex_problem_t *, void *, void *);
+    int64_t (*kept)(const hex_problem_t *, bool *);
+} hex_cpu_entry_t;
 
 /* One of each file of levels/. */
-extern const hex_cpu_entry hex_cpu_base_f32, hex_cpu_base_f64;
-extern const hex_cpu_entry hex_cpu_avx2_f32, hex_cpu_avx2_f64;
-extern const hex_cpu_entry hex_cpu_avx512_f32, hex_cpu_avx512_f64;
-extern const hex_cpu_entry hex_cpu_avx512_bf16_f32;
+extern const hex_cpu_entry_t hex_cpu_base_f32, hex_cpu_base_f64;
+extern const hex_cpu_entry_t hex_cpu_avx2_f32, hex_cpu_avx2_f64;
+extern const hex_cpu_entry_t hex_cpu_avx512_f32, hex_cpu_avx512_f64;
+extern const hex_cpu_entry_t hex_cpu_avx512_bf16_f32;
 
 #define HEX_NO_MEMORY "out of memory"
 #define HEX_NO_THREADS "the thread pool could not run the loop"
@@ -78,9 +78,9 @@ extern _Atomic int64_t hex_work[WORK_KINDS];
 #endif
 
 /* The exponent of the hard-negative weight, as the row kernels are specialised for it. */
-typedef enum { POWER_0, POWER_1, POWER_ANY } hex_power;
+typedef enum { POWER_0, POWER_1, POWER_ANY } hex_power_t;
 
-static inline hex_power power_of(double beta)
+static inline hex_power_t power_of(double beta)
 {
     return beta == 0 ? POWER_0 : beta == 1 ? POWER_1 : POWER_ANY;
 }
@@ -113,7 +113,7 @@ enum {
 
 /* How the sums split at the row's limit: not at all; what is above goes to the row's list and the
  * sums of the rest are made; the same, and what equals the limit is counted; or all of the sums. */
-typedef enum { SPLIT_NONE, SPLIT_LIST, SPLIT_TIES, SPLIT_SUMS } hex_split;
+typedef enum { SPLIT_NONE, SPLIT_LIST, SPLIT_TIES, SPLIT_SUMS } hex_split_t;
 
 /* eps >= 1 means H empty, though rounding takes some cosines past 1: then none may reach it. +inf
  * stays, for it also means InfoNCE in the released variant. */
@@ -133,13 +133,13 @@ static inline void *allocate(int64_t n, int64_t m, size_t size)
     return aligned_alloc(64, (size_t)round_up(bytes + 1, 64));
 }
 
-static inline double read_vector(hex_vector v, int64_t i)
+static inline double read_vector(hex_vector_t v, int64_t i)
 {
     return v.dtype == HEX_F64 ? ((const double *)v.data)[i * v.stride]
                               : (double)((const float *)v.data)[i * v.stride];
 }
 
-static inline int64_t row_offset(const hex_rows *x, int64_t r)
+static inline int64_t row_offset(const hex_rows_t *x, int64_t r)
 {
     return r / x->inner * x->outer + r % x->inner * x->row;
 }

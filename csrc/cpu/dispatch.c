@@ -6,11 +6,11 @@
  * it has not been timed on a real one, and its gradient rounds what the other levels do not. */
 #include "cpu.h"
 
-static const hex_cpu_entry *entry[2]; /* float, double; since hex_cpu_select */
+static const hex_cpu_entry_t *entry[2]; /* float, double; since hex_cpu_select */
 
 typedef struct {
     const char *name;
-    const hex_cpu_entry *type[2]; /* float, double; NULL: that of the level before */
+    const hex_cpu_entry_t *type[2]; /* float, double; NULL: that of the level before */
 } level_t;
 
 static const level_t base = {"base", {&hex_cpu_base_f32, &hex_cpu_base_f64}};
@@ -87,30 +87,33 @@ const char *hex_cpu_select(const char *wanted, const char **problem)
     return named ? level->name : NULL;
 }
 
-const char *hex_cpu_forward(const hex_problem *p, void *loss, void *stats)
+const char *hex_cpu_forward(const hex_problem_t *p, void *loss, void *stats)
 {
-    return entry[p->wide]->forward(p, loss, stats);
+    return entry[p->compute_f64]->forward(p, loss, stats);
 }
 
-const char *hex_cpu_backward(const hex_problem *p, const hex_gradient *g)
+const char *hex_cpu_backward(const hex_problem_t *p, const hex_gradient_t *g)
 {
-    return entry[p->wide]->backward(p, g);
+    return entry[p->compute_f64]->backward(p, g);
 }
 
-const char *hex_cpu_adaptive(const hex_problem *p, hex_tracker *t, void *loss, void *stats)
+const char *hex_cpu_adaptive(const hex_problem_t *p, hex_tracker_t *t, void *loss, void *stats)
 {
-    return entry[p->wide]->adaptive(p, t, loss, stats);
+    return entry[p->compute_f64]->adaptive(p, t, loss, stats);
 }
 
-const char *hex_cpu_threshold(const hex_problem *p, double quantile, bool over_negatives,
+const char *hex_cpu_threshold(const hex_problem_t *p, double quantile, bool over_negatives,
                               double *mean)
 {
-    return entry[p->wide]->threshold(p, quantile, over_negatives, mean);
+    return entry[p->compute_f64]->threshold(p, quantile, over_negatives, mean);
 }
 
-const char *hex_cpu_row_range(const hex_problem *p, void *low, void *high)
+const char *hex_cpu_row_range(const hex_problem_t *p, void *low, void *high)
 {
-    return entry[p->wide]->row_range(p, low, high);
+    return entry[p->compute_f64]->row_range(p, low, high);
 }
 
-int64_t hex_cpu_kept(const hex_problem *p, bool *used) { return entry[p->wide]->kept(p, used); }
+int64_t hex_cpu_kept(const hex_problem_t *p, bool *used)
+{
+    return entry[p->compute_f64]->kept(p, used);
+}

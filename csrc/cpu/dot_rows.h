@@ -18,11 +18,11 @@ typedef struct {
     int64_t gap;        /* B where a place is left free behind each view, else 0 */
 } dots_t;
 
-static bool are_dots(const hex_problem *p)
+static bool are_dots(const hex_problem_t *p)
 {
-    return DOTS && p->mode != HEX_OWN && !p->several && !p->given && p->G == 0 &&
+    return DOTS && p->mode != HEX_PAIRED && !p->several && !p->by_group && p->G == 0 &&
            p->input[0].dtype == HEX_BF16 && p->input[1].dtype == HEX_BF16 &&
-           (p->mode != HEX_SHARED || p->input[2].dtype == HEX_BF16);
+           (p->mode != HEX_UNPAIRED || p->input[2].dtype == HEX_BF16);
 }
 
 static bool allocate_dots(dots_t *x, int64_t count, int64_t width)
@@ -100,7 +100,7 @@ static void pair_body(int64_t begin, int64_t end, void *context)
 }
 
 /* Places without a row, and what is behind the features, are 0. */
-static const char *make_pairs(const hex_problem *p, dots_t *x, int64_t count, int64_t width)
+static const char *make_pairs(const hex_problem_t *p, dots_t *x, int64_t count, int64_t width)
 {
     const int64_t pairs = count / 2 + 2;
     x->gap = p->mode != HEX_NTXENT && p->B % 2 ? p->B : 0;

@@ -6,7 +6,7 @@
 
 #include "onepass.h"
 
-static const char *threshold(const hex_problem *p, double quantile, bool over_negatives,
+static const char *threshold(const hex_problem_t *p, double quantile, bool over_negatives,
                              double *mean)
 {
     double share;
@@ -28,13 +28,13 @@ static const char *threshold(const hex_problem *p, double quantile, bool over_ne
     return error;
 }
 
-static const char *row_range(const hex_problem *p, void *low, void *high)
+static const char *row_range(const hex_problem_t *p, void *low, void *high)
 {
     threshold_context_t t = {p, 0, false, true, low, high};
     return for_each_row(p, threshold_row, &t);
 }
 
-static const char *forward(const hex_problem *p, void *loss, void *stats)
+static const char *forward(const hex_problem_t *p, void *loss, void *stats)
 {
     if (!by_tiles(p))
         return forward_rows(p, loss, stats);
@@ -48,14 +48,14 @@ static const char *forward(const hex_problem *p, void *loss, void *stats)
     return error;
 }
 
-static const char *adaptive(const hex_problem *p, hex_tracker *t, void *loss, void *stats)
+static const char *adaptive(const hex_problem_t *p, hex_tracker_t *t, void *loss, void *stats)
 {
     double share;
     const int64_t k = rank_above(p, t->quantile, t->over_negatives, &share);
     const int64_t capacity = list_capacity(columns_of(p), share);
     double candidate = NAN; /* not looked at in warm-up */
-    hex_problem with = *p;
-    with.eps = (hex_vector){&t->eps, HEX_F64, 0};
+    hex_problem_t with = *p;
+    with.eps = (hex_vector_t){&t->eps, HEX_F64, 0};
     if (by_tiles(p) && !is_classed(p) && !hex_is_warm_up(t) && capacity &&
         capacity <= MOST_LIST_BYTES / (int64_t)sizeof(real) / hex_anchors(p)) {
         batch_t s = {0};
@@ -83,7 +83,7 @@ static const char *adaptive(const hex_problem *p, hex_tracker *t, void *loss, vo
     return forward(&with, loss, stats);
 }
 
-static const char *backward(const hex_problem *p, const hex_gradient *g)
+static const char *backward(const hex_problem_t *p, const hex_gradient_t *g)
 {
     inputs_t in = {0};
     panels_t panels = {0};

@@ -89,7 +89,7 @@ static void select_body(int64_t begin, int64_t end, void *context)
 }
 
 /* The batch's threshold, from lists; the sums of the rest are made on the way. */
-static const char *select_threshold(batch_t *s, const hex_tracker *t, int64_t k, double *mean)
+static const char *select_threshold(batch_t *s, const hex_tracker_t *t, int64_t k, double *mean)
 {
     selection_t q = {0};
     const char *error = make_selection(s, t->quantile, t->over_negatives, k, &q);
@@ -104,10 +104,10 @@ static const char *select_threshold(batch_t *s, const hex_tracker *t, int64_t k,
 
 typedef struct {
     batch_t *s;
-    const hex_problem *p; /* with its eps */
-    bool *again;          /* rows whose H is not all in their list */
-    bool listed;          /* the sums are of the rest only, H is in the lists */
-    int64_t negatives;    /* of a row */
+    const hex_problem_t *p; /* with its eps */
+    bool *again;            /* rows whose H is not all in their list */
+    bool listed;            /* the sums are of the rest only, H is in the lists */
+    int64_t negatives;      /* of a row */
     double *loss;
     real *stats;
 } splitting_t;
@@ -137,7 +137,7 @@ static sets_t sets_of(const splitting_t *f, int64_t i)
 static void write_row(const splitting_t *f, int64_t i, sums_t sums)
 {
     const batch_t *s = f->s;
-    const hex_problem *p = f->p;
+    const hex_problem_t *p = f->p;
     const real eps = row_eps(p, read_vector(p->eps, i));
     const sets_t of = sets_of(f, i);
     double stats[HEX_STATS_SEVERAL];
@@ -187,7 +187,7 @@ static void split_row(void *context, int64_t i, row_t *r, int64_t first, int64_t
 }
 
 /* All sums of all rows, split at their eps. */
-static const char *sum_again(batch_t *s, const hex_problem *p)
+static const char *sum_again(batch_t *s, const hex_problem_t *p)
 {
     bool any = false;
     for (int64_t i = 0; i < s->rows; i++) {
@@ -201,7 +201,7 @@ static const char *sum_again(batch_t *s, const hex_problem *p)
 }
 
 /* Loss and statistics, where the eps of p is known. */
-static const char *split_rows(batch_t *s, const hex_problem *p, void *loss, void *stats)
+static const char *split_rows(batch_t *s, const hex_problem_t *p, void *loss, void *stats)
 {
     splitting_t f = {.s = s,
                      .p = p,

@@ -25,14 +25,14 @@
 /* ---- rows, each of them whole ---- */
 
 typedef struct {
-    const hex_problem *p;
+    const hex_problem_t *p;
     double quantile;
     bool over_negatives, bounds;
     real *low, *high; /* of each row its quantile in low, or its bounds */
 } threshold_context_t;
 
 /* One thread, in order. Where positives are several a row may have no element, and holds +Inf. */
-static double mean_of(const hex_problem *p, const real *x, int64_t n)
+static double mean_of(const hex_problem_t *p, const real *x, int64_t n)
 {
     double sum = 0, count = 0;
     for (int64_t i = 0; i < n; i++) {
@@ -48,7 +48,7 @@ static double mean_of(const hex_problem *p, const real *x, int64_t n)
 static int64_t keep_elements(const threshold_context_t *t, int64_t i, row_t *r, int64_t first,
                              int64_t second, real *finite)
 {
-    const hex_problem *p = t->p;
+    const hex_problem_t *p = t->p;
     const bool self = p->mode == HEX_NTXENT;
     real *c = r->v, cp = (real)r->cp;
     if (r->kind) {
@@ -83,29 +83,30 @@ static int64_t keep_elements(const threshold_context_t *t, int64_t i, row_t *r, 
 static void threshold_row(void *context, int64_t i, row_t *r, int64_t first, int64_t second)
 {
     const threshold_context_t *t = context;
+    const int64_t at = hex_block_place(t->p, i);
     real finite;
     const int64_t n = keep_elements(t, i, r, first, second, &finite);
     if (t->bounds) {
-        row_bounds(r->v, n, &t->low[i], &t->high[i]);
-        t->low[i] = cosine(t->low[i]);
-        t->high[i] = cosine(t->high[i]);
+        row_bounds(r->v, n, &t->low[at], &t->high[at]);
+        t->low[at] = cosine(t->low[at]);
+        t->high[at] = cosine(t->high[at]);
         if (finite != 0)
-            t->low[i] = (real)NAN;
+            t->low[at] = (real)NAN;
         if (finite != 0 && r->kind)
-            t->high[i] = (real)NAN;
+            t->high[at] = (real)NAN;
     } else if (finite != 0)
-        t->low[i] = (real)NAN;
+        t->low[at] = (real)NAN;
     else if (n == 0 && t->p->several)
-        t->low[i] = (real)INFINITY;
+        t->low[at] = (real)INFINITY;
     else
-        t->low[i] = cosine(row_select(r->v, n, rank(t->quantile, n)));
+        t->low[at] = cosine(row_select(r->v, n, rank(t->quantile, n)));
 }
 
 /* Row by row, each of them whole; threshold() in entry.h does what is large by lists. */
-static const char *threshold_rows(const hex_problem *p, double quantile, bool over_negatives,
+static const char *threshold_rows(const hex_problem_t *p, double quantile, bool over_negatives,
                                   double *mean)
 {
-    const int64_t rows = hex_anchors(p);
+    const int64_t rows = hex_block_anchors(p);
     real *q = allocate(rows, 1, sizeof(real));
     if (!q)
         return HEX_NO_MEMORY;
@@ -136,7 +137,7 @@ static const char *threshold_rows(const hex_problem *p, double quantile, bool ov
 #define FEWEST_LISTED 6144
 
 typedef struct {
-    const hex_problem *p;
+    const hex_problem_t *p;
     field_t field;
     inputs_t in;
     panels_t panels; /* of the field's candidates */
@@ -149,7 +150,7 @@ typedef struct {
 
 /* In cross the anchors of z1 have the rows of z0 as their candidates; else all anchors have the
  * field's. */
-static int count_sides(const hex_problem *p) { return p->mode == HEX_CROSS ? 2 : 1; }
+static int count_sides(const hex_problem_t *p) { return p->mode == HEX_CROSS ? 2 : 1; }
 
 static range_t anchors_of(const batch_t *s, int side)
 {
@@ -183,7 +184,7 @@ static void positive_body(int64_t begin, int64_t end, void *context)
 }
 
 /* All but the pass. */
-static const char *make_batch(const hex_problem *p, batch_t *s)
+static const char *make_batch(const hex_problem_t *p, batch_t *s)
 {
     s->p = p;
     s->field = field_of(p);
@@ -515,11 +516,12 @@ static const char *list_side(selection_t *q, int side, int64_t capacity)
 
 /* The rank of the quantile in a row from above, 1 the largest, and the share of the row from there
  * on. */
-static int64_t rank_above(const hex_problem *p, double quantile, bool over_negatives, double *share)
+static int64_t rank_above(const hex_problem_t *p, double quantile, bool over_negatives,
+                          double *share)
 {
     const int64_t columns = columns_of(p);
     const int64_t n =
-        over_negatives ? columns - not_negatives(p) : columns + (p->mode == HEX_SHARED);
+        over_negatives ? columns - not_negatives(p) : columns + (p->mode == HEX_UNPAIRED);
     const int64_t k = n - rank(quantile, n);
     *share = (double)k / (double)(n > 0 ? n : 1);
     return k;

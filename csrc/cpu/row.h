@@ -41,7 +41,7 @@ typedef struct {
 /* ---- sums ---- */
 
 /* b = e^beta, where e = 2^t. The usual powers 0 and 1 cost no second exponential. */
-static inline real weight(hex_power power, real t, real e, real beta)
+static inline real weight(hex_power_t power, real t, real e, real beta)
 {
     return power == POWER_0 ? 1 : power == POWER_1 ? e : exp2_of(beta * t);
 }
@@ -116,7 +116,7 @@ typedef struct {
 } sums_t;
 
 INLINE void add_sums(const row_t *r, real shift, real positive, real eps, real scale, real beta,
-                     hex_power power, bool classed, sums_t *out)
+                     hex_power_t power, bool classed, sums_t *out)
 {
     const int64_t n = r->n;
     const real *restrict v = r->v, *restrict s = classed ? r->s : r->v, *restrict kind = r->kind;
@@ -190,14 +190,14 @@ static sums_t classed_sums(const row_t *r, double shift, double positive, real e
 /* ---- the loss ---- */
 
 /* What eps is for a row: groups give H, as scores of 0 and 1. */
-static inline real row_eps(const hex_problem *p, double eps)
+static inline real row_eps(const hex_problem_t *p, double eps)
 {
-    return p->given ? (real)0.5 : round_down(eps);
+    return p->by_group ? (real)0.5 : round_down(eps);
 }
 
-static inline bool is_released(const hex_problem *p, real eps)
+static inline bool is_released(const hex_problem_t *p, real eps)
 {
-    return p->variant == HEX_RELEASED && (p->given || eps != (real)INFINITY);
+    return p->variant == HEX_RELEASED && (p->by_group || eps != (real)INFINITY);
 }
 
 /* Prepares the statistics of a row; false if it has none: its loss is NaN then. */
@@ -223,7 +223,7 @@ static double idle_row(double finite, double *out)
 
 /* The released form: H is left out, L = log sum_G - l_p + N exp(-1/tau), the constant beside the
  * logarithm. Positives inside it: log sum_P exp(l) for l_p; outside: the mean of theirs. */
-INLINE double released_row(const hex_problem *p, const sums_t *s, const sets_t *of, double shift,
+INLINE double released_row(const hex_problem_t *p, const sums_t *s, const sets_t *of, double shift,
                            double centre, double t, double tau, bool classed, double *out)
 {
     const bool inside = classed && p->positives == HEX_INSIDE;
@@ -244,7 +244,7 @@ INLINE double released_row(const hex_problem *p, const sums_t *s, const sets_t *
 
 /* A row's statistics but for its eps, from its sums by `shift`. again: the row, where the sums may be
  * made again by another shift, or NULL. Returns the loss. */
-INLINE double row_scalars(const hex_problem *p, sums_t s, const sets_t *of, const row_t *again,
+INLINE double row_scalars(const hex_problem_t *p, sums_t s, const sets_t *of, const row_t *again,
                           double shift, real eps, double tau, bool classed, double *out)
 {
     const bool released = is_released(p, eps), inside = classed && p->positives == HEX_INSIDE;
@@ -346,20 +346,20 @@ INLINE double row_scalars(const hex_problem *p, sums_t s, const sets_t *of, cons
     return x <= 0 ? log1p(exp(x)) : x + log1p(exp(-x)); /* softplus */
 }
 
-static double plain_scalars(const hex_problem *p, sums_t s, const sets_t *of, const row_t *again,
+static double plain_scalars(const hex_problem_t *p, sums_t s, const sets_t *of, const row_t *again,
                             double shift, real eps, double tau, double *out)
 {
     return row_scalars(p, s, of, again, shift, eps, tau, false, out);
 }
 
-static double classed_scalars(const hex_problem *p, sums_t s, const sets_t *of, const row_t *again,
-                              double shift, real eps, double tau, double *out)
+static double classed_scalars(const hex_problem_t *p, sums_t s, const sets_t *of,
+                              const row_t *again, double shift, real eps, double tau, double *out)
 {
     return row_scalars(p, s, of, again, shift, eps, tau, true, out);
 }
 
 /* One row of the loss. Fills out[HEX_STATS_SEVERAL] and returns the loss. */
-static double row_forward(const hex_problem *p, const row_t *r, double eps_given, double tau,
+static double row_forward(const hex_problem_t *p, const row_t *r, double eps_given, double tau,
                           double *out)
 {
     const real eps = row_eps(p, eps_given);

@@ -40,7 +40,7 @@ static inline coefficient_t coefficient_of(const coefficients_t *c, int64_t i, b
  *     pos_e (e - pos_mean) + positive on P(i), by their own shift
  */
 INLINE real entry(real v, real s, real kind, coefficient_t k, real scale, real beta,
-                  hex_power power, bool classed)
+                  hex_power_t power, bool classed)
 {
     const bool is_p = classed && kind == POSITIVE, in = !classed || kind != LEFT_OUT;
     const real x = in ? v - (is_p ? k.shift_p : k.shift) : 0;
@@ -63,7 +63,7 @@ typedef struct {
 /* v[j] becomes the coefficient of u_j in the gradient of the row's embedding: dL_i / dv_ij where it
  * is an anchor, plus dL_j / dv_ji where the others are. */
 INLINE void any_entries(real *restrict v, const real *s, int64_t n, const coefficients_t *c,
-                        terms_t of, real beta, hex_power power, bool rows, bool columns,
+                        terms_t of, real beta, hex_power_t power, bool rows, bool columns,
                         bool classed)
 {
     const int64_t at = columns ? of.column : 0;
@@ -102,7 +102,7 @@ INLINE void any_entries(real *restrict v, const real *s, int64_t n, const coeffi
 }
 
 INLINE void choose_entries(real *v, const real *s, int64_t n, const coefficients_t *c, terms_t of,
-                           real beta, hex_power power)
+                           real beta, hex_power_t power)
 {
     const bool rows = of.row >= 0, columns = of.column >= 0;
     if (of.kind && rows && columns)

@@ -25,7 +25,7 @@ typedef struct {
 
 #define LARGEST_BLOCK (sizeof(real) > 4 ? 96 : 192)
 
-static field_t field_of(const hex_problem *p)
+static field_t field_of(const hex_problem_t *p)
 {
     const bool symmetric = p->mode == HEX_NTXENT;
     const range_t anchors = symmetric ? (range_t){0, p->B + p->M} : rows_of(p, 0);
@@ -42,31 +42,31 @@ static field_t field_of(const hex_problem *p)
 }
 
 /* Candidates of an anchor, itself and its positive among them where they are columns. */
-static int64_t columns_of(const hex_problem *p)
+static int64_t columns_of(const hex_problem_t *p)
 {
-    return p->mode == HEX_NTXENT ? p->B + p->M : p->mode == HEX_SHARED ? p->K : p->M;
+    return p->mode == HEX_NTXENT ? p->B + p->M : p->mode == HEX_UNPAIRED ? p->K : p->M;
 }
 
 /* How many of them are no negatives, where positives are not several. */
-static int64_t not_negatives(const hex_problem *p)
+static int64_t not_negatives(const hex_problem_t *p)
 {
-    return p->mode == HEX_NTXENT ? 2 : p->mode == HEX_SHARED ? 0 : 1;
+    return p->mode == HEX_NTXENT ? 2 : p->mode == HEX_UNPAIRED ? 0 : 1;
 }
 
-static bool enough(const hex_problem *p)
+static bool enough(const hex_problem_t *p)
 {
-    return p->mode < HEX_OWN && p->B >= 16 && columns_of(p) >= 192;
+    return p->mode < HEX_PAIRED && hex_is_whole(p) && p->B >= 16 && columns_of(p) >= 192;
 }
 
 /* Whether a problem is done this way: enough cosines, sets that a tile can tell from codes, and no
  * exponential of (c - 1) / tau or product of two near the bounds of exp2. Then the shift of every row
  * is 1, the largest cosine there can be, instead of its own, and one exponential serves both rows of
  * a pair. */
-static bool by_tiles(const hex_problem *p)
+static bool by_tiles(const hex_problem_t *p)
 {
     const double tau = read_vector(p->tau, 0); /* from 1e30 on the hole would be infinite */
-    const bool by_codes = !p->mask.data && p->G == 0 && !(p->several && p->given) &&
-                          !(p->several && p->mode == HEX_SHARED);
+    const bool by_codes = !p->mask.data && p->G == 0 && !(p->several && p->by_group) &&
+                          !(p->several && p->mode == HEX_UNPAIRED);
     return enough(p) && by_codes && p->beta <= 1 && tau > 0 && tau < 1e30 &&
            2 * M_LOG2E / tau <= -(double)EXP2_LOWEST - 2;
 }
@@ -107,11 +107,11 @@ static int64_t tile_numbers(const field_t *f, int64_t most)
  * no less than those in use. A bound without a branch on the sizes, for torch.compile has to write
  * it down for all of them (kept_numbers in hex/ops.py); memory that is not used is never touched.
  * *used: whether the core has a use for it, with a problem large enough and not too large. */
-static int64_t kept_room(const hex_problem *p, bool *used)
+static int64_t kept_room(const hex_problem_t *p, bool *used)
 {
     const int64_t most = MOST_KEPT_BYTES / (int64_t)sizeof(real);
     *used = false;
-    if (p->mode >= HEX_OWN)
+    if (p->mode >= HEX_PAIRED)
         return 0;
     field_t f = field_of(p);
     *used = enough(p) && tile_numbers(&f, most + 1) <= most;

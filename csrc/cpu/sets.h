@@ -13,12 +13,9 @@ typedef struct {
     word *ids, *groups; /* a code of every row of ../hex.h's index space; NULL: there are none */
 } inputs_t;
 
-static inline bool is_classed(const hex_problem *p) { return p->several || p->given || p->G > 0; }
-
-/* Rows with a label: all of the index space, and with negatives of each anchor's own those too. */
-static int64_t labelled_rows(const hex_problem *p, int input)
+static inline bool is_classed(const hex_problem_t *p)
 {
-    return input == 0 ? p->B : input == 1 ? p->M : p->mode == HEX_OWN ? p->B * p->K : p->K;
+    return p->several || p->by_group || p->G > 0;
 }
 
 static int compare_labels(const void *a, const void *b)
@@ -29,11 +26,11 @@ static int compare_labels(const void *a, const void *b)
 
 /* Codes that are equal where the labels are: their distance from the least or, where that is too
  * much for a word, their rank. labels: of the three inputs. */
-static const char *make_codes(const hex_problem *p, const hex_ids *labels, word **codes)
+static const char *make_codes(const hex_problem_t *p, const hex_ids_t *labels, word **codes)
 {
     int64_t n = 0;
     for (int k = 0; k < 3; k++)
-        n += labels[k].data ? labelled_rows(p, k) : 0;
+        n += labels[k].data ? hex_input_rows(p, k) : 0;
     int64_t *all = allocate(n, 1, sizeof *all), *sorted = NULL;
     *codes = allocate(n + NR + LANES, 1, sizeof **codes);
     if (!all || !*codes) {
@@ -43,7 +40,7 @@ static const char *make_codes(const hex_problem *p, const hex_ids *labels, word 
     memset(*codes + n, 0, (NR + LANES) * sizeof **codes);
     int64_t least = INT64_MAX, most = INT64_MIN, at = 0;
     for (int k = 0; k < 3; k++)
-        for (int64_t r = 0; labels[k].data && r < labelled_rows(p, k); r++) {
+        for (int64_t r = 0; labels[k].data && r < hex_input_rows(p, k); r++) {
             const int64_t label = labels[k].data[r * labels[k].stride];
             least = label < least ? label : least;
             most = label > most ? label : most;
@@ -74,14 +71,14 @@ static const char *make_codes(const hex_problem *p, const hex_ids *labels, word 
     return NULL;
 }
 
-static const char *make_inputs(const hex_problem *p, inputs_t *in)
+static const char *make_inputs(const hex_problem_t *p, inputs_t *in)
 {
     const char *error = make_unit(p, p->input, p->D, are_dots(p), &in->unit);
     if (!error && p->G > 0)
         error = make_unit(p, p->guide, p->G, false, &in->guide);
     if (!error && p->several && p->ids[0].data)
         error = make_codes(p, p->ids, &in->ids);
-    if (!error && p->given)
+    if (!error && p->by_group)
         error = make_codes(p, p->groups, &in->groups);
     return error;
 }
@@ -96,12 +93,12 @@ static void free_inputs(inputs_t *in)
 
 /* The classes of row o with the rows [among.begin, among.end) that it meets. `anchor`: it is the
  * anchor of the entries, or else each of the others is, which matters to a mask. */
-static void fill_kinds(const hex_problem *p, const inputs_t *in, int64_t o, range_t among,
+static void fill_kinds(const hex_problem_t *p, const inputs_t *in, int64_t o, range_t among,
                        bool anchor, real *restrict kind)
 {
     const int64_t n = among.end - among.begin, from = among.begin;
     if (p->mask.data) {
-        const hex_mask *m = &p->mask;
+        const hex_mask_t *m = &p->mask;
         const int64_t step = anchor ? m->col : m->row;
         const uint8_t *at = m->data + o % m->rows * (anchor ? m->row : m->col);
         int64_t b = from % m->rows;
@@ -122,7 +119,7 @@ static void fill_kinds(const hex_problem *p, const inputs_t *in, int64_t o, rang
     }
     if (p->mode == HEX_NTXENT && o >= from && o < among.end)
         kind[o - from] = LEFT_OUT;
-    if (p->mode == HEX_SHARED && p->several) { /* a row of z1 is seen by its positives only */
+    if (p->mode == HEX_UNPAIRED && p->several) { /* a row of z1 is seen by its positives only */
         const int64_t z1 = p->B + p->M, end = anchor ? z1 - from : o < z1 ? n : 0;
         for (int64_t j = 0; j < (end < n ? end : n); j++)
             kind[j] = kind[j] == POSITIVE ? POSITIVE : LEFT_OUT;

@@ -13,7 +13,7 @@
 
 /* Where a row meets itself and its positive in the tile: neither is a negative. Positives that are
  * told by ids stay. */
-static void mask_self(const hex_problem *p, const tile_t *t, real *c, real hole)
+static void mask_self(const hex_problem_t *p, const tile_t *t, real *c, real hole)
 {
     const int64_t B = p->B, shift[3] = {0, B, -B}; /* row i with itself, i + B, i - B */
     for (int k = 0; k < (p->several ? 1 : 3); k++) {
@@ -32,7 +32,7 @@ static void mask_self(const hex_problem *p, const tile_t *t, real *c, real hole)
 }
 
 /* What is no negative's cosine: columns that are no rows too. */
-static void blank(const hex_problem *p, const tile_t *t, real hole)
+static void blank(const hex_problem_t *p, const tile_t *t, real hole)
 {
     for (int64_t i = 0; i < t->rows; i++)
         for (int64_t j = t->columns; j < round_up(t->columns, NR); j++)
@@ -47,10 +47,10 @@ static void blank(const hex_problem *p, const tile_t *t, real hole)
 typedef enum { BY_EPS, BY_IDS, BY_GROUPS } decider_t;
 
 typedef struct {
-    const hex_problem *p;
+    const hex_problem_t *p;
     decider_t by;
     const word *codes; /* ids or groups of all rows */
-    hex_split split;
+    hex_split_t split;
     real scale, hole;  /* log2(e) / tau; a cosine whose exponential is nothing */
     const real *limit; /* of each row, and of a block more */
     double *sums;      /* sums[kind * rows + row] */
@@ -88,7 +88,7 @@ static void push_all(const pass_t *s, int64_t i, int64_t j, const real *c, uint6
 
 /* columns: their sums too. */
 INLINE void tile_sums(const pass_t *s, const tile_t *t, real *scratch, bool columns,
-                      hex_split split, decider_t by, hex_power power)
+                      hex_split_t split, decider_t by, hex_power_t power)
 {
     const bool lists = split == SPLIT_LIST || split == SPLIT_TIES;
     const int kinds = split == SPLIT_NONE   ? 2
@@ -250,7 +250,7 @@ static const char *sum_tiles(const unit_t *unit, const panels_t *panels, const f
 /* ---- gradient ---- */
 
 typedef struct {
-    const hex_problem *p;
+    const hex_problem_t *p;
     const unit_t *unit;
     field_t field;
     decider_t by;
@@ -261,7 +261,7 @@ typedef struct {
 
 /* out_ij = g_ij, with g_ji where candidates are anchors too. */
 INLINE void tile_entries(const tile_gradient_t *g, const tile_t *t, bool both, decider_t by,
-                         hex_power power)
+                         hex_power_t power)
 {
     const real *const *k = g->k->k;
     const int64_t jk = both ? t->j : 0;
@@ -352,12 +352,12 @@ static const char *grad_tiles(tile_gradient_t *g, const panels_t *panels, real *
     return for_each_tile(&t, 6 * g->unit->width + 64);
 }
 
-static decider_t decider_of(const hex_problem *p)
+static decider_t decider_of(const hex_problem_t *p)
 {
-    return p->several ? BY_IDS : p->given ? BY_GROUPS : BY_EPS;
+    return p->several ? BY_IDS : p->by_group ? BY_GROUPS : BY_EPS;
 }
 
-static const word *codes_of(const hex_problem *p, const inputs_t *in)
+static const word *codes_of(const hex_problem_t *p, const inputs_t *in)
 {
     return p->several ? in->ids : in->groups;
 }
@@ -373,7 +373,7 @@ static void finish_body(int64_t begin, int64_t end, void *context)
 
 static const char *backward_tiles(backward_context_t *c, panels_t *panels)
 {
-    const hex_problem *p = c->p;
+    const hex_problem_t *p = c->p;
     const unit_t *unit = &c->in->unit;
     tile_gradient_t of = {.p = p,
                           .unit = unit,
@@ -400,7 +400,7 @@ static const char *backward_tiles(backward_context_t *c, panels_t *panels)
             error = HEX_NO_MEMORY;
     }
     of.du[0] = du[0];
-    of.du[1] = joint ? du[0] : p->mode == HEX_SHARED ? du[2] : du[1];
+    of.du[1] = joint ? du[0] : p->mode == HEX_UNPAIRED ? du[2] : du[1];
     if (!error && (of.du[0] || of.du[1]))
         error = grad_tiles(&of, panels, p->kept);
     for (c->input = 0; !error && c->input < 3; c->input++) {

@@ -61,17 +61,26 @@ typedef struct {
     int64_t begin, end;
 } range_t;
 
-static range_t rows_of(const hex_problem *p, int input)
+static range_t rows_of(const hex_problem_t *p, int input)
 {
     const int64_t z1 = p->B, negatives = p->B + p->M;
     return input == 0   ? (range_t){0, z1}
            : input == 1 ? (range_t){z1, negatives}
-                        : (range_t){negatives, negatives + (p->mode == HEX_SHARED ? p->K : 0)};
+                        : (range_t){negatives, negatives + (p->mode == HEX_UNPAIRED ? p->K : 0)};
+}
+
+/* Those of an input that belong to the block; paired negatives have no place in the index space. */
+static range_t block_of(const hex_problem_t *p, int input)
+{
+    const range_t all = rows_of(p, input);
+    const int64_t rows = input < 2 ? hex_block_rows(p, input) : all.end - all.begin;
+    const int64_t begin = all.begin + (input < 2 && rows > 0 ? p->first : 0);
+    return (range_t){begin, begin + rows};
 }
 
 /* The rows that the rows of an input meet: as their candidates, or as anchors whose candidates they
- * are. One positive that is no negative's neighbour, as in shared, is not met. */
-static range_t met_by(const hex_problem *p, int input)
+ * are. One positive that is no negative's neighbour, as in unpaired, is not met. */
+static range_t met_by(const hex_problem_t *p, int input)
 {
     switch (p->mode) {
     case HEX_NTXENT:
@@ -79,7 +88,7 @@ static range_t met_by(const hex_problem *p, int input)
     case HEX_QUERY:
     case HEX_CROSS:
         return rows_of(p, 1 - input);
-    case HEX_SHARED:
+    case HEX_UNPAIRED:
         if (input == 0)
             return (range_t){p->several ? p->B : p->B + p->M, p->B + p->M + p->K};
         return input == 2 || p->several ? rows_of(p, 0) : (range_t){0, 0};
@@ -89,7 +98,7 @@ static range_t met_by(const hex_problem *p, int input)
 }
 
 /* Of row i of z0 or z1, the other view of its image. */
-static inline int64_t partner(const hex_problem *p, int64_t i)
+static inline int64_t partner(const hex_problem_t *p, int64_t i)
 {
     return i < p->B ? i + p->B : i - p->B;
 }
@@ -109,7 +118,7 @@ static inline int64_t partner(const hex_problem *p, int64_t i)
         return;                                                                                    \
     }
 
-static void load(const hex_rows *x, int64_t r, int64_t D, real *restrict out)
+static void load(const hex_rows_t *x, int64_t r, int64_t D, real *restrict out)
 {
     switch (x->dtype) {
     case HEX_F32:
@@ -164,14 +173,14 @@ static double normalize(real *restrict x, int64_t D)
 }
 
 typedef struct {
-    const hex_problem *p;
-    const hex_rows *input; /* its own, or the guide's */
+    const hex_problem_t *p;
+    const hex_rows_t *input; /* its own, or the guide's */
     int64_t D;
     unit_t *unit;
 } unit_context_t;
 
 /* The input that unit row i comes from, and its row there. */
-static int source(const hex_problem *p, int64_t i, int64_t *row)
+static int source(const hex_problem_t *p, int64_t i, int64_t *row)
 {
     const int input = i < p->B ? 0 : i < p->B + p->M ? 1 : 2;
     *row = i - rows_of(p, input).begin;
@@ -184,7 +193,7 @@ static void unit_body(int64_t begin, int64_t end, void *context)
     const int64_t D = c->D, stride = c->unit->stride;
     for (int64_t i = begin; i < end; i++) {
         int64_t row;
-        const hex_rows *x = &c->input[source(c->p, i, &row)];
+        const hex_rows_t *x = &c->input[source(c->p, i, &row)];
         real *u = c->unit->u + i * stride;
         load(x, row, D, u);
         c->unit->inverse[i] = normalize(u, D);
@@ -197,8 +206,8 @@ static void unit_body(int64_t begin, int64_t end, void *context)
 
 /* All unit rows of the problem, or of its guide, but negatives of each anchor's own, which are many
  * and used once each. */
-static const char *make_unit(const hex_problem *p, const hex_rows input[3], int64_t D, bool dots,
-                             unit_t *unit)
+static const char *make_unit(const hex_problem_t *p, const hex_rows_t input[3], int64_t D,
+                             bool dots, unit_t *unit)
 {
     const int64_t count = rows_of(p, 2).end;
     unit->inverse = allocate(count, 1, sizeof(double));
@@ -229,7 +238,7 @@ static double dot_product(const real *restrict x, const real *restrict y, int64_
         return;                                                                                    \
     }
 
-static void store(void *dz, hex_dtype dtype, int64_t row, int64_t D, const real *restrict du,
+static void store(void *dz, hex_dtype_t dtype, int64_t row, int64_t D, const real *restrict du,
                   const real *restrict u, double along, double inverse)
 {
     switch (dtype) {

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* Every row of a problem, handed to a function: a block of anchors against all their candidates,
+/* Every row of a problem's block, handed to a function: a block of anchors against all their candidates,
  * cosines in scratch of block x N, then row after row. Negatives of each anchor's own are multiplied
  * by it alone, and of logits a row is read. Nothing is N x N. */
 #ifndef HEX_VISIT_H
@@ -31,7 +31,7 @@ static int64_t drop(real *c, int64_t n, int64_t first, int64_t second)
 
 /* Where row i and its partner stand among some rows, ascending in *first, *second; -1 where they do
  * not. */
-static void places_of(const hex_problem *p, int64_t i, range_t among, int64_t *first,
+static void places_of(const hex_problem_t *p, int64_t i, range_t among, int64_t *first,
                       int64_t *second)
 {
     const int64_t q = partner(p, i), low = i < q ? i : q, high = i < q ? q : i;
@@ -48,7 +48,7 @@ typedef struct {
     real *c, *guide, *group, *kind, *column_kind;
 } table_t;
 
-static bool make_table(const hex_problem *p, int64_t block, int64_t ld, table_t *t)
+static bool make_table(const hex_problem_t *p, int64_t block, int64_t ld, table_t *t)
 {
     t->ld = ld;
     t->c = allocate(block, ld, sizeof(real));
@@ -69,7 +69,7 @@ static void free_table(table_t *t)
 }
 
 /* Row k of the table, of the unit row o with those it meets; it has its classes where it has any. */
-static row_t table_row(const hex_problem *p, const inputs_t *in, const table_t *t, int64_t k,
+static row_t table_row(const hex_problem_t *p, const inputs_t *in, const table_t *t, int64_t k,
                        int64_t o, range_t met, bool anchor)
 {
     const int64_t n = met.end - met.begin;
@@ -79,7 +79,7 @@ static row_t table_row(const hex_problem *p, const inputs_t *in, const table_t *
         return r;
     fill_kinds(p, in, o, met, anchor, t->kind);
     r.kind = t->kind;
-    if (p->given) {
+    if (p->by_group) {
         fill_groups(in->groups, o, met.begin, n, t->group);
         r.s = t->group;
     } else if (p->G > 0)
@@ -95,7 +95,7 @@ typedef struct {
     double *inverse; /* K */
 } paired_t;
 
-static bool make_paired(const hex_problem *p, int64_t width, paired_t *own)
+static bool make_paired(const hex_problem_t *p, int64_t width, paired_t *own)
 {
     own->width = width;
     own->u = allocate(p->K, width, sizeof(real));
@@ -111,7 +111,7 @@ static void free_paired(paired_t *own)
     free(own->inverse);
 }
 
-static void paired_cosines(const hex_problem *p, const hex_rows *negatives, int64_t D,
+static void paired_cosines(const hex_problem_t *p, const hex_rows_t *negatives, int64_t D,
                            const unit_t *unit, int64_t i, paired_t *own)
 {
     const real *anchor = unit->u + i * unit->stride;
@@ -129,7 +129,7 @@ typedef struct {
     table_t table; /* of one row, where there are classes */
 } anchor_t;
 
-static bool make_anchor(const hex_problem *p, const inputs_t *in, anchor_t *a)
+static bool make_anchor(const hex_problem_t *p, const inputs_t *in, anchor_t *a)
 {
     return make_paired(p, in->unit.width, &a->own) &&
            (p->G == 0 || make_paired(p, in->guide.width, &a->guide)) &&
@@ -143,7 +143,7 @@ static void free_anchor(anchor_t *a)
     free_table(&a->table);
 }
 
-static row_t anchor_row(const hex_problem *p, const inputs_t *in, int64_t i, anchor_t *a)
+static row_t anchor_row(const hex_problem_t *p, const inputs_t *in, int64_t i, anchor_t *a)
 {
     paired_cosines(p, &p->input[2], p->D, &in->unit, i, &a->own);
     row_t r = {.v = a->own.c, .s = a->own.c, .n = p->K, .apart = true};
@@ -166,7 +166,7 @@ static row_t anchor_row(const hex_problem *p, const inputs_t *in, int64_t i, anc
  * the target's, whose loss is +Inf ---- */
 
 /* Row i, in scratch of three rows. */
-static row_t logits_row(const hex_problem *p, int64_t i, real tau, real *scratch)
+static row_t logits_row(const hex_problem_t *p, int64_t i, real tau, real *scratch)
 {
     const int64_t C = p->D, ld = C + 1; /* 1: the self column */
     real *restrict v = scratch, *restrict s = v + ld, *restrict kind = s + ld;
@@ -187,7 +187,7 @@ static row_t logits_row(const hex_problem *p, int64_t i, real tau, real *scratch
 typedef void (*row_function_t)(void *context, int64_t i, row_t *r, int64_t first, int64_t second);
 
 typedef struct {
-    const hex_problem *p;
+    const hex_problem_t *p;
     const inputs_t *in;
     const panels_t *panels, *guide; /* of the candidates */
     int64_t begin, end, block;      /* anchors [begin, end), */
@@ -197,7 +197,7 @@ typedef struct {
     atomic_bool no_memory;
 } rows_context_t;
 
-static real positive_cosine(const hex_problem *p, const unit_t *unit, int64_t i)
+static real positive_cosine(const hex_problem_t *p, const unit_t *unit, int64_t i)
 {
     return (real)dot_product(unit->u + i * unit->stride, unit->u + partner(p, i) * unit->stride,
                              p->D);
@@ -242,7 +242,7 @@ static void paired_rows_body(int64_t begin, int64_t end, void *context)
     rows_context_t *c = context;
     anchor_t a = {0};
     if (make_anchor(c->p, c->in, &a))
-        for (int64_t i = begin; i < end; i++) {
+        for (int64_t i = c->begin + begin; i < c->begin + end; i++) {
             row_t r = anchor_row(c->p, c->in, i, &a);
             r.cp = (double)positive_cosine(c->p, &c->in->unit, i);
             c->row(c->context, i, &r, -1, -1);
@@ -259,7 +259,7 @@ static void logits_rows_body(int64_t begin, int64_t end, void *context)
     real *scratch = allocate(c->p->D + 1, 3, sizeof(real));
     if (!scratch)
         c->no_memory = true;
-    for (int64_t i = begin; scratch && i < end; i++) {
+    for (int64_t i = c->begin + begin; scratch && i < c->begin + end; i++) {
         row_t r = logits_row(c->p, i, tau, scratch);
         c->row(c->context, i, &r, -1, -1);
     }
@@ -269,8 +269,8 @@ static void logits_rows_body(int64_t begin, int64_t end, void *context)
 /* The rows of a context, all but the block of which is set. */
 static const char *visit_rows(rows_context_t *c)
 {
-    const hex_problem *p = c->p;
-    const bool blocks = p->mode < HEX_OWN;
+    const hex_problem_t *p = c->p;
+    const bool blocks = p->mode < HEX_PAIRED;
     const int64_t rows = c->end - c->begin;
     const int64_t columns = blocks ? c->panels->end - c->panels->begin : p->K;
     int64_t work = 64 * p->D; /* of a row of logits */
@@ -281,22 +281,22 @@ static const char *visit_rows(rows_context_t *c)
         work =
             2 * c->block * columns * (c->in->unit.width + (p->G > 0 ? c->in->guide.width : 0) + 32);
     if (!hex_parallel_for((rows + c->block - 1) / c->block, work,
-                          blocks               ? rows_body
-                          : p->mode == HEX_OWN ? paired_rows_body
-                                               : logits_rows_body,
+                          blocks                  ? rows_body
+                          : p->mode == HEX_PAIRED ? paired_rows_body
+                                                  : logits_rows_body,
                           c))
         return HEX_NO_THREADS;
     return c->no_memory ? HEX_NO_MEMORY : NULL;
 }
 
-static const char *for_each_row(const hex_problem *p, row_function_t row, void *context)
+static const char *for_each_row(const hex_problem_t *p, row_function_t row, void *context)
 {
     inputs_t in = {0};
     panels_t panels = {0}, guide = {0};
-    const bool blocks = p->mode < HEX_OWN;
+    const bool blocks = p->mode < HEX_PAIRED;
     const char *error = p->mode == HEX_LOGITS ? NULL : make_inputs(p, &in);
     for (int input = 0; !error && input < 2; input++) {
-        const range_t rows = rows_of(p, input), met = met_by(p, input);
+        const range_t rows = block_of(p, input), met = met_by(p, input);
         rows_context_t c = {.p = p,
                             .in = &in,
                             .panels = &panels,
@@ -305,7 +305,7 @@ static const char *for_each_row(const hex_problem *p, row_function_t row, void *
                             .end = rows.end,
                             .row = row,
                             .context = context};
-        if (rows.begin >= hex_anchors(p))
+        if (input == 1 && !hex_both_anchors(p))
             break;
         if (blocks)
             error = make_panels(&in.unit, met.begin, met.end, &panels);

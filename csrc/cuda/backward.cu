@@ -135,7 +135,7 @@ DEVICE void multiply_weights(float (&out)[8][4], const uint32_t (&high)[4][4],
 
 template <int WARPS, bool SPLIT, int PANELS, bool KEEP>
 static __global__ void __launch_bounds__(32 * WARPS, 1)
-    gather_tiles(hex_problem p, hex_run r, hex_fit fit)
+    gather_tiles(hex_problem_t p, hex_run r, hex_fit fit)
 {
     constexpr int ROWS = 16 * WARPS;
     constexpr bool HOLD = PANELS > 0;
@@ -277,7 +277,7 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
 }
 
 template <int WARPS, bool SPLIT, int PANELS, bool KEEP>
-static const char *launch(const hex_problem &p, const hex_run &r)
+static const char *launch(const hex_problem_t &p, const hex_run &r)
 {
     const hex_fit fit = fit_of(r, WARPS, PANELS, KEEP, 0, SIDE_BYTES);
     const int64_t chunks = PANELS > 0 ? 1 : (r.unit.width / PANEL + VALUES - 1) / VALUES;
@@ -289,7 +289,7 @@ static const char *launch(const hex_problem &p, const hex_run &r)
 }
 
 // The panels of a tile that are held for both products are PANELS, where shared memory suffices.
-template <int PANELS> static const char *held(const hex_problem &p, const hex_run &r)
+template <int PANELS> static const char *held(const hex_problem_t &p, const hex_run &r)
 {
     if (r.block_rows == 192)
         return launch<12, false, PANELS, false>(p, r);
@@ -300,7 +300,7 @@ template <int PANELS> static const char *held(const hex_problem &p, const hex_ru
                : launch<8, true, 0, false>(p, r);
 }
 
-const char *hex_tile_gather(const hex_problem &p, const hex_run &r)
+const char *hex_tile_gather(const hex_problem_t &p, const hex_run &r)
 {
     if (r.parts.blocks == 0)
         return NULL;

@@ -121,7 +121,7 @@ template <int WARPS> struct kept {
 };
 
 // By one warp: the bin of row i's element, or -1.
-static __device__ __forceinline__ int find_bin(const hex_problem &p, const hex_run &r,
+static __device__ __forceinline__ int find_bin(const hex_problem_t &p, const hex_run &r,
                                                const hex_choice &choice, int64_t i,
                                                uint32_t bracket, const entries &in, uint32_t *bins)
 {
@@ -166,7 +166,7 @@ static __device__ __forceinline__ int find_bin(const hex_problem &p, const hex_r
 
 template <int WARPS, int PANELS>
 static __global__ void __launch_bounds__(32 * WARPS, 1)
-    bracket_tiles(hex_problem p, hex_run r, hex_fit fit, hex_choice choice,
+    bracket_tiles(hex_problem_t p, hex_run r, hex_fit fit, hex_choice choice,
                   const uint32_t *brackets, int *chosen, uint16_t *lists)
 {
     constexpr int THREADS = 32 * WARPS, ROWS = 16 * WARPS;
@@ -268,7 +268,7 @@ static int64_t room_beside(const hex_run &r, int warps)
 
 // The smallest sample for which a thread's list is long enough, given that the row's element is
 // looked for `sigmas` deviations of the sample's count on either side.
-hex_bracket hex_plan_bracket(const hex_problem &p, const hex_run &r, const hex_choice &choice)
+hex_bracket hex_plan_bracket(const hex_problem_t &p, const hex_run &r, const hex_choice &choice)
 {
     hex_bracket plan = {};
     const int64_t columns = negatives_of_a_row(p), extras = choice.negatives       ? 0
@@ -302,7 +302,7 @@ hex_bracket hex_plan_bracket(const hex_problem &p, const hex_run &r, const hex_c
 }
 
 template <int WARPS, int PANELS>
-static const char *launch(const hex_problem &p, const hex_run &r, const hex_choice &choice,
+static const char *launch(const hex_problem_t &p, const hex_run &r, const hex_choice &choice,
                           const uint32_t *brackets, int *chosen, uint16_t *lists)
 {
     const hex_fit fit = fit_of(r, WARPS, PANELS, PANELS != 0, bytes_beside(WARPS, r.bracket.depth));
@@ -313,7 +313,7 @@ static const char *launch(const hex_problem &p, const hex_run &r, const hex_choi
     return hex_launched("brackets");
 }
 
-const char *hex_bracket_tiles(const hex_problem &p, const hex_run &r, const hex_choice &choice,
+const char *hex_bracket_tiles(const hex_problem_t &p, const hex_run &r, const hex_choice &choice,
                               const uint32_t *brackets, int *chosen, uint16_t *lists)
 {
     const char *error = with_kind(r.unit, [&](auto, auto panels) {

@@ -90,35 +90,35 @@ struct hex_run {
 struct hex_choice {
     int64_t rank; // -1: the rows are empty
     bool negatives;
-    hex_tracker rule;
-    hex_device_state to; // without state: eps is the mean itself
+    hex_tracker_t rule;
+    hex_device_state_t to; // without state: eps is the mean itself
 };
 
 const char *hex_launched(const char *kernel);
-const char *hex_unit_rows(const hex_problem &p, const hex_run &r, int64_t zeros,
-                          const hex_gradient *g);
-const char *hex_tile_forward(const hex_problem &p, const hex_run &r, double *rows, void *loss,
+const char *hex_unit_rows(const hex_problem_t &p, const hex_run &r, int64_t zeros,
+                          const hex_gradient_t *g);
+const char *hex_tile_forward(const hex_problem_t &p, const hex_run &r, double *rows, void *loss,
                              void *stats);
-const char *hex_tile_threshold(const hex_problem &p, const hex_run &r, const hex_choice &choice,
+const char *hex_tile_threshold(const hex_problem_t &p, const hex_run &r, const hex_choice &choice,
                                double *rows);
-hex_bracket hex_plan_bracket(const hex_problem &p, const hex_run &r, const hex_choice &choice);
+hex_bracket hex_plan_bracket(const hex_problem_t &p, const hex_run &r, const hex_choice &choice);
 int64_t hex_sample_bytes(int warps); // of shared memory, beside the panels
-const char *hex_sample_tiles(const hex_problem &p, const hex_run &r, const hex_choice &choice,
+const char *hex_sample_tiles(const hex_problem_t &p, const hex_run &r, const hex_choice &choice,
                              uint32_t *brackets);
-const char *hex_bracket_tiles(const hex_problem &p, const hex_run &r, const hex_choice &choice,
+const char *hex_bracket_tiles(const hex_problem_t &p, const hex_run &r, const hex_choice &choice,
                               const uint32_t *brackets, int *chosen, uint16_t *lists);
 const char *hex_threshold_of_nothing(const hex_run &r, const hex_choice &choice);
-const char *hex_tile_range(const hex_problem &p, const hex_run &r, void *low, void *high);
-const char *hex_tile_gather(const hex_problem &p, const hex_run &r);
-const char *hex_project(const hex_problem &p, const hex_run &r, const hex_gradient &g, int64_t row0,
-                        int64_t row1);
+const char *hex_tile_range(const hex_problem_t &p, const hex_run &r, void *low, void *high);
+const char *hex_tile_gather(const hex_problem_t &p, const hex_run &r);
+const char *hex_project(const hex_problem_t &p, const hex_run &r, const hex_gradient_t &g,
+                        int64_t row0, int64_t row1);
 cudaError_t hex_find_code(void); // of one kernel, and so of all, on the current device
-const char *hex_plain_forward(const hex_problem &p, const hex_run &r, double *rows, void *loss,
+const char *hex_plain_forward(const hex_problem_t &p, const hex_run &r, double *rows, void *loss,
                               void *stats);
-const char *hex_plain_threshold(const hex_problem &p, const hex_run &r, const hex_choice &choice,
+const char *hex_plain_threshold(const hex_problem_t &p, const hex_run &r, const hex_choice &choice,
                                 double *rows);
-const char *hex_plain_range(const hex_problem &p, const hex_run &r, void *low, void *high);
-const char *hex_plain_gather(const hex_problem &p, const hex_run &r, const hex_gradient &g);
+const char *hex_plain_range(const hex_problem_t &p, const hex_run &r, void *low, void *high);
+const char *hex_plain_gather(const hex_problem_t &p, const hex_run &r, const hex_gradient_t &g);
 
 // ---- numbers ----
 
@@ -134,7 +134,7 @@ SHARED_DEVICE double pow2(double x) { return exp2(x); }
 SHARED_DEVICE float larger(float a, float b) { return fmaxf(a, b); } // a NaN is passed over
 SHARED_DEVICE double larger(double a, double b) { return fmax(a, b); }
 
-SHARED_DEVICE double read_vector(const hex_vector &v, int64_t i)
+SHARED_DEVICE double read_vector(const hex_vector_t &v, int64_t i)
 {
     return v.dtype == HEX_F64 ? ((const double *)v.data)[i * v.stride]
                               : (double)((const float *)v.data)[i * v.stride];
@@ -142,7 +142,7 @@ SHARED_DEVICE double read_vector(const hex_vector &v, int64_t i)
 
 // The threshold of row i as the compute type compares with it: H is empty from 1 on and holds all
 // below -1, though rounding takes some cosines past either.
-template <class real> SHARED_DEVICE real row_threshold(const hex_problem &p, int64_t i)
+template <class real> SHARED_DEVICE real row_threshold(const hex_problem_t &p, int64_t i)
 {
     const double eps = read_vector(p.eps, i);
     const double reach = eps >= 1 && eps < (double)INFINITY ? 2 : eps < -1 ? -2 : eps;
@@ -150,7 +150,7 @@ template <class real> SHARED_DEVICE real row_threshold(const hex_problem &p, int
     return (double)rounded > reach ? (real)nextafterf((float)rounded, -INFINITY) : rounded;
 }
 
-SHARED_DEVICE double read_number(const void *data, hex_dtype dtype, int64_t i)
+SHARED_DEVICE double read_number(const void *data, hex_dtype_t dtype, int64_t i)
 {
     switch (dtype) {
     case HEX_F32:
@@ -164,7 +164,7 @@ SHARED_DEVICE double read_number(const void *data, hex_dtype dtype, int64_t i)
     }
 }
 
-SHARED_DEVICE void write_number(void *data, hex_dtype dtype, int64_t i, double x)
+SHARED_DEVICE void write_number(void *data, hex_dtype_t dtype, int64_t i, double x)
 {
     if (dtype == HEX_F32)
         ((float *)data)[i] = (float)x;
@@ -194,7 +194,7 @@ SHARED_DEVICE int64_t coefficient(int k, int64_t i)
 }
 
 // Where row j stands, of set i if there are sets (the per-anchor negatives).
-SHARED_DEVICE int64_t row_start(const hex_rows &x, int64_t j, int64_t i = 0)
+SHARED_DEVICE int64_t row_start(const hex_rows_t &x, int64_t j, int64_t i = 0)
 {
     return i * x.outer + j * x.row;
 }
@@ -215,7 +215,7 @@ struct length {
 };
 
 // By a warp: of the row that starts at `at`.
-SHARED_DEVICE length norm_of(const hex_rows &x, int64_t at, int64_t D)
+SHARED_DEVICE length norm_of(const hex_rows_t &x, int64_t at, int64_t D)
 {
     const int lane = (int)threadIdx.x & 31;
     double largest = 0, finite = 0, sum = 0;
@@ -365,7 +365,7 @@ template <class real> struct hex_sums {
 // From the sums of row i to its loss, returned, and its statistics. n negatives, cp the positive,
 // scale the log2(e) / tau that the sums were taken with.
 template <class real>
-SHARED_DEVICE double finish_row(const hex_problem &p, int64_t i, int64_t n, double cp, real eps,
+SHARED_DEVICE double finish_row(const hex_problem_t &p, int64_t i, int64_t n, double cp, real eps,
                                 const hex_sums<double> &s, double scale, real *stats, int64_t rows)
 {
     const double tau = read_vector(p.tau, 0), count = s.v[SUM_COUNT];
@@ -441,11 +441,11 @@ SHARED_DEVICE real row_entry(real c, real eps, real shift, real rest, real hard_
 }
 
 // The negatives of each anchor.
-SHARED_DEVICE __host__ int64_t negatives_of_a_row(const hex_problem &p)
+SHARED_DEVICE __host__ int64_t negatives_of_a_row(const hex_problem_t &p)
 {
-    return p.mode == HEX_NTXENT ? 2 * p.B - 2 : p.mode < HEX_SHARED ? p.B - 1 : p.K;
+    return p.mode == HEX_NTXENT ? 2 * p.B - 2 : p.mode < HEX_UNPAIRED ? p.B - 1 : p.K;
 }
-SHARED_DEVICE __host__ int64_t anchors_of(const hex_problem &p)
+SHARED_DEVICE __host__ int64_t anchors_of(const hex_problem_t &p)
 {
     return p.mode == HEX_NTXENT || p.mode == HEX_CROSS ? 2 * p.B : p.B;
 }
@@ -455,12 +455,12 @@ SHARED_DEVICE __host__ int64_t anchors_of(const hex_problem &p)
 // By one thread: a step of ../tracker.h, or the mean itself.
 SHARED_DEVICE void settle(const hex_choice &choice, double candidate, int64_t anchors)
 {
-    const hex_device_state &to = choice.to;
+    const hex_device_state_t &to = choice.to;
     if (!to.state) {
         *to.eps = candidate;
         return;
     }
-    hex_tracker t = choice.rule;
+    hex_tracker_t t = choice.rule;
     for (int k = 0; k < HEX_STATE; k++)
         t.state[k] = to.state[k * to.stride];
     hex_track(&t, candidate, anchors);

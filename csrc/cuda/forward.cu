@@ -146,7 +146,7 @@ template <int WARPS> struct statistics {
 
 template <int WARPS, bool SPLIT, int PANELS>
 static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) // 128 registers a thread
-    forward_tiles(hex_problem p, hex_run r, hex_fit fit, double *sums, void *loss, float *stats)
+    forward_tiles(hex_problem_t p, hex_run r, hex_fit fit, double *sums, void *loss, float *stats)
 {
     constexpr int ROWS = 16 * WARPS;
     HEX_SHARED_MEMORY(shared);
@@ -234,7 +234,7 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) // 128 register
 }
 
 template <int WARPS, bool SPLIT, int PANELS>
-static const char *launch(const hex_problem &p, const hex_run &r, double *rows, void *loss,
+static const char *launch(const hex_problem_t &p, const hex_run &r, double *rows, void *loss,
                           void *stats)
 {
     const hex_fit fit =
@@ -246,7 +246,7 @@ static const char *launch(const hex_problem &p, const hex_run &r, double *rows, 
     return hex_launched("forward statistics");
 }
 
-const char *hex_tile_forward(const hex_problem &p, const hex_run &r, double *rows, void *loss,
+const char *hex_tile_forward(const hex_problem_t &p, const hex_run &r, double *rows, void *loss,
                              void *stats)
 {
     return with_kind(r.unit, [&](auto split, auto panels) {

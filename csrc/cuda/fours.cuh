@@ -5,11 +5,11 @@
 #include "core.cuh"
 
 // Whether all inputs can be read so, and their rows fit in a warp's registers.
-static inline bool hex_in_fours(const hex_problem &p)
+static inline bool hex_in_fours(const hex_problem_t &p)
 {
-    bool fit = !p.wide && p.mode != HEX_OWN && p.D % 4 == 0 && p.D <= 512;
-    for (int k = 0; k < (p.mode == HEX_SHARED ? 3 : 2); k++) {
-        const hex_rows &x = p.input[k];
+    bool fit = !p.compute_f64 && p.mode != HEX_PAIRED && p.D % 4 == 0 && p.D <= 512;
+    for (int k = 0; k < (p.mode == HEX_UNPAIRED ? 3 : 2); k++) {
+        const hex_rows_t &x = p.input[k];
         const uintptr_t bytes = x.dtype == HEX_F32 ? 16 : 8;
         fit &= x.dtype != HEX_F64 && x.col == 1 && x.row % 4 == 0 && (uintptr_t)x.data % bytes == 0;
     }
@@ -17,7 +17,7 @@ static inline bool hex_in_fours(const hex_problem &p)
 }
 
 // Four features as they stand in memory, in all four words or in two: nothing waits for them yet.
-SHARED_DEVICE uint4 load_four(const void *data, hex_dtype dtype, int64_t at)
+SHARED_DEVICE uint4 load_four(const void *data, hex_dtype_t dtype, int64_t at)
 {
     if (dtype == HEX_F32)
         return *(const uint4 *)((const uint32_t *)data + at);
@@ -25,7 +25,7 @@ SHARED_DEVICE uint4 load_four(const void *data, hex_dtype dtype, int64_t at)
     return make_uint4(v.x, v.y, 0, 0);
 }
 
-SHARED_DEVICE void widen_four(float (&v)[4], uint4 raw, hex_dtype dtype)
+SHARED_DEVICE void widen_four(float (&v)[4], uint4 raw, hex_dtype_t dtype)
 {
     const uint32_t w[4] = {raw.x, raw.y, raw.z, raw.w};
     if (dtype == HEX_F32) {
@@ -43,7 +43,7 @@ SHARED_DEVICE void widen_four(float (&v)[4], uint4 raw, hex_dtype dtype)
     }
 }
 
-SHARED_DEVICE void store_four(void *data, hex_dtype dtype, int64_t at, const float (&v)[4])
+SHARED_DEVICE void store_four(void *data, hex_dtype_t dtype, int64_t at, const float (&v)[4])
 {
     if (dtype == HEX_F32)
         *(uint4 *)((uint32_t *)data + at) =

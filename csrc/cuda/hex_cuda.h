@@ -16,7 +16,7 @@ typedef struct {
     void *stream;
     void *(*allocate)(void *context, int64_t bytes);
     void *context;
-    bool one_product; /* float32 may be rounded to 11 bits before it is multiplied */
+    bool allow_tf32; /* float32 may be rounded to 11 bits before it is multiplied */
 } hex_device;
 
 /* A tracker's state on the device, before a step and after it, and the eps that comes of it. */
@@ -25,21 +25,21 @@ typedef struct {
     int64_t stride;
     double *next; /* contiguous */
     double *eps;
-} hex_device_state;
+} hex_device_state_t;
 
 /* As hex_cpu_*: NULL, or the text of an error. Nothing waits for the device. `mean` is on the
  * device; so is g->dtau, in the dtype of tau, or NULL where it is not wanted. */
 typedef struct {
     int32_t version;
     bool emulated; /* runs on the CPU, on CPU memory: for tests */
-    const char *(*forward)(const hex_problem *p, const hex_device *d, void *loss, void *stats);
-    const char *(*backward)(const hex_problem *p, const hex_device *d, const hex_gradient *g);
-    const char *(*threshold)(const hex_problem *p, const hex_device *d, double quantile,
+    const char *(*forward)(const hex_problem_t *p, const hex_device *d, void *loss, void *stats);
+    const char *(*backward)(const hex_problem_t *p, const hex_device *d, const hex_gradient_t *g);
+    const char *(*threshold)(const hex_problem_t *p, const hex_device *d, double quantile,
                              bool over_negatives, double *mean);
     /* *t is the rule; its state and its eps are not looked at, those of *s are. */
-    const char *(*adaptive)(const hex_problem *p, const hex_device *d, const hex_tracker *t,
-                            const hex_device_state *s, void *loss, void *stats);
-    const char *(*row_range)(const hex_problem *p, const hex_device *d, void *low, void *high);
+    const char *(*adaptive)(const hex_problem_t *p, const hex_device *d, const hex_tracker_t *t,
+                            const hex_device_state_t *s, void *loss, void *stats);
+    const char *(*row_range)(const hex_problem_t *p, const hex_device *d, void *low, void *high);
     int (*driver)(void); /* 0, or the CUDA error that there is without a launch (35: no driver) */
     int (*probe)(int device); /* 0, or the CUDA error of every launch there (209: no code for it) */
 } hex_cuda_table;

@@ -88,21 +88,22 @@ static int64_t most_slices(const hex_parts &parts)
 }
 
 // The anchors and their candidates.
-static void anchor_parts(const hex_problem &p, hex_parts &parts)
+static void anchor_parts(const hex_problem_t &p, hex_parts &parts)
 {
-    const int64_t B = p.B, end = 2 * B + (p.mode == HEX_SHARED ? p.K : 0);
+    const int64_t B = p.B, end = 2 * B + (p.mode == HEX_UNPAIRED ? p.K : 0);
     if (p.mode == HEX_NTXENT)
         add_part(parts, 0, 2 * B, 0, 2 * B);
-    else if (p.mode == HEX_OWN)
+    else if (p.mode == HEX_PAIRED)
         add_part(parts, 0, B, 0, 0);
     else
-        add_part(parts, 0, B, p.mode == HEX_SHARED ? 2 * B : B, p.mode == HEX_SHARED ? end : 2 * B);
+        add_part(parts, 0, B, p.mode == HEX_UNPAIRED ? 2 * B : B,
+                 p.mode == HEX_UNPAIRED ? end : 2 * B);
     if (p.mode == HEX_CROSS)
         add_part(parts, B, 2 * B, 0, B);
 }
 
 // The rows whose gradient is wanted, and those they meet as an anchor or as a candidate.
-static void owner_parts(const hex_problem &p, const hex_gradient &g, hex_parts &parts)
+static void owner_parts(const hex_problem_t &p, const hex_gradient_t &g, hex_parts &parts)
 {
     const int64_t B = p.B;
     switch (p.mode) {
@@ -117,7 +118,7 @@ static void owner_parts(const hex_problem &p, const hex_gradient &g, hex_parts &
         if (g.dz[1])
             add_part(parts, B, 2 * B, 0, B);
         break;
-    case HEX_SHARED:
+    case HEX_UNPAIRED:
         if (g.dz[0])
             add_part(parts, 0, B, 2 * B, 2 * B + p.K);
         if (g.dz[2])
@@ -157,11 +158,12 @@ struct wants {
     bool coefficients;
 };
 
-static void lay_out(const hex_problem &p, plan &plan, const wants &w, bool split, workspace &space)
+static void lay_out(const hex_problem_t &p, plan &plan, const wants &w, bool split,
+                    workspace &space)
 {
     hex_run &r = plan.run;
     hex_unit &u = r.unit;
-    const int64_t real = p.wide ? 8 : 4, own = p.mode == HEX_OWN ? p.B * p.K : 0;
+    const int64_t real = p.compute_f64 ? 8 : 4, own = p.mode == HEX_PAIRED ? p.B * p.K : 0;
     // tickets and counts stand together: they are set to 0 in one go
     const int64_t tickets = cut(w.tickets, 64) * 64;
     const int64_t later = cut(w.later, sizeof(unsigned));
@@ -183,18 +185,18 @@ static void lay_out(const hex_problem &p, plan &plan, const wants &w, bool split
 }
 
 // Whether a cosine is one product of fp16: all inputs have 16 bits, or the user asks for it.
-static bool one_product(const hex_problem &p, const hex_device &d)
+static bool allow_tf32(const hex_problem_t &p, const hex_device &d)
 {
     bool narrow = true;
-    for (int k = 0; k < (p.mode >= HEX_SHARED ? 3 : 2); k++)
+    for (int k = 0; k < (p.mode >= HEX_UNPAIRED ? 3 : 2); k++)
         narrow &= p.input[k].dtype == HEX_F16 || p.input[k].dtype == HEX_BF16;
-    return narrow || d.one_product;
+    return narrow || d.allow_tf32;
 }
 
 // The parts are there; takes the memory for the rest.
-static void prepare(const hex_problem &p, const hex_device &d, const wants &w, plan &plan)
+static void prepare(const hex_problem_t &p, const hex_device &d, const wants &w, plan &plan)
 {
-    const bool split = !one_product(p, d);
+    const bool split = !allow_tf32(p, d);
     workspace size = {}, space = {};
     lay_out(p, plan, w, split, size);
     space.at = (char *)d.allocate(d.context, size.bytes);
@@ -204,13 +206,13 @@ static void prepare(const hex_problem &p, const hex_device &d, const wants &w, p
 }
 
 // The device, and the size of the unit rows.
-static void start(const hex_problem &p, const hex_device &d, plan &plan)
+static void start(const hex_problem_t &p, const hex_device &d, plan &plan)
 {
     hex_run &r = plan.run;
     int device = 0, major = 0;
     r.stream = (cudaStream_t)d.stream;
-    plan.plain = p.wide || p.mode == HEX_OWN;
-    r.unit.count = 2 * p.B + (p.mode == HEX_SHARED ? p.K : 0);
+    plan.plain = p.compute_f64 || p.mode == HEX_PAIRED;
+    r.unit.count = 2 * p.B + (p.mode == HEX_UNPAIRED ? p.K : 0);
     r.unit.width = plan.plain ? p.D : p.D > 0 ? cut(p.D, TILE) * TILE : TILE;
     if (cudaGetDevice(&device) != cudaSuccess ||
         cudaDeviceGetAttribute(&r.processors, cudaDevAttrMultiProcessorCount, device) !=
@@ -244,7 +246,7 @@ static void bracket_parts(hex_run &r, int64_t anchors, hex_parts &counted, wants
 // ---- the entry points ----
 
 // The threshold of the batch, the loss, or the first and at it the second.
-static const char *of_anchors(hex_problem p, const hex_device &d, const hex_choice *choice,
+static const char *of_anchors(hex_problem_t p, const hex_device &d, const hex_choice *choice,
                               void *loss, void *stats)
 {
     plan plan = {};
@@ -255,7 +257,7 @@ static const char *of_anchors(hex_problem p, const hex_device &d, const hex_choi
         return plan.error;
     if (anchors == 0) { // the threshold of nothing is NaN, its sum is 0
         if (loss && p.reduction != HEX_NONE)
-            cudaMemsetAsync(loss, 0, p.wide ? 8 : 4, r.stream);
+            cudaMemsetAsync(loss, 0, p.compute_f64 ? 8 : 4, r.stream);
         return choice ? hex_threshold_of_nothing(r, *choice) : hex_launched("(memset)");
     }
     wants w = {};
@@ -267,7 +269,7 @@ static const char *of_anchors(hex_problem p, const hex_device &d, const hex_choi
         r.narrow = negatives_of_a_row(p) <= 0xffff;
         w.counts = plan.plain ? 0 : anchors * (r.narrow ? HEX_BINS / 2 : HEX_BINS);
         w.partial = anchors * (int64_t)(sizeof(int64_t) + sizeof(int));
-        if (!plan.plain && one_product(p, d))
+        if (!plan.plain && allow_tf32(p, d))
             r.bracket = hex_plan_bracket(p, r, *choice);
         if (r.bracket.warps)
             bracket_parts(r, anchors, counted, w);
@@ -277,7 +279,7 @@ static const char *of_anchors(hex_problem p, const hex_device &d, const hex_choi
         // A block with more warps reads the columns less often; four warps give a small batch more
         // blocks, and need less shared memory. 512 threads a processor in any case.
         const bool many = anchors >= 128 * (int64_t)r.processors && r.shared_limit >= 120 * 1024;
-        const bool one = r.unit.width <= 2 * TILE && one_product(p, d);
+        const bool one = r.unit.width <= 2 * TILE && allow_tf32(p, d);
         r.block_rows = r.hopper && one && anchors >= 16 * r.processors ? 256 : many ? 128 : 64;
         slice_parts(r.parts, r.block_rows, r.block_rows / 2 > 64 ? r.block_rows / 2 : 64,
                     512 / (2 * r.block_rows) * r.processors);
@@ -304,19 +306,19 @@ static const char *of_anchors(hex_problem p, const hex_device &d, const hex_choi
     return plan.error;
 }
 
-static const char *forward(const hex_problem *p, const hex_device *d, void *loss, void *stats)
+static const char *forward(const hex_problem_t *p, const hex_device *d, void *loss, void *stats)
 {
     return of_anchors(*p, *d, NULL, loss, stats);
 }
 
 // The element of a row that a quantile is: the nearest rank, halves to even.
-static int64_t rank_of(const hex_problem &p, double quantile, bool over_negatives)
+static int64_t rank_of(const hex_problem_t &p, double quantile, bool over_negatives)
 {
     const int64_t n = negatives_of_a_row(p) + (over_negatives ? 0 : p.mode == HEX_NTXENT ? 2 : 1);
     return n > 0 ? (int64_t)nearbyint(quantile * (double)(n - 1)) : -1;
 }
 
-static const char *threshold(const hex_problem *p, const hex_device *d, double quantile,
+static const char *threshold(const hex_problem_t *p, const hex_device *d, double quantile,
                              bool over_negatives, double *mean)
 {
     const int64_t rank = rank_of(*p, quantile, over_negatives);
@@ -324,8 +326,8 @@ static const char *threshold(const hex_problem *p, const hex_device *d, double q
     return of_anchors(*p, *d, &choice, NULL, NULL);
 }
 
-static const char *adaptive(const hex_problem *p, const hex_device *d, const hex_tracker *t,
-                            const hex_device_state *s, void *loss, void *stats)
+static const char *adaptive(const hex_problem_t *p, const hex_device *d, const hex_tracker_t *t,
+                            const hex_device_state_t *s, void *loss, void *stats)
 {
     const int64_t rank = rank_of(*p, t->quantile, t->over_negatives);
     const hex_choice choice = {rank, t->over_negatives, *t, *s};
@@ -345,7 +347,7 @@ static hex_parts band_of(const hex_parts &all, int64_t first, int64_t end)
     return band;
 }
 
-static const char *backward(const hex_problem *p, const hex_device *d, const hex_gradient *g)
+static const char *backward(const hex_problem_t *p, const hex_device *d, const hex_gradient_t *g)
 {
     plan plan = {};
     hex_run &r = plan.run;
@@ -355,7 +357,7 @@ static const char *backward(const hex_problem *p, const hex_device *d, const hex
     hex_parts all = {};
     owner_parts(*p, *g, all);
     const bool held = r.unit.width <= 2 * TILE; // a tile's panels, for both products
-    r.block_rows = r.hopper && held && !plan.plain && one_product(*p, *d) ? HOPPER_GATHER : 128;
+    r.block_rows = r.hopper && held && !plan.plain && allow_tf32(*p, *d) ? HOPPER_GATHER : 128;
     // Many rows go in bands that fill the device twice, so that the partial sums of one are all
     // that is in memory. A band of fewer rows goes in slices of columns; the anchors before a queue
     // are such a band by themselves, for each of theirs meets many more columns.
@@ -366,7 +368,7 @@ static const char *backward(const hex_problem *p, const hex_device *d, const hex
     auto band_from = [&](int64_t first) { // its parts become r.parts, its end is returned
         int64_t end = r.unit.count;
         if (!plan.plain) {
-            const int64_t queue = p->mode == HEX_SHARED && first < 2 * p->B ? 2 * p->B : end;
+            const int64_t queue = p->mode == HEX_UNPAIRED && first < 2 * p->B ? 2 * p->B : end;
             end = queue < end ? queue : end;
             end = end - first > most ? first + most : end;
         }
@@ -385,10 +387,10 @@ static const char *backward(const hex_problem *p, const hex_device *d, const hex
         const int64_t n = most_slices(r.parts) * r.parts.rows * r.unit.width;
         gradients = n > gradients ? n : gradients;
     }
-    prepare(*p, *d, {0, 0, gradients * (p->wide ? 8 : 4), 0, true}, plan);
+    prepare(*p, *d, {0, 0, gradients * (p->compute_f64 ? 8 : 4), 0, true}, plan);
     if (!plan.error)
         plan.error = hex_unit_rows(*p, r, plan.zeros, g);
-    hex_gradient rest = *g;
+    hex_gradient_t rest = *g;
     for (int64_t first = 0, end; first < r.unit.count && !plan.error; first = end) {
         end = band_from(first);
         plan.error = plan.plain ? hex_plain_gather(*p, r, rest) : hex_tile_gather(*p, r);
@@ -401,7 +403,7 @@ static const char *backward(const hex_problem *p, const hex_device *d, const hex
     return plan.error;
 }
 
-static const char *row_range(const hex_problem *p, const hex_device *d, void *low, void *high)
+static const char *row_range(const hex_problem_t *p, const hex_device *d, void *low, void *high)
 {
     plan plan = {};
     hex_run &r = plan.run;

@@ -15,31 +15,31 @@ static inline __host__ __device__ int64_t own_blocks(int64_t K) { return (K + WA
 
 // The columns of row i, whatever the mode, and their cosines.
 template <class real> struct columns {
-    const hex_problem *p;
+    const hex_problem_t *p;
     const hex_unit *unit;
     const double *inverse; // of all per-anchor negatives
     const real *u;         // the row
     int64_t i, col0, col1;
 
-    __device__ void start(const hex_problem &problem, const hex_run &r, int64_t row)
+    __device__ void start(const hex_problem_t &problem, const hex_run &r, int64_t row)
     {
         p = &problem, unit = &r.unit, i = row;
         inverse = r.unit.inverse + r.unit.count;
         u = (const real *)unit->plain + i * unit->width;
         col0 = 0, col1 = p->K;
-        for (int k = 0; k < r.parts.count && p->mode != HEX_OWN; k++)
+        for (int k = 0; k < r.parts.count && p->mode != HEX_PAIRED; k++)
             if (i >= r.parts.part[k].row0 && i < r.parts.part[k].row1)
                 col0 = r.parts.part[k].col0, col1 = r.parts.part[k].col1;
     }
     __device__ bool negative(int64_t j) const
     {
-        return p->mode == HEX_OWN || (j != i && !(i < 2 * p->B && j == partner_of(i, p->B)));
+        return p->mode == HEX_PAIRED || (j != i && !(i < 2 * p->B && j == partner_of(i, p->B)));
     }
     __device__ real number(int64_t j, int64_t d) const
     {
-        if (p->mode != HEX_OWN)
+        if (p->mode != HEX_PAIRED)
             return ((const real *)unit->plain)[j * unit->width + d];
-        const hex_rows &x = p->input[2];
+        const hex_rows_t &x = p->input[2];
         const int64_t n = i * p->K + j;
         return (real)(read_number(x.data, x.dtype, row_start(x, j, i) + d * x.col) * inverse[n]);
     }
@@ -56,7 +56,7 @@ template <class real> struct columns {
 // ---- the per-anchor negatives, a warp each ----
 
 // Negative j of anchor i, and its place among all; false past an anchor's last.
-static __device__ bool own_place(const hex_problem &p, int64_t *i, int64_t *j, int64_t *n)
+static __device__ bool own_place(const hex_problem_t &p, int64_t *i, int64_t *j, int64_t *n)
 {
     const unsigned blocks = (unsigned)own_blocks(p.K); // a grid has less than 2^31
     *i = blockIdx.x / blocks;
@@ -66,7 +66,7 @@ static __device__ bool own_place(const hex_problem &p, int64_t *i, int64_t *j, i
 }
 
 // 1 / |n|
-static __global__ void __launch_bounds__(THREADS, 1) own_norms(hex_problem p, hex_unit unit)
+static __global__ void __launch_bounds__(THREADS, 1) own_norms(hex_problem_t p, hex_unit unit)
 {
     int64_t i, j, n;
     if (!own_place(p, &i, &j, &n))
@@ -77,10 +77,10 @@ static __global__ void __launch_bounds__(THREADS, 1) own_norms(hex_problem p, he
 }
 
 // The norms, where there are per-anchor negatives.
-static const char *prepare(const hex_problem &p, const hex_run &r)
+static const char *prepare(const hex_problem_t &p, const hex_run &r)
 {
     const int64_t blocks = p.B * own_blocks(p.K);
-    if (p.mode != HEX_OWN || blocks == 0)
+    if (p.mode != HEX_PAIRED || blocks == 0)
         return NULL;
     HEX_LAUNCH(own_norms, dim3((unsigned)blocks), dim3(THREADS), 0, r.stream, p, r.unit);
     return hex_launched("norms of the negatives");
@@ -90,7 +90,7 @@ static const char *prepare(const hex_problem &p, const hex_run &r)
 
 template <class real>
 static __global__ void __launch_bounds__(THREADS, 1)
-    forward_rows(hex_problem p, hex_run r, double *rows, void *loss, real *stats)
+    forward_rows(hex_problem_t p, hex_run r, double *rows, void *loss, real *stats)
 {
     HEX_SHARED_MEMORY(shared);
     hex_sums<real> *parts = (hex_sums<real> *)shared, s;
@@ -144,7 +144,7 @@ struct row_choice {
 
 template <class real>
 static __global__ void __launch_bounds__(THREADS, 1)
-    choose_rows(hex_problem p, hex_run r, row_choice choice)
+    choose_rows(hex_problem_t p, hex_run r, row_choice choice)
 {
     HEX_SHARED_MEMORY(shared);
     uint32_t *counts = (uint32_t *)shared;
@@ -224,7 +224,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
 // du of unit row `o`, into partial: a stretch of THREADS columns at a time, first their weights,
 // then each thread its own features.
 template <class real>
-static __global__ void __launch_bounds__(THREADS, 1) gather_rows(hex_problem p, hex_run r)
+static __global__ void __launch_bounds__(THREADS, 1) gather_rows(hex_problem_t p, hex_run r)
 {
     HEX_SHARED_MEMORY(shared);
     real *w = (real *)shared;
@@ -251,9 +251,9 @@ static __global__ void __launch_bounds__(THREADS, 1) gather_rows(hex_problem p, 
         for (int64_t j = warp; j < n; j += WARPS) {
             const real x = c.negative(from + j) ? c.cosine(from + j) : 0;
             if (lane == 0)
-                w[j] = !c.negative(from + j) ? 0
-                       : p.mode == HEX_OWN   ? entry(x, o)
-                                             : entry(x, o) + entry(x, from + j);
+                w[j] = !c.negative(from + j)  ? 0
+                       : p.mode == HEX_PAIRED ? entry(x, o)
+                                              : entry(x, o) + entry(x, from + j);
         }
         __syncthreads();
         for (int64_t d = threadIdx.x; d < p.D; d += THREADS) {
@@ -269,7 +269,7 @@ static __global__ void __launch_bounds__(THREADS, 1) gather_rows(hex_problem p, 
 // The gradient of the per-anchor negatives, a warp each: dn = g (u - c n) / |n|.
 template <class real>
 static __global__ void __launch_bounds__(THREADS, 1)
-    own_gradients(hex_problem p, hex_run r, void *dn)
+    own_gradients(hex_problem_t p, hex_run r, void *dn)
 {
     int64_t i, j, n;
     if (!own_place(p, &i, &j, &n))
@@ -293,7 +293,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
 // ---- launching ----
 
 template <class real>
-static const char *forward(const hex_problem &p, const hex_run &r, double *rows, void *loss,
+static const char *forward(const hex_problem_t &p, const hex_run &r, double *rows, void *loss,
                            void *stats)
 {
     const int bytes = (WARPS * SUMS + 1) * (int)sizeof(double);
@@ -302,22 +302,22 @@ static const char *forward(const hex_problem &p, const hex_run &r, double *rows,
     return hex_launched("forward rows");
 }
 
-const char *hex_plain_forward(const hex_problem &p, const hex_run &r, double *rows, void *loss,
+const char *hex_plain_forward(const hex_problem_t &p, const hex_run &r, double *rows, void *loss,
                               void *stats)
 {
     const char *error = prepare(p, r);
-    return error    ? error
-           : p.wide ? forward<double>(p, r, rows, loss, stats)
-                    : forward<float>(p, r, rows, loss, stats);
+    return error           ? error
+           : p.compute_f64 ? forward<double>(p, r, rows, loss, stats)
+                           : forward<float>(p, r, rows, loss, stats);
 }
 
-static const char *choose(const hex_problem &p, const hex_run &r, const row_choice &choice)
+static const char *choose(const hex_problem_t &p, const hex_run &r, const row_choice &choice)
 {
     const char *error = prepare(p, r);
     const int bytes = HEX_BINS * 4 + (3 * WARPS + 2) * (int)sizeof(double);
     if (error)
         return error;
-    if (p.wide)
+    if (p.compute_f64)
         HEX_LAUNCH(choose_rows<double>, dim3((unsigned)anchors_of(p)), dim3(THREADS), bytes,
                    r.stream, p, r, choice);
     else
@@ -326,19 +326,19 @@ static const char *choose(const hex_problem &p, const hex_run &r, const row_choi
     return hex_launched("row quantiles");
 }
 
-const char *hex_plain_threshold(const hex_problem &p, const hex_run &r, const hex_choice &choice,
+const char *hex_plain_threshold(const hex_problem_t &p, const hex_run &r, const hex_choice &choice,
                                 double *rows)
 {
     return choose(p, r, {choice, rows, NULL, NULL});
 }
 
-const char *hex_plain_range(const hex_problem &p, const hex_run &r, void *low, void *high)
+const char *hex_plain_range(const hex_problem_t &p, const hex_run &r, void *low, void *high)
 {
     return choose(p, r, {{}, NULL, low, high});
 }
 
 template <class real>
-static const char *gather(const hex_problem &p, const hex_run &r, const hex_gradient &g)
+static const char *gather(const hex_problem_t &p, const hex_run &r, const hex_gradient_t &g)
 {
     if (r.parts.rows > 0) {
         HEX_LAUNCH(gather_rows<real>, dim3((unsigned)r.parts.rows), dim3(THREADS),
@@ -348,15 +348,15 @@ static const char *gather(const hex_problem &p, const hex_run &r, const hex_grad
             return error;
     }
     const int64_t blocks = p.B * own_blocks(p.K);
-    if (p.mode != HEX_OWN || !g.dz[2] || blocks == 0)
+    if (p.mode != HEX_PAIRED || !g.dz[2] || blocks == 0)
         return NULL;
     HEX_LAUNCH(own_gradients<real>, dim3((unsigned)blocks), dim3(THREADS), 0, r.stream, p, r,
                g.dz[2]);
     return hex_launched("gradient of the negatives");
 }
 
-const char *hex_plain_gather(const hex_problem &p, const hex_run &r, const hex_gradient &g)
+const char *hex_plain_gather(const hex_problem_t &p, const hex_run &r, const hex_gradient_t &g)
 {
     const char *error = prepare(p, r);
-    return error ? error : p.wide ? gather<double>(p, r, g) : gather<float>(p, r, g);
+    return error ? error : p.compute_f64 ? gather<double>(p, r, g) : gather<float>(p, r, g);
 }

@@ -13,15 +13,15 @@
 // What a row is made of. The reads here do not wait for one another.
 template <class real> struct owner {
     void *dz; // NULL: there is nothing to do
-    const hex_rows *x, *y;
+    const hex_rows_t *x, *y;
     int64_t at, there, to;  // where the row, its partner and its gradient start
     double inverse, theirs; // 1 / |z|, the partner's: 0 without
     real given, taken;      // g_op, g_po
     real *partial;
     int64_t slices, step; // from slice to slice
 
-    __device__ __forceinline__ owner(const hex_problem &p, const hex_run &r, const hex_gradient &g,
-                                     int64_t o)
+    __device__ __forceinline__ owner(const hex_problem_t &p, const hex_run &r,
+                                     const hex_gradient_t &g, int64_t o)
     {
         const int input = o < p.B ? 0 : o < 2 * p.B ? 1 : 2;
         dz = input == 0 ? g.dz[0] : input == 1 ? g.dz[1] : g.dz[2]; // no index: no local memory
@@ -54,7 +54,7 @@ template <class real> struct owner {
 };
 
 // dL/dtau from the parts that unit.cu left.
-static __device__ void sum_dtau(const hex_problem &p, const hex_run &r, const hex_gradient &g,
+static __device__ void sum_dtau(const hex_problem_t &p, const hex_run &r, const hex_gradient_t &g,
                                 double *scratch)
 {
     const int64_t anchors = anchors_of(p);
@@ -105,7 +105,7 @@ static __device__ __forceinline__ void add_slices(number (&sum)[QUADS][4], const
 // du stays in registers.
 template <int LANES, int QUADS, class number>
 static __global__ void __launch_bounds__(THREADS, QUADS > 2 ? 3 : 4)
-    project_fours(hex_problem p, hex_run r, hex_gradient g, int64_t row0, int64_t row1)
+    project_fours(hex_problem_t p, hex_run r, hex_gradient_t g, int64_t row0, int64_t row1)
 {
     constexpr int BATCH = QUADS > 2 ? 2 : sizeof(number) > 4 ? 4 : 8; // as registers allow
     HEX_SHARED_MEMORY(shared);
@@ -119,7 +119,7 @@ static __global__ void __launch_bounds__(THREADS, QUADS > 2 ? 3 : 4)
     owner<float> own(p, r, g, o);
     if (!__any_sync(~0u, own.dz != NULL))
         return;
-    const hex_dtype dtype = own.x->dtype, other = own.y->dtype;
+    const hex_dtype_t dtype = own.x->dtype, other = own.y->dtype;
     const int first = 4 * ((int)threadIdx.x % LANES), features = (int)p.D - first;
     const bool partners = o < 2 * p.B;
     uint4 mine[QUADS], partner[QUADS];
@@ -174,7 +174,7 @@ static __global__ void __launch_bounds__(THREADS, QUADS > 2 ? 3 : 4)
 
 template <class real>
 static __global__ void __launch_bounds__(THREADS, 1)
-    project_rows(hex_problem p, hex_run r, hex_gradient g, int64_t row0, int64_t row1)
+    project_rows(hex_problem_t p, hex_run r, hex_gradient_t g, int64_t row0, int64_t row1)
 {
     HEX_SHARED_MEMORY(shared);
     const int lane = (int)threadIdx.x & 31;
@@ -190,7 +190,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
     if (!own.dz)
         return;
     own.find_slices(r, o);
-    const hex_rows &x = *own.x, &y = *own.y;
+    const hex_rows_t &x = *own.x, &y = *own.y;
     const double weight = ((double)own.given + (double)own.taken) * own.theirs;
     auto du = [&](int64_t d) {
         double sum = o < 2 * p.B ? weight * read_number(y.data, y.dtype, own.there + d * y.col) : 0;
@@ -216,11 +216,11 @@ static __global__ void __launch_bounds__(THREADS, 1)
 
 // ---- launching ----
 
-const char *hex_project(const hex_problem &p, const hex_run &r, const hex_gradient &g, int64_t row0,
-                        int64_t row1)
+const char *hex_project(const hex_problem_t &p, const hex_run &r, const hex_gradient_t &g,
+                        int64_t row0, int64_t row1)
 {
-    hex_gradient wanted = g;
-    if (p.mode != HEX_SHARED)
+    hex_gradient_t wanted = g;
+    if (p.mode != HEX_UNPAIRED)
         wanted.dz[2] = NULL;
     // Of the band's rows those from the first to the last that is wanted.
     const int64_t input[] = {0, p.B, 2 * p.B, r.unit.count};
@@ -238,7 +238,7 @@ const char *hex_project(const hex_problem &p, const hex_run &r, const hex_gradie
         return NULL;
     const int bytes = THREADS / 32 * (int)sizeof(double);
     bool fours = hex_in_fours(p), narrow = true;
-    for (int k = 0; k < (p.mode == HEX_SHARED ? 3 : 2); k++) {
+    for (int k = 0; k < (p.mode == HEX_UNPAIRED ? 3 : 2); k++) {
         fours &= (uintptr_t)wanted.dz[k] % 16 == 0;
         narrow &= p.input[k].dtype != HEX_F32;
     }
@@ -248,7 +248,7 @@ const char *hex_project(const hex_problem &p, const hex_run &r, const hex_gradie
         HEX_LAUNCH(kernel, dim3((unsigned)blocks), dim3(THREADS), bytes, r.stream, p, r, wanted,
                    first, end);
     };
-    if (!fours && p.wide)
+    if (!fours && p.compute_f64)
         launch(project_rows<double>, 32);
     else if (!fours)
         launch(project_rows<float>, 32);

@@ -180,7 +180,7 @@ static __device__ uint32_t bracket_of(uint32_t (&count)[8], const row_bins &bins
 
 template <int WARPS, int PANELS>
 static __global__ void __launch_bounds__(32 * WARPS, THREADS_OF_A_PROCESSOR / (32 * WARPS))
-    sample_tiles(hex_problem p, hex_run r, hex_fit fit, hex_choice choice, uint32_t *brackets)
+    sample_tiles(hex_problem_t p, hex_run r, hex_fit fit, hex_choice choice, uint32_t *brackets)
 {
     constexpr int THREADS = 32 * WARPS, ROWS = 16 * WARPS;
     HEX_SHARED_MEMORY(shared);
@@ -257,7 +257,7 @@ static __global__ void __launch_bounds__(32 * WARPS, THREADS_OF_A_PROCESSOR / (3
 int64_t hex_sample_bytes(int warps) { return 16 * warps * (int64_t)(PITCH * sizeof(uint32_t)); }
 
 template <int WARPS, int PANELS>
-static const char *launch(const hex_problem &p, const hex_run &r, const hex_choice &choice,
+static const char *launch(const hex_problem_t &p, const hex_run &r, const hex_choice &choice,
                           uint32_t *brackets)
 {
     // Two slots, so that two blocks share a processor.
@@ -269,7 +269,7 @@ static const char *launch(const hex_problem &p, const hex_run &r, const hex_choi
     return hex_launched("sample histogram");
 }
 
-const char *hex_sample_tiles(const hex_problem &p, const hex_run &r, const hex_choice &choice,
+const char *hex_sample_tiles(const hex_problem_t &p, const hex_run &r, const hex_choice &choice,
                              uint32_t *brackets)
 {
     return with_kind(r.unit, [&](auto, auto panels) {

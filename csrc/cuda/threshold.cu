@@ -106,7 +106,7 @@ static __device__ bool is_left(const selection &s, const hex_block &block)
 }
 
 // The last of the threshold: the block's sum, by one block for each block of rows, and the mean.
-static __device__ void add_up(const hex_problem &p, const hex_run &r, const selection &s,
+static __device__ void add_up(const hex_problem_t &p, const hex_run &r, const selection &s,
                               const hex_block &block, double sum, unsigned *flag)
 {
     // A batch that is not finite has no threshold: each block looks at its share of the unit rows.
@@ -137,7 +137,7 @@ static __device__ double chosen_sum(const selection &s, const hex_block &block)
 
 template <int KIND, bool SPLIT, int PANELS>
 static __global__ void __launch_bounds__(THREADS, 4)
-    count_tiles(hex_problem p, hex_run r, hex_fit fit, selection s)
+    count_tiles(hex_problem_t p, hex_run r, hex_fit fit, selection s)
 {
     HEX_SHARED_MEMORY(shared);
     uint32_t *words = (uint32_t *)(shared + fit.at.more);
@@ -246,7 +246,7 @@ static __global__ void settle_alone(hex_choice choice)
 
 template <bool SPLIT, int PANELS>
 static __global__ void __launch_bounds__(THREADS, 3)
-    bound_tiles(hex_problem p, hex_run r, hex_fit fit, float *low, float *high)
+    bound_tiles(hex_problem_t p, hex_run r, hex_fit fit, float *low, float *high)
 {
     HEX_SHARED_MEMORY(shared);
     const int64_t anchors = anchors_of(p);
@@ -290,7 +290,7 @@ static __global__ void __launch_bounds__(THREADS, 3)
 
 // Both kinds of kernel: `more` bytes of shared memory beside the panels.
 template <int PANELS, class Kernel, class... Rest>
-static const char *launch(const char *name, Kernel kernel, int64_t more, const hex_problem &p,
+static const char *launch(const char *name, Kernel kernel, int64_t more, const hex_problem_t &p,
                           const hex_run &r, Rest... rest)
 {
     const hex_fit fit = fit_of(r, WARPS, PANELS, PANELS != 0, more);
@@ -306,7 +306,7 @@ const char *hex_threshold_of_nothing(const hex_run &r, const hex_choice &choice)
     return hex_launched("threshold of nothing");
 }
 
-const char *hex_tile_threshold(const hex_problem &p, const hex_run &r, const hex_choice &choice,
+const char *hex_tile_threshold(const hex_problem_t &p, const hex_run &r, const hex_choice &choice,
                                double *rows)
 {
     const int64_t anchors = anchors_of(p), words = ROWS * PITCH * (int64_t)sizeof(uint32_t);
@@ -335,7 +335,7 @@ const char *hex_tile_threshold(const hex_problem &p, const hex_run &r, const hex
     return with_kind(r.unit, both);
 }
 
-const char *hex_tile_range(const hex_problem &p, const hex_run &r, void *low, void *high)
+const char *hex_tile_range(const hex_problem_t &p, const hex_run &r, void *low, void *high)
 {
     auto bound = [&](auto split, auto panels) {
         constexpr bool SPLIT = decltype(split)::value;

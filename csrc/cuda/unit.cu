@@ -15,7 +15,7 @@
 struct unit_work {
     uint4 *zeros;
     int64_t zero_count;
-    hex_gradient g;     // of the backward, as
+    hex_gradient_t g;   // of the backward, as
     void *coefficients; // are; else NULL
     int64_t coefficient_blocks;
 };
@@ -32,8 +32,8 @@ static __device__ void set_zeros(const unit_work &work, int64_t block)
 // The coefficients of unit row i, times its grad_output; of no row at all they are those of a row
 // that is no anchor. Returns its part of dL/dtau, before the mean.
 template <class real>
-static __device__ double scale_coefficients(const hex_problem &p, const hex_gradient &g, int64_t i,
-                                            real *out)
+static __device__ double scale_coefficients(const hex_problem_t &p, const hex_gradient_t &g,
+                                            int64_t i, real *out)
 {
     const int64_t anchors = anchors_of(p);
     real k[K_ALL] = {};
@@ -65,7 +65,7 @@ static __device__ double scale_coefficients(const hex_problem &p, const hex_grad
 
 // The first blocks, a thread a row: reads and writes of neighbours stand together.
 template <class real>
-static __device__ void coefficient_block(const hex_problem &p, const hex_unit &u,
+static __device__ void coefficient_block(const hex_problem_t &p, const hex_unit &u,
                                          const unit_work &work, double *scratch)
 {
     static_assert(THREADS == HEX_SUMMED, "a block's sum is one number");
@@ -85,7 +85,7 @@ static __device__ void coefficient_block(const hex_problem &p, const hex_unit &u
 // Every row is read once.
 template <int LANES, int QUADS>
 static __global__ void __launch_bounds__(THREADS, QUADS > 2 ? 4 : 8)
-    unit_fours(hex_problem p, hex_unit u, unit_work work)
+    unit_fours(hex_problem_t p, hex_unit u, unit_work work)
 {
     HEX_SHARED_MEMORY(shared);
     const int64_t block = (int64_t)blockIdx.x - work.coefficient_blocks;
@@ -98,7 +98,7 @@ static __global__ void __launch_bounds__(THREADS, QUADS > 2 ? 4 : 8)
     const bool pair = item < p.B;
     const int64_t row[2] = {pair ? item : item + p.B, item + p.B};
     const bool full[2] = {row[0] < u.count, pair}; // all lanes go on: they add up together
-    const hex_rows &x = p.input[pair ? 0 : 2], &y = p.input[1];
+    const hex_rows_t &x = p.input[pair ? 0 : 2], &y = p.input[1];
     const int64_t at[2] = {row_start(x, pair ? item : item - p.B), row_start(y, item)};
     uint4 raw[2][QUADS];
 #pragma unroll
@@ -106,7 +106,7 @@ static __global__ void __launch_bounds__(THREADS, QUADS > 2 ? 4 : 8)
 #pragma unroll
         for (int q = 0; q < QUADS; q++) {
             const int d = 4 * (lane + LANES * q);
-            const hex_rows &of = h ? y : x;
+            const hex_rows_t &of = h ? y : x;
             raw[h][q] =
                 full[h] && d < D ? load_four(of.data, of.dtype, at[h] + d) : make_uint4(0, 0, 0, 0);
         }
@@ -171,19 +171,19 @@ static __global__ void __launch_bounds__(THREADS, QUADS > 2 ? 4 : 8)
 // ---- and any others, a warp each ----
 
 // A NaN inverse makes NaN of 0 as well; an inverse of 0 makes 0 of everything finite.
-static __device__ double unit_number(const hex_rows &x, int64_t at, int64_t d, length n)
+static __device__ double unit_number(const hex_rows_t &x, int64_t at, int64_t d, length n)
 {
     return read_number(x.data, x.dtype, at + d * x.col) * n.scale * n.inverse;
 }
 
 static __global__ void __launch_bounds__(THREADS, 1)
-    unit_rows(hex_problem p, hex_unit u, unit_work work)
+    unit_rows(hex_problem_t p, hex_unit u, unit_work work)
 {
     HEX_SHARED_MEMORY(shared);
     const int lane = (int)threadIdx.x & 31;
     const int64_t block = (int64_t)blockIdx.x - work.coefficient_blocks;
     if (block < 0) {
-        if (p.wide)
+        if (p.compute_f64)
             coefficient_block<double>(p, u, work, (double *)shared);
         else
             coefficient_block<float>(p, u, work, (double *)shared);
@@ -200,13 +200,13 @@ static __global__ void __launch_bounds__(THREADS, 1)
         return;
     }
     const int input = i < p.B ? 0 : i < 2 * p.B ? 1 : 2;
-    const hex_rows &x = p.input[input];
+    const hex_rows_t &x = p.input[input];
     const int64_t at = row_start(x, i - input * p.B);
     const length n = norm_of(x, at, p.D);
     for (int64_t d = lane; d < u.width; d += 32) {
         const double v = d < p.D ? unit_number(x, at, d, n) : 0;
         if (u.plain)
-            write_number(u.plain, p.wide ? HEX_F64 : HEX_F32, i * u.width + d, v);
+            write_number(u.plain, p.compute_f64 ? HEX_F64 : HEX_F32, i * u.width + d, v);
         else {
             const uint16_t high = float_to_f16((float)v);
             const int64_t to = place_of(u, i, d);
@@ -218,7 +218,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
     if (lane == 0)
         u.inverse[i] = n.scale * n.inverse;
     if (i < p.B && !work.coefficients) {
-        const hex_rows &y = p.input[1];
+        const hex_rows_t &y = p.input[1];
         const int64_t there = row_start(y, i);
         const length m = norm_of(y, there, p.D);
         double sum = 0;
@@ -232,8 +232,8 @@ static __global__ void __launch_bounds__(THREADS, 1)
 
 // ---- launching ----
 
-const char *hex_unit_rows(const hex_problem &p, const hex_run &r, int64_t zeros,
-                          const hex_gradient *g)
+const char *hex_unit_rows(const hex_problem_t &p, const hex_run &r, int64_t zeros,
+                          const hex_gradient_t *g)
 {
     const int64_t rows = padded(r.unit.count), items = rows - p.B;
     if (rows == 0)
