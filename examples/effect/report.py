@@ -119,11 +119,12 @@ def cost(name: str, study: Study, rows: Rows) -> str:
     commits = sorted({row["commit"] for row in rows.values()})
     images = next(iter(rows.values()))["images"]
     return (
-        f"{len(rows)} runs, {sum(seconds) / 3600:.1f} hours of CPU time in all, {median(main):.0f} "
-        f"seconds for a run of the main grid (median; {min(main):.0f} to {max(main):.0f}). "
-        f"{'; '.join(machines)}. Code: {', '.join(f'`{c}`' for c in commits)}. Images: "
-        f"{images['train']} to train on, {images['validation']} of the training set held out, "
-        f"{images['test']} to test with."
+        f"{len(rows)} runs took {sum(seconds) / 3600:.1f} hours of CPU time in all. A run of the "
+        f"main grid took {median(main):.0f} seconds (the median; {min(main):.0f} to "
+        f"{max(main):.0f}). Machine: {'; '.join(machines)}. Commits: "
+        f"{', '.join(f'`{c}`' for c in commits)}. There were {images['train']} images to train "
+        f"on, {images['validation']} of the training set held out, and {images['test']} to test "
+        "with."
     )
 
 
@@ -300,13 +301,14 @@ def verdict(name: str, study: Study, rows: Rows) -> str:
     seeds = sorted({ENOUGH, max(d.n for d in found.values())})
     errors = ", ".join(f"{2 * noise / math.sqrt(n):.1f} with {n} seeds" for n in seeds)
     return (
-        "Score (mean of k-NN and linear probe on the test images) against InfoNCE, of the "
-        f"{len(found)} losses with {ENOUGH} seeds or more:\n\n"
-        f"* more than two standard errors above: {listed(up)};\n"
-        f"* more than two standard errors below: {listed(down)};\n"
-        f"* still there at the 5 % level after Holm's correction: {listed(sure)}.\n\n"
-        f"The noise: a difference at one seed has a standard deviation of {noise:.2f} points, "
-        f"pooled over the losses; two standard errors are then {errors}."
+        f"{len(found)} losses have {ENOUGH} seeds or more. Each is compared with InfoNCE by its "
+        "score, the mean of k-NN and linear probe on the test images, in points:\n\n"
+        f"* These are above InfoNCE by more than two standard errors: {listed(up)}.\n"
+        f"* These are below it by more than two standard errors: {listed(down)}.\n"
+        "* Of these the difference is significant at the 5 % level after Holm's correction: "
+        f"{listed(sure)}.\n\n"
+        "At one seed the difference of two losses has a standard deviation of "
+        f"{noise:.2f} points, pooled over the losses. Two standard errors are then {errors}."
     )
 
 
@@ -326,8 +328,8 @@ def left(name: str, study: Study, rows: Rows) -> str:
         texts = [f"{', '.join(x)} (seeds {seeds})" for seeds, x in by_seeds.items()]
         lines.append(f"* *{regime}*: {'; '.join(texts)}")
     done = sum(run.key in rows for run in runs)
-    listed = "\n\nNot run:\n\n" + "\n".join(lines) if lines else ""
-    return f"{done} of the {len(runs)} runs of the table are in the rows.{listed}"
+    listed = "\n\nThese are missing:\n\n" + "\n".join(lines) if lines else ""
+    return f"{done} of the {len(runs)} runs of the table have been made.{listed}"
 
 
 BLOCKS: dict[str, Callable[[str, Study, Rows], str]] = {
