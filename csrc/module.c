@@ -1,62 +1,20 @@
 /* SPDX-License-Identifier: MIT */
-/* The extension module hex._C: the schemas of torch.ops.hex, which function serves which device,
- * and two facts for Python. Fakes, batching rules and autograd are registered in hex/ops.py.
- *
- * eps and tau are tensors, never numbers: a number that changes every step would recompile a
- * compiled graph, and one read from a tensor would wait for the device. No str and no optional in a
- * schema: torch leaks the one and frees the other only from 2.13 on. */
+/* The extension module hex._C: registers the operators of ops.c with torch, and has two facts for
+ * Python. Fakes, batching rules and autograd are registered in hex/ops.py. */
 #include <Python.h>
 #include <stdlib.h>
 
 #include "device.h"
 #include "ops.h"
 
-/* Every operator begins with the tensors of the problem. first and count are the block of anchors
- * that the call is of (hex.h), count -1 all that follow: the whole batch unless they are named. */
-/* clang-format off */
-static const char *const schemas[] = {
-    "forward(Tensor z0, Tensor z1, Tensor negatives, Tensor ids, Tensor mask, Tensor groups, "
-        "Tensor guide, Tensor eps, Tensor tau, int mode, int reduction, int variant, "
-        "int positives, float beta, float tau_plus, bool keep, bool allow_tf32, "
-        "SymInt first=0, SymInt count=-1) "
-        "-> (Tensor loss, Tensor stats, Tensor kept)",
-    "adaptive(Tensor z0, Tensor z1, Tensor negatives, Tensor ids, Tensor mask, Tensor groups, "
-        "Tensor guide, Tensor state, Tensor tau, int mode, int reduction, int variant, "
-        "int positives, float beta, float tau_plus, bool keep, bool allow_tf32, "
-        "bool self_column, float quantile, bool over_negatives, float momentum, bool monotonic, "
-        "bool lagged, int warmup_epochs, float warmup_threshold) "
-        "-> (Tensor loss, Tensor stats, Tensor kept, Tensor eps, Tensor new_state)",
-    "backward(Tensor grad, Tensor z0, Tensor z1, Tensor negatives, Tensor ids, Tensor mask, "
-        "Tensor groups, Tensor guide, Tensor tau, Tensor stats, Tensor kept, int mode, "
-        "int reduction, int positives, float beta, bool allow_tf32, int needs, "
-        "SymInt first=0, SymInt count=-1) "
-        "-> (Tensor dz0, Tensor dz1, Tensor dnegatives, Tensor dtau)",
-    "quantile(Tensor z0, Tensor z1, Tensor negatives, Tensor ids, Tensor mask, Tensor tau, "
-        "int mode, bool several, bool allow_tf32, bool self_column, float quantile, "
-        "bool over_negatives, bool bounds, SymInt first=0, SymInt count=-1) "
-        "-> (Tensor mean, Tensor low, Tensor high)",
-};
-/* clang-format on */
-
-/* Each serves the CPU and, with hex/_cuda.so, CUDA. */
-static const struct {
-    const char *name;
-    void (*kernel)(uint64_t *, uint64_t, uint64_t);
-} kernels[] = {
-    {"forward", hex_forward_boxed},
-    {"adaptive", hex_adaptive_boxed},
-    {"backward", hex_backward_boxed},
-    {"quantile", hex_quantile_boxed},
-};
-
-/* The library handles live as long as the process: deleting one would take its registrations back.
- */
+/* These handles live as long as the process: deleting one would take its registrations back. */
 static TorchLibraryHandle definitions, cpu;
 
 static bool register_kernels(TorchLibraryHandle library)
 {
-    for (size_t i = 0; i < sizeof kernels / sizeof *kernels; i++)
-        if (torch_library_impl(library, kernels[i].name, kernels[i].kernel, HEX_TORCH_ABI))
+    for (int i = 0; i < HEX_OPERATORS; i++)
+        if (torch_library_impl(library, hex_operators[i].name, hex_operators[i].kernel,
+                               HEX_TORCH_ABI))
             return false;
     return true;
 }
@@ -66,8 +24,8 @@ static bool register_operators(void)
     if (aoti_torch_library_init_def("hex", __FILE__, __LINE__, &definitions) ||
         aoti_torch_library_init_impl("hex", "CPU", __FILE__, __LINE__, &cpu))
         return false;
-    for (size_t i = 0; i < sizeof schemas / sizeof *schemas; i++)
-        if (aoti_torch_library_def(definitions, schemas[i]))
+    for (int i = 0; i < HEX_OPERATORS; i++)
+        if (aoti_torch_library_def(definitions, hex_operators[i].schema))
             return false;
     return register_kernels(cpu);
 }

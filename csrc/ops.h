@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* What module.c registers: the boxed kernels of ops.c, and the hook of parallel.c that is set once at
+/* What module.c registers: the operators of ops.c, and the hook of parallel.c that is set once at
  * import. */
 #ifndef HEX_OPS_H
 #define HEX_OPS_H
@@ -7,10 +7,14 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-void hex_forward_boxed(uint64_t *stack, uint64_t arguments, uint64_t outputs);
-void hex_adaptive_boxed(uint64_t *stack, uint64_t arguments, uint64_t outputs);
-void hex_backward_boxed(uint64_t *stack, uint64_t arguments, uint64_t outputs);
-void hex_quantile_boxed(uint64_t *stack, uint64_t arguments, uint64_t outputs);
+/* Each serves the CPU and, with hex/_cuda.so, CUDA. */
+typedef struct {
+    const char *name, *schema;
+    void (*kernel)(uint64_t *stack, uint64_t arguments, uint64_t outputs);
+} hex_operator_t;
+
+enum { HEX_OPERATORS = 4 };
+extern const hex_operator_t hex_operators[HEX_OPERATORS];
 
 bool hex_watch_forks(void);
 
