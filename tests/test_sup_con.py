@@ -413,7 +413,7 @@ ERRORS = [
     (dict(mask=torch.ones(4)), ValueError, "mask: got shape (4,), wanted (4, 4)"),
     (dict(mask=[[1]]), TypeError, "mask: got list, wanted a torch.Tensor"),
     *(
-        (dict(mask=mask), ValueError, "mask: got values other than 0 and 1, wanted which rows are")
+        (dict(mask=mask), ValueError, "mask: got values other than 0 and 1, wanted 1 for positives")
         for mask in (
             torch.eye(4) / 2,
             -torch.eye(4),
