@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.show is None:
         out = options.out or Path("runs") / time.strftime("compare-%Y%m%d-%H%M%S")
         if out.exists():
-            parser.error(f"--out {out}: is there already; --show {out} makes its table")
+            parser.error(f"--out {out}: the folder exists already; --show {out} prints its table")
         if not run_all(methods, passed_on, out, options.jobs):
             return 1
     elif passed_on:
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         out = options.show
     results = read(out)
     if not results:
-        parser.error(f"{out}: wanted runs there, */result.json")
+        parser.error(f"--show {out}: found no runs there, wanted */result.json")
     console.print(table(results))
     console.print(f"runs: {out}/*/log.txt, last.pt and result.json", soft_wrap=True)
     return 0

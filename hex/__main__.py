@@ -189,7 +189,7 @@ def run(
     batch: list[Tensor], eps: Tensor, mode: str, variant: Variant,
 ) -> list[Tensor]:  # fmt: skip
     """The threshold with the ranges of the rows, the losses of the rows, and the gradients of the
-    inputs and of tau; all as float64. `compute` is from_reference or from_kernels."""
+    inputs and of tau, all as float64. `compute` is from_reference or from_kernels."""
     leaves = [z.clone().requires_grad_() for z in batch]
     tau = torch.tensor(TEMPERATURE, dtype=torch.float64, requires_grad=True)
     threshold, loss = compute(leaves, eps, tau, mode, variant)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""In what context a call happens: under a transform, in a checkpoint, in a backward pass; and
-warnings at the line of the user's code that made it."""
+"""Tells in what context a call happens (under a transform, in a checkpoint, in a backward pass).
+
+`warn` warns at the line of the user's code that made the call.
+"""
 
 import sys
 import warnings

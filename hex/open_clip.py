@@ -26,8 +26,8 @@ class HEXClipLoss(HEXLoss):
 
     With `threshold=None` this is ClipLoss. The logits are never stored.
 
-    In open_clip's releases it replaces the result of `create_loss(args)`. In versions with tasks,
-    `create_task` has to make `CLIPTask(model, loss=HEXClipLoss())`.
+    In open_clip's releases, use it in place of `create_loss(args)`. In versions with tasks, change
+    `create_task` so that it returns `CLIPTask(model, loss=HEXClipLoss())`.
 
     Args:
         threshold, beta, tau_plus, variant: as in `HEXLoss`.

@@ -144,7 +144,7 @@ def small(local: bool = False, size: int | None = None) -> nn.Module:
 
 
 def photograph(size: int, local: bool = False) -> nn.Module:
-    """For one photograph of any size. Gives a uint8 view (3, size, size); `local`: 3/7 of size."""
+    """For one photograph of any size. Makes a uint8 view (3, size, size), local 3/7 as large."""
     scale = (0.2, 1.0)
     if local:
         size, scale = max(1, size * 3 // 7), (0.05, 0.4)

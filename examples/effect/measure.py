@@ -126,7 +126,8 @@ class Look:
         }
 
     def _pairs(self, model, z0, z1, part, own, near, any_pair) -> tuple[float, float]:
-        """Counts the pairs of a batch. Returns its eps, and the mean cosine of the last near one."""
+        """Counts the pairs of a batch. Returns its eps and the least cosine of near pairs, a mean
+        over anchors."""
 
         def same(labels: Tensor) -> Tensor:
             twice = labels[part].repeat(2).to(z0.device)

@@ -191,7 +191,7 @@ def paired(name: str, study: Study, rows: Rows) -> str:
 
 
 def decoupled(name: str, study: Study, rows: Rows) -> str:
-    """HEX minus decoupled InfoNCE, from which the released form differs only in leaving H out."""
+    """HEX minus decoupled InfoNCE, from which the released form differs in leaving H out."""
     runs = compared(name, study, rows)
     kept = {x: r for x, r in runs.items() if x not in ("infonce", "hcl")}
     return against("decoupled", kept, measures_of(rows)) if "decoupled" in kept else "None yet."
