@@ -105,6 +105,8 @@ class ContrastiveLoss(nn.Module):
             transformed = is_transformed(*batch.learner(), tracker.state)
         again = is_in_backward()  # if so, this is most likely the second run of a checkpoint
         learns = tracker is not None and not transformed and self._learns(batch)
+        # One operator measures the threshold, makes the tracker's step and computes the loss, unless
+        # the state is on another device or the eps of a checkpoint's first run may be wanted.
         if (
             tracker is not None
             and tracker.adaptive_rule
@@ -178,6 +180,7 @@ class ContrastiveLoss(nn.Module):
                 those of a new batch.
         """
         if again and self._last is not None:
+            # An unknown candidate is that of a new batch inside a backward, whose statistics count.
             known = None if tracker is None else tracker.known
             if known is not None:
                 pairs = zip(self._last, statistics, strict=True)
