@@ -105,7 +105,7 @@ class ContrastiveLoss(nn.Module):
             transformed = is_transformed(*batch.learner(), tracker.state)
         again = is_in_backward()  # if so, this is most likely the second run of a checkpoint
         learns = tracker is not None and not transformed and self._learns(batch)
-        # One operator measures the threshold, makes the tracker's step and computes the loss, unless
+        # One operator measures eps, makes the tracker's step and computes the loss, unless
         # the state is on another device or the eps of a checkpoint's first run may be wanted.
         if (
             tracker is not None
