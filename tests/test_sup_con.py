@@ -452,9 +452,9 @@ def test_a_bad_option_is_named(options, error):
 
 
 def test_the_function_wants_a_threshold_or_groups():
-    with pytest.raises(ValueError, match="eps: wanted a threshold, or groups"):
+    with pytest.raises(ValueError, match="eps: got neither eps nor groups"):
         hex_sup_con(X)
-    with pytest.raises(ValueError, match="eps: wanted a threshold, or groups"):
+    with pytest.raises(ValueError, match="eps: got eps and groups"):
         hex_sup_con(X, eps=0.3, groups=torch.ones(4).int())
 
 
