@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Barlow Twins, alone or with HEX added: features that agree between views, each with itself only.
+"""Barlow Twins, alone or with HEX added.
+
+Barlow Twins makes each feature agree with itself between two views, and with no other feature.
 
     python examples/barlow_twins.py --data digits
     python examples/barlow_twins.py --data cifar10 --root DIR --backbone resnet18 --epochs 200
 
-As in the HEX paper: alpha HEX + (1 - alpha) Barlow Twins, alpha = 0.1, both on the projections; the
-authors scale the Barlow Twins loss, a sum over features, by 0.1, and so does this.
+HEX is added as in the HEX paper: alpha HEX + (1 - alpha) Barlow Twins with alpha = 0.1, both on the
+projections. The Barlow Twins loss is a sum over features, which the authors scale by 0.1, as is
+done here.
 
 Barlow Twins: Zbontar et al. 2021, https://arxiv.org/abs/2103.03230. Needs hex-ssl[examples].
 """
@@ -24,7 +27,7 @@ from hex import HEXLoss
 
 
 class BarlowTwins(training.Method):
-    """Barlow Twins: the correlation of the two views' features is to be the identity."""
+    """Barlow Twins: makes the correlation of the two views' features the identity."""
 
     losses = {"hex": "alpha HEX + (1 - alpha) base", "base": "cross-correlation"}
 
@@ -43,7 +46,7 @@ class BarlowTwins(training.Method):
     @classmethod
     def add_options(cls, add) -> None:
         add("--alpha", type=fraction, default=0.1, help="weight of HEX")
-        add("--scale", type=above_zero, default=0.1, help="of the Barlow Twins loss")
+        add("--scale", type=above_zero, default=0.1, help="factor of the Barlow Twins loss")
 
     def forward(self, view0: Tensor, view1: Tensor) -> Tensor:
         z0, z1 = self.projector(self.backbone(torch.cat([view0, view1]))).chunk(2)

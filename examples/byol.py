@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""BYOL, alone or with HEX added: a network predicts what its own slow average sees.
+"""BYOL, alone or with HEX added: a network predicts the output of its own slow average.
 
     python examples/byol.py --data digits
     python examples/byol.py --data cifar10 --root DIR --backbone resnet18 --epochs 200
 
-BYOL has no negatives. HEX gives it some: alpha HEX + (1 - alpha) BYOL, HEX on the projections of
-the two views by the trained network.
+BYOL has no negatives, and HEX gives it some: the loss is alpha HEX + (1 - alpha) BYOL, where HEX is
+computed on the trained network's projections of the two views.
 
 BYOL: Grill et al. 2020, https://arxiv.org/abs/2006.07733. Needs hex-ssl[examples].
 """
@@ -27,7 +27,7 @@ from hex import HEXLoss
 
 
 class BYOL(training.Method):
-    """BYOL: from one view, predict what a slow average of the network makes of the other."""
+    """BYOL: predicts from one view what a slow average of the network makes of the other."""
 
     losses = {"hex": "alpha HEX + (1 - alpha) base", "base": "negative cosine"}
 
@@ -51,7 +51,12 @@ class BYOL(training.Method):
     @classmethod
     def add_options(cls, add) -> None:
         add("--alpha", type=fraction, default=0.1, help="weight of HEX")
-        add("--momentum", type=fraction, default=0.95, help="rises to 1; long runs: .99")
+        add(
+            "--momentum",
+            type=fraction,
+            default=0.95,
+            help="of the slow average; rises to 1; for long runs .99",
+        )
 
     def forward(self, view0: Tensor, view1: Tensor) -> Tensor:
         views = torch.cat([view0, view1])

@@ -4,9 +4,10 @@
     python examples/clip.py --data digits
     python examples/clip.py --data folder --root DIR --backbone resnet18 --epochs 50
 
-The captions are made here, from the class's name and what the view looks like: "a bright seven, to
-the left". So labels are used, as words. HEX in mode "cross": each image against all captions and
-each caption against all images, with CLIP's learned temperature given for each call.
+The captions are made here, from the name of the class and the look of the view: "a bright seven, to
+the left". So the labels are used, as words. HEX is used in mode "cross", which compares each image
+with all captions and each caption with all images. CLIP's temperature is learned and is passed with
+each call.
 
 CLIP: Radford et al. 2021, https://arxiv.org/abs/2103.00020. Needs hex-ssl[examples].
 """
@@ -27,7 +28,7 @@ SIDE = "left", "middle", "right"
 
 
 class CLIP(training.Method):
-    """CLIP: an image attracts its caption, all other captions of the batch repel, and back."""
+    """CLIP: images and captions attract their counterparts and repel all others of the batch."""
 
     losses = {"hex": "HEX in place of InfoNCE", "base": "InfoNCE"}
     supervised = True
@@ -66,11 +67,12 @@ class TextTower(nn.Module):
 
 
 def captions(images: Tensor, labels: Tensor) -> Tensor:
-    """Three words an image, (B, 3) indices into [*LIGHT, *SIDE, *classes].
+    """Three words for each image, as indices (B, 3) into [*LIGHT, *SIDE, *classes].
 
-    LIGHT and SIDE are by thirds of the batch: of mean brightness, and of where its centre is.
+    LIGHT tells in which third of the batch the image is by its mean brightness, and SIDE in which
+    it is by the horizontal position of the centre of its brightness.
     """
-    columns = (images.mean((1, 2)) + 1) / 2  # (B, W), the light of each
+    columns = (images.mean((1, 2)) + 1) / 2  # (B, W), the brightness of each column
     position = torch.linspace(-1, 1, columns.shape[1], device=images.device)
     light = columns.mean(1)
     side = (columns * position).sum(1) / columns.sum(1).clamp(min=1e-6)
@@ -79,7 +81,7 @@ def captions(images: Tensor, labels: Tensor) -> Tensor:
 
 
 def thirds(x: Tensor) -> Tensor:
-    """For each number 0, 1 or 2: in which third of them, in ascending order, it is."""
+    """For each number the third in which it is when all are in ascending order: 0, 1 or 2."""
     return x.argsort().argsort() * 3 // len(x)
 
 

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Every method, with its own loss and with HEX: trains all, then one table of what came out.
+"""Trains every method with its own loss and with HEX, and prints one table of the results.
 
-    python examples/compare.py                     # digits, some minutes
+    python examples/compare.py                     # digits, takes some minutes
     python examples/compare.py --only moco,byol
-    python examples/compare.py --show DIR          # the table of runs that are there
+    python examples/compare.py --show DIR          # the table of runs that were made before
 
-Options that it does not know go to every script: `--epochs 10`, `--data cifar10 --root DIR`. Each
-run is a process of its own with one thread. The table is made from the runs' `result.json`.
+Options that this script does not know are passed on to every script, for example `--epochs 10` or
+`--data cifar10 --root DIR`. Each run is a process of its own with one thread. The table is made
+from the `result.json` of each run.
 
 Needs hex-ssl[examples].
 """
@@ -37,11 +38,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add(
-        "--only", metavar="METHODS", default=",".join(METHODS), help="with commas; all: %(default)s"
+        "--only",
+        metavar="METHODS",
+        default=",".join(METHODS),
+        help="with commas between; by default %(default)s",
     )
-    add("--jobs", type=positive, default=os.cpu_count(), help="runs at a time; %(default)s")
-    add("--out", type=Path, metavar="DIR", help="by default runs/ and a name with the time")
-    add("--show", type=Path, metavar="DIR", help="only the table of the runs there")
+    add(
+        "--jobs",
+        type=positive,
+        default=os.cpu_count(),
+        help="how many runs at a time; by default %(default)s",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder of the runs; by default runs/ and a name with the time",
+    )
+    add("--show", type=Path, metavar="DIR", help="print only the table of the runs in this folder")
     options, passed_on = parser.parse_known_args(arguments)
     methods = options.only.split(",")
     if unknown := set(methods) - set(METHODS):
@@ -49,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.show is None:
         out = options.out or Path("runs") / time.strftime("compare-%Y%m%d-%H%M%S")
         if out.exists():
-            parser.error(f"--out {out}: is there already; --show {out} makes its table")
+            parser.error(f"--out {out}: the folder exists already; --show {out} prints its table")
         if not run_all(methods, passed_on, out, options.jobs):
             return 1
     elif passed_on:
@@ -58,14 +72,18 @@ def main(arguments: list[str] | None = None) -> int:
         out = options.show
     results = read(out)
     if not results:
-        parser.error(f"{out}: wanted runs there, */result.json")
+        parser.error(f"--show {out}: found no runs there, wanted */result.json")
     console.print(table(results))
     console.print(f"runs: {out}/*/log.txt, last.pt and result.json", soft_wrap=True)
     return 0
 
 
 def run_all(methods: list[str], options: list[str], out: Path, jobs: int) -> bool:
-    """Runs all, `jobs` at a time; whether all went well. What one prints is in its log.txt."""
+    """Runs all methods, `jobs` at a time. Each run's output is in its log.txt.
+
+    Returns:
+        Whether all went well. After the first failure nothing more is started.
+    """
     start = time.perf_counter()
     with ThreadPoolExecutor(jobs) as pool, progress() as bars:
         task = bars.add_task("training", total=len(methods) * len(LOSSES))
@@ -82,7 +100,7 @@ def run_all(methods: list[str], options: list[str], out: Path, jobs: int) -> boo
                 result = json.loads((folder / "result.json").read_text())
                 seconds = time.perf_counter() - start
                 console.print(f"{seconds:4.0f} s  {folder.name:18} k-NN {result['knn']:.2%}")
-        finally:  # after Ctrl-C too, those that have not begun must not
+        finally:  # runs that have not begun must not begin, after Ctrl-C either
             pool.shutdown(wait=False, cancel_futures=True)
     return True
 
@@ -90,6 +108,7 @@ def run_all(methods: list[str], options: list[str], out: Path, jobs: int) -> boo
 def run(
     method: str, loss: str, options: list[str], out: Path
 ) -> tuple[Path, subprocess.CompletedProcess]:
+    """One run in a process of its own: its folder, and the process that has ended."""
     folder = out / f"{method}-{loss}"
     folder.mkdir(parents=True)
     own = "--loss", loss, "--out", str(folder)
@@ -105,7 +124,7 @@ def run(
 
 
 def read(folder: Path) -> dict[str, dict[str, dict]]:
-    """The results of all runs in a folder, by script and loss, in the order of METHODS."""
+    """The results of all runs in a folder, keyed by script and loss, in the order of METHODS."""
     results: dict[str, dict[str, dict]] = {}
     for file in folder.glob("*/result.json"):
         result = json.loads(file.read_text())
@@ -115,7 +134,7 @@ def read(folder: Path) -> dict[str, dict[str, dict]]:
 
 
 def table(results: dict[str, dict[str, dict]]) -> Table:
-    """A row a method: accuracy with its own loss, with HEX, and the difference."""
+    """One row for each method: accuracy with its own loss, with HEX, and the difference."""
     some = next(iter(next(iter(results.values())).values()))
     made = Table(
         title=f"Accuracy on the test images (%): {some['data']}, {some['epochs']} epochs, batch "
@@ -135,8 +154,8 @@ def table(results: dict[str, dict[str, dict]]) -> Table:
             row.append("" if None in pair else f"{100 * (pair[1] - pair[0]):+.1f}")
         made.add_row(*row, with_hex.get("objective", ""))
     made.caption = (
-        "k-NN: 20 neighbours, all labels. 1 label: logistic regression on one labelled image a "
-        "class, mean of 10 choices. One run each: a point more or less is chance."
+        "k-NN: 20 neighbours, all labels. 1 label: logistic regression on one labelled image of "
+        "each class, mean of 10 choices. One run each: a difference of a point is chance."
     )
     return made
 

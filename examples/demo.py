@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""What the HEX loss does, in about a minute: handwritten digits, once with InfoNCE, once with HEX.
+"""Shows in about a minute what the HEX loss does, on handwritten digits.
 
     python examples/demo.py
 
-Trains the same encoder twice, from the same weights, on the same views in the same order; only the
-loss differs. Prints what the features are worth and draws, in runs/demo/, what the threshold did.
+The same encoder is trained twice, with InfoNCE and with HEX, from the same weights and on the same
+views in the same order. Then the accuracy of both encoders' features is printed, and pictures of
+what the threshold did are drawn in runs/demo/.
 
 Needs hex-ssl[examples].
 """
@@ -25,11 +26,11 @@ from sklearn.manifold import TSNE
 from torch import nn
 
 BATCH = 256  # images; the loss sees twice as many views
-LOSSES = {"InfoNCE": "base", "HEX": "hex"}  # of simclr.py
+LOSSES = {"InfoNCE": "base", "HEX": "hex"}  # name here: --loss of simclr.py
 
 
 class Run:
-    """One training, and what is kept of it for the table and the pictures."""
+    """One training, with what the table and the pictures need of it."""
 
     def __init__(self, name: str, seed: int, epochs: int) -> None:
         self.name = name
@@ -40,7 +41,7 @@ class Run:
         self.criterion = self.model.criterion
         self.steps = len(self.images) // BATCH
         self.epochs = epochs
-        self.statistics: list[tuple[float, ...]] = []  # loss, eps, mean |H|, share: each step
+        self.statistics: list[tuple[float, ...]] = []  # loss, eps, mean |H| and share of each step
         self.batches: list[pictures.Batch] = []  # the same images after each epoch
 
     def train(self) -> None:
@@ -70,14 +71,14 @@ class Run:
 
     @torch.no_grad()
     def look(self, epoch: int) -> pictures.Batch:
-        """The first images in two views, always the same, through the network and the loss."""
+        """The first BATCH images in two fixed views, passed through the network and the loss."""
         index = torch.arange(BATCH)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             views = torch.cat(self.images.views(index))
-        model = copy.deepcopy(self.model).train()  # a copy: batch norm would count this batch too
+        model = copy.deepcopy(self.model).train()  # a copy, or batch norm would count this batch
         z = nn.functional.normalize(model.embed(views))
-        self.criterion.eval()  # the threshold is measured, and not stored
+        self.criterion.eval()  # so that the threshold is measured but not stored
         self.criterion(*z.chunk(2))
         return pictures.Batch(
             epoch=epoch,
@@ -127,8 +128,8 @@ def report(runs: list[Run], pixels: list[float], seeds: int) -> Table:
         losses = [float(np.mean([row[0] for row in run.statistics[-run.steps :]])) for run in mine]
         seconds = cell([run.seconds for run in mine], "{:.0f}")
         table.add_row(name, cell(losses, "{:.2f}"), *scores, seconds)
-    table.caption = "loss: of the last epoch; the two are not one scale. " + (
-        "One seed: on 500 images, a point more or less is chance; --seeds 5 repeats it"
+    table.caption = "loss: mean of the last epoch; the two losses are on different scales.\n" + (
+        "One seed: on 500 images a difference of a point is chance; --seeds 5 repeats it"
         if seeds == 1
         else f"Mean and standard deviation of {seeds} seeds"
     )
@@ -138,18 +139,18 @@ def report(runs: list[Run], pixels: list[float], seeds: int) -> Table:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=60, help="at least 3")
-    parser.add_argument("--seeds", type=int, default=1, help="repetitions, for the table")
+    parser.add_argument("--seeds", type=int, default=1, help="how often to repeat, for the table")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     options = parser.parse_args(arguments)
     if options.epochs < 3 or options.seeds < 1:
         parser.error("wanted --epochs of at least 3 and --seeds of at least 1")
-    # The images are tiny: a second thread brings little, and the figures would depend on it.
+    # The images are tiny, so a second thread gains little, and the results would depend on it.
     torch.set_num_threads(1)
 
     images, test = data.load("digits")
     console.print(
         f"{len(images)} handwritten digits of 8 x 8 pixels to learn from, without their labels; "
-        f"{len(test)} to test"
+        f"{len(test)} to test with"
     )
     runs = []
     for seed in range(options.seeds):

@@ -4,9 +4,9 @@
     python examples/dino.py --data digits
     python examples/dino.py --data folder --root DIR --backbone timm:vit_tiny_patch16_224
 
-A student sees two views and small crops, and has to give the scores that the teacher, its own slow
-average, gives the two views. HEX is added on the projected features of the student's two views,
-those before the last layer: alpha HEX + (1 - alpha) DINO.
+A student sees two views and small crops of an image. It has to reproduce the scores that the
+teacher, its own slow average, gives the two views. HEX is added on the student's projected features
+of the two views, those before the head's last layer: alpha HEX + (1 - alpha) DINO.
 
 DINO: Caron et al. 2021, https://arxiv.org/abs/2104.14294. Needs hex-ssl[examples].
 """
@@ -55,12 +55,12 @@ class DINO(training.Method):
     @classmethod
     def add_options(cls, add) -> None:
         add("--alpha", type=fraction, default=0.1, help="weight of HEX")
-        add("--prototypes", type=positive, default=1024, help="scores a view")
+        add("--prototypes", type=positive, default=1024, help="how many scores a view gets")
         add(
             "--momentum",
             type=fraction,
             default=0.95,
-            help="rises to 1; long runs: .996",
+            help="of the teacher; rises to 1; for long runs .996",
         )
 
     def forward(self, view0: Tensor, view1: Tensor, *crops: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class DINO(training.Method):
 
 
 def head(width: int, features: int, prototypes: int) -> DINOProjectionHead:
-    with warnings.catch_warnings():  # lightly's weight_norm is the older of torch's two
+    with warnings.catch_warnings():  # lightly uses the older weight_norm of torch
         warnings.simplefilter("ignore", FutureWarning)
         return DINOProjectionHead(width, 2 * width, features, prototypes, batch_norm=True)
 

@@ -5,8 +5,8 @@
     python examples/lightning_simclr.py --data cifar10 --root DIR --backbone resnet18 --epochs 200
 
 The loop, the log and the checkpoints are Lightning's. HEXCallback tells the loss the epoch and logs
-its threshold, the mean size of H and H's share. TensorBoard's log and `result.json` are in the
-run's folder.
+the loss's threshold, the mean size of H and the share of H in the denominator. TensorBoard's log
+and `result.json` are in the run's folder.
 
 SimCLR: Chen et al. 2020, https://arxiv.org/abs/2002.05709. Needs hex-ssl[examples].
 """
@@ -63,7 +63,7 @@ class LightningSimCLR(LightningModule):
 
 
 class StopDiverged(Callback):
-    """Ends a training that has diverged before Lightning saves it over the last good checkpoint."""
+    """Stops a training that diverged, before Lightning overwrites the last good checkpoint."""
 
     def __init__(self, images: data.Split, scaled: bool) -> None:
         self.images, self.scaled = images, scaled
@@ -74,7 +74,9 @@ class StopDiverged(Callback):
     def on_train_batch_end(self, trainer, model, outputs, *_) -> None:
         self.losses.append(outputs["loss"].detach())
 
-    def on_train_epoch_end(self, trainer, model) -> None:  # checkpoints are made after it
+    def on_train_epoch_end(
+        self, trainer, model
+    ) -> None:  # Lightning saves its checkpoint after this
         losses = torch.stack(self.losses).tolist()
         (optimizer,) = trainer.optimizers
         training.check_finite(
@@ -83,7 +85,7 @@ class StopDiverged(Callback):
 
 
 class Batches:
-    """The epochs of a split, for Lightning: each iteration is one."""
+    """The batches of a split, for Lightning. Each iteration over it is one epoch."""
 
     def __init__(self, images: data.Split, size: int) -> None:
         self.images, self.size = images, size

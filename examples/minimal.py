@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The HEX loss in a training loop, without data: points around eight centres, two views of each."""
+"""The HEX loss in a training loop on made-up data: points around eight centres, in two views."""
 
 import torch
 

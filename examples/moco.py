@@ -4,8 +4,8 @@
     python examples/moco.py --data digits
     python examples/moco.py --data cifar10 --root DIR --backbone resnet18 --epochs 200 --queue 4096
 
-The queue is lightly's memory bank. HEX takes it as `negatives`, (K, D): a query's candidates are
-its own key and the queue, so H(i) is of keys that may come from batches long past.
+The queue is lightly's memory bank, which HEX gets as `negatives`, (K, D). The candidates of a query
+are its own key and the queue, so the keys in H(i) may come from batches long past.
 
 MoCo v2: Chen et al. 2020, https://arxiv.org/abs/2003.04297. Needs hex-ssl[examples].
 """
@@ -38,7 +38,8 @@ class MoCo(training.Method):
         deactivate_requires_grad(self.keys)
         self.momentum = options.momentum
 
-        # rows are keys, as HEX takes them; lightly would not have the queue in checkpoints
+        # feature_dim_first=False makes the rows keys, as HEX takes them. lightly does not put the
+        # queue into checkpoints, so it is registered here.
         self.queue = MemoryBankModule((options.queue, options.features), feature_dim_first=False)
         for name in ("bank", "bank_ptr"):
             self.queue.register_buffer(name, getattr(self.queue, name))
@@ -52,14 +53,24 @@ class MoCo(training.Method):
 
     @classmethod
     def add_options(cls, add) -> None:
-        add("--queue", type=positive, default=768, help="keys; fewer than there are images")
-        add("--momentum", type=fraction, default=0.98, help="of the keys' encoder; long runs: .999")
+        add(
+            "--queue",
+            type=positive,
+            default=768,
+            help="number of keys; fewer than there are images",
+        )
+        add(
+            "--momentum",
+            type=fraction,
+            default=0.98,
+            help="of the keys' encoder; for long runs .999",
+        )
 
     def forward(self, view0: Tensor, view1: Tensor) -> Tensor:
         q = self.queries(view0)
         with torch.no_grad():
             k = nn.functional.normalize(self.keys(view1))
-        k, queue = self.queue(k, update=True)  # the queue as it was, without k
+        k, queue = self.queue(k, update=True)  # the queue before it takes up k
         return self.criterion(q, k, queue)
 
     def after_step(self, step: int, steps: int) -> None:

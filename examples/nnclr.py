@@ -4,8 +4,9 @@
     python examples/nnclr.py --data digits
     python examples/nnclr.py --data cifar10 --root DIR --backbone resnet18 --epochs 200 --bank 16384
 
-Each projection is replaced by the nearest in a bank of past ones, lightly's, and the prediction
-from the other view has to find it among those of the batch: mode "query", once each way.
+Each projection is replaced by its nearest neighbour in a bank of past projections (lightly's). The
+prediction from the other view has to find that neighbour among those of the whole batch. This is
+mode "query", once in each direction.
 
 NNCLR: Dwibedi et al. 2021, https://arxiv.org/abs/2104.14548. Needs hex-ssl[examples].
 """
@@ -27,7 +28,7 @@ from hex import HEXLoss, InfoNCELoss
 
 
 class NNCLR(training.Method):
-    """NNCLR: a view attracts what is nearest, in a bank of past views, to the other view."""
+    """NNCLR: a view attracts the nearest neighbour, in a bank of past views, of the other view."""
 
     losses = {"hex": "HEX in place of InfoNCE", "base": "InfoNCE"}
 
@@ -37,7 +38,7 @@ class NNCLR(training.Method):
         self.projector = NNCLRProjectionHead(self.width, hidden, features)
         self.predictor = NNCLRPredictionHead(features, hidden, features)
 
-        # lightly would not have the bank in checkpoints
+        # lightly does not put the bank into checkpoints, so it is registered here.
         self.bank = NNMemoryBankModule((options.bank, features))
         for name in ("bank", "bank_ptr"):
             self.bank.register_buffer(name, getattr(self.bank, name))
@@ -54,7 +55,7 @@ class NNCLR(training.Method):
 
     @classmethod
     def add_options(cls, add) -> None:
-        add("--bank", type=positive, default=1024, help="past projections to search")
+        add("--bank", type=positive, default=1024, help="how many past projections to search")
 
     def forward(self, view0: Tensor, view1: Tensor) -> Tensor:
         z = self.projector(self.backbone(torch.cat([view0, view1])))

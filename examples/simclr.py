@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""SimCLR with the HEX loss, or with InfoNCE: train an encoder without labels, then test it.
+"""SimCLR with the HEX loss, or with InfoNCE: trains an encoder without labels, then tests it.
 
     python examples/simclr.py --data digits
     python examples/simclr.py --data cifar10 --root DIR --backbone resnet18 --epochs 200
     python examples/simclr.py --data folder --root DIR --backbone timm:resnet50 --workers 8
     python examples/simclr.py --resume runs/NAME
 
-A run's folder holds `last.pt`, the checkpoint of its last whole epoch, TensorBoard's log and
-`result.json`. On the CPU a resumed run ends with the very bits of one that was never stopped.
+The folder of a run holds `last.pt`, which is the checkpoint of its last complete epoch,
+TensorBoard's log and `result.json`. On the CPU, a run that was stopped and resumed ends with the
+same bits as one that was never stopped.
 
 SimCLR: Chen et al. 2020, https://arxiv.org/abs/2002.05709. Needs hex-ssl[examples].
 """

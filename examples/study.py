@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""Does HEX help? A grid of losses and seeds, trained, measured, and a report drawn from the rows.
+"""Does HEX help? Trains and measures a grid of losses and seeds, and reports the results.
 
     python examples/study.py list cpu
-    python examples/study.py run cpu --root DIR        # in two terminals: they share the table
+    python examples/study.py run cpu --root DIR        # several processes may share the work
     python examples/study.py run gpu --root DIR
     python examples/study.py run cpu --data folder --root DIR --superclasses FILE --rows FILE
-    python examples/study.py report                    # docs/effect.md and its pictures, anew
+    python examples/study.py report                    # rewrites docs/effect.md and its pictures
 
-What is compared is declared in effect/table.py. Each run adds a row to a file of JSON lines; one
-that was stopped is repeated whole, those with a row are not run again. Needs hex-ssl[examples].
+What is compared is declared in effect/table.py. Each run adds one row to a file of JSON lines. Runs
+that have a row are not repeated, and a run that was stopped is repeated from its beginning. Needs
+hex-ssl[examples].
 """
 
 import argparse
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"study.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        console.print("interrupted; the run that was going on is repeated next time")
+        console.print("interrupted; the current run is repeated from its beginning next time")
         return 130
 
 
@@ -55,24 +56,34 @@ def make_parser() -> argparse.ArgumentParser:
         command.set_defaults(command=function)
         command.add_argument("study", choices=STUDIES)
         command.add_argument("--rows", type=Path, default=ROWS, help="%(default)s")
-        command.add_argument("--data", choices=data.NAMES, help="by default the study's own")
+        command.add_argument("--data", choices=data.NAMES, help="by default that of the study")
     add = command.add_argument
     add("--root", type=Path, help="folder of the images: CIFAR-10, or train/ and test/")
     add("--image-size", type=positive, default=32, help="side in pixels, for --data folder")
     add("--superclasses", type=Path, metavar="FILE", help="JSON, {class: superclass}")
-    add("--limit", type=positive, default=sys.maxsize, help="runs of this process")
-    add("--threads", type=positive, help="of torch; by default 1 on the CPU")
+    add(
+        "--limit",
+        type=positive,
+        default=sys.maxsize,
+        help="how many runs this process does at most",
+    )
+    add("--threads", type=positive, help="threads of torch; by default 1 on the CPU")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command = commands.add_parser("report", help=write_report.__doc__.partition(".")[0])
     command.set_defaults(command=write_report)
     add = command.add_argument
     add("--rows", type=Path, default=ROWS, help="%(default)s")
-    add("--document", type=Path, default=DOCUMENT, help="%(default)s; a new one has all tables")
+    add(
+        "--document",
+        type=Path,
+        default=DOCUMENT,
+        help="%(default)s; a new document gets all tables",
+    )
     return parser
 
 
 def chosen_study(options: argparse.Namespace) -> Study:
-    """The study on the data asked for, without regimes that are about its own classes."""
+    """The study on the data that --data asks for, without the regimes that name its own classes."""
     study = STUDIES[options.study]
     if options.data in (None, study.setup.data):
         return study
@@ -83,10 +94,10 @@ def chosen_study(options: argparse.Namespace) -> Study:
 
 
 def known_runs(options: argparse.Namespace, study: Study) -> tuple[list[Config], rows.Rows]:
-    """The plan as the rows have it by now, and the rows.
+    """The runs that are known so far, as the rows decide them, and the rows.
 
     Raises:
-        RowsError: a row is of a run that the table now has otherwise.
+        RowsError: a row has the key of a run that the table now describes differently.
     """
     there = rows.read(options.rows)
     configs = plan(options.study, study, rows.without_test(there))
@@ -102,7 +113,7 @@ def known_runs(options: argparse.Namespace, study: Study) -> tuple[list[Config],
 
 
 def list_runs(options: argparse.Namespace) -> int:
-    """Print the runs that are known so far. Those of later stages follow from results."""
+    """Print the runs that are known so far. Later stages depend on results."""
     configs, there = known_runs(options, chosen_study(options))
     for config in configs:
         console.print("done " if config.key in there else "     ", config.key)
@@ -110,12 +121,13 @@ def list_runs(options: argparse.Namespace) -> int:
 
 
 def run_all(options: argparse.Namespace) -> int:
-    """Do all runs of a study that have no row. Several processes may do so at once."""
+    """Do all runs of a study that have no row yet. Several processes may do so at once."""
     study = chosen_study(options)
-    known_runs(options, study)  # what is wrong with the rows is said before the images are read
+    known_runs(options, study)  # a fault in the rows is reported before the images are read
     device = check_device(options.device)
     if device.type == "cpu":
-        # figures do not depend on the machine then; scikit-learn's libraries have their own
+        # With one thread the results do not depend on the number of cores. scikit-learn's
+        # libraries have thread pools of their own.
         torch.set_num_threads(options.threads or 1)
         threadpool_limits(options.threads or 1)
     images = Images(
@@ -130,7 +142,7 @@ def run_all(options: argparse.Namespace) -> int:
             break
         for config in left:
             with rows.claim(options.rows, config.key) as mine:
-                # another process may have ended it between the reading and the claim
+                # Another process may have finished the run between the reading and the claim.
                 if not mine or config.key in rows.read(options.rows):
                     continue
                 try:
@@ -148,12 +160,12 @@ def run_all(options: argparse.Namespace) -> int:
             )
             break
         else:
-            time.sleep(2)  # others have all that is known; what comes next follows from theirs
+            time.sleep(2)  # others do all known runs, and their results decide the next ones
     return 0
 
 
 def write_report(options: argparse.Namespace) -> int:
-    """Draw the document's tables and pictures from the rows. What stands outside them is kept."""
+    """Draw the document's tables and pictures from the rows. The text around them stays."""
     there = rows.read(options.rows)
     if not there:
         raise ValueError(f"--rows {options.rows}: there are no rows")

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Supervised contrastive learning with the HEX loss, or with SupCon: a class is one positive.
+"""Supervised contrastive learning with the HEX loss, or with SupCon: a class attracts itself.
 
     python examples/supcon.py --data digits
     python examples/supcon.py --data cifar10 --root DIR --backbone resnet18 --epochs 200
 
-Here labels are used: all views of an anchor's class attract it. H(i) is of the other classes' views
-that lie nearest, those that the anchor could be mistaken for. Without a threshold the loss is
-SupCon's, with the mean over positives outside the logarithm.
+Here the labels are used: all views of the anchor's class attract it. H(i) are the nearest views of
+other classes, with which the anchor could be confused. Without a threshold the loss is SupCon, with
+the mean over positives outside the logarithm.
 
 SupCon: Khosla et al. 2020, https://arxiv.org/abs/2004.11362. Needs hex-ssl[examples].
 """

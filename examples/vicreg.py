@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""VICReg, alone or with HEX added: views agree, features vary, and do not repeat one another.
+"""VICReg, alone or with HEX added.
+
+VICReg makes the views agree, the features vary, and no feature repeat another.
 
     python examples/vicreg.py --data digits
     python examples/vicreg.py --data cifar10 --root DIR --backbone resnet18 --epochs 200
 
-As in the HEX authors' code: alpha * 5 HEX + (1 - alpha) VICReg, alpha = 0.1, on the projections;
-the 5 makes up for the weights of VICReg's terms, which are 25, 25 and 1.
+HEX is added as in the HEX authors' code: alpha * 5 HEX + (1 - alpha) VICReg with alpha = 0.1, on
+the projections. The 5 makes up for the weights of VICReg's terms, which are 25, 25 and 1.
 
 VICReg: Bardes et al. 2022, https://arxiv.org/abs/2105.04906. Needs hex-ssl[examples].
 """

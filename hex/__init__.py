@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""hex-ssl: the HEX contrastive loss (WACV 2025) on kernels in C.
+"""hex-ssl: the HEX contrastive loss (WACV 2025) for PyTorch, on kernels in C and CUDA.
 
-Write `from hex import HEXLoss`: a bare `import hex` hides the builtin function hex().
+Write `from hex import HEXLoss`, because a bare `import hex` hides the builtin function hex().
 """
 
 from ._load import _C as _C

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""`python -m hex`: what is installed, what it runs on, and whether its kernels are right here.
+"""`python -m hex`: prints what is installed and what it runs on, and checks the CPU kernels.
 
 The check compares the kernels with hex.reference on one small batch for each mode and dtype. It is
-for a person who has just installed hex, or who doubts a result; the tests are far stricter.
+for people who have just installed hex-ssl or who doubt a result. The tests are far stricter.
 """
 
 import argparse
@@ -22,10 +22,10 @@ from .checks import Mode, Variant
 from .functional import hex_loss
 from .problem import of_views
 
-IMAGES, FEATURES, NEGATIVES = 33, 29, 41  # no tile of a kernel divides them
+IMAGES, FEATURES, NEGATIVES = 33, 29, 41  # no size of a kernel's tiles divides these
 TEMPERATURE = 0.1
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# by the mode's name in hex.reference: the keyword a user passes, and the shape of the negatives
+# mode in hex.reference: (the argument `mode` of hex_loss, the shape of the negatives)
 MODES: dict[str, tuple[Mode, tuple[int, ...] | None]] = {
     "ntxent": ("ntxent", None),
     "query": ("query", None),
@@ -36,26 +36,28 @@ MODES: dict[str, tuple[Mode, tuple[int, ...] | None]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the report; returns the exit status, 0 if all is right and 1 otherwise."""
+    """Prints the report. Returns the exit status: 0 if all is right, else 1."""
     parser = argparse.ArgumentParser(
         prog="python -m hex",
         description="Prints what is installed and what it runs on, then checks the CPU kernels "
         "against the reference, hex/reference.py, in float64.",
         epilog="Exit status: 0 if every error is within its limit, 1 otherwise. HEX_ISA=base, avx2 "
-        "or avx512 in the environment chooses a lower level of the CPU kernels; avx512_bf16 the "
-        "one for bfloat16 inputs, which is never chosen by itself.",
+        "or avx512 in the environment chooses a lower level of the CPU kernels. "
+        "HEX_ISA=avx512_bf16 chooses the level for bfloat16 inputs, which is never chosen without "
+        "it.",
     )
     parser.parse_args(arguments)
     for name, value in installation():
         print(f"{name:<13} {value}")
     print(
-        "\nThe kernels against the reference in float64: the largest error, relative to the largest"
-        "\nvalue, and its limit, twice the error of the reference in the same dtype and a few ulp."
+        "\nThe kernels against the reference in float64. Each error is the largest, relative to the"
+        "\nlargest value. Its limit is twice the error of the reference in the same dtype, plus a"
+        "\nfew ulp."
         f"\n\n{'':17} {'threshold':^17}  {'loss':^17}      gradient"
         f"\n{'mode':<7} {'dtype':<9} {'  '.join(['   error    limit'] * 3)}"
     )
     right = True
-    with threads(1):  # on batches this small, threads only cost
+    with threads(1):  # batches this small are slower with more
         for mode in MODES:
             for dtype in DTYPES:
                 pairs = check(mode, dtype)
@@ -68,13 +70,13 @@ def main(arguments: list[str] | None = None) -> int:
     if n > 1:
         same = same_bits(n)
         right &= same
-        print(f"\n{n} threads give the bits of one: {'yes' if same else 'NO'}")
+        print(f"\n{n} threads give the same bits as one: {'yes' if same else 'NO'}")
     print(f"\n{'All is right.' if right else 'Something is wrong: see above.'}")
     return 0 if right else 1
 
 
 def installation() -> list[tuple[str, str]]:
-    """What is installed and what it runs on: (name, value) by line."""
+    """What is installed and what it runs on, as (name, value) for each line."""
     wanted, problem = os.environ.get("HEX_ISA"), _C.isa_problem()
     asked = (
         f"HEX_ISA = {wanted}{f': {problem}' if problem else ''}" if wanted else "HEX_ISA not set"
@@ -107,10 +109,11 @@ def devices() -> list[str]:
 
 
 def check(mode: str, dtype: torch.dtype) -> list[tuple[float, float]]:
-    """(error, limit) of the threshold, the loss and the gradient, each where it is closest.
+    """(error, limit) of the threshold, of the loss and of the gradient.
 
-    The limit is twice the error of the reference in the same dtype, and 4 ulp of a cosine: those
-    are 4 / tau ulp of what is exponentiated. A gradient is also rounded to the input's dtype.
+    Of several values of a kind it is the pair whose error is closest to its limit. The limit is
+    twice the error of the reference in the same dtype, plus 4 ulp of a cosine, which are 4 / tau
+    ulp of an exponent. A gradient is also rounded to the dtype of the input.
     """
     batch = make_batch(mode, dtype)
     wide = [z.double() for z in batch]
@@ -130,7 +133,8 @@ def check(mode: str, dtype: torch.dtype) -> list[tuple[float, float]]:
 
 def same_bits(n: int) -> bool:
     """Whether n threads and one give the same threshold, losses and gradients."""
-    batch = make_batch("ntxent", torch.float32, images=8 * IMAGES)  # enough to be shared out
+    # So many images that the kernels do share them out among threads.
+    batch = make_batch("ntxent", torch.float32, images=8 * IMAGES)
     eps = torch.tensor(0.3, dtype=torch.float64)
     results = []
     for count in (n, 1):
@@ -141,6 +145,7 @@ def same_bits(n: int) -> bool:
 
 @contextmanager
 def threads(n: int) -> Iterator[None]:
+    """Runs the block with n threads of torch."""
     before = torch.get_num_threads()
     torch.set_num_threads(n)
     try:
@@ -150,7 +155,7 @@ def threads(n: int) -> Iterator[None]:
 
 
 def make_batch(mode: str, dtype: torch.dtype, images: int = IMAGES) -> list[Tensor]:
-    """z0, z1 and the negatives if there are any: rows in four groups, of any length."""
+    """z0, z1 and, if the mode has any, negatives: rows in four groups, of different lengths."""
     generator = torch.Generator().manual_seed(0)
 
     def rows(*shape: int) -> Tensor:
@@ -166,7 +171,7 @@ def make_batch(mode: str, dtype: torch.dtype, images: int = IMAGES) -> list[Tens
 
 
 def between(cosines: Tensor) -> Tensor:
-    """A threshold, 0-d, that no cosine is near: rounding must not move a candidate across it."""
+    """A threshold, 0-d, with no cosine near it, so that rounding moves no candidate across it."""
     c = cosines.flatten().sort().values
     c = c[len(c) * 7 // 10 : len(c) * 8 // 10]
     k = int(c.diff().argmax())
@@ -174,7 +179,7 @@ def between(cosines: Tensor) -> Tensor:
 
 
 def three(batch: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """z0, z1, negatives; an empty (0, D) where there are none."""
+    """z0, z1 and negatives, which are an empty (0, D) if there are none."""
     z0, z1, *negatives = batch
     return z0, z1, negatives[0] if negatives else z0.new_empty(0, FEATURES)
 
@@ -183,7 +188,8 @@ def run(
     compute: Callable[[list[Tensor], Tensor, Tensor, str, Variant], tuple[Tensor, Tensor]],
     batch: list[Tensor], eps: Tensor, mode: str, variant: Variant,
 ) -> list[Tensor]:  # fmt: skip
-    """Threshold and bounds, losses of the rows, gradients of the inputs and of tau; as float64."""
+    """The threshold with the ranges of the rows, the losses of the rows, and the gradients of the
+    inputs and of tau, all as float64. `compute` is from_reference or from_kernels."""
     leaves = [z.clone().requires_grad_() for z in batch]
     tau = torch.tensor(TEMPERATURE, dtype=torch.float64, requires_grad=True)
     threshold, loss = compute(leaves, eps, tau, mode, variant)
@@ -214,7 +220,7 @@ def from_kernels(
 
 
 def distance(x: Tensor, truth: Tensor) -> float:
-    """The largest error, relative to the largest value; infinite if there is a NaN."""
+    """The largest error relative to the largest value, or infinity if there is a NaN."""
     error = (x - truth).abs().max() / truth.abs().max()
     return float(error.nan_to_num(nan=torch.inf))
 
@@ -223,7 +229,8 @@ if __name__ == "__main__":
     try:
         status = main()
         sys.stdout.flush()
-    except BrokenPipeError:  # of `python -m hex | head`; nor may Python's own last flush fail
+    except BrokenPipeError:  # as with `python -m hex | head`
+        # Python flushes once more as it exits, and that must not fail either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     sys.exit(status)

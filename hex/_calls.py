@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What kind of call this is: transformed, of a checkpoint, in a backward; and whose line."""
+"""Tells in what context a call happens (under a transform, in a checkpoint, in a backward pass).
+
+`warn` warns at the line of the user's code that made the call.
+"""
 
 import sys
 import warnings
@@ -11,26 +14,31 @@ from torch.autograd.function import FunctionCtx
 
 __all__ = ["is_compiled_in_checkpoint", "is_first_run", "is_in_backward", "is_transformed", "warn"]
 
-_PASSED = ("hex", "torch", "lightning", "pytorch_lightning")  # packages that call a loss for a user
+# The packages between a user's line and a warning.
+_PASSED = ("hex", "torch", "lightning", "pytorch_lightning")
 
 
 def is_transformed(*tensors: Tensor) -> bool:
-    """Inside vmap or func.grad, whose tensors must not outlive the call."""
-    if torch.compiler.is_compiling():  # which knows no wrapped tensors
+    """Whether tensors belong to a vmap or func.grad in progress, so that none may be kept."""
+    if torch.compiler.is_compiling():  # tensors are not wrapped while they are traced
         return bool(torch._C._are_functorch_transforms_active())
     return any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
 
 
 def is_in_backward() -> bool:
-    """Inside a backward: there activation checkpointing, in any of its forms, runs what it wrapped
-    again. In a compiled graph the compiler repeats operators, not this code.
+    """Whether a backward pass is running.
+
+    There activation checkpointing, in any of its forms, runs for a second time what it wraps. In a
+    compiled graph the compiler repeats operators and not this code.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
 
 
 def is_compiled_in_checkpoint() -> bool:
-    """In a graph that is being made inside an activation checkpoint of the form that is not
-    reentrant. That graph runs again in the backward and cannot know it there."""
+    """Whether a graph is being compiled inside an activation checkpoint (not the reentrant form).
+
+    Such a graph runs again in the backward, and cannot tell that it does.
+    """
     return torch.compiler.is_compiling() and _is_in_checkpoint()
 
 
@@ -41,10 +49,11 @@ def _is_in_checkpoint() -> bool:
 
 
 def is_first_run() -> bool:
-    """Without a gradient, but inside the forward of an autograd.Function: so the reentrant form of
-    checkpointing runs a training step the first time (torch's, and those made after it).
+    """Whether this call, which has no gradient, is the first run of a reentrant checkpoint.
 
-    Looks at the callers' frames, so ask it last.
+    The reentrant form (torch's own, and those modelled on it) makes its first run inside the
+    forward of an autograd.Function. The callers' frames are searched for one, which takes time, so
+    ask everything else before.
     """
     if torch.compiler.is_compiling():
         return False
@@ -53,7 +62,7 @@ def is_first_run() -> bool:
         code = frame.f_code
         if code.co_name == "forward" and "ctx" in code.co_varnames[: code.co_argcount]:
             ctx = frame.f_locals.get("ctx")
-            # Without next functions there will be no backward of it; of one around it there may be.
+            # A Function without next functions has no backward; one around it may have.
             if isinstance(ctx, FunctionCtx) and getattr(ctx, "next_functions", False):
                 return True
         frame = frame.f_back
@@ -61,7 +70,8 @@ def is_first_run() -> bool:
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """A warning at the line of the user's code that called this package, torch or Lightning."""
+    """Warns at the line of the user's code from which this package was called, directly or through
+    torch or Lightning."""
     level, frame = 1, sys._getframe(0)
     while frame.f_back is not None and _package(frame) in _PASSED:
         level, frame = level + 1, frame.f_back

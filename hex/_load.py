@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Imports torch and then the extension hex._C, or says what is in the way.
+"""Imports torch and then the extension hex._C. If one is missing, the ImportError says what to do.
 
-In that order: the extension calls the libtorch_cpu.so that `import torch` has loaded. What torch
-itself says when it cannot be imported is left as it is.
+torch comes first, because the extension calls into the libtorch_cpu.so that `import torch` has
+loaded. If torch is installed but cannot be imported, its own error is passed on unchanged.
 """
 
 import functools
@@ -37,6 +37,7 @@ _NO_CODE = (98, 209)  # cudaErrorInvalidDeviceFunction, cudaErrorNoKernelImageFo
 
 
 def _how(options: str = "") -> str:
+    """How to get the CUDA kernels: the end of the messages below."""
     return (
         f"build hex-ssl where nvcc of CUDA 13 is installed: HEX_CUDA=1 {options}pip install "
         "--no-binary hex-ssl hex-ssl (docs/cuda.md)"
@@ -50,7 +51,7 @@ def cuda_is_built() -> bool:
 
 @functools.cache
 def _cuda_core_problem() -> str | None:
-    """Loads hex/_cuda.so, once; None, or what is in the way."""
+    """Loads hex/_cuda.so, once. Returns None, or why it cannot be used."""
     wanted = os.environ.get("HEX_CUDA_KERNELS") or "1"
     if wanted not in ("0", "1"):
         raise ValueError(f"HEX_CUDA_KERNELS: got {wanted!r}, wanted 0 or 1")
@@ -64,9 +65,12 @@ def _cuda_core_problem() -> str | None:
 
 @functools.cache
 def cuda_problem(index: int) -> str | None:
-    """None if the CUDA kernels serve this device, else the reason and the way out.
+    """None if the CUDA kernels serve the device with this index, else why not and what to do.
 
-    The first call loads them: who never has a CUDA tensor pays nothing.
+    The kernels are loaded by the first call, so a program without CUDA tensors never loads them.
+
+    Raises:
+        ValueError: HEX_CUDA_KERNELS in the environment is neither 0 nor 1.
     """
     major, minor = torch.cuda.get_device_capability(index)
     if major < 8:
@@ -74,7 +78,7 @@ def cuda_problem(index: int) -> str | None:
     problem = _cuda_core_problem()
     error = 0 if problem else _C.probe_cuda(index)
     if error in _NO_CODE:
-        arch = f"{major}{minor}{'a' if major == 9 else ''}"  # as nvcc names it
+        arch = f"{major}{minor}{'a' if major == 9 else ''}"  # the name of nvcc, 90a for Hopper
         return (
             f"hex/_cuda.so has no code for this GPU, of compute capability {major}.{minor}; "
             f"{_how(f'HEX_CUDA_ARCH={arch} ')}"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Every check of what a user passes, and the names of the choices there are.
+"""The checks of everything that a user passes, and the names of all choices.
 
-A check raises a TypeError or ValueError that names the argument, what came and what was wanted, and
-changes nothing. Some return the value in the form in which it is used. What is made of the values
-is in problem.py; which options a threshold's rule has, in schedules.py.
+A check that fails raises a TypeError or ValueError with the text "NAME: got X, wanted Y". No check
+changes anything. Some return the value in the form in which it is used. What is made of the values
+is in problem.py, and which options each rule of a threshold has is in schedules.py.
 """
 
 import math
@@ -40,8 +40,11 @@ _MODES, _VARIANTS, _REDUCTIONS = get_args(Mode), get_args(Variant), get_args(Red
 
 
 def has_shape(z: Tensor, wanted: Sequence[int]) -> bool:
-    """Whether z is of this shape. A size that a compiled graph does not know, as after
-    mark_unbacked, is taken for the wanted one, and the graph guards it."""
+    """Whether z has this shape.
+
+    A size that a compiled graph does not know, as after mark_unbacked, is taken to be the wanted
+    one, and the graph checks it as it runs.
+    """
     if not torch.compiler.is_compiling():
         return z.shape == tuple(wanted)
     from torch.fx.experimental.symbolic_shapes import guard_or_true
@@ -56,10 +59,11 @@ def has_shape(z: Tensor, wanted: Sequence[int]) -> bool:
 
 
 def check_embeddings(name: str, z: Any) -> None:
+    """A dense tensor of a floating dtype that the kernels have."""
     if isinstance(z, torch.fx.Proxy):
         raise TypeError(
             f"{name}: got a Proxy, and torch.fx.symbolic_trace cannot follow the checks of a loss; "
-            "make the loss a leaf module of the Tracer, or take torch.export or torch.compile"
+            "make the loss a leaf module of the Tracer, or use torch.export or torch.compile"
         )
     if not isinstance(z, Tensor):
         raise TypeError(f"{name}: got {type(z).__name__}, wanted a torch.Tensor")
@@ -94,7 +98,7 @@ def check_views(z0: Any, z1: Any, names: tuple[str, str] = ("z0", "z1")) -> None
 
 
 def check_negatives(negatives: Any, z0: Tensor) -> None:
-    """Shared (K, D), or of each anchor (B, K, D)."""
+    """(K, D), shared by all anchors, or (B, K, D), K for each anchor."""
     check_embeddings("negatives", negatives)
     images, features = z0.shape
     of_each = (images,) if negatives.dim() == 3 else ()
@@ -107,7 +111,7 @@ def check_negatives(negatives: Any, z0: Tensor) -> None:
 
 
 def check_labels(name: str, labels: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Labels as int64 on the device."""
+    """The labels as int64 on the device."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name}: got {type(labels).__name__}, wanted a torch.Tensor")
     if labels.dtype not in _INTEGERS:
@@ -123,7 +127,7 @@ def check_one_decider(groups: Any, guide: Any) -> None:
 
 
 def check_groups(groups: Any, z0: Tensor, negatives: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The group of each image, and of each negative where there are negatives."""
+    """The group of each image and, if there are negatives, of each negative."""
     images = (z0.shape[0],)
     if negatives is None:
         return check_labels("groups", groups, images, z0.device), None
@@ -140,7 +144,7 @@ def check_groups(groups: Any, z0: Tensor, negatives: Tensor | None) -> tuple[Ten
 def check_guide(
     guide: Any, z0: Tensor, negatives: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The guide of views and negatives, without gradient: of their shapes but for the features."""
+    """The guide of views and negatives, detached. Only its number of features may be another."""
     count = 2 if negatives is None else 3
     if not isinstance(guide, (tuple, list)) or len(guide) != count:
         wanted = "(g0, g1)" if negatives is None else "(g0, g1, g_negatives)"
@@ -165,7 +169,7 @@ def check_guide(
 
 
 def check_features(features: Any, labels: Any, mask: Any) -> None:
-    """Rows with several positives: (B, V, D), or (N, D) with labels or a mask."""
+    """Features with several positives: (B, V, D), or (N, D) with labels or a mask."""
     check_embeddings("features", features)
     if features.dim() < 2:
         raise ValueError(f"features: got shape {tuple(features.shape)}, wanted (B, V, D) or (N, D)")
@@ -173,12 +177,12 @@ def check_features(features: Any, labels: Any, mask: Any) -> None:
         raise ValueError("labels, mask: got both, wanted one of them")
     if features.dim() == 2 and labels is None and mask is None:
         raise ValueError(
-            "labels: got None, wanted labels or a mask for features (N, D); (B, V, D) go without"
+            "labels: got None, wanted labels or a mask, without which features must be (B, V, D)"
         )
 
 
 def check_guide_of_features(guide: Any, features: Tensor) -> Tensor:
-    """The guide of several views, without gradient."""
+    """The guide of features, detached. Only its last axis may have another size."""
     check_embeddings("guide", guide)
     leading = min(features.dim() - 1, 2)  # images, and views
     wanted = *features.shape[:leading], *guide.shape[leading:]
@@ -193,7 +197,7 @@ def check_guide_of_features(guide: Any, features: Tensor) -> Tensor:
 
 
 def check_mask(mask: Any, images: int, device: torch.device) -> Tensor:
-    """Which images are positives of which, as bool on the device."""
+    """The mask, which marks the positives of each image, as bool on the device."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask: got {type(mask).__name__}, wanted a torch.Tensor")
     if mask.is_complex() or mask.layout != torch.strided:
@@ -207,13 +211,16 @@ def check_mask(mask: Any, images: int, device: torch.device) -> Tensor:
 
 
 def _check_ones(mask: Tensor) -> None:
-    """ValueError where an entry is neither 0 nor 1; where that would mean to wait for a device, in
-    a compiled graph and of a subclass, torch's RuntimeError as it runs."""
+    """Raises a ValueError if an entry is neither 0 nor 1.
+
+    On another device than the CPU, where the check would wait, in a compiled graph and for a tensor
+    subclass, torch raises a RuntimeError as the graph runs instead.
+    """
     if is_transformed(mask):
-        return  # it has no values of its own
+        return  # the values of the mask cannot be read here
     text = (
-        "mask: got values other than 0 and 1, wanted which rows are positives; there are no "
-        "weights, so decide with mask > t"
+        "mask: got values other than 0 and 1, wanted 1 for positives and 0 for the others. "
+        "Weights are not supported; a mask of weights becomes one of positives by mask > t"
     )
     right = ((mask == 0) | (mask == 1)).all()
     if not right.is_cpu or type(right) is not Tensor or torch.compiler.is_compiling():
@@ -223,7 +230,7 @@ def _check_ones(mask: Tensor) -> None:
 
 
 def check_logits(logits: Any, target: Any) -> Tensor:
-    """The target of logits, (N, C), as int64 on their device."""
+    """The target (N,) of logits (N, C), as int64 on their device."""
     check_embeddings("logits", logits)
     if logits.dim() != 2:
         raise ValueError(f"logits: got shape {tuple(logits.shape)}, wanted (N, C)")
@@ -259,7 +266,7 @@ def check_over(name: str, value: Any) -> Any:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Real, and no bool: Python's own, numpy's scalars, fractions."""
+    """Whether it is a real number: Python's own, a numpy scalar or a fraction, but not a bool."""
     return isinstance(value, (float, int, numbers.Real)) and not isinstance(value, bool)
 
 
@@ -278,13 +285,13 @@ def check_count(name: str, value: Any, low: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted an integer")
     count = int(value)
-    if not low <= count < 2**53:  # float64 has all of these
+    if not low <= count < 2**53:  # float64 represents all of these exactly
         raise ValueError(f"{name}: got {value!r}, wanted an integer >= {low}")
     return count
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """True or False, numpy's too."""
+    """True or False, of Python or numpy."""
     kind = type(value)
     of_numpy = kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_")
     if not isinstance(value, bool) and not of_numpy:
@@ -322,7 +329,7 @@ def check_eps(eps: Any, rows: int) -> None:
     if not isinstance(eps, Tensor):
         if not is_number(eps):
             raise TypeError(f"eps: got {type(eps).__name__}, wanted a number or a tensor")
-        if eps != eps:  # which torch.compile reads where it does not read math.isnan
+        if eps != eps:  # torch.compile does not trace math.isnan
             raise ValueError("eps: got nan, wanted a cosine")
         return
     if not eps.is_floating_point():
@@ -333,11 +340,12 @@ def check_eps(eps: Any, rows: int) -> None:
 
 def check_eps_or_groups(eps: Any, groups: Any) -> None:
     if (eps is None) != (groups is not None):
-        raise ValueError("eps: wanted a threshold, or groups in its place, and not both")
+        got = "neither eps nor groups" if eps is None else "eps and groups"
+        raise ValueError(f"eps: got {got}, wanted one of them")
 
 
 def check_threshold(threshold: Any) -> None:
-    """What a module makes a ThresholdTracker of."""
+    """The values, other than None, of which a loss makes a ThresholdTracker."""
     wanted = "wanted 'adaptive', a number, a ThresholdTracker or None"
     if isinstance(threshold, str):
         if threshold != "adaptive":
@@ -351,14 +359,15 @@ def check_threshold(threshold: Any) -> None:
 def check_no_negatives_to_gather(negatives: Any) -> None:
     if negatives is not None:
         raise ValueError(
-            "gather_distributed: got True with negatives, whose anchors have no use for the "
-            "rows of other ranks; gather the keys that go into the queue"
+            "gather_distributed: got True with negatives, wanted False: the anchors are compared "
+            "with negatives only, not with rows of other ranks. Gather the keys that go into the "
+            "queue instead"
         )
 
 
 def check_no_mask_to_gather(mask: Any) -> None:
     if mask is not None:
         raise ValueError(
-            "gather_distributed: got True with a mask, which says nothing of the rows of "
-            "other ranks; wanted labels"
+            "gather_distributed: got True with a mask, wanted labels: the mask says nothing about "
+            "the rows of other ranks"
         )

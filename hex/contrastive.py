@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The one way of every module from a problem (problem.py) to its loss.
+"""What all loss modules share: how a problem (problem.py) becomes a loss.
 
-The options, the threshold over training, the operator, the tracker's step and the statistics of the
-last batch. The modules themselves, in loss.py, say which problem theirs is; the threshold's state
-machine is in threshold.py.
+Here are the common options, the choice of eps, the call of the operator, the step of the tracker
+and the statistics of the last batch. The modules, with the problem of each, are in loss.py, and the
+state machine of the threshold is in threshold.py.
 """
 
 import math
@@ -32,23 +32,35 @@ Threshold = float | Literal["adaptive"] | ThresholdTracker | None
 
 
 class Statistics(NamedTuple):
-    """What the last batch looked like: detached 0-d tensors on its device, read without a sync."""
+    """What the last batch looked like: detached 0-d tensors on the batch's device.
+
+    Reading them does not wait for the device; `ContrastiveLoss.statistics` gives numbers.
+    """
 
     eps: Tensor
-    """The threshold used, a cosine; the mean over rows where each has its own; +inf: H empty."""
+    """The threshold that was used, a cosine, float64. It is +inf if the loss was InfoNCE, NaN if
+    groups gave H, and the mean over the rows if each had a threshold of its own."""
     hard: Tensor
-    """Mean |H(i)| over the rows."""
+    """|H(i)|, the mean over the rows."""
     share: Tensor
-    """Mean share of the local term in the denominator: Q_i / (exp(l_ip) + Q_i + sum_G exp)."""
+    """The share of the local term in the denominator, Q_i / (exp(l_ip) + Q_i + sum_G exp(l_ij)),
+    the mean over the rows. It is 0 in the released form, which has no such term."""
 
 
 class ContrastiveLoss(nn.Module):
-    """What the losses share: everything but which problem theirs is."""
+    """A loss with a threshold over training. A subclass turns its arguments into a problem.
 
-    temperature: float | Tensor  # may be set later; each call checks it
+    Args:
+        temperature, threshold, beta, tau_plus, variant, reduction: as in `HEXLoss`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value. The text names it.
+    """
+
+    temperature: float | Tensor  # a user may set another value at any time, so each call checks it
     positives: Positives = "outside"
     base_temperature: float | None = None
-    shown: ClassVar[tuple[str, ...]] = ()  # the options that a repr tells
+    shown: ClassVar[tuple[str, ...]] = ()  # the options that are in the repr
 
     def __init__(
         self,
@@ -72,11 +84,12 @@ class ContrastiveLoss(nn.Module):
         self.reduction: Reduction = reduction
         self.threshold = _tracker(threshold)
         if self.threshold is not None and variant == "paper":
-            self.threshold.warn_if_never()  # the released form without H is decoupled InfoNCE
+            # In the released form an empty H makes sense: it is decoupled InfoNCE.
+            self.threshold.warn_if_never()
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
     def loss_of(self, batch: Problem) -> Tensor:
-        """From a problem to its loss: eps, the operator, the tracker's step and the statistics."""
+        """The loss of a problem. Also makes the tracker's step and keeps the statistics."""
         tracker = None if batch.h_is_given else self.threshold
         rule = Rule(
             self.reduction,
@@ -90,8 +103,10 @@ class ContrastiveLoss(nn.Module):
             transformed = is_transformed(*batch.learner())
         else:
             transformed = is_transformed(*batch.learner(), tracker.state)
-        again = is_in_backward()  # most likely the second run of a checkpoint
+        again = is_in_backward()  # if so, this is most likely the second run of a checkpoint
         learns = tracker is not None and not transformed and self._learns(batch)
+        # One operator measures eps, makes the tracker's step and computes the loss, unless
+        # the state is on another device or the eps of a checkpoint's first run may be wanted.
         if (
             tracker is not None
             and tracker.adaptive_rule
@@ -112,13 +127,13 @@ class ContrastiveLoss(nn.Module):
         else:
             eps = self._eps(batch, tracker, learns)
             value, hard, share = batch.loss(eps, rule)
-            transformed = transformed or is_transformed(hard, eps)  # as of a mapped guide
+            transformed = transformed or is_transformed(hard, eps)  # by vmap over a guide, say
         if not transformed and not hard.is_meta:
             self._keep(batch, value, (eps, hard, share), tracker, learns, again)
         return value
 
     def _eps(self, batch: Problem, tracker: ThresholdTracker | None, learns: bool) -> Tensor:
-        """eps of a problem, in a step that trains or does not."""
+        """The eps of a problem, 0-d or (N,). An adaptive tracker stores its step if it learns."""
         like = batch.inputs[0]
         if batch.h_is_given:
             return problem.unknown_eps(like)
@@ -136,7 +151,7 @@ class ContrastiveLoss(nn.Module):
         return low + eps.to(low) * (high - low)
 
     def _learns(self, batch: Problem) -> bool:
-        """Training, with a gradient of anything: the only calls that move the threshold."""
+        """Whether this call trains something. Only such calls move the threshold."""
         if not self.training:
             return False
         if torch.is_grad_enabled():
@@ -155,8 +170,17 @@ class ContrastiveLoss(nn.Module):
         learns: bool,
         again: bool,
     ) -> None:
-        """The statistics of a batch, and what the tracker warns of."""
+        """Keeps the statistics of a batch, and lets the tracker count it for its warnings.
+
+        Args:
+            value: the loss.
+            statistics: eps, |H| and share of each row.
+            learns: whether the tracker counts the batch.
+            again: whether the call may be the second run of a checkpoint, whose statistics are not
+                those of a new batch.
+        """
         if again and self._last is not None:
+            # An unknown candidate is that of a new batch inside a backward, whose statistics count.
             known = None if tracker is None else tracker.known
             if known is not None:
                 pairs = zip(self._last, statistics, strict=True)
@@ -166,19 +190,20 @@ class ContrastiveLoss(nn.Module):
         self._last = statistics
         if tracker is not None and learns:
             hard, value, released = statistics[1], value.detach(), self.variant == "released"
-            if released and batch.may_lack_positives():  # not 0 because all of a row was in H
+            # A loss that is 0 for want of positives says nothing of H: as NaN it is not counted.
+            if released and batch.may_lack_positives():
                 value = torch.where(batch.is_without_positives(), math.nan, value)
             tracker.watch(hard, value, could_be_0=released)
 
     def __prepare_scriptable__(self) -> None:  # called by torch.jit.script
         raise NotImplementedError(
-            f"torch.jit.script cannot compile {type(self).__name__}; take torch.compile or "
+            f"torch.jit.script cannot compile {type(self).__name__}; use torch.compile or "
             "torch.export"
         )
 
     @property
     def last(self) -> Statistics | None:
-        """The statistics of the last batch, None before the first. No gradient, no sync."""
+        """The `Statistics` of the last batch, or None before the first."""
         if self._last is None:
             return None
         eps, hard, share = self._last
@@ -187,8 +212,8 @@ class ContrastiveLoss(nn.Module):
     def statistics(self) -> dict[str, float]:
         """`last` as numbers for a logger: {"eps", "hard", "share"}. Waits for the device.
 
-        Where no epochs are named (`set_epoch`) it also warns, once, if H was empty in every row of
-        the last hundred batches or more.
+        If `set_epoch` is never called, this method also warns, once, when H was empty in every row
+        of the last hundred batches or more.
 
         Raises:
             RuntimeError: there has been no batch yet.
@@ -200,12 +225,16 @@ class ContrastiveLoss(nn.Module):
         return {name: float(value) for name, value in last._asdict().items()}
 
     def set_epoch(self, epoch: int) -> None:
-        """Tells the threshold which epoch begins, counted from 0; see `ThresholdTracker`."""
+        """Tells the threshold which epoch begins, counted from 0. See `ThresholdTracker.set_epoch`.
+
+        Raises:
+            TypeError, ValueError: epoch is not an integer >= 0.
+        """
         if self.threshold is not None:
             self.threshold.set_epoch(epoch)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For deepcopy and pickle: of the statistics the means, not every row."""
+        """For deepcopy and pickle: keeps the means of the statistics instead of every row's."""
         last = None if self._last is None else tuple(self.last or ())
         return {**self.__dict__, "_last": last}
 
@@ -213,8 +242,8 @@ class ContrastiveLoss(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool,
         missing: list[str], unexpected: list[str], errors: list[str],
     ) -> None:  # fmt: skip
-        """A strict load of a state that has a threshold leaves that out where this loss has none,
-        so that a baseline starts from any checkpoint."""
+        """A loss without a threshold ignores that of a state, even in a strict load, so that a
+        baseline can start from any checkpoint."""
         super()._load_from_state_dict(
             state_dict, prefix, metadata, strict, missing, unexpected, errors
         )
@@ -235,11 +264,12 @@ class ContrastiveLoss(nn.Module):
 
 @torch.compiler.disable(reason="compile around an activation checkpoint, not a HEX loss inside one")  # type: ignore[untyped-decorator, no-untyped-call]
 def _update_outside(tracker: ThresholdTracker, candidate: Tensor, **options: Any) -> Tensor:
-    """`tracker.update` outside the graph, where it knows the second run of a checkpoint."""
+    """`tracker.update` outside the graph, where it can tell the second run of a checkpoint."""
     return tracker.update(candidate, **options)
 
 
 def _tracker(threshold: Threshold) -> ThresholdTracker | None:
+    """The tracker that the argument `threshold` of a loss stands for."""
     if threshold is None or isinstance(threshold, ThresholdTracker):
         return threshold
     check_threshold(threshold)
@@ -249,5 +279,5 @@ def _tracker(threshold: Threshold) -> ThresholdTracker | None:
 
 
 def _mean(rows: Tensor) -> Tensor:
-    """Over the rows; 0 where there are none, as the loss is then."""
+    """The mean over the rows. Without rows it is 0, as the loss is."""
     return rows.mean() if rows.numel() else rows.new_zeros(())

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""`gather_distributed=True`: the batch of all ranks of torch.distributed, as one.
+"""`gather_distributed=True`: the batches of all ranks of torch.distributed as one batch.
 
-Every rank computes the loss of the whole batch, all rows of all ranks as anchors. So each has the
-same value and, what HEX needs, the same threshold, and no gradient has to be sent back: a rank's
-own rows have their whole gradient there. It comes times the number of ranks, for data-parallel
-training (DDP, FSDP) divides the sum of the ranks' parameter gradients by that number.
+Every rank gathers the rows of all ranks and computes the loss of all of them as anchors. So the
+loss is the same on every rank and so is, what HEX needs, the threshold. No gradient has to be sent
+back, because the rows of this rank get their whole gradient on this rank. That gradient is
+multiplied by the number of ranks, because data-parallel training (DDP, FSDP) divides the sum of the
+gradients of all ranks by that number.
 """
 
 from typing import Any
@@ -17,17 +18,23 @@ __all__ = ["gather", "gather_constant", "is_distributed"]
 
 
 def is_distributed() -> bool:
-    """Whether there are other ranks."""
+    """Whether there is a process group with other ranks."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def gather_constant(x: Tensor) -> Tensor:
-    """(W B, ...) in the order of the W ranks, of each rank's x, (B, ...); no gradient. Without a
-    process group, or alone in it, x itself."""
+    """The x of all ranks, without gradient.
+
+    Args:
+        x: (B, ...), of the same shape, dtype and device type on every rank.
+
+    Returns:
+        (W B, ...), the x of the W ranks in their order, or x itself where there are no other ranks.
+    """
     if not is_distributed():
         return x
     out = x.new_empty((dist.get_world_size() * x.shape[0], *x.shape[1:]))
-    # torch renamed it, and 2.13 warns of the name that 2.10 has
+    # torch 2.13 warns of the old name, all_gather_into_tensor, which is the only one in 2.10.
     gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(out, x.detach().contiguous())
     return out
@@ -49,7 +56,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(z: Tensor) -> Tensor:
-    """`gather_constant` with the gradient of this rank's rows, times the number of ranks."""
+    """`gather_constant` with a gradient: that of this rank's rows, times the number of ranks."""
     if not is_distributed():
         return z
     gathered: Tensor = _Gather.apply(z)  # type: ignore[no-untyped-call]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The losses as functions, with the threshold given.
+"""The losses as functions: the caller gives the threshold.
 
-Each checks its arguments and lays them out as a problem (problem.py), before anything is computed,
-and runs that. The modules, which have the threshold over training, are in loss.py.
+Each function checks its options, lays its arguments out as a problem, which checks them
+(problem.py), and then computes the loss of that. The modules in loss.py also choose the threshold
+over training.
 """
 
 import math
@@ -53,32 +54,37 @@ def hex_loss(
         Q_i  = max( (R_i - tau_plus N_h exp(l_ip)) / (1 - tau_plus),  N_h exp(-1/tau) )
         L_i  = -l_ip + log( exp(l_ip) + Q_i + sum_{j in G(i)} exp(l_ij) )
 
-    H(i) empty (eps >= 1) is InfoNCE; eps < -1 is the hard-negative loss of Robinson et al., with
-    beta = 0 the debiased loss of Chuang et al. No gradient flows through membership in H.
+    If H(i) is empty (eps >= 1), L_i is InfoNCE. If it holds all negatives (eps < -1), L_i is the
+    hard-negative loss of Robinson et al. and, with beta = 0, the debiased loss of Chuang et al.
+    Gradient flows through all terms, but not through eps or the membership in H.
 
     Args:
-        z0, z1: (B, D), two views; row i of one is the positive of row i of the other. float64,
-            float32, bfloat16 or float16, each its own; any strides, any scale (rows are
-            normalised here; a row of zeros has cosine 0 with all).
-        negatives: None; or (K, D) shared by all anchors, any strides (a queue: `queue.T`); or
-            (B, K, D), K for each anchor. With negatives only z0 are anchors, and the negatives
-            are the only ones; `mode` is not looked at.
-        eps: threshold, a cosine: a number, a 0-d tensor, or one value a row, (N,).
+        z0, z1: (B, D), two views. Row i of one is the positive of row i of the other. Each may be
+            float64, float32, bfloat16 or float16 and have any strides. Rows may have any length,
+            because they are normalised here. A row of zeros has cosine 0 with all others.
+        negatives: None, (K, D) or (B, K, D). With None the negatives are other rows of z0 and z1,
+            as `mode` says. (K, D) are negatives for all anchors, with any strides (a queue:
+            `queue.T`), and (B, K, D) are K negatives for each anchor. With negatives the anchors
+            are the rows of z0, there are no other negatives, and `mode` has no effect.
+        eps: the threshold, a cosine: a number, a 0-d tensor, or (N,), one value for each row.
         temperature: tau > 0, a number or a tensor of one element, which may require grad. A tensor
-            <= 0 gives NaN, for seeing it would wait for the device.
-        beta: >= 0, how much more the closest members of H weigh.
+            <= 0 gives NaN instead of an error, because checking it would wait for the device.
+        beta: >= 0. The greater beta, the more the closest members of H weigh.
         tau_plus: in [0, 1), the share of H expected to be false negatives.
-        variant: "paper", the above; "released", what the authors' code computes (docs/math.md).
-        mode: "ntxent", all of z0 and z1 are anchors and the other 2B - 2 rows negatives (SimCLR);
-            "query", z0 against z1 (NNCLR, MoCo v3); "cross", z0 against z1 and back (CLIP).
-        reduction: "mean", "sum", or "none".
+        variant: "paper", the equations above, or "released", what the authors' code computes
+            (docs/released.md).
+        mode: "ntxent": all rows of z0 and z1 are anchors, and the other 2B - 2 rows are negatives
+            (SimCLR). "query": z0 against z1 (NNCLR, MoCo v3). "cross": z0 against z1 and z1 against
+            z0 (CLIP).
+        reduction: "mean", "sum", or "none" for one value for each row.
 
     Returns:
-        0-d, or (N,) for "none": N = 2B in "ntxent" and "cross" (z0's rows first), else B. float64
-        if an input is, else float32, also under autocast.
+        0-d, or (N,) for "none". N = 2B in "ntxent" and "cross", where the rows of z0 come first,
+        and N = B otherwise. The dtype is float64 if an input is float64, else float32, also under
+        autocast.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or value, named in the text.
+        TypeError, ValueError: an argument of the wrong type or value. The text names it.
 
     Example:
         >>> import torch
@@ -105,11 +111,18 @@ def info_nce(
     mode: Mode = "ntxent",
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """InfoNCE by the same kernels: `hex_loss` with H empty.
+    """The InfoNCE loss of a batch, in nats: `hex_loss` with H empty, by the same kernels.
 
         L_i = -l_ip + log( exp(l_ip) + sum_{negatives j} exp(l_ij) ),    l = c / tau
 
-    Arguments, result and errors are those of `hex_loss`.
+    Args:
+        z0, z1, negatives, temperature, mode, reduction: as in `hex_loss`.
+
+    Returns:
+        As `hex_loss`: 0-d, or (N,) for reduction "none"; float64 if an input is, else float32.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value. The text names it.
 
     Example:
         >>> import torch
@@ -133,32 +146,35 @@ def batch_threshold(
     quantile: float = 0.99,
     over: Over = "negatives",
 ) -> Tensor:
-    """The adaptive threshold of a batch: the mean over rows of a quantile of the row's cosines.
+    """The adaptive threshold of a batch: a quantile of each row's cosines, averaged over the rows.
 
         eps = 1/N sum_i c_i[k],   c_i ascending,   k = round(quantile (n - 1)), half to even
 
-    Exact, by selection; no gradient.
+    c_i are the n cosines of row i, of which one is selected without interpolation. There is no
+    gradient.
 
     Args:
         z0, z1, negatives, mode: as in `hex_loss`.
         quantile: in [0, 1].
-        over: "negatives", the negatives alone, for any batch; or "all", the row whole: with the
-            positive and, in "ntxent", the anchor itself (cosine 1), as the authors do. For 2B < 52
-            that rank *is* the anchor, so eps = 1 and H is empty; up to 2B of about 150 it is
-            mostly the positive.
+        over: "negatives": c_i are the cosines of the negatives alone, which suits any batch.
+            "all": c_i is the whole row, which also has the positive and, in "ntxent", the anchor
+            itself (cosine 1), as in the authors' code. At the quantile 0.99 the selected element is
+            then the anchor itself for 2B < 52, so that eps = 1 and H is empty, and mostly the
+            positive up to 2B of about 150.
 
     Returns:
-        0-d float64, a cosine. NaN if the batch is empty or not finite.
+        0-d float64, a cosine. It is NaN if the batch is empty or not finite.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or value, named in the text.
+        TypeError, ValueError: an argument of the wrong type or value. The text names it.
 
     Example:
         >>> import torch
         >>> from hex import batch_threshold
         >>> eps = batch_threshold(*torch.randn(2, 256, 128), over="negatives")
 
-    Source: Kokilepersaud et al., WACV 2025 (arXiv 2410.23200), and its released code.
+    Source: Kokilepersaud et al., WACV 2025 (arXiv 2410.23200), and the released code,
+    https://github.com/olivesgatech/HEX.
     """
     check_number("quantile", quantile, 0, 1)
     check_over("over", over)
@@ -184,8 +200,8 @@ def hex_sup_con(
 ) -> Tensor:
     """The HEX loss of rows with several positives at a given threshold, in nats.
 
-    With l = cosine / tau, P(i) the positives of row i, n_P of them, and all other rows but i
-    itself split into H(i), above eps, and G(i)::
+    With l = cosine / tau, P(i) the n_P positives of row i, and the other rows except i itself split
+    into H(i), those above eps, and G(i)::
 
         E_i = sum_{p in P} exp(l_ip)
         Q_i = max( (R_i - tau_plus N_h E_i / n_P) / (1 - tau_plus),  N_h exp(-1/tau) )
@@ -193,33 +209,41 @@ def hex_sup_con(
         L_i = mean_{p in P} -l_ip + log D_i        positives="outside" (SupCon's L_out)
         L_i = -log(E_i / D_i)                      positives="inside" (solo-learn)
 
-    R_i is that of `hex_loss`. A row without positives gives 0 and counts in the mean.
+    R_i and N_h are those of `hex_loss`. A row without positives has the loss 0 and counts in the
+    mean.
 
     Args:
-        features: (B, V, D), V views of B images; or (N, D) with labels or mask. Any further axes
-            are flattened. dtypes, strides and scale as in `hex_loss`.
-        labels: (B,), or (N,), integers: rows of one label are positives of each other. None: the
-            views of an image are.
-        mask: (B, B), or (N, N): positives of row i are the columns of 1, in all views; it may be
-            asymmetric. bool, or a number type with values 0 and 1: others are refused; on another
-            device than the CPU, of a subclass and in a compiled graph by a RuntimeError as it runs.
-            Of a mask that vmap takes apart, what is not 0 counts as 1. With labels: ValueError.
-        eps: threshold, a cosine: a number, 0-d, or (N,); not wanted with groups.
-        groups: (B,), or (N,), integers: H(i) is given, the negatives of i's group.
-        guide: of the shape of features but for D: H(i) is decided on its cosines.
-        variant: "released" is the authors' form with P(i) for the positive: H(i) left out, the
-            positives missing in the denominator (their code has no several positives):
+        features: (B, V, D), V views of B images, or (N, D) with labels or a mask. Axes after the
+            third are flattened into it. dtypes, strides and lengths of rows as in `hex_loss`.
+        labels: (B,), or (N,) for features (N, D), integers. Rows with the same label are positives
+            of each other. With None the views of an image are.
+        mask: (B, B), or (N, N) for features (N, D). In row i it marks the positives of image i, for
+            all views, and it may be asymmetric. The dtype is bool or a number type, with no other
+            values than 0 and 1. Other values raise a ValueError or, on another device than the CPU,
+            for a tensor subclass and in a compiled graph, a RuntimeError when the graph runs. Under
+            vmap over the mask every value but 0 counts as 1. Give a mask or labels, not both.
+        eps: the threshold, a cosine: a number, a 0-d tensor, or (N,), one value for each row.
+            Give eps or groups, not both.
+        groups: (B,), or (N,) for features (N, D), integers. H(i) is then the negatives in the group
+            of i.
+        guide: of the shape of features except for D. Its cosines, instead of those of the features,
+            decide which negatives are above eps.
+        variant: "paper", the equations above, or "released", the authors' form. Their code has no
+            several positives; here P(i) takes the place of the positive. H(i) is left out, and the
+            positives are missing in the denominator:
             log sum_G exp(l) + |H and G| exp(-1/tau) - (mean_P l, or log E).
-        positives: see above.
-        base_temperature: None, or the loss is multiplied by temperature / base_temperature, as
-            SupContrast does (by default 0.07 there).
+        positives: "outside" or "inside" the logarithm, see the equations.
+        base_temperature: None, or a number > 0. The loss is then multiplied by temperature /
+            base_temperature, as in SupContrast (where it is 0.07 by default).
         temperature, beta, tau_plus, reduction: as in `hex_loss`.
 
     Returns:
-        0-d, or (N,) for "none": view-major, all rows of the first view first, N = V B.
+        0-d, or (N,) for "none", where N = V B and all rows of the first view come first. float64 if
+        features are, else float32.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or value, named in the text.
+        TypeError, ValueError: an argument of the wrong type or value. The text names it.
+        RuntimeError: values of the mask, in the cases named above.
 
     Example:
         >>> import torch
@@ -252,31 +276,34 @@ def hex_cross_entropy(
 ) -> Tensor:
     """The HEX loss of rows of logits at a given threshold, in nats.
 
-    With l the logits, p = target[i], the other columns of row i that are not -inf its negatives::
+    With l the logits and p = target[i], the negatives of row i are the other columns that are not
+    -inf::
 
         H(i) = { j : tau l_ij > eps },  G(i) the other negatives
         L_i  = -l_ip + log( exp(l_ip) + Q_i + sum_{j in G(i)} exp(l_ij) )
 
-    with Q_i of `hex_loss`. With H empty it is torch's cross-entropy. Half logits are rounded
-    cosines: at tau = 0.07 a step of 5.5e-4 (float16) or 4.4e-3 (bfloat16) near 0.9, so eps is
-    compared with no more than that.
+    with the Q_i of `hex_loss`. With H empty it is torch's cross-entropy. Logits in half precision
+    are rounded, and eps is compared with the rounded cosines. At tau = 0.07 and cosines near 0.9
+    they are 5.5e-4 (float16) or 4.4e-3 (bfloat16) apart.
 
     Args:
-        logits: (N, C), cosine / temperature; float64, float32, bfloat16 or float16; -inf leaves a
-            column out of its row.
-        target: (N,) integers, the positive's column, in [0, C). Where that is -inf the loss is
-            +inf, as torch's, and the gradient that of its limit: -1 there. Where nothing is left
-            beside it (in the released form nothing outside H) both are NaN, as torch's.
-        eps: threshold, a cosine: a number, 0-d or (N,).
-        temperature: what the cosines were divided by. Only eps and the floor of Q know it: its own
-            gradient is at constant logits, and a learned temperature learns through the logits.
+        logits: (N, C), cosine / temperature, in float64, float32, bfloat16 or float16. A column
+            that is -inf is left out of its row.
+        target: (N,), integers in [0, C), the column of the positive. Where the logit of that column
+            is -inf, the loss is +inf, as torch's is, and the gradient is that of the limit, -1 in
+            that column. If there is also nothing else in the denominator (in the released form,
+            nothing in G), both are NaN, as with torch.
+        eps: the threshold, a cosine: a number, a 0-d tensor, or (N,), one value for each row.
+        temperature: what the cosines were divided by. Only the comparison with eps and the floor of
+            Q depend on it, so its own gradient is that at constant logits. A learned temperature
+            learns through the logits.
         beta, tau_plus, variant, reduction: as in `hex_loss`.
 
     Returns:
-        0-d, or (N,) for "none"; float64 if the logits are, else float32.
+        0-d, or (N,) for "none". float64 if the logits are, else float32.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or value, named in the text.
+        TypeError, ValueError: an argument of the wrong type or value. The text names it.
         RuntimeError: a target outside [0, C), on the CPU.
 
     Example:
@@ -294,7 +321,7 @@ def hex_cross_entropy(
 
 
 def _at(batch: Problem, eps: Any, rule: Rule) -> Tensor:
-    """The loss at a threshold, or where H is given by groups."""
+    """The loss of a problem at a threshold, which is not looked at if groups give H."""
     like = batch.inputs[0]
     if batch.h_is_given:
         return batch.loss(unknown_eps(like), rule)[0]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""For Lightning, optional: a callback that tells the losses the epoch and logs their statistics.
+"""A callback for Lightning that tells the losses the epoch and logs their statistics.
 
-Works with `lightning` and with `pytorch_lightning`, with whichever of them has been imported.
+It works with both `lightning` and `pytorch_lightning`. Neither is needed by the rest of hex-ssl.
 """
 
 import importlib
@@ -18,7 +18,8 @@ _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 
 def _base() -> type:
-    """Their Callback: of the packages in use already, or else of the first that is installed."""
+    """A class derived from the Callback of each package that is already imported, so that either
+    Trainer accepts it. If none is, it is derived from that of the first that is installed."""
     bases = [getattr(sys.modules[name], "Callback", None) for name in _PACKAGES
              if name in sys.modules]  # fmt: skip
     for name in _PACKAGES:
@@ -28,7 +29,7 @@ def _base() -> type:
             bases.append(importlib.import_module(name).Callback)
         except ModuleNotFoundError as error:
             if error.name not in (name, name.partition(".")[0]):
-                raise  # installed, and something it needs is not
+                raise  # the package is installed, but something that it needs is not
     found = tuple(base for base in bases if base is not None)
     if not found:
         raise ImportError(
@@ -42,21 +43,24 @@ _Callback: Any = _base()
 
 
 class HEXCallback(_Callback):  # type: ignore[misc]
-    """Calls `set_epoch` on every HEX loss of the LightningModule and logs what `loss.last` tells.
+    """Calls `set_epoch` on every HEX loss of a LightningModule and logs the loss's statistics.
 
-    At the start of each training epoch the losses get `trainer.current_epoch`. After each training
-    batch three figures are logged by step, at the pace of the Trainer's `log_every_n_steps`: the
-    threshold as `hex/eps`, the mean |H| as `hex/hard`, the mean share of the local term as
-    `hex/share`. With several losses their names stand between: `hex/criterion/eps`.
-    Where H was empty for a whole epoch the losses warn of it, at its end.
-    The losses must be submodules of the LightningModule; then the threshold's state is in its
-    checkpoints too.
+    At the start of each training epoch it calls `set_epoch(trainer.current_epoch)`. After each
+    training batch it logs three figures by step, as often as the Trainer's `log_every_n_steps`
+    says: the threshold eps, a cosine, as `hex/eps`, the mean |H| as `hex/hard`, and the mean share
+    of the local term in the denominator as `hex/share`. If there are several losses, the name of
+    each is inserted: `hex/criterion/eps`. When an epoch or the training ends, a loss warns if H was
+    empty for the whole epoch.
+
+    The losses must be submodules of the LightningModule. The state of the threshold is then part of
+    its checkpoints.
 
     Args:
-        prefix: of the names in the log.
+        prefix: the beginning of the names in the log.
 
     Raises:
-        ImportError: on import of this module, where there is no Lightning.
+        TypeError: prefix is not a str.
+        ImportError: Lightning is not installed. It is raised when hex.lightning is imported.
 
     Example:
         >>> from hex.lightning import HEXCallback
@@ -91,7 +95,7 @@ class HEXCallback(_Callback):  # type: ignore[misc]
 
     @staticmethod
     def losses(module: nn.Module) -> dict[str, Any]:
-        """The HEX losses of a module that have a threshold, by their names in it."""
+        """The HEX losses in a module that have a threshold, keyed by their names in it."""
         return {
             name: loss
             for name, loss in module.named_modules()

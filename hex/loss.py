@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The losses as modules: which problem (problem.py) each of them is, and its options.
+"""The losses as modules: the options of each, and how its arguments become a problem (problem.py).
 
-What they do with it, from the temperature to the statistics, is written once, in contrastive.py.
-The mathematics is in functional.py's docstrings and docs/math.md.
+How a problem becomes a loss, with the threshold and the statistics, is the same for all of them and
+is in contrastive.py. The mathematics is in the docstrings of functional.py and in docs/math.md.
 """
 
 from typing import ClassVar
@@ -26,41 +26,46 @@ __all__ = ["HEXCrossEntropyLoss", "HEXLoss", "HEXSupConLoss", "InfoNCELoss", "St
 
 
 class HEXLoss(ContrastiveLoss):
-    """The HEX loss with a threshold that follows training: InfoNCE, its near negatives apart.
+    """The HEX loss, with a threshold that follows training.
 
-    With c_ij the cosine of anchor i and candidate j, l = c / tau, p the positive of i::
+    It is InfoNCE in which the negatives near the anchor have a term of their own. With c_ij the
+    cosine of anchor i and candidate j, l = c / tau, p the positive of i::
 
         H(i) = { j : c_ij > eps },   G(i) the other negatives
         L_i  = -l_ip + log( exp(l_ip) + Q_i + sum_{j in G(i)} exp(l_ij) )
 
-    where Q_i is the weighted, debiased sum over H(i) (`hex_loss` has it in full) and eps, by
-    default, is the mean over rows of the row's 0.99 quantile, fresh in every batch. As groups
-    emerge in the embedding, eps falls.
+    Q_i is the weighted and debiased sum over H(i), which `hex_loss` gives in full. By default eps
+    is measured on each batch: it is the 0.99 quantile of the cosines of each anchor's negatives,
+    averaged over the anchors. As groups emerge in the embedding, eps falls.
 
     Args:
-        temperature: tau > 0; a Parameter of one element is learned.
-        threshold: "adaptive"; a `ThresholdTracker` (quantile, warm-up, momentum, schedules); a
-            number, a fixed cosine; or None, InfoNCE.
-        beta: >= 0, how much more the closest members of H weigh.
+        temperature: tau > 0, a number or a tensor of one element. A Parameter is learned.
+        threshold: "adaptive"; or a `ThresholdTracker`, for another quantile, a warm-up, a momentum
+            or a schedule; or a number, which is a fixed cosine; or None for InfoNCE.
+        beta: >= 0. The greater beta, the more the closest members of H weigh.
         tau_plus: in [0, 1), the share of H expected to be false negatives.
-        variant: "paper", or "released" for what the authors' code computes (docs/math.md).
+        variant: "paper", or "released" for what the authors' code computes (docs/released.md).
         mode: "ntxent" (SimCLR), "query" (NNCLR, MoCo v3) or "cross" (CLIP); see `hex_loss`.
         reduction: "mean", "sum" or "none".
-        gather_distributed: with several ranks of torch.distributed, the batches of all are one:
-            each rank computes the same loss and threshold of all rows, and gets the gradient that
-            data-parallel training (DDP, FSDP) makes the whole batch's. Every rank has as many
-            rows (`drop_last=True`). One process: no effect.
+        gather_distributed: whether the batches of all ranks of torch.distributed count as one
+            batch. Each rank then computes the threshold and the loss of all rows, so both are the
+            same on all ranks. Its gradient is such that data-parallel training (DDP, FSDP), which
+            averages over ranks, gets that of the whole batch. Every rank must have the same number
+            of rows (`drop_last=True`). In a single process it has no effect.
 
     Shape:
-        z0, z1: (B, D) float64, float32, bfloat16 or float16; negatives: (K, D) or (B, K, D).
-        Result: 0-d, or one value a row; float64 if an input is, else float32.
+        z0, z1: (B, D). negatives: (K, D) or (B, K, D). Each is float64, float32, bfloat16 or
+            float16.
+        Result: 0-d, or one value for each row with reduction "none". float64 if an input is, else
+            float32.
 
     Attributes:
-        threshold: the `ThresholdTracker` in use, part of `state_dict`; None for InfoNCE.
-        last, statistics(): eps, mean |H| and the local share of the last batch.
+        threshold: the `ThresholdTracker` in use, which is part of `state_dict`, or None.
+        last: a `Statistics` of the last batch, eps, mean |H| and mean share of the local term, as
+            tensors; None before the first batch. `statistics()` gives them as numbers.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or value, named in the text.
+        TypeError, ValueError: an argument of the wrong type or value. The text names it.
 
     Example:
         >>> import torch
@@ -112,18 +117,21 @@ class HEXLoss(ContrastiveLoss):
         guide: tuple[Tensor, ...] | None = None,
         temperature: float | Tensor | None = None,
     ) -> Tensor:
-        """The loss of a batch; arguments, result and errors as in `hex_loss`.
+        """The loss of a batch. Arguments, result and errors are those of `hex_loss`.
 
         Args:
             z0, z1: (B, D), two views.
             negatives: None, (K, D) or (B, K, D).
-            groups: H(i) is given: the negatives of i's group. (B,) integers, one for each image;
-                with negatives the pair (groups, negative_groups), the latter (K,) or (B, K). The
-                threshold plays no part then: its statistic is NaN, the tracker is not touched.
-            guide: (g0, g1), or (g0, g1, g_negatives) with negatives, of the embeddings' shapes but
-                for the features: H(i) and eps come from its cosines, the loss from the embeddings'.
-                No gradient flows to it. A backbone's features, say, which keep more of the image.
-            temperature: overrides the module's for this call (CLIP: `1 / logit_scale.exp()`).
+            groups: H(i) is then the negatives in the group of i, and there is no threshold: the
+                statistic eps is NaN, and the tracker does not change. (B,) integers, one for each
+                image. With negatives it is a pair (groups, negative_groups), of which the second is
+                (K,) or (B, K). Give groups or a guide, not both.
+            guide: other features of the same images, for example a backbone's, which keep more of
+                the image than the embeddings do. H(i) and eps are then taken from their cosines,
+                and the loss from the cosines of the embeddings. (g0, g1), or (g0, g1, g_negatives)
+                with negatives, of the shapes of the embeddings except for D. They get no gradient.
+            temperature: takes the place of the module's for this call (CLIP: `1 /
+                logit_scale.exp()`).
 
         Example:
             >>> import torch
@@ -148,8 +156,15 @@ class InfoNCELoss(ContrastiveLoss):
     Args:
         temperature, mode, reduction, gather_distributed: as in `HEXLoss`.
 
+    Shape:
+        As in `HEXLoss`.
+
+    Attributes:
+        threshold: None, as there is no H.
+        last, statistics(): as in `HEXLoss`, with eps +inf and the others 0.
+
     Raises:
-        TypeError, ValueError: an argument of the wrong type or value, named in the text.
+        TypeError, ValueError: an argument of the wrong type or value. The text names it.
 
     Example:
         >>> import torch
@@ -182,12 +197,13 @@ class InfoNCELoss(ContrastiveLoss):
         *,
         temperature: float | Tensor | None = None,
     ) -> Tensor:
-        """The loss of a batch; arguments, result and errors as in `hex_loss`.
+        """The loss of a batch. Arguments, result and errors are those of `info_nce`.
 
         Args:
             z0, z1: (B, D), two views.
             negatives: None, (K, D) or (B, K, D).
-            temperature: overrides the module's for this call (CLIP: `1 / logit_scale.exp()`).
+            temperature: takes the place of the module's for this call (CLIP: `1 /
+                logit_scale.exp()`).
         """
         tau = self.temperature if temperature is None else temperature
         return self.loss_of(
@@ -196,28 +212,33 @@ class InfoNCELoss(ContrastiveLoss):
 
 
 class HEXSupConLoss(ContrastiveLoss):
-    """The HEX loss for several positives: SupCon, more than two views, labels or ids.
+    """The HEX loss for several positives: more than two views, or classes by labels or a mask.
 
-    `hex_sup_con` has the equations; the threshold follows training as in `HEXLoss`. In place of
-    SupContrast's `SupConLoss`, pytorch-metric-learning's `SupConLoss`, and solo-learn's
-    `simclr_loss_func(z, indexes)` (`positives="inside"`). What differs: pytorch-metric-learning
-    averages only the rows that have a positive, and its NTXentLoss leaves the other positives out
-    of each denominator.
+    `hex_sup_con` has the equations. The threshold follows training as in `HEXLoss`. It takes the
+    place of SupContrast's `SupConLoss`, of pytorch-metric-learning's `SupConLoss`, and, with
+    `positives="inside"`, of solo-learn's `simclr_loss_func(z, indexes)`. With threshold=None it is
+    these losses, except that pytorch-metric-learning averages only over the rows that have a
+    positive, and that its NTXentLoss leaves the other positives out of each denominator.
 
     Args:
-        temperature, threshold, beta, tau_plus, variant, reduction, gather_distributed: as in
-            `HEXLoss`; labels are gathered too, without them every image is its own class.
-        positives: "outside" the logarithm, SupCon's L_out, or "inside" it.
-        base_temperature: multiplies the loss by temperature / base_temperature (SupContrast: 0.07).
+        temperature, threshold, beta, tau_plus, variant, reduction: as in `HEXLoss`.
+        positives: "outside" the logarithm, which is SupCon's L_out, or "inside" it.
+        base_temperature: None, or a number > 0. The loss is then multiplied by temperature /
+            base_temperature (SupContrast: 0.07).
+        gather_distributed: as in `HEXLoss`. Labels, groups and guides are gathered too. Without
+            labels every image of every rank is its own class. A mask is refused.
 
     Shape:
-        features: (B, V, D), or (N, D) with labels or mask. Result: 0-d, or (N,), view-major.
+        features: (B, V, D), or (N, D) with labels or a mask. labels: (B,) or (N,) integers. mask:
+            (B, B) or (N, N).
+        Result: 0-d, or (N,) with reduction "none", where N = V B and all rows of the first view
+            come first. float64 if the features are, else float32.
 
     Attributes:
         threshold, last, statistics(), set_epoch(): as in `HEXLoss`.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or value, named in the text.
+        TypeError, ValueError: an argument of the wrong type or value. The text names it.
 
     Example:
         >>> import torch
@@ -263,7 +284,17 @@ class HEXSupConLoss(ContrastiveLoss):
         guide: Tensor | None = None,
         temperature: float | Tensor | None = None,
     ) -> Tensor:
-        """The loss of a batch; arguments, result and errors as in `hex_sup_con`."""
+        """The loss of a batch. Arguments, result and errors are those of `hex_sup_con`.
+
+        Args:
+            features: (B, V, D), or (N, D) with labels or a mask.
+            labels: None, or (B,) or (N,) integers.
+            mask: None, or (B, B) or (N, N), of bool or of 0 and 1.
+            groups: None, or (B,) or (N,) integers, which give H. There is then no threshold: the
+                statistic eps is NaN, and the tracker does not change.
+            guide: None, or other features, from whose cosines H and eps are then taken.
+            temperature: takes the place of the module's for this call.
+        """
         tau = self.temperature if temperature is None else temperature
         return self.loss_of(
             problem.of_features(features, labels, mask, tau, groups, guide, self.gather_distributed)
@@ -273,28 +304,29 @@ class HEXSupConLoss(ContrastiveLoss):
 class HEXCrossEntropyLoss(ContrastiveLoss):
     """The HEX loss in place of `torch.nn.CrossEntropyLoss` on contrastive logits.
 
-    For MoCo, sthalles/SimCLR, mmpretrain and others that build logits = cosines / temperature and a
-    target. `hex_cross_entropy` has the equations; the threshold follows training as in `HEXLoss`.
-    The logits exist already, so no memory is saved: where the embeddings are at hand, take
-    `HEXLoss`.
+    It is for MoCo, sthalles/SimCLR, mmpretrain and others that compute logits = cosines /
+    temperature and a target. `hex_cross_entropy` has the equations. The threshold follows training
+    as in `HEXLoss`. Where you have the embeddings, use `HEXLoss` instead: it does not store the
+    logits, and so saves their memory.
 
     Args:
-        temperature: what the cosines were divided by; the cosines are logits * temperature.
-        self_column: logits do not say whether the anchor's similarity with itself, 1, was among
-            its candidates. The authors' quantile counts it. False: the columns present, as in
-            MoCo, which never had one. True: one cosine of 1 is added to each row for the quantile
-            (over="all"), as in SimCLR, where the code has left out the diagonal or filled it with
-            -inf.
+        temperature: what the cosines were divided by. The cosines are logits * temperature.
+        self_column: whether to count the anchor's similarity with itself, a cosine of 1, as one
+            more element of each row for the quantile (with over="all"). The logits do not have it.
+            The authors' quantile counts it. Use True for SimCLR, where the code has left out the
+            diagonal or filled it with -inf. Use False for MoCo, whose rows never had it.
         threshold, beta, tau_plus, variant, reduction: as in `HEXLoss`.
 
     Shape:
-        logits: (N, C); target: (N,). Result: 0-d, or (N,).
+        logits: (N, C), float64, float32, bfloat16 or float16. target: (N,) integers in [0, C).
+        Result: 0-d, or (N,) with reduction "none". float64 if the logits are, else float32.
 
     Attributes:
         threshold, last, statistics(), set_epoch(): as in `HEXLoss`.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or value, named in the text.
+        TypeError, ValueError: an argument of the wrong type or value. The text names it.
+        RuntimeError: a target outside [0, C), on the CPU.
 
     Example:
         >>> import torch
@@ -332,6 +364,12 @@ class HEXCrossEntropyLoss(ContrastiveLoss):
     def forward(
         self, logits: Tensor, target: Tensor, *, temperature: float | Tensor | None = None
     ) -> Tensor:
-        """The loss of a batch; arguments, result and errors as in `hex_cross_entropy`."""
+        """The loss of a batch. Arguments, result and errors are those of `hex_cross_entropy`.
+
+        Args:
+            logits: (N, C), cosines / temperature.
+            target: (N,) integers, the column of each row's positive.
+            temperature: takes the place of the module's for this call.
+        """
         tau = self.temperature if temperature is None else temperature
         return self.loss_of(problem.of_logits(logits, target, tau, self.self_column))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The HEX loss where open_clip has its ClipLoss: called as that is, with the same result's form.
+"""The HEX loss in place of open_clip's ClipLoss: it is called alike and returns the same form.
 
-It imports nothing of open_clip. The mathematics is that of loss.py in mode "cross".
+open_clip itself is not imported. The mathematics is that of `HEXLoss` in mode "cross".
 """
 
 from typing import ClassVar
@@ -20,30 +20,32 @@ class HEXClipLoss(HEXLoss):
     """The HEX loss of images and texts in place of open_clip's `ClipLoss`.
 
     With c_ij the cosine of image i and text j, s the scale that the model learns, l = s c, and L_i
-    the rows of `HEXLoss` in mode "cross" (the positive of i is i, the others are negatives)::
+    the loss of a row in mode "cross", where the positive of i is i and all others are negatives::
 
         loss = ( mean_i L_i(images against texts) + mean_i L_i(texts against images) ) / 2
 
-    With `threshold=None` that is ClipLoss. The logits are never stored.
+    With `threshold=None` this is ClipLoss. The logits are never stored.
 
-    In open_clip's releases put it in place of `create_loss(args)`; where there are tasks,
-    `CLIPTask(model, loss=HEXClipLoss())`, where create_task makes one.
+    In open_clip's releases, use it in place of `create_loss(args)`. In versions with tasks, change
+    `create_task` so that it returns `CLIPTask(model, loss=HEXClipLoss())`.
 
     Args:
         threshold, beta, tau_plus, variant: as in `HEXLoss`.
-        gather_distributed: as in `HEXLoss`, but True by default, for ClipLoss gathers too: with
-            several ranks every rank computes the loss of all pairs, with the gradient that ClipLoss
-            has with gather_with_grad=True and local_loss=False. One process: no effect.
+        gather_distributed: as in `HEXLoss`, but True by default, because ClipLoss gathers as well.
+            With several ranks every rank computes the loss of all pairs, and has the gradient that
+            ClipLoss has with gather_with_grad=True and local_loss=False.
 
     Shape:
-        image_features, text_features: (B, D), any scale: they are normalised here too.
-        logit_scale: one number or element, the inverse of the temperature. Result: 0-d.
+        image_features, text_features: (B, D), float64, float32, bfloat16 or float16. Rows may have
+            any length, because they are normalised here.
+        logit_scale: a number or a tensor of one element, the inverse of the temperature.
+        Result: 0-d, float64 if an input is, else float32.
 
     Attributes:
         threshold, last, statistics(), set_epoch(): as in `HEXLoss`.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or value, named in the text.
+        TypeError, ValueError: an argument of the wrong type or value. The text names it.
 
     Example:
         >>> import torch
@@ -89,15 +91,15 @@ class HEXClipLoss(HEXLoss):
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss of a batch, by itself or as {"contrastive_loss": loss}.
+        """The loss of a batch, or {"contrastive_loss": loss} with output_dict.
 
         Args:
-            image_features, text_features: (B, D), pairs.
-            logit_scale: exp of the model's parameter; it gets its gradient.
-            logit_bias: None, or what a model with a bias gives. One number added to all logits
-                changes no softmax, so it has no part; its gradient is 0, as in ClipLoss, and not
-                missing, which DDP would refuse.
-            output_dict: whether a dict is wanted.
+            image_features, text_features: (B, D). Row i of both is a pair.
+            logit_scale: exp of the model's parameter, which gets its gradient.
+            logit_bias: None, or the bias of a model that has one. It does not change the loss,
+                because one number added to all logits changes no softmax. Its gradient is 0, as in
+                ClipLoss, because DDP would refuse a missing one.
+            output_dict: whether to return a dict.
         """
         check_views(image_features, text_features, ("image_features", "text_features"))
         value: Tensor = super().forward(
@@ -109,8 +111,8 @@ class HEXClipLoss(HEXLoss):
 
 
 def _inverse(logit_scale: Tensor | float) -> Tensor | float:
-    """The temperature; 0-d if it is a tensor."""
+    """The temperature of a logit_scale: a number, or a 0-d tensor if logit_scale is a tensor."""
     scale = check_temperature(logit_scale, "logit_scale")
-    if isinstance(scale, Tensor):  # not in half precision, which would round once more
+    if isinstance(scale, Tensor):  # dividing in half precision would round once more
         scale = scale.reshape(()).to(torch.promote_types(scale.dtype, torch.float32))
     return 1 / scale

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The authors' own settings by name: their thresholds, and how they add HEX to another loss.
 
-Read in their code, github.com/olivesgatech/HEX at commit c3002ed (docs/released.md). To repeat
-their training take `variant="released"` with them: `HEXLoss(threshold=authors_threshold("simclr"),
-variant="released")`.
+The settings were read in their code, https://github.com/olivesgatech/HEX at commit c3002ed
+(docs/released.md). To repeat their training, combine them with `variant="released"`:
+`HEXLoss(threshold=authors_threshold("simclr"), variant="released")`.
 """
 
 from typing import Literal, get_args
@@ -20,41 +20,48 @@ Threshold = Literal[
 ]
 Method = Literal["barlow", "vicreg"]
 
-# epoch_step in scripts/pretrain, of runs of 100, 100 and 400 epochs: 0.9 falls to 0.5, 0.6 and 0.6.
+# Their epoch_step in scripts/pretrain, for runs of 100, 100 and 400 epochs, in which eps falls from
+# 0.9 to 0.5, 0.6 and 0.6.
 _EVERY = {"step-imagenet-simclr": 20, "step-imagenet-nnclr": 25, "step-cifar": 100}
 
 
 def authors_threshold(
     name: Threshold, *, epochs: int | None = None, every: int | None = None
 ) -> ThresholdTracker:
-    """A new tracker with the authors' schedule of the threshold.
+    """A new tracker with one of the authors' schedules of the threshold eps, a cosine.
 
     | name | eps |
     |---|---|
-    | "simclr" | adaptive, over="all"; InfoNCE while epoch <= 10 |
+    | "simclr" | adaptive with over="all"; InfoNCE while epoch <= 10 |
     | "nnclr" | the same, but 0.9 while epoch <= 10 (rows [neighbours; predictions], "ntxent") |
-    | "step" | 0.9, minus 0.1 every so many epochs, of cosines scaled to [0, 1] by row |
-    | "step-imagenet-simclr" | that every 20 epochs, as in their run of 100 |
-    | "step-imagenet-nnclr" | every 25, as in their run of 100 |
-    | "step-cifar" | every 100, as in six of their runs of 400 (a seventh has 150) |
-    | "cosine" | from 0.9 to 0.3 over `epochs`, scaled by row, the decay compounded as theirs is |
+    | "step" | 0.9, minus 0.1 every `every` epochs, for the cosines scaled to [0, 1] in each row |
+    | "step-imagenet-simclr" | "step" every 20 epochs, as in their run of 100 epochs |
+    | "step-imagenet-nnclr" | "step" every 25 epochs, as in their run of 100 epochs |
+    | "step-cifar" | "step" every 100 epochs, as in six of their runs of 400 epochs (of seven) |
+    | "cosine" | from 0.9 to 0.3 over `epochs`, for scaled cosines, compounded as theirs is |
 
-    A step for another length of training needs another `every`: below 0 all of a row is in H, and
-    the released loss is 0.
+    For another length of training choose another `every`: once eps is below 0, the whole row is in
+    H, and the released loss is 0.
 
     Args:
-        epochs: of the training, for "cosine" and no other.
-        every: epochs from one drop to the next, for "step" and no other.
+        name: one of the table.
+        epochs: the number of epochs of the training, for "cosine" only.
+        every: the number of epochs from one drop to the next, for "step" only.
+
+    Returns:
+        A `ThresholdTracker`, for the argument `threshold` of a loss.
 
     Raises:
-        TypeError, ValueError: another name, or epochs or every missing or not wanted.
+        TypeError, ValueError: an unknown name, or `epochs` or `every` that is missing, not wanted
+            or out of range.
 
     Example:
         >>> from hex import HEXLoss
         >>> from hex.presets import authors_threshold
         >>> criterion = HEXLoss(0.1, threshold=authors_threshold("simclr"), variant="released")
 
-    Source: solo/losses/simclr.py, solo/losses/nnclr.py and the methods that call them.
+    Source: solo/losses/simclr.py and solo/losses/nnclr.py in their repository, and the methods that
+    call them.
     """
     check_choice("name", name, get_args(Threshold))
     if (epochs is not None) != (name == "cosine"):
@@ -74,27 +81,33 @@ def authors_threshold(
 
 
 def authors_mix(method: Method, hex_loss: Tensor, base: Tensor, alpha: float = 0.1) -> Tensor:
-    """HEX added to a loss that is not InfoNCE, as the authors' adaptive form does.
+    """HEX added to a loss that is not InfoNCE, with the weights of the authors' adaptive form.
 
-        "barlow"    alpha hex + (1 - alpha) base
-        "vicreg"    5 alpha hex + (1 - alpha) base
+        "barlow"    alpha hex_loss + (1 - alpha) base
+        "vicreg"    5 alpha hex_loss + (1 - alpha) base
 
     Args:
-        hex_loss: the value of a `HEXLoss` on both projections. base: the method's own loss.
-        alpha: in [0, 1]; 0.1 in the one configuration that names it.
+        method: "barlow" (Barlow Twins) or "vicreg".
+        hex_loss: the value of a `HEXLoss` on both projections, 0-d.
+        base: the value of the method's own loss, 0-d.
+        alpha: in [0, 1]. The one configuration of theirs that names it has 0.1.
+
+    Returns:
+        0-d.
 
     Raises:
-        TypeError, ValueError: another method, or alpha outside [0, 1].
+        TypeError, ValueError: an unknown method, or alpha is no number or outside [0, 1].
 
     Example:
         >>> import torch
         >>> from hex import HEXLoss
         >>> from hex.presets import authors_mix
         >>> z0, z1 = torch.randn(2, 256, 512)
-        >>> base = (z0 - z1).square().mean()  # in place of Barlow Twins' own
+        >>> base = (z0 - z1).square().mean()  # here the loss of Barlow Twins belongs
         >>> loss = authors_mix("barlow", HEXLoss(variant="released")(z0, z1), base)
 
-    Source: solo/methods/barlow_twins.py, where the fixed form is hex + base, and vicreg.py.
+    Source: solo/methods/barlow_twins.py and solo/methods/vicreg.py in their repository. (Their form
+    with a fixed threshold is hex + base.)
     """
     check_choice("method", method, get_args(Method))
     check_number("alpha", alpha, 0, 1)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The rules of a threshold: their options, with checks, and the schedules, which are known
-beforehand epoch by epoch."""
+"""The rules of a threshold: the options of each with their checks, and the formulas of those that
+depend on the epoch alone."""
 
 import math
 from collections.abc import Callable
@@ -16,8 +16,11 @@ __all__ = ["OPTIONS", "at", "checked", "is_falling", "lowest"]
 
 
 def at(rule: str, options: dict[str, Any], epoch: Tensor) -> Tensor:
-    """The t of "fixed", "step" or "cosine": 0-d float64, fresh, on the device of epoch, a number
-    that is whole but for averages and -1 before the first."""
+    """The threshold of the rule "fixed", "step" or "cosine": a new 0-d float64 on epoch's device.
+
+    Args:
+        epoch: 0-d, -1 before the first. An average of several states may make it fractional.
+    """
     o = options
     if rule == "fixed":
         return torch.full((), o["t"], dtype=torch.float64, device=epoch.device)
@@ -25,16 +28,16 @@ def at(rule: str, options: dict[str, Any], epoch: Tensor) -> Tensor:
     if rule == "step":
         drops = epoch.div(o["every"], rounding_mode="floor")
         return torch.clamp(o["start"] - o["drop"] * drops, min=-1)
-    if o["compounded"]:  # the factors of every epoch so far; the last of all is 0
+    if o["compounded"]:  # the product over every epoch so far; the factor of the last is 0
         k = torch.arange(1, o["epochs"] + 1, device=epoch.device)
         factor = torch.where(k <= epoch, _half_cosine(k, o["epochs"]), 1.0).prod()
     else:
         factor = _half_cosine(epoch.clamp(max=o["epochs"]), o["epochs"])
-    return torch.add(factor * o["start"], (1 - factor) * o["end"])  # both ends exact
+    return torch.add(factor * o["start"], (1 - factor) * o["end"])  # exact at both ends
 
 
 def lowest(rule: str, options: dict[str, Any]) -> float:
-    """The least that a schedule can be; -inf where the batches decide."""
+    """The least threshold of a schedule. It is -inf for "adaptive", where the batches decide."""
     if rule == "adaptive":
         return -math.inf
     if rule == "step":
@@ -43,6 +46,7 @@ def lowest(rule: str, options: dict[str, Any]) -> float:
 
 
 def is_falling(rule: str, options: dict[str, Any], value: float) -> bool:
+    """Whether a schedule that now stands at `value` will still fall."""
     falls = rule == "step" or (rule == "cosine" and options["start"] > options["end"])
     return falls and value > lowest(rule, options)
 
@@ -55,10 +59,11 @@ def _half_cosine(k: Tensor, epochs: int) -> Tensor:
 def checked(rule: str, options: dict[str, Any]) -> dict[str, Any]:
     """The options of a rule as plain Python values.
 
-    Raises: TypeError, ValueError: one of another type, or outside its range.
+    Raises:
+        TypeError, ValueError: an option of the wrong type, or outside its range.
     """
     values = {name: check(name, options[name]) for name, check in OPTIONS[rule].items()}
-    for name in ("t", "start", "drop", "end"):  # an infinite t is InfoNCE, or all in H
+    for name in ("t", "start", "drop", "end"):  # an infinite t has a meaning: InfoNCE, or all in H
         if math.isinf(values.get(name, 0)) and (name != "t" or values["normalize_rows"]):
             raise ValueError(f"{name}: got {options[name]}, wanted a finite number")
     return values

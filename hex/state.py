@@ -1,26 +1,26 @@
 # SPDX-License-Identifier: MIT
-"""The numbers that a threshold keeps over training, and a step of them: csrc/tracker.h in torch.
+"""The numbers that a threshold keeps over training, and one step of them, as csrc/tracker.h has it.
 
-A state is one float64 tensor of fixed shape. What it has to come through decided its form:
+The state is one float64 tensor of fixed shape. What can happen to it decided its form:
 
-* Averages. Weight averaging (timm's ModelEma, torch's AveragedModel) mixes every tensor of a module
-  or of its state_dict, whatever it means. So the stored threshold stands as weight and weight times
-  threshold, the weight 0 before the first and 1 after: any average of states has the average of
-  those thresholds that there were. Counts are rounded when they are read. Nothing is infinite, and
-  the history has a fixed number of rows. Bits in an int64, which `.half()` cannot round, become
-  other numbers when they are averaged, and were given up for it.
+* Averages. Weight averaging (timm's ModelEma, torch's AveragedModel) averages every tensor of a
+  module or of its state_dict, whatever its meaning. So the threshold is stored as a weight, which
+  is 0 before the first threshold and 1 after it, and as weight times threshold. An average of
+  states then has the average of those thresholds that existed. Counts are rounded when they are
+  read, nothing is infinite, and the history has a fixed number of rows. (Storing the bits in an
+  int64, which `.half()` cannot round, was given up: an average of bits is a meaningless number.)
 * `.half()` and `.to(dtype)` leave the state in float64 (ThresholdTracker._apply).
 * `torch.device("meta")`, `to_empty` and `reset_parameters`: the first state is all zeros.
-* DDP, which by default sends rank 0's buffers to all ranks before each forward. The state stays a
-  buffer, for vmap over stacked modules, FSDP and export need it to be one; so under DDP every step
-  begins on every rank with rank 0's state, as with the statistics of BatchNorm, and the state that
-  rank 0 saves is that of all. With that turned off (`broadcast_buffers`, in newer torch
-  `forward_sync_buffers`) each rank has its own; with `gather_distributed=True` all are the same
-  anyhow. To hide the state from DDP was refused: a run resumed from rank 0's file would not have
-  gone on as it had been.
-* Activation checkpointing, which runs a forward twice: the second run stores nothing and uses the
-  eps of the first (ThresholdTracker.update).
-* Short batches, which a loader gives last: their thresholds are used and not stored.
+* DDP sends rank 0's buffers to all ranks before each forward, unless `broadcast_buffers` (in newer
+  torch `forward_sync_buffers`) turns that off. The state stays a buffer nevertheless, because vmap
+  over stacked modules, FSDP and export need one. So under DDP every step begins on every rank with
+  rank 0's state, as the statistics of BatchNorm do, and the state that rank 0 saves is that of all
+  ranks. Without the broadcast each rank has its own state; with `gather_distributed=True` all are
+  the same in either case. Were the state hidden from DDP, a run that is resumed from rank 0's file
+  would not continue as it had been.
+* Activation checkpointing runs a forward twice. The second run stores nothing and uses the eps of
+  the first (ThresholdTracker.update).
+* Short batches, which a loader gives last: their thresholds are used but not stored.
 """
 
 import math
@@ -32,16 +32,16 @@ from torch import Tensor
 
 __all__ = ["HISTORY", "STATE", "converted", "pack_history", "step", "stored", "unpack_history"]
 
-# The order of HEX_STATE_* in csrc/hex.h, which says what each is.
+# In the order of HEX_STATE_* in csrc/hex.h, where each is explained.
 WEIGHT, VALUE, EPOCH, UPDATES, SKIPPED, SHORT, MOST, BEFORE, CALLS, RUN, CANDIDATE = range(11)
 STATE = 11
-WINDOW, SHORT_RUN = 50, 20  # HEX_WINDOW, HEX_SHORT_RUN
-HISTORY = 1024  # epochs in a state_dict, the newest
-_INFINITE = sys.float_info.max  # stands for +inf, of which no average can be taken
+WINDOW, SHORT_RUN = 50, 20  # HEX_WINDOW and HEX_SHORT_RUN in csrc/hex.h
+HISTORY = 1024  # so many epochs, the newest, are in a state_dict
+_INFINITE = sys.float_info.max  # is stored for +inf, which would make every average infinite
 
 
 def stored(state: Tensor) -> Tensor:
-    """The threshold that is stored, 0-d; +inf where there is none."""
+    """The threshold that a state holds, 0-d. It is +inf if there is none."""
     weight = state[WEIGHT]
     return torch.where(weight > 0, state[VALUE] / weight, math.inf)
 
@@ -56,9 +56,17 @@ def step(
     warmup_epochs: int,
     warmup_threshold: float,
 ) -> tuple[Tensor, Tensor]:
-    """eps, 0-d, and the next state: csrc/tracker.h, to the bit. Both tensors are float64."""
+    """eps, 0-d, and the next state, both float64: the same bits as csrc/tracker.h gives.
+
+    Args:
+        state: (STATE,) float64.
+        candidate: 0-d float64, the batch's own threshold.
+        anchors: the number of rows of the batch, by which a short one is told.
+        momentum, monotonic, lagged, warmup_epochs, warmup_threshold: those of
+            `ThresholdTracker.adaptive`.
+    """
     old = state.unbind()
-    number = old[EPOCH].round() - 1  # -1 before the first
+    number = old[EPOCH].round() - 1  # of the epoch; -1 before the first
     warm = number.clamp(min=0) < warmup_epochs
     first = ~(old[WEIGHT] > 0)
     before = stored(state)
@@ -77,7 +85,7 @@ def step(
     most, past = torch.where(roll, 0.0, old[MOST]), torch.where(roll, old[MOST], old[BEFORE])
     small = 2 * size < torch.maximum(most, past)
     run = torch.where(small, old[RUN] + 1, 0.0)
-    normal = run >= SHORT_RUN  # from the next one on
+    normal = run >= SHORT_RUN  # from the next batch on this size counts as normal
     new = list(old)
     new[CALLS] = torch.where(roll, 1.0, calls)
     new[MOST] = torch.where(normal, size, torch.maximum(most, size))
@@ -89,13 +97,15 @@ def step(
     new[WEIGHT] = torch.where(small, old[WEIGHT], 1.0)
     new[VALUE] = torch.where(small, old[VALUE], value)
     skipped = list(old)
+    # 2, which is no cosine, stands for a candidate that is not finite.
     skipped[SKIPPED], skipped[CANDIDATE] = old[SKIPPED] + 1, torch.full_like(candidate, 2)
     moved = torch.where(finite, torch.stack(new), torch.stack(skipped))
     return eps, torch.where(warm, state, moved)
 
 
 def converted(state: Tensor) -> Tensor:
-    """A state as first saved, int64 (value's bits, epoch, updates, skipped), in this form."""
+    """The state of an old state_dict, int64 (bits of the value, epoch, updates, skipped), in
+    today's form."""
     bits, epoch, updates, skipped = state.cpu().unbind()
     new = torch.zeros(STATE, dtype=torch.float64, device="cpu")
     value = float(bits.view(torch.float64))
@@ -106,7 +116,7 @@ def converted(state: Tensor) -> Tensor:
 
 
 def pack_history(history: Sequence[tuple[int, float]]) -> Tensor:
-    """The newest epochs as (HISTORY, 3) float64: weight, and weight times epoch and value."""
+    """The newest epochs as (HISTORY, 3) float64: weight, weight times epoch, weight times value."""
     rows = torch.zeros(HISTORY, 3, dtype=torch.float64, device="cpu")
     kept = [
         (1.0, float(epoch), min(max(value, -_INFINITE), _INFINITE))
@@ -118,7 +128,11 @@ def pack_history(history: Sequence[tuple[int, float]]) -> Tensor:
 
 
 def unpack_history(rows: Tensor) -> list[tuple[int, float]]:
-    """What was packed; of an average, the averages. Also (epochs, 2), as it was first saved."""
+    """The history that was packed. An average of several gives the averages of their epochs.
+
+    Raises:
+        ValueError: rows is neither (epochs, 3) nor, as an old state_dict has it, (epochs, 2).
+    """
     if not isinstance(rows, Tensor) or rows.dim() != 2 or rows.shape[1] not in (2, 3):
         got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
         raise ValueError(f"_extra_state: got {got}, wanted the tensor of a history, (epochs, 3)")

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""The threshold eps over training: measured on the batches, or a schedule over epochs.
+"""The threshold eps over training: measured on the batches, or scheduled over the epochs.
 
-Computes the eps of a step from a batch's candidate (see hex.batch_threshold) and from what earlier
-steps left, and keeps that state; what a state is, and what it has to come through, is in state.py.
-Measuring the candidate, scaling a schedule to the range of each row, and deciding what counts as
-training are left to the loss.
+A tracker turns the candidate of a batch (hex.batch_threshold) and what earlier batches left into
+the eps of a step. How a schedule depends on the epoch is in schedules.py, what is kept and saved in
+state.py, and what is kept and not saved in recent.py. Measuring the candidate, scaling a schedule
+to the range of each row, and deciding what counts as training are left to the loss.
 
 Source: Kokilepersaud et al., "HEX: Hierarchical Emergence Exploitation in Self-Supervised
 Algorithms", WACV 2025 (arXiv 2410.23200), and the code at github.com/olivesgatech/HEX.
@@ -13,7 +13,6 @@ Algorithms", WACV 2025 (arXiv 2410.23200), and the code at github.com/olivesgate
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -24,50 +23,55 @@ from . import schedules
 from . import state as states
 from ._calls import is_in_backward, warn
 from .checks import Over, check_choice, check_count
+from .recent import Recall, Tally
 
 __all__ = ["ThresholdTracker"]
 
-_RECENT = 256  # training calls between a forward and its backward, for activation checkpointing
-_NEAR = 1e-5  # a second run's candidate differs by rounding at most, where it differs at all
-
 
 class ThresholdTracker(nn.Module):
-    """The threshold eps on the cosine, step by step. Make one with a class method:
+    """The threshold eps, a cosine, over the steps of training. A class method makes one:
 
-        adaptive(...)              follows the batches
+        adaptive(...)              measured on the batches
         fixed(t)                   t
         step(start, drop, every)   max(start - drop floor(epoch / every), -1)
         cosine(start, end, epochs) end + (start - end) (1 + cos(pi epoch / epochs)) / 2, then end
 
-    Call `set_epoch(epoch)` (the loss forwards it) at the start of each epoch, counted from 0; an
-    adaptive tracker without warm-up works without. All state is in `state_dict`: a run stopped and
-    resumed at any step continues bit for bit. A strict load accepts a state without a tracker, as
-    of a model trained with another loss, and leaves this one as it was.
+    Call `set_epoch(epoch)` on the loss, or on the tracker, at the start of each epoch, counted from
+    0. An adaptive tracker without warm-up works without these calls. All state is in `state_dict`,
+    and a run that is stopped and resumed at any step continues bit for bit. `load_state_dict`, even
+    a strict one, also takes a state without a tracker, as of a model that was trained with another
+    loss. The tracker then stays as it was.
 
-    A short batch, with less than half the anchors of the largest batch of this and the last epoch
-    (of the last hundred calls, at most, where no epoch is named), is given the eps of its own
-    candidate, which is not stored: the last batch of an epoch, where a loader does not drop it,
-    says little of the next. After twenty of them in a row that length is the normal one. Where two
-    sizes alternate, give each a loss of its own: the smaller would never move the threshold.
+    Short batches: the last batch of an epoch, where the loader does not drop it, says little about
+    the next. A batch with less than half the anchors of the largest batch of this epoch and the one
+    before is therefore used with the eps of its own candidate, which is not stored. (Where no epoch
+    is named, the largest of the last hundred calls at most counts.) After twenty short batches in a
+    row their length becomes the normal one. If two sizes alternate, give each a loss of its own,
+    because the smaller one would never move the threshold.
 
-    With activation checkpointing the second run of a loss has the eps of its first, found by the
-    candidate among the last 256 training calls, and stores nothing; of two equal batches before one
-    backward both have that of the second. Compile around a checkpoint: a loss that is compiled
-    inside one leaves the graph for its threshold, and one that was compiled elsewhere before, and
-    is then called in one, is not known there. A selective checkpoint wants the same operators in
-    both runs, and refuses an adaptive threshold.
+    Activation checkpointing: the second run of a loss gets the eps of its first run, which is found
+    by the candidate among the last 256 training calls, and stores nothing. Of two equal batches
+    before one backward both get the eps of the second. Put `torch.compile` around a checkpoint and
+    not inside it: a loss that is compiled inside a checkpoint leaves the graph for its threshold,
+    and one that was compiled elsewhere and is then called inside a checkpoint does not recognise
+    its second run. Selective checkpointing expects the same operators in both runs, and refuses an
+    adaptive threshold.
 
-    Under DDP, which gives all ranks rank 0's buffers before each forward, every rank goes on from
-    rank 0's state, as BatchNorm does; with that turned off, from its own.
+    DDP sends rank 0's buffers to all ranks before each forward, so every rank continues from rank
+    0's state, as with BatchNorm. With that turned off each continues from its own.
 
-    Keep the tracker on the device of the embeddings (`loss.to(device)`): elsewhere the result is
-    the same, but every step waits for copies between devices.
+    Keep the tracker on the device of the embeddings (`loss.to(device)`). On another device the
+    result is the same, but every step waits for copies between the devices.
 
     Attributes:
-        state: float64, (11,), what is stored (state.py); the next four are read from it.
-        epoch: the last `set_epoch`, -1 before (taken as epoch 0).
-        updates: candidates stored.
-        skipped, short: candidates not stored, for they were not finite, or of short batches.
+        state: (11,) float64, all that is stored (state.py). The next four are read from it.
+        epoch: the epoch of the last `set_epoch`, -1 before the first call (taken as epoch 0).
+        updates: how many candidates were stored.
+        skipped: how many candidates were not stored because they were not finite.
+        short: how many candidates were not stored because their batch was short.
+
+    Raises:
+        TypeError, ValueError: by the class methods, for an argument of the wrong type or value.
 
     Example:
         >>> import torch
@@ -86,7 +90,7 @@ class ThresholdTracker(nn.Module):
     state: Tensor
 
     def __init__(self, rule: str, **options: Any) -> None:
-        """For the class methods, which fill in the defaults."""
+        """Called by the class methods, which fill in the defaults."""
         super().__init__()
         check_choice("rule", rule, tuple(schedules.OPTIONS))
         if sorted(options) != sorted(schedules.OPTIONS[rule]):
@@ -100,8 +104,7 @@ class ThresholdTracker(nn.Module):
         self.quantile: float = self.options.get("quantile", 0.99)
         self.over: Over = self.options.get("over", "negatives")
         self.register_buffer("state", torch.zeros(states.STATE, dtype=torch.float64))
-        # (1,): what is written to a 0-d float64 on the CPU a compiled graph loses (torch 2.13)
-        self._tally = tuple(torch.zeros(1, dtype=torch.float64, device="cpu") for _ in range(3))
+        self._tally = Tally()
         self.reset()
 
     @classmethod
@@ -115,25 +118,24 @@ class ThresholdTracker(nn.Module):
         lagged: bool = False,
         warmup_threshold: float = math.inf,
     ) -> ThresholdTracker:
-        """The mean over rows of a quantile of their cosines, batch by batch.
+        """A quantile of the cosines of each row, averaged over the rows, batch by batch.
 
             v_t = momentum v_(t-1) + (1 - momentum) candidate_t,  v_1 = candidate_1
             v_t = min(v_t, v_(t-1))      if monotonic
             eps_t = v_t, or v_(t-1) if lagged (+inf first)
 
         Args:
-            quantile: in [0, 1], of each row, nearest rank.
-            over: "negatives", a row without self and positives, for batches of any size; or
-                "all", the row whole (the authors' rule; fails for few rows, see
-                `warn_if_too_small`).
+            quantile: in [0, 1], the quantile of each row, by nearest rank.
+            over: "negatives" takes the quantile over the negatives of a row and works for batches
+                of any size. "all", the authors' rule, takes it over the whole row, with the anchor
+                itself and its positives. It fails for short rows, see `warn_if_too_small`.
             warmup_epochs: while epoch < warmup_epochs, eps is warmup_threshold and nothing is
                 updated. The authors' `epoch <= 10` is warmup_epochs=11.
-            momentum: in [0, 1), of the running mean; 0 uses each batch's own value.
-            monotonic: never rise.
-            lagged: use the value that the batches before this one left.
-            warmup_threshold: +inf is InfoNCE; the authors take 0.9 for NNCLR.
-
-        Raises: TypeError, ValueError: an argument of another type, or outside its range.
+            momentum: in [0, 1), of the running mean. With 0 each batch has its own value.
+            monotonic: whether eps may only fall.
+            lagged: whether a batch is used with the value that the batches before it left.
+            warmup_threshold: the eps of the warm-up. +inf is InfoNCE; the authors take 0.9 for
+                NNCLR.
         """
         return cls(
             "adaptive",
@@ -151,12 +153,11 @@ class ThresholdTracker(nn.Module):
         """One threshold for all epochs: eps = t, or eps_i = min_i + t (max_i - min_i).
 
         Args:
-            t: < 1; < -1 puts every negative in H, math.inf is InfoNCE. No cosine is above any
-                other t >= 1, of which a loss of the paper's form warns.
-            normalize_rows: t is for the cosines scaled to [0, 1] over each row (the authors' form
-                for all schedules; the row whole, so that in mode "ntxent" max_i is 1).
-
-        Raises: TypeError, ValueError: t is no number, NaN, or infinite with normalize_rows.
+            t: < 1. With t < -1 every negative is in H, and math.inf is InfoNCE. For any other
+                t >= 1 H is always empty, and a loss of the paper's form warns.
+            normalize_rows: whether t is compared with the cosines scaled to [0, 1] in each row, as
+                in all schedules of the authors. It is the whole row that is scaled, so that in mode
+                "ntxent" max_i is 1, the cosine of the anchor with itself. t must then be finite.
         """
         return cls("fixed", t=t, normalize_rows=normalize_rows)
 
@@ -167,9 +168,10 @@ class ThresholdTracker(nn.Module):
         """eps = max(start - drop floor(epoch / every), -1). The authors: 0.9, 0.1 every 25 epochs.
 
         Args:
-            start, drop: finite; drop >= 0. every: epochs, >= 1. normalize_rows: as in `fixed`.
-
-        Raises: TypeError, ValueError: an argument of another type, or outside its range.
+            start: a finite cosine.
+            drop: finite, >= 0.
+            every: the number of epochs from one drop to the next, >= 1.
+            normalize_rows: as in `fixed`.
         """
         return cls("step", start=start, drop=drop, every=every, normalize_rows=normalize_rows)
 
@@ -185,13 +187,13 @@ class ThresholdTracker(nn.Module):
         """eps = end + (start - end) (1 + cos(pi epoch / epochs)) / 2, and end from `epochs` on.
 
         Args:
-            start, end: finite. epochs: length of the decay, >= 1. normalize_rows: as in `fixed`.
-            compounded: the authors' code overwrites its own start with each epoch's result, so
-                that the factors multiply and the decay is much faster (halfway at about epoch
-                0.94 epochs^(2/3), not epochs / 2):
+            start, end: finite cosines.
+            epochs: the length of the decay, >= 1.
+            normalize_rows: as in `fixed`.
+            compounded: whether to decay as the authors' code does. It overwrites its own start with
+                the result of each epoch, so that the factors multiply and the decay is much faster
+                (halfway at about epoch 0.94 epochs^(2/3) instead of epochs / 2):
                 eps = end + (start - end) prod_(k = 1..epoch) (1 + cos(pi k / epochs)) / 2
-
-        Raises: TypeError, ValueError: an argument of another type, or outside its range.
         """
         return cls(
             "cosine",
@@ -223,15 +225,15 @@ class ThresholdTracker(nn.Module):
 
     @property
     def adaptive_rule(self) -> bool:
-        """Whether `update` with a batch's candidate gives eps; otherwise `current` does."""
+        """Whether `update`, with a batch's candidate, gives eps. Otherwise `current` does."""
         return self.rule == "adaptive"
 
     @property
     def value(self) -> Tensor:
-        """The threshold as it stands, 0-d float64, a copy.
+        """The threshold at this moment: a 0-d float64 copy.
 
-        Adaptive: what the last update stored, +inf before the first, warmup_threshold in warm-up.
-        Schedules: that of this epoch.
+        For an adaptive tracker it is what the last update stored, +inf before the first, and
+        warmup_threshold during warm-up. For a schedule it is the threshold of this epoch.
         """
         if not self.adaptive_rule:
             return schedules.at(self.rule, self.options, self.state[states.EPOCH] - 1)
@@ -244,17 +246,19 @@ class ThresholdTracker(nn.Module):
 
     @property
     def history(self) -> list[tuple[int, float]]:
-        """(epoch, value at its end) of each epoch that a call of `set_epoch` ended, in order."""
+        """(epoch, value at its end), in order, for each epoch that a `set_epoch` has ended."""
         return list(self._history)
 
     def set_epoch(self, epoch: int) -> None:
-        """Says that `epoch`, counted from 0, begins; the one before goes into `history`.
+        """Begins `epoch`, counted from 0, and puts the epoch that ends into `history`.
 
-        For the host, between steps. Naming the epoch that is already running changes nothing.
-        Warns, once, if H was empty in every row of the epoch that ends, or in the released form
-        all of H, so that the loss was 0.
+        Call it between steps and outside compiled code, because it waits for the device. Naming the
+        epoch that is already running changes nothing. It warns, once, if H was empty in every row
+        of the epoch that ends, or if, in the released form, H always held all negatives, so that
+        the loss was 0.
 
-        Raises: TypeError, ValueError: epoch is no integer >= 0.
+        Raises:
+            TypeError, ValueError: epoch is not an integer >= 0.
         """
         epoch = check_count("epoch", epoch, 0)
         self._epoch_set = True
@@ -274,39 +278,37 @@ class ThresholdTracker(nn.Module):
         self.state.copy_(state)
 
     def reset(self) -> None:
-        """Forgets all state, history and warnings given; the options stay."""
+        """Forgets all state, the history and which warnings were given. The options stay."""
         with torch.no_grad():
             self.state.zero_()
         self._history: list[tuple[int, float]] = []
-        self._recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=_RECENT)
+        self._recall = Recall()
         self._warned: set[str] = set()
         self._longest_row = 0
-        self.known: Tensor | None = None  # whether the last candidate was a second run's
+        self.known: Tensor | None = None  # whether the last candidate was that of a second run
         self._epoch_set = False
-        self._forget_tally()
-
-    def _forget_tally(self) -> None:
-        for count in self._tally:
-            count.zero_()
-        self._passed, self._is_fine = 0, False  # of batches on the CPU, of which one was fine
+        self._tally.reset()
 
     def reset_parameters(self) -> None:
-        """`reset`, under the name that is called after `to_empty`, as by FSDP."""
+        """`reset`, under the name that FSDP and others call after `to_empty`."""
         self.reset()
 
     def update(self, candidate: Tensor, *, store: bool, anchors: int = 0) -> Tensor:
-        """The eps of an adaptive tracker for a batch, and the new state.
+        """Gives the eps of a batch, and stores the new state of an adaptive tracker.
 
         Args:
-            candidate: 0-d, the batch's own threshold. One that is not finite counts as skipped,
-                leaves the value as it is, and the stored value is used.
-            store: whether to keep the result; False (evaluation) computes the same eps. Under
-                torch.func transforms nothing is kept, nor of a candidate that is met again in a
-                backward, the second run of a checkpoint.
-            anchors: rows of the batch, by which a short one is known; 0 where all are alike.
+            candidate: 0-d, the batch's own threshold. If it is not finite, it counts as skipped,
+                and the batch is used with the stored value, which stays as it is.
+            store: whether to store the state. False, for evaluation, gives the same eps. Nothing is
+                stored under torch.func transforms, nor for a candidate that is met again in a
+                backward, which is that of a checkpoint's second run.
+            anchors: the number of anchors, by which a short batch is told. 0 if all have the same.
 
-        Returns: 0-d float64 on the candidate's device, no gradient, never the buffer.
-        Raises: RuntimeError: the tracker is a schedule.
+        Returns:
+            0-d float64 on the candidate's device, without gradient, and never the buffer itself.
+
+        Raises:
+            RuntimeError: the tracker is a schedule.
         """
         if not self.adaptive_rule:
             raise RuntimeError(f"update: got a {self.rule} schedule, wanted an adaptive tracker")
@@ -316,8 +318,8 @@ class ThresholdTracker(nn.Module):
         if torch._C._are_functorch_transforms_active():
             return eps
         self.known = None
-        if is_in_backward() and self._recent:
-            eps, self.known = self._recalled(candidate, eps)
+        if is_in_backward() and len(self._recall):
+            eps, self.known = self._recall.find(candidate, eps)
             moved = torch.where(self.known.to(state.device), state, moved)
         if store:
             self.remember(candidate, eps)
@@ -325,89 +327,63 @@ class ThresholdTracker(nn.Module):
         return eps
 
     def store(self, state: Tensor) -> None:
-        """Takes a new `state`: of an update made elsewhere, as by `torch.ops.hex.adaptive`."""
+        """Takes the new state of an update that another made, such as `torch.ops.hex.adaptive`."""
         if state.is_meta and not self.state.is_meta:
-            return  # a call for the shapes alone
+            return  # the call was for the shapes alone
         if self.options["warmup_epochs"] > 0:
             self._warn_without_epochs("the warm-up never ends")
-        if self.state.dtype != torch.float64:  # cast in place, as by FSDP's buffer_dtype
+        if self.state.dtype != torch.float64:  # FSDP's buffer_dtype casts in place
             self.state = self.state.to(torch.float64)
         self.state.copy_(state)
 
     def remember(self, candidate: Tensor, eps: Tensor) -> None:
-        """Notes what a candidate was given, for the second run of a checkpoint."""
-        if not torch.compiler.is_compiling() and not candidate.is_meta:
-            self._recent.appendleft((candidate, eps))
-
-    def _recalled(self, candidate: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """The eps that this candidate was given in its first run, or eps if there was none; and
-        whether there was one (a candidate that is not finite is not asked for)."""
-        seen, given = (torch.stack(column) for column in zip(*self._recent, strict=True))
-        distance = (seen.to(candidate.device) - candidate).abs().nan_to_num(nan=math.inf)
-        nearest = distance.argmin()  # the newest of several
-        first = given.to(eps.device).index_select(0, nearest.reshape(1)).squeeze(0)
-        known = distance.amin() <= _NEAR
-        return torch.where(known, first, eps), known | ~candidate.isfinite()
+        """Notes which eps a candidate was given, for the second run of a checkpoint."""
+        self._recall.add(candidate, eps)
 
     def watch(self, hard: Tensor, loss: Tensor, could_be_0: bool) -> None:
-        """Counts a training batch, whether any row had members of H, and whether any had a loss, if
-        `could_be_0` by the threshold; on the device, without waiting for it. A batch whose loss is
-        not finite says nothing."""
-        if torch.compiler.is_exporting() or hard.is_meta:
-            return
-        at_hand = hard.is_cpu and type(hard) is Tensor and not torch.compiler.is_compiling()
-        if at_hand and self._is_fine:
-            self._passed += 1
-            return
-        if self._tally[0].device != hard.device:
-            self._tally = tuple(count.to(hard.device) for count in self._tally)
-        batches, members, nothing = self._tally
-        finite = loss.isfinite().all()
-        batches.add_(finite)
-        members.add_(hard.any() & finite)
-        if could_be_0:
-            nothing.add_(~loss.any())
-        if at_hand:
-            self._is_fine = bool(members > 0) and bool(nothing < batches)
+        """Counts a training batch, for the warnings of `set_epoch` and `look`; see `Tally.add`."""
+        self._tally.add(hard, loss, could_be_0)
 
     def look(self, ended: bool = False) -> None:
-        """Warns of what `watch` has counted, where no epochs are named or where the last of them
-        has ended; waits for the device."""
+        """Warns if H was always empty, or held everything, in the batches that `watch` counted.
+
+        It does so where no epoch was ever named, after a hundred batches, and, if `ended`, for the
+        last epoch, which no `set_epoch` ends. It waits for the device.
+        """
         if ended:
             self._judge("the last epoch")
         elif not self._epoch_set:
             self._judge("the last {:.0f} batches", least=100)
 
     def _judge(self, period: str, least: int = 1) -> None:
-        batches, members, nothing = (float(count) for count in self._tally)
-        batches += self._passed
+        batches, members, nothing = self._tally.read()
         if batches < least:
             return
         period = period.format(batches)
-        self._forget_tally()
+        self._tally.reset()
         if schedules.lowest(self.rule, self.options) == math.inf or self._is_warm_up():
-            return  # InfoNCE, or the warm-up's threshold, is wanted
+            return  # H is meant to be empty, or as the warm-up's threshold makes it
         if members == 0:
             if schedules.is_falling(self.rule, self.options, float(self.value)):
-                return  # it has not come to where it is meant to go
+                return  # the schedule is still on its way down
             if self.options.get("lagged") and batches == 1:
-                return  # the first batch of all has nothing before it
+                return  # before the first batch there is no threshold
             self._warn(
                 "never any",
-                f"no row of {period} had a negative above the threshold: H was empty, so this was "
-                "InfoNCE (decoupled, in the released form); take a lower threshold or quantile, or "
-                f"larger batches ({self})",
+                f"no row of {period} had a negative above the threshold: H was empty, so the loss "
+                "was InfoNCE (in the released form, decoupled InfoNCE). Use a lower threshold or "
+                f"quantile, or larger batches ({self})",
             )
         elif nothing == batches:
             self._warn(
                 "nothing else",
-                f"every negative was above the threshold in every row of {period}, and the "
-                "released form leaves those out: the loss and its gradient were 0; take a higher "
+                f"every negative was above the threshold in every row of {period}. The released "
+                "form leaves these out, so the loss and its gradient were 0. Use a higher "
                 f"threshold, or a schedule that falls less far ({self})",
             )
 
     def kernel_rule(self) -> tuple[float, bool, float, bool, bool, int, float]:
-        """The rule of an adaptive tracker, in the order of torch.ops.hex.adaptive's arguments."""
+        """The options of an adaptive tracker, in the order in which the operator takes them."""
         o = self.options
         return (
             self.quantile,
@@ -420,9 +396,10 @@ class ThresholdTracker(nn.Module):
         )
 
     def current(self) -> Tensor:
-        """The t of a schedule in this epoch: 0-d float64 on the tracker's device, a fresh tensor.
+        """The threshold of a schedule in this epoch: a new 0-d float64 on the tracker's device.
 
-        Raises: RuntimeError: the tracker is adaptive.
+        Raises:
+            RuntimeError: the tracker is adaptive.
         """
         if self.adaptive_rule:
             raise RuntimeError("current: got an adaptive tracker, wanted a schedule")
@@ -431,26 +408,27 @@ class ThresholdTracker(nn.Module):
         return self.value
 
     def warn_if_never(self) -> None:
-        """Warns of a schedule that stays where no cosine is above it, but for math.inf."""
+        """Warns if no cosine is ever above the schedule, unless math.inf asks for just that."""
         lowest = schedules.lowest(self.rule, self.options)
         if 1 <= lowest < math.inf:
             self._warn(
                 "never any",
-                f"no cosine is above {lowest:g}, so H is always empty, which is InfoNCE; take a "
-                f"lower threshold, or threshold=None to have InfoNCE ({self})",
+                f"no cosine is above {lowest:g}, so H is always empty, which is InfoNCE. Use a "
+                f"lower threshold, or threshold=None if InfoNCE is wanted ({self})",
             )
 
     def warn_if_too_small(self, n_row: int, has_self: bool) -> None:
-        """Warns, once, where the quantile of a row whole is no negative's cosine.
+        """Warns, once, if with over="all" the quantile of a row is not the cosine of a negative.
 
-        The element taken is number k = round(quantile (n - 1)) of n in ascending order. k = n - 1
-        is the self similarity if the row has it: eps is 1 and H is always empty (quantile 0.99:
-        n < 52). The next below, or the greatest of a row without self, is the positive's as soon
-        as training works: eps follows the positives and H is nearly empty (n < 151, or n < 52).
-        The short last batch of an epoch is passed over.
+        The quantile is element k = round(quantile (n - 1)) of the n cosines in ascending order. If
+        the row has the anchor's own cosine, that is element n - 1, and eps is 1 and H always empty
+        (quantile 0.99: n < 52). As soon as training works, the next element below it, or the
+        greatest if the row has no own cosine, is the positive's. eps then follows the positives and
+        H is nearly empty (n < 151, or n < 52). The short last batch of an epoch does not count.
 
         Args:
-            n_row: cosines in a row. has_self: whether the row's own is among them ("ntxent").
+            n_row: how many cosines a row has.
+            has_self: whether the anchor's own is one of them, as in mode "ntxent".
         """
         if torch.compiler.is_compiling() or self.over != "all" or not self.adaptive_rule:
             return
@@ -459,13 +437,13 @@ class ThresholdTracker(nn.Module):
         if n_row < 1 or above > int(has_self) or 2 * n_row < longest:
             return
         taken = (
-            "the anchor's similarity with itself, so eps is 1 and H always empty"
+            "the anchor's similarity with itself, so eps is 1 and H is always empty"
             if has_self and above == 0
             else "usually the positive's, so H is nearly always empty"
         )
         self._warn(
             "too small",
-            f"the {self.quantile:g} quantile of a row of {n_row} cosines is {taken}; take "
+            f"the {self.quantile:g} quantile of a row of {n_row} cosines is {taken}. Use "
             "ThresholdTracker.adaptive(over='negatives'), a lower quantile, or a larger batch",
         )
 
@@ -474,7 +452,7 @@ class ThresholdTracker(nn.Module):
         return ", ".join([self.rule, *(f"{name}={v!r}" for name, v in self.options.items())])
 
     def get_extra_state(self) -> Tensor:
-        """The history, in a tensor of fixed shape: a state_dict holds nothing else than tensors."""
+        """The history as a tensor of fixed shape, so that a state_dict holds tensors only."""
         return states.pack_history(self._history)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -485,7 +463,7 @@ class ThresholdTracker(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any
     ) -> None:
         if not any(key.startswith(prefix) for key in state_dict):
-            return  # a state from before there was a tracker: no keys to miss
+            return  # the model was saved with a loss that has no tracker
         saved = state_dict.get(f"{prefix}state")
         if isinstance(saved, Tensor) and saved.dtype == torch.int64 and saved.shape == (4,):
             state_dict[f"{prefix}state"] = states.converted(saved)
@@ -493,18 +471,18 @@ class ThresholdTracker(nn.Module):
         self._epoch_set = not self.state.is_meta and int(self.epoch) >= 0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ThresholdTracker:
-        """`to`, `half` and the like: another device, but float64 as before."""
+        """`to`, `half` and the like: they move the state, which stays float64."""
         before = self.state
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.state.dtype != torch.float64:
             self.state = before.to(self.state.device)
         if not self.state.is_meta:
-            self._tally = tuple(count.to(self.state.device) for count in self._tally)
+            self._tally.to(self.state.device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """For deepcopy and pickle: without what a backward yet to come would need."""
-        return {**self.__dict__, "_recent": deque(maxlen=_RECENT), "known": None}
+        """For deepcopy and pickle: leaves out what only a backward still to come needs."""
+        return {**self.__dict__, "_recall": Recall(), "known": None}
 
     def _warn_without_epochs(self, consequence: str) -> None:
         if not torch.compiler.is_compiling() and not self._epoch_set:

@@ -122,12 +122,10 @@ class Call:
     def plain(self, *differentiable: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The reference's rows, |H| and share."""
         tensors = self.changed(*differentiable)
-        rest = (self.beta, self.tau_plus, self.variant, self.positives)
-        if self.name == "labelled":
-            return reference.labelled_rows(*tensors, PAIRINGS.index(self.pairing), *rest)
-        logits, target, eps, tau = tensors
-        score = logits.detach()[:0]
-        return reference.logits_rows(logits, target, score, eps, tau, False, *rest[:3])
+        return reference.problem_rows(
+            *self.inputs(tensors), *tensors[-2:], self.code, 1 + self.positives, self.beta,
+            self.tau_plus, self.variant,
+        )  # fmt: skip
 
     def values(self, function, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Rows and gradients of a function of the differentiable tensors, in a dtype."""
@@ -175,18 +173,22 @@ def labelled(
         candidate_guide = guide[:0]
         if pairing != "self":
             candidate_guide = views(kind, m, D + 3, seed + 11)[1].to(dtype)
-    code = PAIRINGS.index(pairing)
-    score = (x, y) if source != "guide" else (guide, candidate_guide)
-    c = reference.labelled_cosines(*(z.double() for z in score), code)
-    negative = reference.labelled_table(x, y, ids, candidate_ids, mask, code).negative
-    eps = eps_in_a_gap(c[negative], near) if negative.sum() > 2 else f64(0.3)
-    return Call(
+    p = Call(
         "labelled",
-        (x, y, ids, candidate_ids, mask, groups, candidate_groups, guide, candidate_guide, eps,
+        (x, y, ids, candidate_ids, mask, groups, candidate_groups, guide, candidate_guide, f64(0.3),
          f64(tau)),
         pairing, int(variant == "released"), int(positives == "inside"), beta, tau_plus,
         f"{kind} {N} x {D} {pairing} {source} {variant} {positives} {dtype} seed {seed}",
     )  # fmt: skip
+    *z, ids, mask, _, _ = p.inputs(list(p.tensors))
+    negative = reference.problem_table(*z, ids, mask, f64(tau), p.code, True, False).negative
+    if negative.sum() <= 2:
+        return p
+    if source == "guide":
+        z = [guide, *candidate_guide.tensor_split((len(z[1]),))]
+    c = reference.problem_cosines(*(x.double() for x in z), p.code, True)
+    eps = eps_in_a_gap(c[negative], near)
+    return dataclasses.replace(p, tensors=(*p.tensors[:-2], eps, p.tensors[-1]))
 
 
 def logits(
@@ -197,7 +199,7 @@ def logits(
     """Logits of cosines of data.py's clusters, some columns -inf, targets anywhere."""
     generator = torch.Generator().manual_seed(seed)
     z = views("cluster", max(N, C), 9, seed)
-    c = reference.labelled_cosines(z[0][:N], z[1][:C], 1)
+    c = reference.problem_cosines(z[0][:N], z[1][:C], z[0][:0], ops.MODES["query"], True)
     target = torch.randint(0, C, (N,), generator=generator)
     values = (c / tau).masked_fill(torch.rand(N, C, generator=generator) < left_out, -torch.inf)
     values[torch.arange(N), target] = c[torch.arange(N), target] / tau

@@ -69,14 +69,14 @@ ERRORS = (
             lambda make=make: torch.fx.symbolic_trace(make()),
             TypeError,
             f"{name}: got a Proxy, and torch.fx.symbolic_trace cannot follow the checks of a loss; "
-            "make the loss a leaf module of the Tracer, or take torch.export or torch.compile",
+            "make the loss a leaf module of the Tracer, or use torch.export or torch.compile",
         )
         for name, make in (("z0", HEXLoss), ("z0", InfoNCELoss), ("features", HEXSupConLoss))
     ),
     (
         lambda: torch.jit.script(nn.Sequential(InfoNCELoss())),
         NotImplementedError,
-        "torch.jit.script cannot compile InfoNCELoss; take torch.compile or torch.export",
+        "torch.jit.script cannot compile InfoNCELoss; use torch.compile or torch.export",
     ),
     (lambda: InfoNCELoss()(Z[0], Z[0]), ValueError, "z0: got shape (3,), wanted (B, D)"),
     (
@@ -102,8 +102,9 @@ ERRORS = (
     (
         lambda: HEXLoss(gather_distributed=True)(Z, Z, Z),
         ValueError,
-        "gather_distributed: got True with negatives, whose anchors have no use for the rows of "
-        "other ranks; gather the keys that go into the queue",
+        "gather_distributed: got True with negatives, wanted False: the anchors are compared with "
+        "negatives only, not with rows of other ranks. Gather the keys that go into the queue "
+        "instead",
     ),
     (
         lambda: HEXLoss()(Z, Z, Z[0]),
@@ -262,7 +263,7 @@ ERRORS = (
     (
         lambda: HEXSupConLoss()(Z),
         ValueError,
-        "labels: got None, wanted labels or a mask for features (N, D); (B, V, D) go without",
+        "labels: got None, wanted labels or a mask, without which features must be (B, V, D)",
     ),
     (
         lambda: hex_sup_con(X, mask=[[1]], eps=0),
@@ -282,8 +283,8 @@ ERRORS = (
     (
         lambda: hex_sup_con(X, mask=torch.eye(4) / 2, eps=0),
         ValueError,
-        "mask: got values other than 0 and 1, wanted which rows are positives; there are no "
-        "weights, so decide with mask > t",
+        "mask: got values other than 0 and 1, wanted 1 for positives and 0 for the others. Weights "
+        "are not supported; a mask of weights becomes one of positives by mask > t",
     ),
     (
         lambda: hex_cross_entropy(Z[0], ONES, eps=0, temperature=1),
@@ -298,13 +299,18 @@ ERRORS = (
     (
         lambda: hex_sup_con(X),
         ValueError,
-        "eps: wanted a threshold, or groups in its place, and not both",
+        "eps: got neither eps nor groups, wanted one of them",
+    ),
+    (
+        lambda: hex_sup_con(X, eps=0, groups=ONES),
+        ValueError,
+        "eps: got eps and groups, wanted one of them",
     ),
     (
         lambda: HEXSupConLoss(gather_distributed=True)(X, mask=torch.eye(4)),
         ValueError,
-        "gather_distributed: got True with a mask, which says nothing of the rows of other ranks; "
-        "wanted labels",
+        "gather_distributed: got True with a mask, wanted labels: the mask says nothing about the "
+        "rows of other ranks",
     ),
     (
         lambda: HEXCrossEntropyLoss(0.1, self_column=1),

@@ -424,7 +424,7 @@ def test_all_methods_are_run_with_both_losses_and_the_options_given(tmp_path, ca
     assert "50.0" in capsys.readouterr().out
     with pytest.raises(SystemExit):  # nothing is written over
         compare.main([*arguments, "4"])
-    assert "is there already" in capsys.readouterr().err
+    assert "the folder exists already" in capsys.readouterr().err
 
 
 def test_a_script_that_fails_is_shown_and_no_table_is(tmp_path, capsys, monkeypatch):
@@ -441,7 +441,7 @@ def test_a_script_that_fails_is_shown_and_no_table_is(tmp_path, capsys, monkeypa
     "arguments, text",
     [
         (["--only", "moco,mococo"], "got mococo, wanted --only of simclr, moco"),
-        (["--show", "{tmp}"], "wanted runs there"),
+        (["--show", "{tmp}"], "found no runs there, wanted"),
         (["--show", "{tmp}", "--epochs", "3"], "got --epochs 3 and --show"),
     ],
 )

@@ -372,8 +372,9 @@ def test_the_gradient_of_a_target_of_minus_infinity_is_that_of_a_target_far_belo
         for composed in (False, True):
             x = x.detach().requires_grad_()
             if composed:
-                rows = reference.logits_rows(
-                    x, target, x[:0], f64(0.05), f64(0.1), False, beta, 0.1, variant
+                p, code = of_logits(x, target, 0.1), reference.VARIANTS.index(variant)
+                rows = reference.problem_rows(
+                    *p.inputs, f64(0.05), p.tau, p.mode, 1, beta, 0.1, code
                 )[0]
             else:
                 rows = hex_cross_entropy(x, target, eps=0.05, temperature=0.1, beta=beta,

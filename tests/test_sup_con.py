@@ -26,6 +26,7 @@ from hex import (
     ops,
     reference,
 )
+from hex.problem import of_features
 
 # pytorch-metric-learning imports what scripts a function, at its first use
 SCRIPTS = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
@@ -245,12 +246,11 @@ def test_any_labels_give_what_the_reference_gives(labels, D, dtype, eps, positiv
     x = x.requires_grad_()
     options = dict(positives=positives, variant=variant)
     rows = hex_sup_con(x, ids, eps=eps, temperature=0.3, reduction="none", **options)
-    none, square = ids[:0], torch.empty(0, 0)
-    wide = x.double()
-    truth = reference.labelled_rows(
-        wide, wide[:0], ids, none, square.bool(), none, none, square.double(), square.double(),
-        f64(eps), f64(0.3), 0, 1.0, 0.1, variant, positives,
-    )[0]  # fmt: skip
+    p = of_features(x.double(), ids, None, 0.3)
+    codes = ops.POSITIVES[positives], ops.VARIANTS[variant]
+    truth = reference.problem_rows(
+        *p.inputs, f64(eps), p.tau, p.mode, codes[0], 1.0, 0.1, codes[1]
+    )[0]
     near = 1e-9 if dtype == torch.float64 else 2e-4
     if D > 1:  # with one feature cosines are 1 or -1 but for rounding: exactly at a tie of H
         torch.testing.assert_close(rows.double(), truth, rtol=near, atol=near)
@@ -269,7 +269,7 @@ def test_the_threshold_follows_training_and_the_statistics_tell():
     module.set_epoch(3)
     value = module(x, LABELS)
     ids = LABELS.repeat(2)
-    c = reference.labelled_cosines(x.transpose(0, 1).flatten(0, 1), x[:0, 0], 0)
+    c = reference.cosines(x[:, 0], x[:, 1], None, "ntxent")[0]
     negative = ids[:, None] != ids
     quantiles = [c[i][negative[i]].sort().values for i in range(2 * B)]
     eps = torch.stack([q[round(0.9 * (len(q) - 1))] for q in quantiles]).mean()
@@ -290,8 +290,7 @@ def test_a_threshold_of_the_scaled_row_is_taken_row_by_row():
     tracker = ThresholdTracker.fixed(0.8, normalize_rows=True)
     module = HEXSupConLoss(0.2, threshold=tracker, reduction="none")
     x = features()
-    rows = x.transpose(0, 1).flatten(0, 1)
-    c = reference.labelled_cosines(rows, rows[:0], 0)
+    c = reference.cosines(x[:, 0], x[:, 1], None, "ntxent")[0]
     eps = c.amin(1) + 0.8 * (1 - c.amin(1))
     torch.testing.assert_close(
         module(x, LABELS), hex_sup_con(x, LABELS, eps=eps, temperature=0.2, reduction="none")
@@ -414,7 +413,7 @@ ERRORS = [
     (dict(mask=torch.ones(4)), ValueError, "mask: got shape (4,), wanted (4, 4)"),
     (dict(mask=[[1]]), TypeError, "mask: got list, wanted a torch.Tensor"),
     *(
-        (dict(mask=mask), ValueError, "mask: got values other than 0 and 1, wanted which rows are")
+        (dict(mask=mask), ValueError, "mask: got values other than 0 and 1, wanted 1 for positives")
         for mask in (
             torch.eye(4) / 2,
             -torch.eye(4),
@@ -453,9 +452,9 @@ def test_a_bad_option_is_named(options, error):
 
 
 def test_the_function_wants_a_threshold_or_groups():
-    with pytest.raises(ValueError, match="eps: wanted a threshold, or groups"):
+    with pytest.raises(ValueError, match="eps: got neither eps nor groups"):
         hex_sup_con(X)
-    with pytest.raises(ValueError, match="eps: wanted a threshold, or groups"):
+    with pytest.raises(ValueError, match="eps: got eps and groups"):
         hex_sup_con(X, eps=0.3, groups=torch.ones(4).int())
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""What the example scripts share: data, augmentation, encoders, evaluation, checkpoints."""
+"""What the example scripts share: data, augmentation, encoders, training, evaluation and more."""

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
 """The random views of SimCLR (Chen et al. 2020, appendix A), as torchvision transforms.
 
-A torchvision transform that gets a batch draws once and treats all its images alike; called image
-by image it costs about a millisecond for each. So for images that lie in memory there are two
-transforms here that work on whole batches and draw for every image its own: `RandomWarp` (crop,
-flip, rotation, shift: one resampling) and `RandomColour`. Images read from files differ in size and
-are augmented one by one, by the loader's worker processes, with torchvision's own transforms.
+A torchvision transform treats all images of a batch alike, with random numbers that are drawn once.
+Called image by image it takes about a millisecond for each. So for images that are in memory there
+are two transforms here that work on whole batches and draw numbers for every image: `RandomWarp`
+(crop, flip, rotation and shift in one resampling) and `RandomColour`. Images from files differ in
+size. The worker processes of the loader augment them one by one, with torchvision's transforms.
 
-Everything draws from torch's global generator, so a seed, or a restored state, repeats the views.
+All random numbers come from torch's global generator, so a seed or a restored state repeats the
+views.
 """
 
 import math
@@ -21,15 +22,15 @@ from common.vision import v2
 
 
 class RandomWarp(v2.Transform):
-    """Every image of a float batch (B, C, S, S) looked at through its own random window.
+    """Shows every image of a float batch (B, C, S, S) through a random window of its own.
 
     Args:
-        area: range of the window's area, as a share of the image's.
-        ratio: greatest width over height of the window, and least height over width.
-        flip: probability to mirror left and right.
-        degrees: greatest rotation either way.
+        area: range of the area of the window, as a share of the image's area.
+        ratio: the width of the window is between 1/ratio and ratio times its height.
+        flip: probability that left and right are exchanged.
+        degrees: greatest rotation in either direction.
         shift: how far the window may leave the image, as a share of its side. Outside is 0.
-        size: side of the view in pixels; None: that of the image.
+        size: side of the view in pixels. None is that of the image.
     """
 
     def __init__(
@@ -57,9 +58,10 @@ class RandomWarp(v2.Transform):
         area = uniform(*self.area)
         ratio = uniform(-1, 1).mul(math.log(self.ratio)).exp()
         width, height = (area * ratio).sqrt(), (area / ratio).sqrt()
-        if self.area[1] <= 1:  # a crop: a long one must not stick out
+        if self.area[1] <= 1:  # a crop, which must stay inside even if it is long
             width, height = width.clamp(max=1), height.clamp(max=1)
-        # centres for which the window stays inside, and `shift` more; 2 units are one side
+        # The centre may be where the window stays inside the image, and `shift` beyond. The side
+        # of the image is 2 units long.
         x = uniform(-1, 1) * ((1 - width).clamp(min=0) + 2 * self.shift)
         y = uniform(-1, 1) * ((1 - height).clamp(min=0) + 2 * self.shift)
         width = torch.where(torch.rand(size) < self.flip, -width, width)
@@ -78,15 +80,16 @@ class RandomWarp(v2.Transform):
 
 
 class RandomColour(v2.Transform):
-    """Brightness, contrast, saturation and hue of every image of a batch (B, 3, H, W) in [0, 1].
+    """Changes brightness, contrast, saturation and hue of every image of a batch.
 
-    `ColorJitter` with probability 0.8, then `RandomGrayscale` with 0.2, with two simplifications:
-    the order is fixed, and hue turns the colours about the axis of greys. Then all of it is one
-    3 x 3 matrix and one offset for each image.
+    The images are (B, 3, H, W) in [0, 1]. It is torchvision's `ColorJitter` with probability 0.8,
+    then `RandomGrayscale` with probability 0.2, with two simplifications: the order is fixed, and
+    hue rotates the colours about the axis of greys. All of it is then a 3 x 3 matrix and an offset
+    for each image.
 
     Args:
-        strength: of brightness, contrast and saturation: factors in 1 +- strength.
-        hue: greatest turn either way, in full turns.
+        strength: brightness, contrast and saturation are multiplied by factors in 1 +- strength.
+        hue: greatest rotation in either direction, in full turns.
     """
 
     GREY = (0.299, 0.587, 0.114)
@@ -119,28 +122,29 @@ class RandomColour(v2.Transform):
         return pixels.clamp(0, 1).view_as(inpt)
 
 
-# With `local` each gives DINO's small crops of a part of the image, otherwise views of most of it.
+# With `local` each of these makes DINO's small crops of a part of the image, else whole views.
 
 
 def digits(local: bool = False) -> nn.Module:
-    """For batches of 8 x 8 digits. No flip: a mirrored 2 is no digit; no crop: a 7 becomes a 1."""
+    """For batches of 8 x 8 digits. There is no flip, because a mirrored 2 is no digit, and no small
+    crop in the whole views, because a cropped 7 is a 1."""
     whole = RandomWarp(area=(0.7, 1.4), ratio=1.3, flip=0.0, degrees=15, shift=0.1)
     part = RandomWarp(area=(0.3, 0.6), ratio=1.3, flip=0.0, degrees=15, size=6)
     return v2.Compose([part if local else whole, v2.GaussianNoise(sigma=0.1)])
 
 
 def small(local: bool = False, size: int | None = None) -> nn.Module:
-    """For batches of 32 x 32 photographs (CIFAR), without blur, as the paper.
+    """For batches of 32 x 32 photographs (CIFAR), without blur, as in the paper.
 
     Args:
-        size: side of the views that are not local; None: that of the images.
+        size: side in pixels of the views that are not local. None is that of the images.
     """
     warp = RandomWarp(area=(0.05, 0.4), size=16) if local else RandomWarp(size=size)
     return v2.Compose([warp, RandomColour()])
 
 
 def photograph(size: int, local: bool = False) -> nn.Module:
-    """For one photograph of any size: a uint8 view (3, size, size); local: of 3/7 the side."""
+    """For one photograph of any size. Makes a uint8 view (3, size, size), local 3/7 as large."""
     scale = (0.2, 1.0)
     if local:
         size, scale = max(1, size * 3 // 7), (0.05, 0.4)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Checkpoints from which a run goes on bit for bit: all states, those of the generators included.
+"""Checkpoints from which a run continues bit for bit, so they include the random generators.
 
-Only tensors and plain values are stored, so that loading needs no code from the file
+Only tensors and plain values are stored, so that loading never runs code from the file
 (`weights_only`).
 """
 
@@ -16,13 +16,13 @@ import torch
 
 
 class CheckpointError(Exception):
-    """There is no checkpoint, or not one of ours; the text is for the user."""
+    """There is no checkpoint, or it is not one of ours. The text is meant for the user."""
 
 
 def save(path: Path, parts: dict[str, Any], **values: Any) -> None:
-    """Writes `parts` (anything with a state_dict) and plain values, and the generators' states.
+    """Writes the states of `parts` (anything with a state_dict), `values`, and the generators.
 
-    The file is whole at every moment: an interruption leaves the one before.
+    The file is complete at every moment: an interruption leaves the previous checkpoint.
     """
     state = {name: part.state_dict() for name, part in parts.items()}
     unfinished = path.with_suffix(".unfinished")
@@ -34,7 +34,7 @@ def load(path: Path) -> dict[str, Any]:
     """The contents of a checkpoint, for `restore`; the plain values are under "values".
 
     Raises:
-        CheckpointError: not there, or not written by `save`.
+        CheckpointError: the file is missing or was not written by `save`.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -51,7 +51,7 @@ def restore(state: dict[str, Any], parts: dict[str, Any]) -> None:
     """Puts the states of a loaded checkpoint into `parts` and the generators.
 
     Raises:
-        CheckpointError: the parts are not those that were saved.
+        CheckpointError: the parts do not fit those that were saved.
     """
     for name, part in parts.items():
         try:
@@ -70,6 +70,7 @@ def restore(state: dict[str, Any], parts: dict[str, Any]) -> None:
 
 
 def _generators() -> dict[str, Any]:
+    """The states of all random generators."""
     name, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Images for the examples: digits (in scikit-learn), CIFAR-10, or a folder of photographs.
 
-A split gives `labels` (int64), `classes` (their names), `batches(batch_size)`, one epoch of random
-views and labels in random order, and `images(batch_size)`, the images as they are, in order. Images
-are float (B, 3, size, size) in [-1, 1] on the device. How views are made is in augment.py.
+A split has `labels` (int64), `classes` (the names of the labels), `batches(batch_size)`, which is
+one epoch of random views and their labels in random order, and `images(batch_size)`, the unchanged
+images in order. Images are float (B, 3, size, size) in [-1, 1] on the device. augment.py makes the
+views.
 """
 
 import signal
@@ -25,15 +26,15 @@ ImageFolder, CIFAR10 = torchvision.datasets.ImageFolder, torchvision.datasets.CI
 NAMES = ("digits", "cifar10", "folder")
 DIGITS = "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"
 
-Batch = tuple[list[Tensor], Tensor]  # two views and the local ones, (B,) labels
+Batch = tuple[list[Tensor], Tensor]  # two views, then the small crops; (B,) labels
 
 
 class DataError(Exception):
-    """The data is not there, or is not what it should be; the text is for the user."""
+    """The data is missing or is not what it should be. The text is meant for the user."""
 
 
 class MemorySplit:
-    """uint8 images (N, 1 or 3, H, W) in the device's memory, augmented a batch at a time."""
+    """uint8 images (N, 1 or 3, H, W) in the device's memory, augmented by whole batches."""
 
     def __init__(
         self, images: Tensor, labels: Tensor, classes: Sequence[str], augmentations: list[nn.Module]
@@ -48,7 +49,7 @@ class MemorySplit:
         return len(self.labels)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """Views and labels of all images but those that fill no batch."""
+        """Views and labels of all images. The rest, which fills no batch, is left out."""
         order = torch.randperm(len(self))
         for index in order.split(batch_size)[: len(self) // batch_size]:
             yield self.views(index), self.labels[index].to(self._images.device)
@@ -59,7 +60,7 @@ class MemorySplit:
         return [_centre(augment(images)) for augment in self._augmentations]
 
     def subset(self, index: Tensor, augmentations: list[nn.Module] | None = None) -> "MemorySplit":
-        """The images at `index`, with augmentations of their own if given."""
+        """A split of the images at `index`, with other augmentations if they are given."""
         images = self._images[index.to(self._images.device)]
         return MemorySplit(
             images, self.labels[index], self.classes, augmentations or self._augmentations
@@ -78,7 +79,7 @@ class FolderSplit:
     ) -> None:
         try:
             self._folder = ImageFolder(str(root))
-        except FileNotFoundError as error:  # a class without images
+        except FileNotFoundError as error:  # raised for a class without images
             raise DataError(f"{root}: {error}") from None
         self.labels = torch.tensor(self._folder.targets)
         self.classes = self._folder.classes
@@ -100,19 +101,19 @@ class FolderSplit:
             v2.ToImage(), v2.Resize(self.size * 8 // 7, antialias=True), v2.CenterCrop(self.size),
         ])  # fmt: skip
         pictures = _Pictures(self._folder, [whole])
-        # a generator of its own: looking at the images must not change the views to come
+        # A generator of its own, because looking at the images must not change later views.
         aside = torch.Generator()
         for images, _ in self._load(pictures, batch_size=batch_size, generator=aside):
             yield self._prepare(images)
 
     def _load(self, dataset: Dataset, **options) -> Iterator[list[Tensor]]:
-        # Workers start anew each epoch, seeded from torch's generator: persistent ones would have
-        # a state that no checkpoint holds.
+        # New workers start in each epoch, seeded from torch's generator. Persistent workers would
+        # have a state that no checkpoint holds.
         try:
             yield from DataLoader(
                 dataset, worker_init_fn=_leave_ctrl_c_to_the_parent, **self._loading, **options
             )
-        except DataError as error:  # from a worker it comes with the worker's traceback before it
+        except DataError as error:  # the text of one from a worker begins with a traceback
             raise DataError(str(error).strip().rpartition("DataError: ")[2]) from None
 
     def _prepare(self, images: Tensor) -> Tensor:
@@ -135,15 +136,16 @@ def load(
 
     Args:
         name: one of NAMES.
-        root: cifar10: a folder with cifar-10-batches-py/ (torchvision's download), or with
-            train/<class>/*.jpg and test/<class>/*.jpg. folder: train/<class>/ and test/<class>/
-            or val/<class>/, images of any size and format that PIL reads.
-        device: where batches are wanted.
-        size, workers: folder only: side of the views, in pixels; processes that read.
-        local_views: small crops of each image, after the two views.
+        root: for "cifar10" a folder with cifar-10-batches-py/ (torchvision's download), or with
+            train/<class>/*.jpg and test/<class>/*.jpg. For "folder" one with train/<class>/ and
+            test/<class>/ or val/<class>/, with images of any size and format that PIL reads.
+        device: where the batches are wanted.
+        size: side of the views in pixels, for "folder" only.
+        workers: how many processes read images, for "folder" only.
+        local_views: how many small crops of each image follow the two views.
 
     Raises:
-        DataError: nothing is there, or it is not what was expected.
+        DataError: the data is missing or is not what was expected.
     """
     device = torch.device(device)
     if name == "digits":
@@ -160,15 +162,17 @@ def load(
 def in_memory(
     root: Path, size: int, device: torch.device | str = "cpu"
 ) -> tuple[MemorySplit, MemorySplit]:
-    """`load("folder", root)`, but read once, cut to squares and kept in the device's memory.
+    """`load("folder", root)` with images that are read once and kept in the device's memory.
 
-    For many runs on the same photographs: views are then made a batch at a time on the device.
+    It is for many runs on the same photographs, because the views are then made on the device, by
+    whole batches.
 
     Args:
-        size: side of the squares: the middle of each image, the shorter side scaled to it.
+        size: side in pixels of the square from the middle of each image, which is kept. The shorter
+            side of the image is scaled to it.
 
     Raises:
-        DataError: nothing is there, or it is not what was expected.
+        DataError: the data is missing or is not what was expected.
     """
     parts = [_decoded(folder, size) for folder in _parts(root)]
     _check_classes(root, *(classes for _, _, classes in parts))
@@ -178,7 +182,7 @@ def in_memory(
 
 
 def _digits(device: torch.device, local_views: int) -> tuple[Split, Split]:
-    """1797 handwritten digits of 8 x 8 pixels; 500, always the same, are for testing."""
+    """1797 handwritten digits of 8 x 8 pixels, of which 500, always the same, are for testing."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -216,7 +220,7 @@ def _cifar10(root: Path, device: torch.device, local_views: int) -> tuple[Split,
 
 
 def _downloaded(root: Path, train: bool) -> tuple[Tensor, Tensor, list[str]]:
-    """CIFAR-10 as torchvision keeps it."""
+    """Images, labels and classes of CIFAR-10, from torchvision's download."""
     try:
         files = CIFAR10(str(root), train=train)
     except RuntimeError as error:
@@ -226,14 +230,17 @@ def _downloaded(root: Path, train: bool) -> tuple[Tensor, Tensor, list[str]]:
 
 
 def _decoded(folder: Path, size: int | None = None) -> tuple[Tensor, Tensor, list[str]]:
-    """All images below folder/<class>/, of that size or, with None, of one size as they are."""
+    """Images, labels and classes of all files below folder/<class>/.
+
+    Images are cropped to size x size. With None they stay as they are, and must all have one size.
+    """
     try:
         listed = ImageFolder(str(folder))
         with ThreadPoolExecutor() as pool:
             paths = (path for path, _ in listed.samples)
             images = list(pool.map(partial(_decode, size=size), paths))
         return torch.stack(images), torch.tensor(listed.targets), listed.classes
-    except (FileNotFoundError, RuntimeError) as error:  # no images; sizes that do not stack
+    except (FileNotFoundError, RuntimeError) as error:  # no images, or images of several sizes
         raise DataError(f"{folder}: {error}") from None
 
 
@@ -257,7 +264,7 @@ def _folders(
 
 
 def _parts(root: Path) -> tuple[Path, Path]:
-    """The folders of the training and the test images."""
+    """The folders of the training and of the test images."""
     tests = [root / name for name in ("test", "val") if (root / name).is_dir()]
     if not (root / "train").is_dir() or not tests:
         raise DataError(
@@ -276,7 +283,7 @@ def _check_classes(root: Path, train: list[str], test: list[str]) -> None:
 
 
 class _Pictures(Dataset):
-    """For each image of an ImageFolder its result by each transform, and its label."""
+    """The images of an ImageFolder: the result of each transform, and then the label."""
 
     def __init__(self, folder: ImageFolder, transforms: list[nn.Module]) -> None:
         self._folder, self._transforms = folder, transforms
@@ -301,5 +308,5 @@ def _leave_ctrl_c_to_the_parent(worker: int) -> None:
 
 
 def _centre(images: Tensor) -> Tensor:
-    """[0, 1] to [-1, 1], and grey to the three channels that backbones want."""
+    """From [0, 1] to [-1, 1], and from grey to the three channels that backbones want."""
     return (images * 2 - 1).expand(-1, 3, -1, -1)

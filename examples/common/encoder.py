@@ -8,23 +8,23 @@ from common.vision import torchvision
 
 
 def backbone(name: str = "small", image_size: int = 32) -> tuple[nn.Module, int]:
-    """A network from images to features (B, width), untrained, and width.
+    """An untrained network from images (B, 3, H, W) to features (B, width), and width.
 
     Args:
-        name: "small", for 8 x 8 to 32 x 32 images on a CPU; "quick", for a study of many runs on
-            one; a model of torchvision ("resnet18", "resnet50"); or one of timm
+        name: "small", for images of 8 x 8 to 32 x 32 on a CPU; or "quick", for studies with many
+            runs on a CPU; or a model of torchvision ("resnet18", "resnet50"); or a model of timm
             ("timm:resnet10t").
         image_size: side of the images in pixels.
 
     Raises:
-        ValueError: no such model.
+        ValueError: there is no such model.
     """
     network, width = _network(name, image_size)
-    return network.to(memory_format=torch.channels_last), width  # convolutions are faster so
+    return network.to(memory_format=torch.channels_last), width  # faster for convolutions
 
 
 def projector(width: int, features: int) -> nn.Module:
-    """SimCLR's projection head: the loss sees its output, what is kept is the backbone."""
+    """SimCLR's projection head. The loss sees its output, and only the backbone is used later."""
     return nn.Sequential(
         nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, features)
     )
@@ -33,7 +33,7 @@ def projector(width: int, features: int) -> nn.Module:
 def _network(name: str, image_size: int) -> tuple[nn.Module, int]:
     if name == "small":
         return _convolutions((32, 1), (64, 2), (128, 2)), 128  # 0.1 million weights
-    if name == "quick":  # half the time of "small" with 0.2 million weights: no layer at full size
+    if name == "quick":  # 0.2 million; half the time of "small", as no layer has full size
         return _convolutions((24, 2), (48, 2), (96, 1), (192, 2)), 192
     if name.startswith("timm:"):
         return _timm(name.removeprefix("timm:"))
@@ -45,10 +45,10 @@ def _network(name: str, image_size: int) -> tuple[nn.Module, int]:
             "'timm:NAME'"
         ) from None
     if isinstance(model, torchvision.models.ResNet) and image_size <= 64:
-        # SimCLR's change for small images: the first two layers would reduce them by 4
+        # For small images SimCLR does without the first two layers' reduction by a factor of 4.
         model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         model.maxpool = nn.Identity()
-    # the classifier is the last linear layer, whatever the model calls it
+    # The classifier is the last linear layer. Its name differs from model to model.
     path, layer = [(p, m) for p, m in model.named_modules() if isinstance(m, nn.Linear)][-1]
     parent, _, child = path.rpartition(".")
     setattr(model.get_submodule(parent), child, nn.Identity())
@@ -68,7 +68,7 @@ def _timm(name: str) -> tuple[nn.Module, int]:
 
 
 def _convolutions(*layers: tuple[int, int]) -> nn.Module:
-    """3 x 3 convolutions of so many (channels, stride), and the mean over positions."""
+    """3 x 3 convolutions with (channels, stride) each, then the mean over positions."""
     modules: list[nn.Module] = []
     channels_in = 3
     for channels, stride in layers:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How good frozen features are: nearest neighbours and linear probes, by scikit-learn."""
+"""Measures how good frozen features are: nearest neighbours and linear probes, by scikit-learn."""
 
 from itertools import islice
 
@@ -16,15 +16,15 @@ Features = tuple[np.ndarray, np.ndarray]  # (N, D) float32, (N,) labels
 
 
 class Diverged(Exception):
-    """A training has come to numbers that are not finite; the text is for the user."""
+    """A training has reached numbers that are not finite. The text is meant for the user."""
 
 
 @torch.no_grad()
 def features(network: nn.Module, split: Split, batches: int | None = None) -> Features:
-    """What the network, in evaluation mode, makes of the images of a split, and their labels.
+    """The network's output, in evaluation mode, for the images of a split, and their labels.
 
     Args:
-        batches: of images, the first ones only; None: all.
+        batches: how many batches of images to take, from the first on. None takes all.
 
     Raises:
         Diverged: not all features are finite.
@@ -39,9 +39,9 @@ def features(network: nn.Module, split: Split, batches: int | None = None) -> Fe
 
 
 def knn_predictions(train: Features, x: np.ndarray, neighbours: int = 20) -> np.ndarray:
-    """The votes of the 20 nearest training rows, by cosine, for each row of x.
+    """The class that the nearest training rows, by cosine, vote for, for each row of x.
 
-    Labels may be (N, k), k labelings of the same rows: the votes are so too.
+    Labels may also be (N, k), which are k labelings of the same rows. The result is then (rows, k).
     """
     train_x, train_y = train
     voters = KNeighborsClassifier(min(neighbours, len(train_y)), weights="distance")
@@ -49,18 +49,18 @@ def knn_predictions(train: Features, x: np.ndarray, neighbours: int = 20) -> np.
 
 
 def knn_accuracy(train: Features, test: Features, neighbours: int = 20) -> float:
-    """Share of test images whose 20 nearest training images, by cosine, vote for their class."""
+    """The share of test images whose nearest training images, by cosine, vote for their class."""
     return float(np.mean(knn_predictions(train, test[0], neighbours) == test[1]))
 
 
 def linear_predictions(
     train: Features, x: np.ndarray, per_class: int | None = None, draws: int = 10
 ) -> np.ndarray:
-    """The classes that logistic regression gives the rows of x, (1 or draws, N).
+    """The classes that logistic regression gives the rows of x, (draws, N), or (1, N) with None.
 
     Args:
-        per_class: labelled training images a class; None: all.
-        draws: with per_class, the number of random choices of them, always the same.
+        per_class: how many labelled training images each class has. None takes all.
+        draws: how many random choices of these images are made, which are always the same.
     """
     train_x, train_y = train
     scale = StandardScaler().fit(train_x)
@@ -75,12 +75,12 @@ def linear_predictions(
 def linear_probe(
     train: Features, test: Features, per_class: int | None = None, draws: int = 10
 ) -> float:
-    """Accuracy of logistic regression on the features, in [0, 1]; `linear_predictions` has more."""
+    """Accuracy, in [0, 1], of logistic regression on the features. See `linear_predictions`."""
     return float(np.mean(linear_predictions(train, test[0], per_class, draws) == test[1]))
 
 
 def scores(train: Features, test: Features) -> list[float]:
-    """Accuracy of nearest neighbours, and of linear probes with 1, 5 and all labels a class."""
+    """Accuracy of nearest neighbours and of linear probes with 1, 5 and all labels per class."""
     probes = [linear_probe(train, test, per_class) for per_class in (1, 5, None)]
     return [knn_accuracy(train, test), *probes]
 

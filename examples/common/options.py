@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command line that the method scripts share, and what it makes: device, threshold, folder."""
+"""The command line of the method scripts, and the device, threshold and folder that it names."""
 
 import argparse
 import math
@@ -11,8 +11,8 @@ import torch
 from common import data
 from hex import ThresholdTracker
 
-RULES = ("adaptive", 0), ("fixed", 1), ("step", 3), ("cosine", 2)  # and how many numbers each has
-NAMED = {-1: "cosine", 0: "cosine scaled by row"}
+RULES = ("adaptive", 0), ("fixed", 1), ("step", 3), ("cosine", 2)  # rule, how many numbers it has
+NAMED = {-1: "cosine", 0: "cosine scaled by row"}  # by the least value there is
 AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -26,16 +26,17 @@ def make_parser(
     """All options of a method script.
 
     Args:
-        script: its name, in that of a run's folder.
-        losses: what --loss base and --loss hex are for this method.
-        resumable: whether there are the options of `training.Run`, to stop and to resume.
-        defaults: of its own, for options that exist.
+        script: the script's name, which becomes part of the name of a run's folder.
+        description: what --help says first.
+        losses: what --loss base and --loss hex mean for this method.
+        resumable: whether a run can be stopped and resumed, as `training.Run` can.
+        defaults: the method's own defaults of options that all methods have.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument_group("data").add_argument
-    add("--data", choices=data.NAMES, default="digits", help="digits come with scikit-learn")
+    add("--data", choices=data.NAMES, default="digits", help="digits are part of scikit-learn")
     add("--root", help="folder of the images: CIFAR-10, or train/<class>/ and test/<class>/")
     add(
         "--image-size",
@@ -43,29 +44,48 @@ def make_parser(
         default=224,
         help="side of a view in pixels, for --data folder",
     )
-    add("--workers", type=natural, default=0, help="processes that read images, for --data folder")
+    add(
+        "--workers",
+        type=natural,
+        default=0,
+        help="how many processes read images, for --data folder",
+    )
 
     add = parser.add_argument_group("loss").add_argument
     text = "; ".join(f"{name}: {what}" for name, what in losses.items())
     add("--loss", choices=tuple(losses), default="hex", help=text)
-    add("--temperature", type=above_zero, default=0.1, help="of HEX or InfoNCE")
-    add("--variant", choices=("paper", "released"), default="paper", help="of HEX")
+    add("--temperature", type=above_zero, default=0.1, help="of HEX or of InfoNCE")
+    add("--variant", choices=("paper", "released"), default="paper", help="form of HEX")
     add(
         "--threshold",
         default="adaptive",
         help="adaptive, a cosine such as 0.7, step:START,DROP,EVERY or cosine:START,END",
     )
-    add("--quantile", type=fraction, default=0.99, help="of a row's cosines, for adaptive")
-    add("--over", choices=("all", "negatives"), default="negatives", help="the row for adaptive")
-    add("--warmup", type=natural, default=0, help="epochs with H empty before adaptive")
-    add("--normalize-rows", action="store_true", help="scale each row to [0, 1], for the others")
+    add(
+        "--quantile",
+        type=fraction,
+        default=0.99,
+        help="quantile of each row's cosines, for adaptive",
+    )
+    add(
+        "--over",
+        choices=("all", "negatives"),
+        default="negatives",
+        help="cosines of which adaptive takes the quantile",
+    )
+    add("--warmup", type=natural, default=0, help="epochs with H empty, before adaptive")
+    add(
+        "--normalize-rows",
+        action="store_true",
+        help="scale each row to [0, 1], for the other thresholds",
+    )
 
     add = parser.add_argument_group("training").add_argument
     add("--backbone", default="small", help="small, a model of torchvision, or timm:NAME")
-    add("--features", type=positive, default=128, help="of the projection")
+    add("--features", type=positive, default=128, help="size of the projection")
     add("--epochs", type=positive, default=40)
     add("--batch-size", type=positive, default=256, help="images; the loss sees two views of each")
-    add("--lr", type=above_zero, default=3e-3, help="greatest learning rate, of AdamW")
+    add("--lr", type=above_zero, default=3e-3, help="greatest learning rate of AdamW")
     add("--amp", choices=AMP, default="off", help="mixed precision")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=natural, default=0)
@@ -73,13 +93,23 @@ def make_parser(
     add = parser.add_argument_group("run").add_argument
     add("--out", help="the run's folder; by default runs/ and a name with the time")
     if resumable:
-        add("--resume", type=Path, metavar="RUN", help="go on with a run: its folder or checkpoint")
-        add("--stop-after", type=positive, metavar="EPOCHS", help="leave the rest for --resume")
+        add(
+            "--resume",
+            type=Path,
+            metavar="RUN",
+            help="continue a run, given by its folder or checkpoint",
+        )
+        add(
+            "--stop-after",
+            type=positive,
+            metavar="EPOCHS",
+            help="stop after so many, for --resume to continue",
+        )
         add(
             "--knn-every",
             type=natural,
             default=10,
-            help="epochs between k-NN tests; 0: only at the end",
+            help="epochs from one k-NN test to the next; 0: only at the end",
         )
     parser.set_defaults(script=script, **defaults)
     return parser
@@ -109,7 +139,7 @@ def parse_threshold(text: str) -> tuple[str, list[float]]:
     """The rule in --threshold, and its numbers.
 
     Raises:
-        ValueError: it is none of them, or has not its numbers.
+        ValueError: the rule is unknown, or does not have its numbers.
     """
     rule, colon, rest = text.partition(":")
     if not colon and rule != "adaptive":
@@ -129,23 +159,23 @@ def parse_threshold(text: str) -> tuple[str, list[float]]:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuses a threshold that would train another loss than HEX, and nobody told.
+    """Refuses a threshold with which a run would silently train another loss than HEX.
 
     Raises:
-        ValueError: it is no cosine in some epoch, or H is empty, or all there is, in all of them;
-            or an option is of another threshold.
+        ValueError: the threshold is no cosine in some epoch; or H would be empty, or hold all
+            negatives, in every epoch; or there is an option that belongs to another threshold.
     """
     rule, numbers = parse_threshold(options.threshold)
     if rule == "adaptive":
         if options.normalize_rows:
             raise ValueError(
-                "--normalize-rows: got it with an adaptive threshold, which is among the row's own "
-                "cosines; wanted it with a fixed one, step or cosine"
+                "--normalize-rows: got it with an adaptive threshold, which needs no scaling; "
+                "wanted it with a fixed one, step or cosine"
             )
         if options.warmup >= options.epochs:
             raise ValueError(
                 f"--warmup: got {options.warmup} of {options.epochs} epochs, wanted fewer; H would "
-                "be empty in all of them, and HEX be InfoNCE"
+                "be empty in all of them, and HEX would be InfoNCE"
             )
         return
     if options.warmup:
@@ -157,7 +187,7 @@ def check(options: argparse.Namespace) -> None:
         start, drop, every = numbers
         numbers = [start, start - drop * ((options.epochs - 1) // every)]
     got = f"--threshold: got {options.threshold!r}"
-    least = 0 if options.normalize_rows else -1  # of what it is compared with; the greatest is 1
+    least = 0 if options.normalize_rows else -1  # the cosines are in [least, 1]
     if not all(least <= t <= 1 for t in numbers):
         among = f", {min(numbers):g} to {max(numbers):g}" if len(numbers) > 1 else ""
         raise ValueError(f"{got}{among}, wanted a {NAMED[least]}, from {least} to 1")
@@ -180,10 +210,10 @@ def check_device(name: str) -> torch.device:
 
 
 def make_folder(options: argparse.Namespace) -> Path:
-    """The run's folder, made.
+    """Makes the folder of a run.
 
     Raises:
-        ValueError: it has a run already, which is not written over.
+        ValueError: there is a run in it already, which must not be overwritten.
     """
     if options.out is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")

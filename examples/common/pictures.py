@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Pictures of what the HEX loss does, by matplotlib: from plain arrays to PNG files.
+"""Draws what the HEX loss does: plain arrays become PNG files, by matplotlib.
 
-Colours are Okabe and Ito's, which colour-blind people can tell apart.
+The colours are those of Okabe and Ito, which colour-blind people can tell apart.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
-SAME, OTHER = BLUE, ORANGE  # neighbours that show the anchor's class, and those that do not
+SAME, OTHER = BLUE, ORANGE  # neighbours of the anchor's class, and of other classes
 
 plt.rcParams.update({
     "font.size": 11, "axes.titlesize": 12, "axes.titlelocation": "left",
@@ -25,17 +25,17 @@ plt.rcParams.update({
 
 @dataclass
 class Batch:
-    """One batch of two views an image, as the loss saw it after `epoch` epochs."""
+    """One batch, with two views of each image, as the loss saw it after `epoch` epochs."""
 
     epoch: int
-    views: np.ndarray  # (2B, side, side), in [-1, 1]; rows i and i + B are of one image
+    views: np.ndarray  # (2B, side, side), in [-1, 1]; i and i + B are views of one image
     labels: np.ndarray  # (2B,)
     cosines: np.ndarray  # (2B, 2B)
     eps: float
 
     @property
     def negatives(self) -> np.ndarray:
-        """(2B, 2B): all pairs but an anchor with itself and with its positive."""
+        """(2B, 2B): all pairs, except those of an anchor with itself and with its positive."""
         n = len(self.labels)
         index = np.arange(n)
         return (index[:, None] - index) % (n // 2) != 0
@@ -47,19 +47,19 @@ class Batch:
 
     @property
     def same(self) -> np.ndarray:
-        """(2B, 2B): whether j shows the class of i."""
+        """(2B, 2B): whether j is of the class of i."""
         return self.labels[:, None] == self.labels
 
     @property
     def purity(self) -> float:
-        """Share of the neighbours, all H(i) together, that show their anchor's class."""
+        """The share of the members of all H(i) that are of the class of their anchor."""
         return float(self.same[self.hard].mean()) if self.hard.any() else float("nan")
 
 
 def threshold(
     path: Path, eps: np.ndarray, hard: np.ndarray, steps: int, batches: list[Batch]
 ) -> None:
-    """eps and mean |H| of every step, and how much of H(i) is of one class, over the epochs."""
+    """Draws over the epochs: eps and mean |H| at every step, and the share of H(i) of i's class."""
     epochs = np.arange(1, len(eps) + 1) / steps
     figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(7.5, 7.5), sharex=True)
     peak = int(eps.argmax())
@@ -89,7 +89,7 @@ def threshold(
 
 
 def cosines(path: Path, batches: list[Batch]) -> None:
-    """Histograms of the negatives' cosines, by class, with the threshold, epoch by epoch."""
+    """Draws histograms of the negatives' cosines by class, with the threshold, for each batch."""
     figure, axes = plt.subplots(
         len(batches), 1, figsize=(7.5, 2.9 * len(batches)), sharex=True, sharey=True
     )
@@ -121,7 +121,7 @@ def cosines(path: Path, batches: list[Batch]) -> None:
 
 
 def neighbours(path: Path, batch: Batch, anchors: list[int], most: int = 6) -> None:
-    """For each anchor its positive and the images in H(i), nearest first, with their cosines."""
+    """Draws for each anchor its positive and the nearest `most` images in H(i), with cosines."""
     size = 1.1 * (most + 2) + 0.3, 1.45 * len(anchors) + 0.8
     figure, axes = plt.subplots(len(anchors), most + 2, figsize=size)
     n = len(batch.labels)
@@ -161,11 +161,11 @@ def neighbours(path: Path, batch: Batch, anchors: list[int], most: int = 6) -> N
 
 
 def maps(path: Path, panels: list[tuple[str, np.ndarray, np.ndarray]]) -> None:
-    """Embeddings in the plane side by side: (title, (N, 2) points, (N,) labels) for each."""
+    """Draws embeddings in the plane side by side: (title, (N, 2) points, (N,) labels) for each."""
     figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 6))
     colours = plt.get_cmap("tab10").colors
     for axis, (title, points, labels) in zip(axes, panels, strict=True):
-        for c in np.unique(labels):  # the digit itself is the marker: colour is only a help
+        for c in np.unique(labels):  # the digit itself is the marker, so no one needs the colour
             axis.scatter(
                 *points[labels == c].T, marker=f"${c}$", s=42, color=colours[c % 10], linewidths=0
             )

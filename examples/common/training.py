@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""What happens around a method: the loop, checkpoints, TensorBoard's log, evaluation, the result.
+"""What all methods share: the loop, checkpoints, TensorBoard's log, evaluation and the result.
 
-A script defines a `Method` and hands it to `main`. A run's folder holds `last.pt`, the checkpoint
-of its last whole epoch, TensorBoard's log and, once it is over, `result.json`. On the CPU a resumed
-run ends with the very bits of one that was never stopped.
+A script defines a `Method` and passes it to `main`. The folder of a run holds `last.pt`, which is
+the checkpoint of its last complete epoch, TensorBoard's log and, when the run is over,
+`result.json`. On the CPU, a run that was stopped and resumed ends with the same bits as one that
+was never stopped.
 """
 
 import argparse
@@ -31,62 +32,66 @@ from common.evaluate import Diverged
 from common.options import AMP, check, check_device, make_folder, make_parser
 from hex import ThresholdTracker
 
-ONE_CALL = "resume", "stop_after"  # options that a resumed run does not inherit
+ONE_CALL = "resume", "stop_after"  # options that a resumed run does not take over
 console = Console(highlight=False)
 
 
 class Method(nn.Module):
-    """A self-supervised method: its networks, the loss of a batch, what follows a step.
+    """A self-supervised method: its networks, the loss of a batch, and what follows a step.
 
-    All its state is in modules and buffers: then the checkpoint has it.
+    A subclass must keep all state in modules and buffers, so that the checkpoint has it.
 
     Args:
         options: the command line.
-        images: those to train on.
+        images: the images to train on.
 
     Raises:
-        ValueError: an option cannot be; the text is for the user.
+        ValueError: an option has an impossible value. The text is meant for the user.
     """
 
     losses: ClassVar[dict[str, str]]  # what --loss base and --loss hex are, in a few words
-    supervised: ClassVar[bool] = False  # whether forward gets the labels, last
-    local_views: ClassVar[int] = 0  # small crops, besides the two views
+    supervised: ClassVar[bool] = False  # whether the last argument of forward is the labels
+    local_views: ClassVar[int] = 0  # how many small crops there are besides the two views
 
     def __init__(self, options: argparse.Namespace, images: data.Split) -> None:
         super().__init__()
         self.backbone, self.width = encoder.backbone(options.backbone, images.size)
-        self.criterion: nn.Module | None = None  # has set_epoch and last: HEXLoss, InfoNCELoss
+        self.criterion: nn.Module | None = None  # a loss of hex, with set_epoch and last
 
     @classmethod
     def add_options(cls, add: Callable[..., object]) -> None:
-        """The method's own options; `add` is argparse's add_argument."""
+        """Adds the method's own options. `add` is argparse's add_argument."""
 
     def forward(self, *views: Tensor) -> Tensor:
-        """The loss of a batch, from views (B, 3, size, size) in [-1, 1]."""
+        """The loss of a batch, 0-d, from views (B, 3, size, size) in [-1, 1]."""
         raise NotImplementedError
 
     def set_epoch(self, epoch: int) -> None:
-        """Says that an epoch, counted from 0, begins."""
+        """Called when an epoch, counted from 0, begins."""
         if self.criterion is not None:
             self.criterion.set_epoch(epoch)
 
     def after_step(self, step: int, steps: int) -> None:
-        """Called after step number `step`, from 1 to `steps`, of the optimizer."""
+        """Called after each step of the optimizer; `step` counts from 1 to `steps`."""
 
 
 def main(method: type[Method], arguments: list[str] | None = None, **defaults: object) -> int:
-    """A script; its exit status: 2 for what the user must mend, 1 for a training that diverged,
-    130 after Ctrl-C.
+    """Runs a script.
 
     Args:
-        defaults: the method's, for options that all have.
+        arguments: the command line, by default that of the process.
+        defaults: the method's own defaults of options that all methods have.
+
+    Returns:
+        The exit status: 0, or 2 for an error that the user can correct, 1 for a training that
+        diverged, 130 after Ctrl-C.
     """
     script = Path(sys.modules[method.__module__].__file__).stem
     run = None
     try:
         try:
             run = Run(method, *parse(method, script, arguments, defaults))
-        except ValueError as error:  # once training goes on, one is an error of the program
+        except ValueError as error:  # a ValueError in training is a fault of the program
             raise UsageError(error) from None
         run.train()
     except (UsageError, data.DataError, checkpoint.CheckpointError) as error:
@@ -104,19 +109,19 @@ def main(method: type[Method], arguments: list[str] | None = None, **defaults: o
 
 
 class UsageError(Exception):
-    """An option has a value that cannot be; the text is for the user."""
+    """An option has an impossible value. The text is meant for the user."""
 
 
 class Run:
-    """A training run: all that its options ask for, and its folder.
+    """A training run: everything that its options ask for, and its folder.
 
     Args:
-        method: the class.
+        method: the class of the method.
         options: the command line.
-        state: None, or the checkpoint to go on from.
+        state: None, or the checkpoint to continue from.
 
     Raises:
-        DataError, CheckpointError, ValueError: before anything is trained; the text is for the
+        DataError, CheckpointError, ValueError: the run cannot begin. The text is meant for the
             user.
     """
 
@@ -135,7 +140,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(trained, options.lr, weight_decay=1e-4)
         self.scheduler = schedule(self.optimizer, self.steps, options.epochs)
         self.scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
-        self.first = 0  # epoch
+        self.first = 0  # the epoch to begin with; self.last is the one after the end
         if state is not None:
             checkpoint.restore(state, self.parts)
             self.first = state["values"]["epoch"]
@@ -148,7 +153,7 @@ class Run:
 
     @property
     def parts(self) -> dict:
-        """All that has a state."""
+        """Everything that has a state, by name."""
         names = "model", "optimizer", "scheduler", "scaler"
         return {name: getattr(self, name) for name in names}
 
@@ -165,17 +170,17 @@ class Run:
             soft_wrap=True,
         )
         start = time.perf_counter()
-        # TensorBoard drops what it has of steps that are taken again
+        # TensorBoard drops its entries for steps that are repeated.
         log = SummaryWriter(str(self.folder), purge_step=self.first * self.steps)
         with ctrl_c_held_back() as let_ctrl_c, log:
             log.add_text("options", repr(vars(options)))
             for epoch in range(self.first, self.last):
                 line = self.epoch(epoch, log, let_ctrl_c)
                 self.save(epoch + 1)
-                console.print(line)  # what is printed is saved
+                console.print(line)  # an epoch is printed only after it is saved
                 let_ctrl_c()
         if self.last == options.epochs:
-            whole = self.first == 0  # the seconds of a part tell nothing
+            whole = self.first == 0  # the seconds of a part of a run mean nothing
             seconds = time.perf_counter() - start if whole else None
             with console.status("evaluating"):
                 scores = evaluate.scores(*self.features())
@@ -187,13 +192,13 @@ class Run:
         )
 
     def epoch(self, epoch: int, log: SummaryWriter, let_ctrl_c: Callable[[], None]) -> str:
-        """Trains for an epoch, counted from 0, logs it, and tells of it in a line."""
+        """Trains for one epoch, counted from 0, and logs it. Returns a line about it."""
         start = time.perf_counter()
         log.add_scalar("train/lr", self.scheduler.get_last_lr()[0], epoch * self.steps)
         self.model.set_epoch(epoch)
         criterion = self.model.criterion
-        names = "loss", "eps", "hard", "share"  # the last three only if there is a criterion
-        rows = []  # of each step; read when the epoch is over
+        names = "loss", "eps", "hard", "share"  # without a criterion there is the loss alone
+        rows = []  # one for each step, read when the epoch is over, so that no step waits
         losses = train_epoch(
             self.model,
             self.images.batches(self.options.batch_size),
@@ -227,7 +232,7 @@ class Run:
         return line
 
     def features(self) -> tuple[evaluate.Features, evaluate.Features]:
-        """Training and test: the backbone's output, without the projection."""
+        """The backbone's output, without the projection, for training and test images."""
         backbone = self.model.backbone
         return evaluate.features(backbone, self.images), evaluate.features(backbone, self.test)
 
@@ -246,7 +251,7 @@ def load(options: argparse.Namespace, local_views: int = 0) -> tuple[data.Split,
     """The images to train on and those to test with.
 
     Raises:
-        DataError, ValueError: the text is for the user.
+        DataError, ValueError: they cannot be had. The text is meant for the user.
     """
     with console.status("reading the images"):
         images, test = data.load(
@@ -271,10 +276,11 @@ def train_epoch(
     steps: int,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[Tensor]:
-    """One epoch, a step at a time; gives the loss of each step, detached.
+    """Trains for one epoch, one step for each item that is taken; an item is the detached loss.
 
     Args:
-        steps: of all epochs.
+        steps: the number of steps in all epochs together, for `after_step`.
+        dtype: of autocast; float32 turns it off.
     """
     method.train()
     for views, labels in batches:
@@ -297,23 +303,25 @@ def check_finite(
     images: data.Split,
     scaled: bool = False,
 ) -> None:
-    """Looks, when an epoch is over, at all that the next one or a checkpoint would start from.
+    """Checks, after an epoch, everything from which the next epoch or a resumed run would start.
 
     Args:
-        model: has a `backbone`. epoch: counted from 0. losses: of the epoch's steps.
-        images: some of them are tried on the backbone.
-        scaled: by a GradScaler, which leaves out a step whose gradient is not finite: then a loss
-            that is not does no harm.
+        model: has a `backbone`.
+        epoch: counted from 0.
+        losses: those of the epoch's steps.
+        images: one batch of these is passed through the backbone.
+        scaled: whether a GradScaler is in use. It leaves out steps whose gradient is not finite, so
+            that a loss that is not finite does no harm.
 
     Raises:
-        Diverged: something there is not finite.
+        Diverged: something is not finite.
     """
     for step, loss in enumerate(losses, 1):
         if not (math.isfinite(loss) or scaled):
             raise Diverged(f"the loss of step {step} of epoch {epoch + 1} is {loss}")
     state = [x for of in optimizer.state.values() for x in of.values() if isinstance(x, Tensor)]
     for module in model.modules():
-        if not isinstance(module, ThresholdTracker):  # whose eps may be infinite
+        if not isinstance(module, ThresholdTracker):  # its eps may be infinite
             state += module.parameters(recurse=False)
             state += module.buffers(recurse=False)
     if not all(x.isfinite().all() for x in state):
@@ -324,7 +332,7 @@ def check_finite(
 def schedule(
     optimizer: torch.optim.Optimizer, steps: int, epochs: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning rate: up over the first twentieth, then a half cosine down to 0."""
+    """The learning rate: it rises over the first twentieth, then falls by a half cosine to 0."""
     total = steps * epochs
     rise = max(1, total // 20)
 
@@ -345,7 +353,7 @@ def table_of(scores: list[float], test_images: int) -> Table:
 
 
 def objective(method: type, options: argparse.Namespace) -> str:
-    """What --loss is for this method, with the number that alpha is."""
+    """What --loss means for this method, in words and with the value of alpha."""
     text = method.losses[options.loss]
     if (alpha := getattr(options, "alpha", None)) is not None:
         text = text.replace("(1 - alpha)", f"{1 - alpha:g}").replace("alpha", f"{alpha:g}")
@@ -359,7 +367,7 @@ def write_result(
     scores: list[float],
     seconds: float | None,
 ) -> None:
-    """result.json: what ran, and what its features are worth; compare.py makes a table of many."""
+    """Writes result.json: the options, and the accuracy of the features. compare.py reads it."""
     result: dict[str, Any] = {"method": method.__name__, "objective": objective(method, options)}
     result |= zip(("knn", "linear_1", "linear_5", "linear"), scores, strict=True)
     result["seconds"] = seconds
@@ -369,10 +377,10 @@ def write_result(
 
 @contextmanager
 def ctrl_c_held_back() -> Iterator[Callable[[], None]]:
-    """Gives a function; Ctrl-C stops the program when it is called next.
+    """Holds Ctrl-C back until the function that it yields is called.
 
-    At another moment it might leave a lock of TensorBoard's taken, and closing the log would wait
-    for ever. A second Ctrl-C is not held back.
+    At another moment the interrupt might leave a lock of TensorBoard taken, and closing the log
+    would then wait for ever. A second Ctrl-C is not held back.
     """
     pressed = False
 
@@ -394,7 +402,7 @@ def ctrl_c_held_back() -> Iterator[Callable[[], None]]:
 
 def progress() -> Progress:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    quiet = not console.is_terminal  # a log file wants lines only
+    quiet = not console.is_terminal  # bars would fill a log file
     return Progress(*columns, console=console, transient=True, disable=quiet)
 
 
@@ -408,7 +416,7 @@ def parser_of(method: type[Method], script: str, **defaults: object) -> argparse
 def parse(
     method: type[Method], script: str, arguments: list[str] | None, defaults: dict[str, object]
 ) -> tuple[argparse.Namespace, dict | None]:
-    """The options, and the checkpoint to go on from, if any."""
+    """The options, and the checkpoint to continue from, or None."""
     parser = parser_of(method, script, **defaults)
     options = parser.parse_args(arguments)
     if options.resume is None:
@@ -419,11 +427,11 @@ def parse(
     saved = state["values"]["options"]
     if saved.get("script") != script:
         raise checkpoint.CheckpointError(f"{file}: wanted a run of {script}.py")
-    # what the command line does not say is as it was when the run began
+    # Options that are not on the command line are as they were when the run began.
     parser.set_defaults(**saved)
     options = parser.parse_args(arguments)
     check(options)
-    for name in ("lr", "seed"):  # the checkpoint has what became of them
+    for name in ("lr", "seed"):  # the checkpoint's state follows from these
         if (wanted := getattr(options, name)) != saved[name]:
             raise ValueError(f"--{name}: got {wanted} with --resume, of a run with {saved[name]}")
     options.out = str(file.parent)

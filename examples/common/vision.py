@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""torchvision, also where its build and torch's do not match.
+"""Imports torchvision, even where its build does not match torch's.
 
-PyPI's torchvision is built for CUDA. Beside a torch built for the CPU its binary part cannot load,
-and then the very import fails, because it describes the operators `nms` and `qnms` of detection
-models to torch, which has not heard of them. Everything used here is Python over torch operators,
-so it is enough to declare the two before importing once more. Calling one would still fail.
+PyPI's torchvision is built for CUDA. Its binary part cannot load beside a torch that is built for
+the CPU. Then `import torchvision` fails, because it registers properties of the operators `nms` and
+`qnms` of detection models, which were never defined. The examples only use parts of torchvision
+that are written in Python, so it is enough to declare the two operators and to import again. (A
+call of one of them would still fail.)
 
-Every other failure is left as it is. Import from here: `from common.vision import torchvision, v2`.
+Every other failure is passed on. Import from here: `from common.vision import torchvision, v2`.
 """
 
 import importlib
 
 import torch
 
-_declared = []  # a library forgets its declarations when it is collected
+_declared = []  # keeps the library alive, without which its declarations would vanish
 
 
 def _import_torchvision():

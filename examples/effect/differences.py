@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""From rows to numbers: which rows are compared, means, standard errors, differences by seed."""
+"""From rows to numbers: which runs are compared, means, standard errors, differences by seed."""
 
 import math
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from statsmodels.stats.multitest import multipletests
 from effect.rows import Rows, RowsError, without_test
 from effect.table import MAIN, Study, chosen_temperatures
 
-SCORE = "score"  # what settings are ranked by: the mean of k-NN and linear probe
+SCORE = "score"  # settings are ranked by it: the mean of k-NN and linear probe
 MEASURES = {
     SCORE: "score",
     "knn": "k-NN",
@@ -23,13 +23,13 @@ MEASURES = {
     "super_knn": "superclass k-NN",
     "super_linear": "superclass linear",
 }
-ENOUGH = 3  # seeds: a spread of two says next to nothing
-Runs = dict[int, dict[str, Any]]  # by seed
+ENOUGH = 3  # seeds, because the spread of two says next to nothing
+Runs = dict[int, dict[str, Any]]  # rows, keyed by seed
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Of a measure of several seeds, or of its differences."""
+    """A measure, or its differences from a baseline, at several seeds."""
 
     values: tuple[float, ...]
 
@@ -43,12 +43,12 @@ class Summary:
 
     @cached_property
     def error(self) -> float | None:
-        """The standard error of the mean; None for one seed."""
+        """The standard error of the mean, or None for one seed."""
         return float(stats.sem(self.values)) if self.n > 1 else None
 
     @property
     def enough(self) -> bool:
-        """Whether its spread is worth looking at."""
+        """Whether there are enough seeds for a spread that means something."""
         return self.n >= ENOUGH
 
     @property
@@ -57,10 +57,10 @@ class Summary:
 
     @property
     def p(self) -> float:
-        """Of a mean of 0, by the two-sided t-test; 1 for one seed, of which nothing can be said."""
+        """The p-value of the two-sided t-test of a mean of 0. It is 1 for one seed."""
         if self.n == 1:
             return 1.0
-        if self.error == 0:  # all alike, which scipy warns of
+        if self.error == 0:  # all values are the same, and scipy would warn
             return float(self.mean == 0)
         return float(stats.ttest_1samp(self.values, 0).pvalue)
 
@@ -70,7 +70,7 @@ def summary(values: Iterable[float]) -> Summary:
 
 
 def score(row: dict[str, Any], measure: str, split: str = "test") -> float | None:
-    """In [0, 1]; None: the data has no superclasses."""
+    """A measure of a row, in [0, 1], or None if it needs superclasses and the data has none."""
     scores = row[split]
     if measure == SCORE:
         return (scores["knn"] + scores["linear"]) / 2
@@ -78,10 +78,10 @@ def score(row: dict[str, Any], measure: str, split: str = "test") -> float | Non
 
 
 def difference(runs: Runs, baseline: Runs, measure: str) -> Summary | None:
-    """Of the runs minus the baseline's of the same seed, over the seeds that both have.
+    """The differences from the baseline at the same seed, for all seeds that both have.
 
     Raises:
-        RowsError: two runs of a seed are no pair: other weights or other draws.
+        RowsError: two runs of a seed are no pair, as their first weights or their draws differ.
     """
     seeds = sorted(runs.keys() & baseline.keys())
     for seed in seeds:
@@ -94,18 +94,19 @@ def difference(runs: Runs, baseline: Runs, measure: str) -> Summary | None:
 
 
 def pooled_deviation(found: Iterable[Summary]) -> float:
-    """The standard deviation of a difference at one seed, taken as one for all losses."""
+    """The standard deviation of a difference at one seed, pooled over all losses."""
     spread = [(d.n - 1, d.error**2 * d.n) for d in found if d.error is not None]
     return math.sqrt(sum(k * v for k, v in spread) / sum(k for k, _ in spread))
 
 
 def holm(p: list[float]) -> list[float]:
-    """Holm's adjusted p-values: those below 0.05 hold together at that level (Holm 1979)."""
+    """Holm's adjusted p-values (Holm 1979). All that are below 0.05 hold together at that level."""
     return list(multipletests(p, method="holm")[1]) if p else []
 
 
 def compared(name: str, study: Study, rows: Rows, regime: str = MAIN) -> dict[str, Runs]:
-    """The runs of each loss at its chosen temperature, in the table's order; those there are."""
+    """The runs of each loss at its chosen temperature, in the order of the table. A loss without
+    runs is left out."""
     chosen = chosen_temperatures(name, study, without_test(rows))
     found: dict[str, Runs] = {}
     for loss in study.losses:

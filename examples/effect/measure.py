@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What is measured: accuracy of frozen features, and what the embedding looks like on the way.
+"""What is measured: the accuracy of frozen features, and properties of the embedding.
 
-Accuracies are in [0, 1]. The embedding is looked at in evaluation mode, on held-out training images
-in two views that are the same for all runs.
+Accuracies are in [0, 1]. The embedding is measured during training, in evaluation mode, on held-out
+training images in two views that are the same for all runs.
 """
 
 import math
@@ -16,14 +16,15 @@ from simclr import SimCLR
 from torch import Tensor
 from torch.nn import functional as F
 
-NEAR = 0.01  # share of a row's negatives that counts as near, for every loss alike
-LOOKED_AT = 2048  # images
+NEAR = 0.01  # the share of a row's negatives that count as near, whatever the loss
+LOOKED_AT = 2048  # so many images at most
 
 
 def effective_rank(rows: Tensor) -> float:
     """exp of the entropy of the centred rows' normalised singular values (Roy & Vetterli 2007).
 
-    From 1, all on a line, to the number of columns, the same spread in all directions.
+    It is between 1, for rows on a line, and the number of columns, for rows with the same spread in
+    all directions.
     """
     centred = (rows - rows.mean(0)).double()
     values = torch.linalg.eigvalsh(centred.T @ centred).clamp(min=0).sqrt()
@@ -35,23 +36,23 @@ def effective_rank(rows: Tensor) -> float:
 
 
 def rank_within(rows: Tensor, labels: Tensor) -> float:
-    """Mean over classes of the effective rank of the class: low is local collapse."""
+    """The effective rank of the rows of a class, averaged over the classes. Low: local collapse."""
     ranks = [effective_rank(rows[labels == c]) for c in labels.unique()]
     return sum(ranks) / len(ranks)
 
 
 def uniformity(z: Tensor) -> float:
-    """log of the mean over pairs of exp(-2 |x - y|^2), of unit rows (Wang & Isola 2020); <= 0."""
+    """log of the mean of exp(-2 |x - y|^2) over pairs of unit rows, <= 0 (Wang & Isola 2020)."""
     return float(torch.pdist(z).square().mul(-2).exp().mean().log())
 
 
 def alignment(z0: Tensor, z1: Tensor) -> float:
-    """Mean squared distance of the two views' unit rows (Wang & Isola 2020); >= 0."""
+    """The mean squared distance of the two views' unit rows, >= 0 (Wang & Isola 2020)."""
     return float((z0 - z1).square().sum(1).mean())
 
 
 class Neighbours:
-    """Whose are the pairs in H: sums over batches of pairs, and of those of one class."""
+    """Counts over batches of pairs: all of them, and those of one class or superclass."""
 
     def __init__(self) -> None:
         self.pairs = self.same_class = self.same_superclass = self.rows = 0.0
@@ -64,7 +65,7 @@ class Neighbours:
             self.same_superclass += float((chosen & same_superclass).sum())
 
     def shares(self, with_superclass: bool) -> dict[str, float | None]:
-        """Mean size, and the share that is of the anchor's class and superclass."""
+        """Pairs per anchor, and the shares of them of the anchor's class and superclass."""
         some = self.pairs > 0
         return {
             "size": self.pairs / self.rows,
@@ -74,15 +75,20 @@ class Neighbours:
 
 
 class Look:
-    """Held-out images in two fixed views, to look at an embedding with."""
+    """Measures an embedding on held-out images in two fixed views.
+
+    Args:
+        images: the held-out images.
+        superclasses: the superclass of each class, or None.
+        batch: how many images are in a batch, within which H is measured.
+    """
 
     def __init__(self, images: MemorySplit, superclasses: Tensor | None, batch: int) -> None:
-        """`superclasses` is that of each class; `batch`, images in the batches that have an H."""
         self.batch = min(batch, len(images))
         n = min(LOOKED_AT, len(images)) // self.batch * self.batch
         self.labels = images.labels[:n]
         self.superclasses = None if superclasses is None else superclasses[self.labels]
-        with torch.random.fork_rng(devices=[]):  # looking changes no view of the training
+        with torch.random.fork_rng(devices=[]):  # so that the views of training stay the same
             torch.manual_seed(0)
             self.views = [images.views(torch.arange(n)[part]) for part in self._batches(n)]
 
@@ -120,7 +126,8 @@ class Look:
         }
 
     def _pairs(self, model, z0, z1, part, own, near, any_pair) -> tuple[float, float]:
-        """Counts the pairs of a batch; its eps, and the cosine that only the nearest are above."""
+        """Counts the pairs of a batch. Returns its eps and the least cosine of near pairs, a mean
+        over anchors."""
 
         def same(labels: Tensor) -> Tensor:
             twice = labels[part].repeat(2).to(z0.device)
@@ -142,7 +149,7 @@ class Look:
 
 
 def own_threshold(criterion, z0: Tensor, z1: Tensor, cosines: Tensor) -> Tensor:
-    """The loss's eps for a batch, 0-d or a column; +inf where it has no H."""
+    """The eps of a loss for a batch, 0-d or (N, 1). It is +inf for a loss without a threshold."""
     tracker = criterion.threshold
     if tracker is None:
         return torch.full((), math.inf)
@@ -162,14 +169,17 @@ def accuracies(
     tests: dict[str, MemorySplit],
     superclasses: Tensor | None,
 ) -> dict[str, dict[str, float | None]]:
-    """For each of `tests`: k-NN, linear probe with all labels and with 1 %, superclasses."""
+    """For each of `tests` the accuracy of k-NN and of linear probes with all labels and with 1 %.
+
+    If there are superclasses, also that of k-NN and of the linear probe for these.
+    """
     train_x, train_y = evaluate.features(network, train)
     parts = {name: evaluate.features(network, split) for name, split in tests.items()}
     x = np.concatenate([part[0] for part in parts.values()])
     per_class = max(1, round(0.01 * len(train_y) / len(np.unique(train_y))))
     coarse = None if superclasses is None else superclasses.numpy()
     labelings = [train_y] if coarse is None else [train_y, coarse[train_y]]
-    # of all labelings in one search; scikit-learn wants a single one flat
+    # One search serves all labelings. scikit-learn wants a single one to be flat.
     votes = evaluate.knn_predictions((train_x, np.stack(labelings, 1).squeeze()), x)
     votes = votes.reshape(len(x), -1)
     guesses = {

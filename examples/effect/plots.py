@@ -18,7 +18,7 @@ COLOURS = {
 
 
 def draw(name: str, study: Study, rows: Rows, folder: Path) -> list[Path]:
-    """All pictures of a study, as files effect-NAME-*.png; those that the rows are enough for."""
+    """Draws the pictures of a study for which there are rows enough, as effect-NAME-*.png."""
     runs, families = compared(name, study, rows), {x.name: x.family for x in study.losses}
     everywhere = {regime: compared(name, study, rows, regime) for regime in (MAIN, *study.regimes)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,7 @@ def draw(name: str, study: Study, rows: Rows, folder: Path) -> list[Path]:
 
 
 def differences(runs: dict[str, Runs], families: dict[str, str]):
-    """A panel a measure: each loss minus InfoNCE, by seed, and two standard errors."""
+    """One panel for each measure: each loss minus InfoNCE, by seed, with two standard errors."""
     base = runs.get("infonce", {})
     losses = [
         x for x in runs if x != "infonce" and (d := difference(runs[x], base, SCORE)) and d.n > 1
@@ -59,7 +59,7 @@ def differences(runs: dict[str, Runs], families: dict[str, str]):
 
 
 def differences_of(panel, losses: list[str], runs: dict[str, Runs], measure: str, families):
-    """Each loss minus InfoNCE, a line a loss; those without runs keep their line."""
+    """Draws each loss minus InfoNCE, one line for each loss, even for a loss without runs."""
     base = runs["infonce"]
     places = np.arange(len(losses))[::-1]
     panel.axvline(0, color=GREY, linewidth=1)
@@ -84,8 +84,8 @@ def differences_of(panel, losses: list[str], runs: dict[str, Runs], measure: str
 
 
 def regimes(everywhere: dict[str, dict[str, Runs]], families: dict[str, str]):
-    """A panel a regime: the score of each loss minus InfoNCE's, of the losses that ran in more than
-    the main one."""
+    """One panel for each regime: the score of each loss minus InfoNCE's, for the losses that ran in
+    more regimes than the main one."""
     there = {name: runs for name, runs in everywhere.items() if len(runs.get("infonce", {})) > 1}
     losses = [
         x for x in families if x != "infonce"
@@ -108,7 +108,7 @@ def regimes(everywhere: dict[str, dict[str, Runs]], families: dict[str, str]):
 
 
 def threshold(runs: dict[str, Runs], families: dict[str, str]):
-    """eps of every epoch, a line a loss (mean of its seeds), and what share of rows is in H."""
+    """eps of every epoch, one line for each loss (the mean of its seeds)."""
     losses = [x for x in runs if families[x] in ("paper", "released")]
     if not losses:
         return None
@@ -130,7 +130,7 @@ def threshold(runs: dict[str, Runs], families: dict[str, str]):
 
 
 def groups(runs: dict[str, Runs], families: dict[str, str]):
-    """The nearest 1 % of negatives, over training: how many are of the class, the superclass."""
+    """The shares of the nearest 1 % of negatives of the anchor's class and superclass, by epoch."""
     shown = [x for x in ("infonce", "decoupled", "hcl") if x in runs]
     shown += [x for x in runs if x in ("paper q0.99", "paper q0.9", "released q0.99",
                                        "released q0.9")]  # fmt: skip
@@ -159,7 +159,7 @@ def groups(runs: dict[str, Runs], families: dict[str, str]):
 
 
 def geometry(runs: dict[str, Runs], families: dict[str, str]):
-    """At the end of training: rank within classes over rank of all, uniformity over alignment."""
+    """At the end of training: rank within classes against rank, uniformity against alignment."""
     if not runs:
         return None
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6))
@@ -186,13 +186,13 @@ def geometry(runs: dict[str, Runs], families: dict[str, str]):
 
 
 def named(loss: str, runs: Runs) -> str:
-    """For a legend: the loss, its temperature, and that it is one seed only if it is."""
+    """A legend's text: the loss, its temperature, and "one seed" if there is only one."""
     tau = next(iter(runs.values()))["temperature"]
     return f"{title(loss)}, tau {tau:g}" + (", one seed" if len(runs) == 1 else "")
 
 
 def curve(runs: Runs, of: str, value: Callable[[dict], float | None]) -> tuple[list, list]:
-    """Epochs, and the mean over seeds at each; NaN where there is none."""
+    """The epochs, and the mean over seeds at each of them, NaN where there is no value."""
     by_epoch: dict[int, list[float | None]] = {}
     for row in runs.values():
         for entry in row[of]:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The tables of docs/effect.md, drawn from the rows.
 
-A block of the document between `<!-- study NAME BLOCK -->` and `<!-- end -->` is what the function
-BLOCK here makes of the rows of study NAME. What people wrote stands outside the blocks.
+The document has blocks between `<!-- study NAME BLOCK -->` and `<!-- end -->`. The function BLOCK
+of this file makes the block from the rows of the study NAME. The text outside the blocks is written
+by people.
 """
 
 import math
@@ -36,7 +37,7 @@ TITLES = {
 
 
 def title(loss: str) -> str:
-    """A loss as people call it."""
+    """The name of a loss, for people."""
     words = {
         "paper": "HEX paper",
         "released": "HEX released",
@@ -47,10 +48,10 @@ def title(loss: str) -> str:
 
 
 def filled(text: str, studies: dict[str, Study], rows: Rows) -> str:
-    """The document with its blocks made anew.
+    """The document with new blocks.
 
     Raises:
-        ValueError: a block or a study is not known.
+        ValueError: a block or a study is unknown.
     """
 
     def fill(match: re.Match[str]) -> str:
@@ -78,7 +79,7 @@ def percent(value: float | None) -> str:
 
 
 def points(value: Summary | None, stars: str = "") -> str:
-    """A mean in points of percent, with its standard error."""
+    """A mean in percent, with its standard error."""
     if value is None:
         return ""
     error = "" if value.error is None else f" ± {100 * value.error:.1f}"
@@ -86,7 +87,7 @@ def points(value: Summary | None, stars: str = "") -> str:
 
 
 def signed(value: Summary | None) -> str:
-    """A difference in points; bold beyond two standard errors."""
+    """A difference in points of percent, in bold beyond two standard errors."""
     if value is None:
         return ""
     error = "" if value.error is None else f" ± {100 * value.error:.1f}"
@@ -100,13 +101,13 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 
 
 def measures_of(rows: Rows) -> dict[str, str]:
-    """Those that the data has."""
+    """The measures that the data has, with their titles."""
     row = next(iter(rows.values()))
     return {m: name for m, name in MEASURES.items() if score(row, m) is not None}
 
 
 def cost(name: str, study: Study, rows: Rows) -> str:
-    """How many runs, what they took, on what, from which code."""
+    """The number of runs, their cost, the machine, the code and the number of images."""
     seconds = [row["cost"]["cpu_all"] for row in rows.values() if row["loss"] != "untrained"]
     main = [
         row["cost"]["cpu_all"] for row in rows.values()
@@ -129,7 +130,7 @@ def cost(name: str, study: Study, rows: Rows) -> str:
 
 
 def chosen(name: str, study: Study, rows: Rows) -> str:
-    """Validation scores at the first seed, of every temperature."""
+    """Validation scores at the first seed, for every temperature."""
     taus = sorted({tau for loss in study.losses for tau in temperatures(study, loss)})
     lines = []
     for loss in study.losses:
@@ -153,7 +154,7 @@ def chosen(name: str, study: Study, rows: Rows) -> str:
 
 
 def main(name: str, study: Study, rows: Rows) -> str:
-    """Test accuracy of every loss: mean and standard error over its seeds."""
+    """Test accuracy of every loss, as mean and standard error over its seeds."""
     measures = measures_of(rows)
     del measures[SCORE]
     lines = []
@@ -168,7 +169,7 @@ def main(name: str, study: Study, rows: Rows) -> str:
 
 
 def against(baseline: str, all_runs: dict[str, Runs], measures: dict[str, str]) -> str:
-    """Differences from a baseline by seed, and p of the score where there are seeds enough."""
+    """Differences from a baseline at the same seed, and p of the score where there are enough."""
     lines, p = [], []
     for loss, runs in all_runs.items():
         if loss == baseline:
@@ -198,7 +199,7 @@ def decoupled(name: str, study: Study, rows: Rows) -> str:
 
 
 def regimes(name: str, study: Study, rows: Rows) -> str:
-    """In each regime that ran, differences from its InfoNCE."""
+    """Differences from InfoNCE in each regime that has runs."""
     parts = []
     for regime in study.regimes:
         runs = compared(name, study, rows, regime)
@@ -215,13 +216,13 @@ def regimes(name: str, study: Study, rows: Rows) -> str:
 
 
 def groups(name: str, study: Study, rows: Rows) -> str:
-    """The threshold and what is in H, from the first epoch to the last."""
+    """The threshold and the members of H, in the first epoch and in the last."""
     lines = []
     for loss, runs in compared(name, study, rows).items():
         ends = [(r["curves"][0]["eps"], r["curves"][-1]["eps"]) for r in runs.values()]
         if loss in BASELINES:
             continue
-        start = [r["looks"][1] for r in runs.values()]  # the first of a network that was trained
+        start = [r["looks"][1] for r in runs.values()]  # the first after some training
         last = [r["looks"][-1] for r in runs.values()]
         eps = [mean_of(x[i] for x in ends) for i in (0, 1)]
         cells = [
@@ -241,7 +242,7 @@ def groups(name: str, study: Study, rows: Rows) -> str:
 
 
 def geometry(name: str, study: Study, rows: Rows) -> str:
-    """The embedding at the end: the nearest 1 %, ranks, uniformity, alignment."""
+    """Properties of the embedding at the end: nearest 1 %, ranks, uniformity and alignment."""
     shown: dict[str, tuple[Callable[[dict], float | None], int]] = {
         "near, class %": (lambda x: scaled(x["near"]["class"]), 1),
         "near, superclass %": (lambda x: scaled(x["near"]["superclass"]), 1),
@@ -256,7 +257,7 @@ def geometry(name: str, study: Study, rows: Rows) -> str:
     runs = compared(name, study, rows)
     if all(x.get("near_cosine") is None for r in runs.get("infonce", {}).values()
            for x in r["looks"]):  # fmt: skip
-        del shown["near, cosine"]  # of rows from before it was measured, nothing to compare with
+        del shown["near, cosine"]  # older rows do not have it
     lines = []
     for loss, mine in runs.items():
         last = [r["looks"][-1] for r in mine.values()]
@@ -271,7 +272,7 @@ def scaled(value: float | None) -> float | None:
 
 
 def mean_of(values) -> float | None:
-    """Of those that are there."""
+    """The mean of the values that are not None, or None if there are none."""
     there = [x for x in values if x is not None]
     return fmean(there) if there else None
 
@@ -281,7 +282,7 @@ def number(value: float | None, digits: int) -> str:
 
 
 def verdict(name: str, study: Study, rows: Rows) -> str:
-    """What the differences of the score from InfoNCE add up to."""
+    """Which differences of the score from InfoNCE are larger than the noise."""
     runs = compared(name, study, rows)
     base = runs.get("infonce", {})
     every = {x: difference(mine, base, SCORE) for x, mine in runs.items() if x != "infonce"}
@@ -313,7 +314,7 @@ def verdict(name: str, study: Study, rows: Rows) -> str:
 
 
 def left(name: str, study: Study, rows: Rows) -> str:
-    """The runs of the table, so far as results decide it, that have no row."""
+    """The runs of the table, as far as results decide it so far, that have no row."""
     runs = plan(name, study, without_test(rows))
     missing: dict[str, dict[str, list[str]]] = {}
     for run in runs:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The results: JSON lines, a row a run, that several processes add to; and who works on which run.
+"""The file of results, one row of JSON for each run, and which process works on which run.
 
-A run is claimed by a lock on a file of its own, which the system lets go when the process ends,
-however it ends: nothing stale is left, and the next process repeats the run whole.
+Several processes may add rows at the same time. A process claims a run by a lock on a file of its
+own. The system releases the lock when the process ends, however it ends, so that no stale lock is
+left, and the next process repeats the run from its beginning.
 """
 
 import fcntl
@@ -19,14 +20,14 @@ Rows = dict[str, dict[str, Any]]
 
 
 class RowsError(Exception):
-    """The file is not what it should be; the text is for the user."""
+    """The file is not what it should be. The text is meant for the user."""
 
 
 def read(path: Path) -> Rows:
-    """The rows by key. A last line without its end, from a process that died, is left out.
+    """The rows, keyed by their "key". An incomplete last line, of a process that died, is ignored.
 
     Raises:
-        RowsError: a line is no row, or two rows have one key.
+        RowsError: a line is not a row, or two rows have the same key.
     """
     rows: Rows = {}
     if not path.exists():
@@ -46,19 +47,21 @@ def read(path: Path) -> Rows:
 
 
 def without_test(rows: Rows) -> Rows:
-    """The rows as what is chosen may see them."""
+    """The rows without test scores, by which nothing may be chosen."""
     return {key: {k: v for k, v in row.items() if k != "test"} for key, row in rows.items()}
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Adds a row, whole or not at all, also beside other processes."""
+    """Adds a complete row or nothing, even if other processes add theirs at the same time."""
     text = json.dumps(row, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)  # what a process that died had begun
+        file.truncate(
+            content.rfind(b"\n") + 1
+        )  # drops an incomplete last line, of a process that died
         file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
@@ -66,7 +69,8 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 @contextmanager
 def claim(path: Path, key: str) -> Iterator[bool]:
-    """Whether this process may do the run of that key; until the end of the block nobody else."""
+    """Yields whether this process may do the run with this key. Until the end of the block no other
+    process may."""
     name = hashlib.sha256(f"{path.resolve()}\n{key}".encode()).hexdigest()[:32]
     folder = Path(tempfile.gettempdir()) / f"hex-study-{os.getuid()}"
     folder.mkdir(exist_ok=True)

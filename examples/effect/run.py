@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""One run of the study: images, training, and the row that it leaves.
+"""One run of the study: its images, its training, and the row of its results.
 
-The seed decides the images trained on, the first weights, the batches and the views, and the losses
-draw nothing: so runs of one seed are pairs. Digests in the row prove it.
+The seed decides which images are trained on, the first weights, the batches and the views. The
+losses draw no random numbers, so runs of one seed are pairs. Digests in the rows prove it.
 """
 
 import hashlib
@@ -30,13 +30,17 @@ CIFAR10_SUPERCLASSES = HERE / "cifar10_superclasses.json"
 
 
 class Images:
-    """The data set in the device's memory, read once, and the splits of a run.
+    """The data set, read once into the device's memory, from which the splits of a run are made.
 
     Args:
-        superclasses: a JSON file, {class: superclass}; None: CIFAR-10's own, else none.
+        name, root: as in `data.load`.
+        device: where the images are kept.
+        size: side of the images in pixels, for "folder" only.
+        superclasses: a JSON file {class: superclass}. None means CIFAR-10's own for "cifar10", and
+            no superclasses for other data.
 
     Raises:
-        DataError: nothing is there, or it is not what was expected.
+        DataError: the data is missing or is not what was expected.
     """
 
     def __init__(
@@ -61,10 +65,10 @@ class Images:
     def splits(
         self, setup: Setup, seed: int
     ) -> tuple[data.MemorySplit, data.MemorySplit, data.MemorySplit]:
-        """Training (drawn by the seed), held-out and test images.
+        """The training images, drawn by the seed, the held-out images and the test images.
 
         Raises:
-            DataError: there are not so many, or no such classes.
+            DataError: there are not enough images, or a class does not exist.
         """
         labels = self.train.labels
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
@@ -96,10 +100,11 @@ class Images:
 
 
 def read_superclasses(path: Path, classes: list[str]) -> Tensor:
-    """The number of each class's superclass, from a JSON object {class: superclass}.
+    """The superclass of each class, as a number, from a JSON object {class: superclass}.
 
     Raises:
-        DataError: it is none, or does not name these very classes, or has one superclass only.
+        DataError: the file is no such object, does not name exactly these classes, or has only one
+            superclass.
     """
     try:
         named = json.loads(path.read_text())
@@ -120,10 +125,10 @@ def read_superclasses(path: Path, classes: list[str]) -> Tensor:
 
 
 def run(config: Config, images: Images, commit: str) -> dict[str, Any]:
-    """Trains and measures; the row. Warnings of the loss come through.
+    """Trains and measures, and returns the row of the results.
 
     Raises:
-        Diverged: in training; there is no row.
+        Diverged: training diverged, so there is no row.
     """
     wall, cpu = time.time(), time.process_time()
     setup, device = config.setup, images.device
@@ -132,7 +137,7 @@ def run(config: Config, images: Images, commit: str) -> dict[str, Any]:
     look = Look(held, images.superclasses, setup.batch)
 
     torch.manual_seed(config.seed)
-    # The default when the first rows were made, which a row does not name.
+    # over="all" was the default when the first rows were made, and rows do not name defaults.
     options = parser_of(SimCLR, "study", over="all").parse_args([])
     vars(options).update(description["options"], backbone=setup.backbone, epochs=setup.epochs)
     model = SimCLR(options, train).to(device)
@@ -172,7 +177,7 @@ def run(config: Config, images: Images, commit: str) -> dict[str, Any]:
 
 
 def _train(model: SimCLR, images: data.MemorySplit, setup: Setup):
-    """Trains; gives the means over each epoch's steps."""
+    """Trains, and yields for each epoch the means over its steps."""
     steps = len(images) // setup.batch
     optimizer = torch.optim.AdamW(model.parameters(), setup.lr, weight_decay=1e-4)
     scheduler = schedule(optimizer, steps, setup.epochs)
@@ -193,7 +198,7 @@ def _train(model: SimCLR, images: data.MemorySplit, setup: Setup):
 
 
 def digest(*tensors: Tensor) -> str:
-    """A short name for the very bits."""
+    """A short digest of the bits of some tensors."""
     whole = hashlib.sha256()
     for tensor in tensors:
         whole.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -201,7 +206,7 @@ def digest(*tensors: Tensor) -> str:
 
 
 def commit_here() -> str:
-    """The commit of these files, with a + if something in the checkout differs from it."""
+    """The commit of these files, followed by + if files of the checkout differ from it."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -216,6 +221,7 @@ def commit_here() -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
+    """What a run was made on, for its row."""
     name = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
@@ -231,7 +237,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def _rounded(value: Any) -> Any:
-    """Floats to six significant digits: accuracies keep every image, the file stays small."""
+    """Rounds floats to six significant digits, which keeps accuracies exact and the file small."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The declared table of the study: losses, sizes, regimes; and which runs come next.
+"""The declared table of the study: the losses, sizes and regimes, and which runs come next.
 
-What is compared is here and nowhere else. A run is a `Config`; `plan` puts all that can be known so
-far in order, the most telling first. Temperatures are chosen by validation scores alone: `plan` is
-never given those of the test set (rows.py takes them out).
+What is compared is declared here and nowhere else. A run is a `Config`. `plan` lists all runs that
+are known so far, the most informative first. Temperatures are chosen by validation scores alone:
+`plan` never gets those of the test set, which rows.py removes.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -13,18 +13,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Setup:
-    """All of a run but its loss and its seed."""
+    """Everything about a run except its loss and its seed."""
 
     data: str
     backbone: str
     view: int | None  # side of the views in pixels; None: that of the images
-    train: int | None  # images to train on, drawn by the seed; None: all but the validation's
-    validation: int  # training images held out, the same for all runs
+    train: int | None  # how many images to train on, drawn by the seed; None: all not held out
+    validation: int  # how many training images are held out, the same for all runs
     epochs: int
     batch: int
     lr: float
-    warmup: int  # epochs, of the losses that have one
-    measured: tuple[int, ...]  # epochs after which the embedding is looked at
+    warmup: int  # epochs of warm-up, for the losses that have one
+    measured: tuple[int, ...]  # epochs after which the embedding is measured
     amp: str = "off"
     compile: bool = False
     classes: tuple[str, ...] | None = None  # train and test on these only
@@ -32,21 +32,21 @@ class Setup:
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss: options of simclr.py, and what to call it."""
+    """A loss: its name, and the options of simclr.py that make it."""
 
     name: str
     family: str
     options: dict[str, Any] = field(hash=False)
-    warm: bool = False  # InfoNCE for the first tenth of the epochs
-    like: str | None = None  # the loss whose temperature it takes; None: its own is chosen
-    more_temperatures: tuple[float, ...] = ()  # to choose from, besides the study's
+    warm: bool = False  # whether it is InfoNCE for the first tenth of the epochs
+    like: str | None = None  # the loss whose temperature it takes; None: it is chosen for this loss
+    more_temperatures: tuple[float, ...] = ()  # besides those of the study, to choose from
 
     def for_setup(self, setup: Setup, temperature: float) -> dict[str, Any]:
-        """The options of simclr.py."""
+        """The options of simclr.py in a setup, at a temperature."""
         options: dict[str, Any] = self.options | {"temperature": temperature}
         if self.warm:
             options["warmup"] = setup.warmup
-        if options.get("threshold") == "step":  # the authors' schedule: a drop each quarter
+        if options.get("threshold") == "step":  # the authors' schedule: a drop after each quarter
             options["threshold"] = f"step:0.9,0.1,{max(1, setup.epochs // 4)}"
             options["normalize_rows"] = True
         return options
@@ -70,10 +70,10 @@ def _step(loss: Loss) -> Loss:
 PAPER, RELEASED = _hex("paper", 0.99), _hex("released", 0.99)
 LOSSES = (
     Loss("infonce", "infonce", {"loss": "base"}),
-    # the released form with H empty is InfoNCE without its positive in the denominator, and a
-    # constant; no cosine is above 2
+    # With H empty (no cosine is above 2) the released form is InfoNCE without the positive in the
+    # denominator, plus a constant.
     Loss("decoupled", "decoupled", {"loss": "hex", "variant": "released", "threshold": "2"}),
-    # every cosine is above -2: all negatives in H; its authors train at tau 0.5
+    # All negatives are in H, because every cosine is above -2. Its authors train at tau 0.5.
     Loss(
         "hcl", "hcl", {"loss": "hex", "variant": "paper", "threshold": "-2"},
         more_temperatures=(0.5,),
@@ -82,7 +82,7 @@ LOSSES = (
     RELEASED,
     _hex("paper", 0.9),
     _hex("released", 0.9),
-    # variants: they take the temperature of the 0.99 quantile's
+    # Variants, which take the temperature of the loss with the 0.99 quantile.
     _changed(RELEASED, "warm", {}, warm=True),  # the authors' own
     _step(PAPER),
     _changed(PAPER, "neg", {"over": "negatives"}),
@@ -93,22 +93,24 @@ LOSSES = (
     _changed(RELEASED, "neg", {"over": "negatives"}),
 )  # fmt: skip
 BASELINES = ("infonce", "decoupled", "hcl")
-FORMS = ("paper", "released")  # families of which the best that was tuned goes on
+FORMS = ("paper", "released")  # families of which the best tuned loss gets more runs
 UNTRAINED = Loss("untrained", "untrained", {"loss": "base"})
 
 
 @dataclass(frozen=True)
 class Study:
-    """A grid: temperatures are chosen at the first seed, then come the other seeds, then more."""
+    """A grid. Temperatures are chosen at the first seed, then the other seeds follow, then more."""
 
     setup: Setup
     losses: tuple[Loss, ...] = LOSSES
     temperatures: tuple[float, ...] = (0.2, 0.1)
     seeds: tuple[int, ...] = (0, 1, 2)
     more_seeds: tuple[int, ...] = (3, 4)  # for the baselines and the best of each form
-    regimes: dict[str, dict[str, Any]] = field(default_factory=dict)  # changes of the setup
-    whole_regimes: tuple[str, ...] = ()  # of these, those in which every loss runs
-    leads: dict[str, tuple[str, ...]] = field(default_factory=dict)  # more seeds there too
+    regimes: dict[str, dict[str, Any]] = field(default_factory=dict)  # name: changes of the setup
+    whole_regimes: tuple[str, ...] = ()  # the regimes in which every loss runs
+    leads: dict[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # regime: losses with more_seeds
 
 
 CPU = Setup(
@@ -156,7 +158,7 @@ STUDIES = {
 
 @dataclass(frozen=True)
 class Config:
-    """A run. Runs of one regime and seed have the same weights, images, batches and views."""
+    """A run. Runs of the same regime and seed have the same weights, images, batches and views."""
 
     study: str
     regime: str
@@ -171,7 +173,7 @@ class Config:
         return f"{self.study}: {self.regime}: {self.loss.name}{tau} seed={self.seed}"
 
     def described(self) -> dict[str, Any]:
-        """What a row says of it, and by which a row is known to be of this very run."""
+        """What its row says about it, by which a row is recognised as that of this run."""
         options = {} if self.temperature is None else self.loss.for_setup(
             self.setup, self.temperature
         )  # fmt: skip
@@ -189,16 +191,16 @@ class Config:
         }
 
 
-MAIN = "main"  # the regime that temperatures are chosen in
+MAIN = "main"  # the regime in which temperatures are chosen
 
 
 def validation_score(row: dict[str, Any]) -> float:
-    """What runs are chosen by: the mean of k-NN and linear probe on the held-out images."""
+    """The score by which runs are chosen: the mean of k-NN and linear probe on held-out images."""
     return (row["validation"]["knn"] + row["validation"]["linear"]) / 2
 
 
 def temperatures(study: Study, loss: Loss) -> tuple[float, ...]:
-    """Those that a loss's own is chosen from."""
+    """The temperatures from which that of a loss is chosen."""
     return (*study.temperatures, *loss.more_temperatures)
 
 
@@ -212,10 +214,10 @@ def _config(
 def chosen_temperatures(
     name: str, study: Study, rows: dict[str, dict[str, Any]]
 ) -> dict[str, float]:
-    """Of each loss of which all temperatures were tried, the best by validation; the first if tied.
+    """The best temperature, by validation, of each loss with rows at all its temperatures.
 
     Args:
-        rows: by key, without test scores.
+        rows: keyed by "key", without test scores.
     """
     chosen: dict[str, float] = {}
     for loss in study.losses:
@@ -231,10 +233,10 @@ def chosen_temperatures(
 
 
 def plan(name: str, study: Study, rows: dict[str, dict[str, Any]]) -> list[Config]:
-    """The runs that are known so far, in order. All have rows: the study is over.
+    """The runs that are known so far, in order. If all of them have rows, the study is over.
 
     Args:
-        rows: by key, without test scores.
+        rows: keyed by "key", without test scores.
     """
     config = partial(_config, name, study)
     first, later = study.seeds[0], study.seeds[1:]
@@ -264,7 +266,7 @@ def plan(name: str, study: Study, rows: dict[str, dict[str, Any]]) -> list[Confi
             for x in (study.losses if regime in study.whole_regimes else telling)
         ]  # fmt: skip
 
-    # a look at everything, then three seeds of everything, then more of what matters most
+    # First one seed of everything, then all seeds of everything, then more of what matters most.
     runs += [config(x, chosen[x.name], first) for x in variants] + in_regimes(first)
     runs += [config(x, chosen[x.name], seed) for seed in later for x in variants]
     runs += [run for seed in later for run in in_regimes(seed)]
