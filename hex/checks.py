@@ -21,7 +21,7 @@ __all__ = ["Mode", "Over", "Positives", "Reduction", "Variant", "check_base_temp
            "check_eps_or_groups", "check_features", "check_flag", "check_groups", "check_guide",
            "check_guide_of_features", "check_labels", "check_logits", "check_mask", "check_mode",
            "check_negatives", "check_no_mask_to_gather", "check_no_negatives_to_gather",
-           "check_number", "check_one_decider", "check_options", "check_over", "check_positives",
+           "check_number", "check_one_decider", "check_over", "check_positives", "check_reduction",
            "check_temperature", "check_threshold", "check_views", "has_shape",
            "is_number"]  # fmt: skip
 
@@ -240,10 +240,11 @@ def check_logits(logits: Any, target: Any) -> Tensor:
 # ---- options ------------------------------------------------------------------------------------
 
 
-def check_options(beta: float, tau_plus: float, variant: str, reduction: str) -> None:
-    check_number("beta", beta, 0, math.inf, open_end=True)
-    check_number("tau_plus", tau_plus, 0, 1, open_end=True)
+def check_variant(variant: object) -> None:
     check_choice("variant", variant, _VARIANTS)
+
+
+def check_reduction(reduction: object) -> None:
     check_choice("reduction", reduction, _REDUCTIONS)
 
 

@@ -19,11 +19,10 @@ from .checks import (
     Positives,
     Reduction,
     Variant,
-    check_options,
     check_temperature,
     check_threshold,
 )
-from .problem import Problem, Rule
+from .problem import Problem, Rule, checked_rule
 from .threshold import ThresholdTracker
 
 __all__ = ["ContrastiveLoss", "Statistics", "Threshold"]
@@ -51,39 +50,38 @@ class ContrastiveLoss(nn.Module):
     """A loss with a threshold over training. A subclass turns its arguments into a problem.
 
     Args:
-        temperature, threshold, beta, tau_plus, variant, reduction: as in `HEXLoss`.
+        temperature, threshold: as in `HEXLoss`.
+        **options: those of `checked_rule`, which become attributes.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value. The text names it.
     """
 
     temperature: float | Tensor  # a user may set another value at any time, so each call checks it
-    positives: Positives = "outside"
-    base_temperature: float | None = None
+    reduction: Reduction  # these are the rule's, which every call reads again
+    variant: Variant
+    beta: float
+    tau_plus: float
+    positives: Positives
+    base_temperature: float | None
     shown: ClassVar[tuple[str, ...]] = ()  # the options that are in the repr
 
     def __init__(
         self,
         temperature: float | Tensor,
         threshold: Threshold,
-        beta: float,
-        tau_plus: float,
-        variant: Variant,
-        reduction: Reduction,
+        **options: Any,
     ) -> None:
         super().__init__()
-        check_options(beta, tau_plus, variant, reduction)
+        for name, value in checked_rule(**options)._asdict().items():
+            setattr(self, name, value)
         temperature = check_temperature(temperature)
         if isinstance(temperature, Tensor) and not isinstance(temperature, nn.Parameter):
             self.register_buffer("temperature", temperature, persistent=False)
         else:
             self.temperature = temperature  # a Parameter registers itself
-        self.beta = float(beta)
-        self.tau_plus = float(tau_plus)
-        self.variant: Variant = variant
-        self.reduction: Reduction = reduction
         self.threshold = _tracker(threshold)
-        if self.threshold is not None and variant == "paper":
+        if self.threshold is not None and self.variant == "paper":
             # In the released form an empty H makes sense: it is decoupled InfoNCE.
             self.threshold.warn_if_never()
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
@@ -91,14 +89,7 @@ class ContrastiveLoss(nn.Module):
     def loss_of(self, batch: Problem) -> Tensor:
         """The loss of a problem. Also makes the tracker's step and keeps the statistics."""
         tracker = None if batch.h_is_given else self.threshold
-        rule = Rule(
-            self.reduction,
-            self.variant,
-            self.beta,
-            self.tau_plus,
-            self.positives,
-            self.base_temperature,
-        )
+        rule = Rule(*[getattr(self, name) for name in Rule._fields])
         if tracker is None:
             transformed = is_transformed(*batch.learner())
         else:

@@ -18,15 +18,12 @@ from .checks import (
     Positives,
     Reduction,
     Variant,
-    check_base_temperature,
     check_eps,
     check_eps_or_groups,
     check_number,
-    check_options,
     check_over,
-    check_positives,
 )
-from .problem import Problem, Rule, eps_tensor, unknown_eps
+from .problem import Problem, Rule, checked_rule, eps_tensor, unknown_eps
 
 __all__ = ["batch_threshold", "hex_cross_entropy", "hex_loss", "hex_sup_con", "info_nce"]
 
@@ -96,9 +93,8 @@ def hex_loss(
     Source: Kokilepersaud et al., "HEX: Hierarchical Emergence Exploitation in Self-Supervised
     Algorithms", WACV 2025 (arXiv 2410.23200); https://github.com/olivesgatech/HEX.
     """
-    check_options(beta, tau_plus, variant, reduction)
+    rule = checked_rule(reduction=reduction, variant=variant, beta=beta, tau_plus=tau_plus)
     batch = problem.of_views(z0, z1, negatives, mode, temperature)
-    rule = Rule(reduction, variant, float(beta), float(tau_plus))
     return _at(batch, eps, rule)
 
 
@@ -254,12 +250,12 @@ def hex_sup_con(
     Source: Khosla et al., "Supervised Contrastive Learning", NeurIPS 2020 (arXiv 2004.11362), for
     the positives; Kokilepersaud et al., WACV 2025 (arXiv 2410.23200), for the negatives.
     """
-    check_options(beta, tau_plus, variant, reduction)
-    check_positives(positives)
-    base = check_base_temperature(base_temperature)
+    rule = checked_rule(
+        reduction=reduction, variant=variant, beta=beta, tau_plus=tau_plus, positives=positives,
+        base_temperature=base_temperature,
+    )  # fmt: skip
     check_eps_or_groups(eps, groups)
     rows = problem.of_features(features, labels, mask, temperature, groups, guide)
-    rule = Rule(reduction, variant, float(beta), float(tau_plus), positives, base)
     return _at(rows, eps, rule)
 
 
@@ -314,9 +310,8 @@ def hex_cross_entropy(
 
     Source: Kokilepersaud et al., WACV 2025 (arXiv 2410.23200); https://github.com/olivesgatech/HEX.
     """
-    check_options(beta, tau_plus, variant, reduction)
+    rule = checked_rule(reduction=reduction, variant=variant, beta=beta, tau_plus=tau_plus)
     rows = problem.of_logits(logits, target, temperature)
-    rule = Rule(reduction, variant, float(beta), float(tau_plus))
     return _at(rows, eps, rule)
 
 

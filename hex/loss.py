@@ -15,10 +15,8 @@ from .checks import (
     Positives,
     Reduction,
     Variant,
-    check_base_temperature,
     check_flag,
     check_mode,
-    check_positives,
 )
 from .contrastive import ContrastiveLoss, Statistics, Threshold
 
@@ -102,7 +100,10 @@ class HEXLoss(ContrastiveLoss):
         reduction: Reduction = "mean",
         gather_distributed: bool = False,
     ) -> None:
-        super().__init__(temperature, threshold, beta, tau_plus, variant, reduction)
+        super().__init__(
+            temperature, threshold, beta=beta, tau_plus=tau_plus, variant=variant,
+            reduction=reduction,
+        )  # fmt: skip
         check_mode(mode)
         self.mode: Mode = mode
         self.gather_distributed = check_flag("gather_distributed", gather_distributed)
@@ -184,7 +185,7 @@ class InfoNCELoss(ContrastiveLoss):
         reduction: Reduction = "mean",
         gather_distributed: bool = False,
     ) -> None:
-        super().__init__(temperature, None, 1.0, 0.0, "paper", reduction)
+        super().__init__(temperature, None, reduction=reduction)
         check_mode(mode)
         self.mode: Mode = mode
         self.gather_distributed = check_flag("gather_distributed", gather_distributed)
@@ -268,10 +269,10 @@ class HEXSupConLoss(ContrastiveLoss):
         reduction: Reduction = "mean",
         gather_distributed: bool = False,
     ) -> None:
-        super().__init__(temperature, threshold, beta, tau_plus, variant, reduction)
-        check_positives(positives)
-        self.positives = positives
-        self.base_temperature = check_base_temperature(base_temperature)
+        super().__init__(
+            temperature, threshold, beta=beta, tau_plus=tau_plus, variant=variant,
+            positives=positives, base_temperature=base_temperature, reduction=reduction,
+        )  # fmt: skip
         self.gather_distributed = check_flag("gather_distributed", gather_distributed)
 
     def forward(
@@ -358,7 +359,10 @@ class HEXCrossEntropyLoss(ContrastiveLoss):
         variant: Variant = "paper",
         reduction: Reduction = "mean",
     ) -> None:
-        super().__init__(temperature, threshold, beta, tau_plus, variant, reduction)
+        super().__init__(
+            temperature, threshold, beta=beta, tau_plus=tau_plus, variant=variant,
+            reduction=reduction,
+        )  # fmt: skip
         self.self_column = check_flag("self_column", self_column)
 
     def forward(

@@ -49,6 +49,17 @@ _STATS, _STATS_SEVERAL = 9, 12  # rows of one positive, and of several
 _INPUTS = 7  # tensors that a problem is given as: z0, z1, negatives, ids, mask, groups, guide
 _LEARNED = (0, 1, 2, _INPUTS + 1)  # among the arguments of forward; the last is tau
 
+
+def _length(operator: Any, last: str) -> int:
+    """Of the rule in an operator's schema, from mode to the argument before `last`."""
+    names = [argument.name for argument in operator.default._schema.arguments]
+    return names.index(last) - names.index("mode")
+
+
+# The rule of a call: mode, reduction, positives and beta, and what the forward alone looks at.
+_RULE = _length(torch.ops.hex.forward, "keep")
+_BACKWARD_RULE = _length(torch.ops.hex.backward, "allow_tf32")
+
 _KERNELS = {"cpu", "meta"}  # device types with kernels; the fakes below are those of "meta"
 
 
@@ -101,7 +112,9 @@ def kept_numbers(z0: Tensor, z1: Tensor, negatives: Tensor, mode: int, dtype: to
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     z0, z1, negatives = arguments[:3]
-    mode, reduction, _, positives, _, _, keep, _, *block = arguments[_INPUTS + 2 :]
+    options = arguments[_INPUTS + 2 :]
+    mode, reduction, positives = options[:3]
+    keep, _, *block = options[_RULE:]
     rows, dtype = _anchors(z0, z1, mode, *block), _compute_dtype(z0, z1, negatives, mode)
     loss = z0.new_empty((rows,) if reduction == REDUCTIONS["none"] else (), dtype=dtype)
     stats = z0.new_empty((_STATS_SEVERAL if positives else _STATS, rows), dtype=dtype)
@@ -112,12 +125,14 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _fake_adaptive(*arguments: Any) -> tuple[Tensor, ...]:
     z0, state = arguments[0], arguments[_INPUTS]
     eps = z0.new_empty((), dtype=torch.float64)
-    return *_fake_forward(*arguments[: _INPUTS + 10]), eps, torch.empty_like(state)
+    forward = arguments[: _INPUTS + 2 + _RULE + 2]
+    return *_fake_forward(*forward), eps, torch.empty_like(state)
 
 
 def _fake_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     learned = *arguments[:3], arguments[_INPUTS]
-    mode, _, _, _, _, needs, *block = arguments[_INPUTS + 3 :]
+    options = arguments[_INPUTS + 3 :]
+    mode, (_, needs, *block) = options[0], options[_BACKWARD_RULE:]
     of_rows = 3 if mode == MODES["own"] else 2  # shared negatives belong to every block
     shapes = [(_block(z, *block), *z.shape[1:]) for z in learned[:of_rows]]
     shapes += [z.shape for z in learned[of_rows:]]
@@ -201,11 +216,11 @@ def _differentiable(operator: Any) -> Callable[..., Any]:
 
         @staticmethod
         def forward(*arguments: Any) -> tuple[Tensor, ...]:
-            # grad, *inputs, tau, stats, kept; then the options of the forward, needs
+            # grad, *inputs, tau, stats, kept; then the rule, keep, allow_tf32, needs
             tensors, options = arguments[: n + 4], arguments[n + 4 :]
-            mode, reduction, _, positives, beta, _, _, allow_tf32, needs = options
+            *_, allow_tf32, needs = options
             gradients: tuple[Tensor, ...] = torch.ops.hex.backward(
-                *tensors, mode, reduction, positives, beta, allow_tf32, needs
+                *tensors, *options[:_BACKWARD_RULE], allow_tf32, needs
             )
             return gradients
 
@@ -218,16 +233,12 @@ def _differentiable(operator: Any) -> Callable[..., Any]:
         def backward(ctx: Any, *outer: Tensor) -> tuple[Any, ...]:
             """Dense: of the reference's gradient at the thresholds of the forward, by torch."""
             grad, *inputs, tau, stats = ctx.saved_tensors
-            mode, reduction, variant, positives, beta, tau_plus, *_, needs = ctx.options
+            rule, needs = ctx.options[:_RULE], ctx.options[-1]
             there = [k for k in range(4) if needs >> k & 1]
 
             def loss(z0: Tensor, z1: Tensor, negatives: Tensor, tau: Tensor) -> Tensor:
-                ids, mask, groups, guide = inputs[3:]
-                rows = reference.problem_rows(
-                    z0, z1, negatives, ids, mask, groups, guide, stats[0], tau, mode, positives,
-                    beta, tau_plus, variant,
-                )[0]  # fmt: skip
-                return reference.reduce(rows, reduction)
+                rows = _reference(z0, z1, negatives, *inputs[3:], stats[0], tau, rule=rule)[0]
+                return reference.reduce(rows, rule[1])
 
             def gradient(grad: Tensor, *learned: Tensor) -> tuple[Tensor, ...]:
                 pull: Callable[[Tensor], tuple[Tensor, ...]] = torch.func.vjp(loss, *learned)[1]
@@ -264,7 +275,7 @@ def _differentiable(operator: Any) -> Callable[..., Any]:
             for k, place in enumerate(_LEARNED):
                 needs |= ctx.needs_input_grad[place] << k
             function: Any = apply_gradient if torch.is_grad_enabled() else Gradient.forward
-            grads = function(grad, *ctx.saved_tensors, *ctx.options[:8], needs)
+            grads = function(grad, *ctx.saved_tensors, *ctx.options[: _RULE + 2], needs)
             for place, g in zip(_LEARNED, grads, strict=True):
                 if ctx.needs_input_grad[place]:
                     result[place] = g
@@ -348,38 +359,39 @@ def _is_of_views(positives: int, groups: Tensor, guide: Tensor) -> bool:
     return not positives and not groups.numel() and not guide.numel()
 
 
+def _reference(*tensors: Tensor, rule: tuple[Any, ...]) -> reference.Rows:
+    mode, _, *rest = rule
+    arguments: tuple[Any, ...] = (*tensors, mode, *rest)
+    return reference.problem_rows(*arguments)
+
+
 def loss(
-    z0: Tensor, z1: Tensor, negatives: Tensor, ids: Tensor, mask: Tensor, groups: Tensor,
-    guide: Tensor, eps: Tensor, tau: Tensor, mode: int, reduction: int, variant: int,
-    positives: int, beta: float, tau_plus: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    inputs: tuple[Tensor, ...], eps: Tensor, tau: Tensor, rule: tuple[Any, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
     """The reduced loss, and of each row |H| and the local term's share (no gradient)."""
-    inputs = z0, z1, negatives, ids, mask, groups, guide
+    z0, z1, negatives, _, _, groups, guide = inputs
+    reduction, positives = rule[1:3]
     if eps.device != z0.device:  # of a tracker that was not moved: right, though it waits
         eps = eps.to(z0.device)
     if not _has_kernel(z0, z0.is_cuda and _is_of_views(positives, groups, guide)):
-        rows, hard, share = reference.problem_rows(
-            *inputs, eps, tau, mode, positives, beta, tau_plus, variant
-        )
+        rows, hard, share = _reference(*inputs, eps, tau, rule=rule)
         return reference.reduce(rows, reduction), hard, share
     value, stats, _ = _apply_loss(
-        *inputs, eps, tau, mode, reduction, variant, positives, beta, tau_plus,
-        _learns(z0, z1, negatives), _allow_tf32(z0),
-    )  # fmt: skip
+        *inputs, eps, tau, *rule, _learns(z0, z1, negatives), _allow_tf32(z0)
+    )
     return value, stats[COUNT], stats[SHARE]
 
 
 def adaptive_loss(
-    z0: Tensor, z1: Tensor, negatives: Tensor, ids: Tensor, mask: Tensor, groups: Tensor,
-    guide: Tensor, state: Tensor, tau: Tensor, mode: int, reduction: int, variant: int,
-    positives: int, beta: float, tau_plus: float, self_column: bool, *rule: Any,
+    inputs: tuple[Tensor, ...], state: Tensor, tau: Tensor, rule: tuple[Any, ...],
+    tracking: tuple[Any, ...],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`loss` at the eps that a tracker of this state and rule gives for the batch, in one call; and
-    eps, and the tracker's new state."""
+    """`loss` at the eps that a tracker gives for the batch, in one call; and eps, and the tracker's
+    new state. tracking: self_column, and the tracker's rule, as in the operator's schema."""
+    z0, z1, negatives = inputs[:3]
     value, stats, _, eps, state = _apply_adaptive(
-        z0, z1, negatives, ids, mask, groups, guide, state, tau, mode, reduction, variant,
-        positives, beta, tau_plus, _learns(z0, z1, negatives), _allow_tf32(z0), self_column, *rule,
-    )  # fmt: skip
+        *inputs, state, tau, *rule, _learns(z0, z1, negatives), _allow_tf32(z0), *tracking
+    )
     return value, stats[COUNT], stats[SHARE], eps, state
 
 

@@ -29,6 +29,10 @@ from torch import Tensor
 
 from . import ops
 from .checks import (
+    Positives,
+    Reduction,
+    Variant,
+    check_base_temperature,
     check_features,
     check_groups,
     check_guide,
@@ -40,8 +44,12 @@ from .checks import (
     check_negatives,
     check_no_mask_to_gather,
     check_no_negatives_to_gather,
+    check_number,
     check_one_decider,
+    check_positives,
+    check_reduction,
     check_temperature,
+    check_variant,
     check_views,
 )
 from .distributed import gather, gather_constant
@@ -49,6 +57,7 @@ from .distributed import gather, gather_constant
 __all__ = [
     "Problem",
     "Rule",
+    "checked_rule",
     "eps_tensor",
     "number_tensor",
     "of_features",
@@ -59,14 +68,36 @@ __all__ = [
 
 
 class Rule(NamedTuple):
-    """What is computed of a problem: the options of a loss."""
+    """What is computed of a problem: the options of a loss, checked by `checked_rule`."""
 
-    reduction: str
-    variant: str
+    reduction: Reduction
+    variant: Variant
     beta: float
     tau_plus: float
-    positives: str = "outside"
-    base_temperature: float | None = None
+    positives: Positives
+    base_temperature: float | None
+
+
+def checked_rule(
+    *, reduction: Reduction, variant: Variant = "paper", beta: float = 1.0, tau_plus: float = 0.0,
+    positives: Positives = "outside", base_temperature: float | None = None,
+) -> Rule:  # fmt: skip
+    """The options of a loss as one. The defaults are InfoNCE's.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong type or value. The text names it.
+    """
+    check_reduction(reduction)
+    check_variant(variant)
+    check_positives(positives)
+    return Rule(
+        reduction,
+        variant,
+        check_number("beta", beta, 0, math.inf, open_end=True),
+        check_number("tau_plus", tau_plus, 0, 1, open_end=True),
+        positives,
+        check_base_temperature(base_temperature),
+    )
 
 
 class Problem(NamedTuple):
@@ -102,8 +133,7 @@ class Problem(NamedTuple):
 
     def loss(self, eps: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
         """The reduced loss, and of each row |H| and the local term's share (no gradient)."""
-        arguments: tuple[Any, ...] = (*self.inputs, eps, self.tau, *self._options(rule))
-        value, hard, share = ops.loss(*arguments)
+        value, hard, share = ops.loss(self.inputs, eps, self.tau, self._options(rule))
         return self._scaled(value, rule), hard, share
 
     def has_adaptive(self) -> bool:
@@ -116,10 +146,9 @@ class Problem(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """`loss` at the eps that a tracker of this state and rule gives, in one call; and eps, and
         the tracker's new state."""
-        arguments: tuple[Any, ...] = (
-            *self.inputs, state, self.tau, *self._options(rule), self.self_column, *tracking,
-        )  # fmt: skip
-        value, hard, share, eps, state = ops.adaptive_loss(*arguments)
+        value, hard, share, eps, state = ops.adaptive_loss(
+            self.inputs, state, self.tau, self._options(rule), (self.self_column, *tracking)
+        )
         return self._scaled(value, rule), hard, share, eps, state
 
     def threshold(self, quantile: float, over: str) -> Tensor:
@@ -136,9 +165,10 @@ class Problem(NamedTuple):
         return *seen, ids, mask, self.tau, self.mode, self.several, self.self_column
 
     def _options(self, rule: Rule) -> tuple[Any, ...]:
+        """The rule in the order of the operators' schemas."""
         positives = ops.POSITIVES[rule.positives] if self.several else ops.POSITIVES["one"]
         reduction, variant = ops.REDUCTIONS[rule.reduction], ops.VARIANTS[rule.variant]
-        return self.mode, reduction, variant, positives, rule.beta, rule.tau_plus
+        return self.mode, reduction, positives, rule.beta, variant, rule.tau_plus
 
     def _scaled(self, value: Tensor, rule: Rule) -> Tensor:
         if rule.base_temperature is None:

@@ -398,7 +398,7 @@ def loss_rows(
 def problem_rows(
     z0: Tensor, z1: Tensor, negatives: Tensor, ids: Tensor, mask: Tensor, groups: Tensor,
     guide: Tensor, eps: Tensor, tau: Tensor, mode: int, positives: int, beta: float,
-    tau_plus: float, variant: int,
+    variant: int, tau_plus: float,
 ) -> Rows:  # fmt: skip
     """Loss, |H| and share of each row of a problem as the operators get it (problem.py).
 

@@ -76,7 +76,7 @@ class Call:
         )  # fmt: skip
 
     def options(self, reduction: int) -> tuple[Any, ...]:
-        return (self.code, reduction, self.variant, 1 + self.positives, self.beta, self.tau_plus)
+        return (self.code, reduction, 1 + self.positives, self.beta, self.variant, self.tau_plus)
 
     def changed(self, *differentiable: Tensor) -> list[Tensor]:
         """The tensors, with other differentiable ones if given."""
@@ -116,15 +116,15 @@ class Call:
 
     def rows(self, *differentiable: Tensor) -> Tensor:
         """The kernels' loss of each row, differentiable."""
-        *arguments, _keep, _tf32 = self.forward(0, *differentiable)[1]
-        return ops.loss(*arguments)[0]
+        tensors = self.changed(*differentiable)
+        return ops.loss(self.inputs(tensors), *tensors[-2:], self.options(0))[0]
 
     def plain(self, *differentiable: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The reference's rows, |H| and share."""
         tensors = self.changed(*differentiable)
         return reference.problem_rows(
             *self.inputs(tensors), *tensors[-2:], self.code, 1 + self.positives, self.beta,
-            self.tau_plus, self.variant,
+            self.variant, self.tau_plus,
         )  # fmt: skip
 
     def values(self, function, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -27,11 +27,11 @@ def arguments(name: str, *of: Any, allow_tf32: bool = False) -> tuple[Any, ...]:
     """Of forward, adaptive, backward, threshold and row_range below."""
     if name == "forward":
         z0, z1, negatives, eps, tau, mode, reduction, variant, beta, tau_plus, keep = of
-        return (z0, z1, negatives, *nothing(z0), eps, tau, mode, reduction, variant, 0, beta,
+        return (z0, z1, negatives, *nothing(z0), eps, tau, mode, reduction, 0, beta, variant,
                 tau_plus, keep, allow_tf32)  # fmt: skip
     if name == "adaptive":
         z0, z1, negatives, state, tau, mode, reduction, variant, beta, tau_plus, *rule, keep = of
-        return (z0, z1, negatives, *nothing(z0), state, tau, mode, reduction, variant, 0, beta,
+        return (z0, z1, negatives, *nothing(z0), state, tau, mode, reduction, 0, beta, variant,
                 tau_plus, keep, allow_tf32, False, *rule)  # fmt: skip
     if name == "backward":
         grad, z0, z1, negatives, tau, stats, kept, mode, reduction, beta, needs = of

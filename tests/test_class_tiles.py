@@ -65,14 +65,14 @@ def check_groups(mode: str, dtype: torch.dtype, variant: int, beta: float, seed:
     groups = groups_of(z, seed)
     z = [*z, z[0][:0]][:3]
     ids, mask, _, guide = operators.nothing(z[0])
-    sets, code = (ids, mask, groups, guide, f64(0.0), f64(0.1)), ops.MODES[mode]
+    sets, numbers, code = (ids, mask, groups, guide), (f64(0.0), f64(0.1)), ops.MODES[mode]
     weights = torch.randn(2 * B, generator=torch.Generator().manual_seed(1))
 
     def ours(*leaves):
-        return ops.loss(*leaves, *sets, code, 0, variant, 0, beta, 0.1)[0]
+        return ops.loss((*leaves, *sets), *numbers, (code, 0, 0, beta, variant, 0.1))[0]
 
     def plain(*leaves):
-        return reference.problem_rows(*leaves, *sets, code, 0, beta, 0.1, variant)[0]
+        return reference.problem_rows(*leaves, *sets, *numbers, code, 0, beta, variant, 0.1)[0]
 
     def by(function, to):
         leaves = [x.to(to).detach().requires_grad_() for x in z]

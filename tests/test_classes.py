@@ -108,10 +108,10 @@ def test_derivatives_of_views_are_those_of_finite_differences(mode, source, vari
     else:
         guide = views("cluster", n, 4, seed=2)[0]
         eps = guide.new_tensor(0.2)
-    options = code, reduction, ops.VARIANTS[variant], 0, p.beta, p.tau_plus
+    rule = code, reduction, 0, p.beta, ops.VARIANTS[variant], p.tau_plus
 
     def loss(tau: Tensor, *z: Tensor) -> tuple[Tensor, ...]:
-        return ops.loss(*(*z, negatives)[:3], ids, mask, groups, guide, eps, tau, *options)
+        return ops.loss((*(*z, negatives)[:3], ids, mask, groups, guide), eps, tau, rule)
 
     def rows(*inputs: Tensor) -> Tensor:
         return loss(*inputs)[0]

@@ -133,7 +133,7 @@ def test_the_operators_of_pairs_take_sides_of_nothing(N, M, D, kernels):
         ids = none.new_zeros(n)
         for groups, guide in ((no_groups, no_guide), (ids, no_guide), (no_groups, leaf(n, 2))):
             value, hard, share = ops.loss(
-                *z, ids, nobody, groups, guide, f64(0.1), f64(0.1), code, 1, 0, 1, 1.0, 0.1
+                (*z, ids, nobody, groups, guide), f64(0.1), f64(0.1), (code, 1, 1, 1.0, 0, 0.1)
             )
             value.backward()
             assert value.isfinite() and hard.shape == share.shape == (N,)
@@ -151,8 +151,8 @@ def test_the_operators_of_views_take_batches_of_nothing(mode, kernels):
         shapes = (B, D), (B, D), (0, D) if mode < 3 else (K, D) if mode == 3 else (B, K, D)
         inputs = [leaf(*shape) for shape in shapes]
         value, hard, _ = ops.loss(
-            *inputs, *operators.nothing(inputs[0].detach()), f64(0.1), f64(0.1), mode, 1, 0, 0,
-            1.0, 0.1,
+            (*inputs, *operators.nothing(inputs[0].detach())), f64(0.1), f64(0.1),
+            (mode, 1, 0, 1.0, 0, 0.1),
         )  # fmt: skip
         value.backward()
         assert value.isfinite()

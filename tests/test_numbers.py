@@ -374,7 +374,7 @@ def test_the_gradient_of_a_target_of_minus_infinity_is_that_of_a_target_far_belo
             if composed:
                 p, code = of_logits(x, target, 0.1), reference.VARIANTS.index(variant)
                 rows = reference.problem_rows(
-                    *p.inputs, f64(0.05), p.tau, p.mode, 1, beta, 0.1, code
+                    *p.inputs, f64(0.05), p.tau, p.mode, 1, beta, code, 0.1
                 )[0]
             else:
                 rows = hex_cross_entropy(x, target, eps=0.05, temperature=0.1, beta=beta,

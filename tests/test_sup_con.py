@@ -249,7 +249,7 @@ def test_any_labels_give_what_the_reference_gives(labels, D, dtype, eps, positiv
     p = of_features(x.double(), ids, None, 0.3)
     codes = ops.POSITIVES[positives], ops.VARIANTS[variant]
     truth = reference.problem_rows(
-        *p.inputs, f64(eps), p.tau, p.mode, codes[0], 1.0, 0.1, codes[1]
+        *p.inputs, f64(eps), p.tau, p.mode, codes[0], 1.0, codes[1], 0.1
     )[0]
     near = 1e-9 if dtype == torch.float64 else 2e-4
     if D > 1:  # with one feature cosines are 1 or -1 but for rounding: exactly at a tie of H
