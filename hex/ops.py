@@ -72,11 +72,12 @@ def isa() -> str:
 
 
 def _block(z: Tensor, first: int = 0, count: int = -1) -> int:
-    """Rows of an input that belong to the block [first, first + count); count -1: all from first
-    on."""
-    if z.shape[0] == 0:
-        return 0
-    return z.shape[0] - first if count == -1 else count
+    """Rows of an input that belong to the block [first, first + count), which is within z0; z1 has
+    as many rows or none. count -1: all from first on. Without a branch on a size of z."""
+    if count == -1:
+        return z.shape[0] - first
+    rows: int = torch.sym_min(z.shape[0], count)  # type: ignore[no-untyped-call]
+    return rows
 
 
 def _anchors(z0: Tensor, z1: Tensor, mode: int, *block: int) -> int:
