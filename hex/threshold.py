@@ -5,9 +5,6 @@ A tracker turns the candidate of a batch (hex.batch_threshold) and what earlier 
 the eps of a step. How a schedule depends on the epoch is in schedules.py, what is kept and saved in
 state.py, and what is kept and not saved in recent.py. Measuring the candidate, scaling a schedule
 to the range of each row, and deciding what counts as training are left to the loss.
-
-Source: Kokilepersaud et al., "HEX: Hierarchical Emergence Exploitation in Self-Supervised
-Algorithms", WACV 2025 (arXiv 2410.23200), and the code at github.com/olivesgatech/HEX.
 """
 
 from __future__ import annotations
@@ -85,6 +82,9 @@ class ThresholdTracker(nn.Module):
         tensor(0.5000, dtype=torch.float64)
         >>> tracker.history
         [(0, inf)]
+
+    Source: Kokilepersaud et al., WACV 2025 (arXiv 2410.23200), and the released code,
+    https://github.com/olivesgatech/HEX.
     """
 
     state: Tensor
