@@ -70,11 +70,11 @@ demo: build ## train on handwritten digits, with InfoNCE and with HEX: three min
 	$(BIN)/python examples/demo.py
 
 bench: build ## time and memory beside plain torch, torch.compile, other libraries: 15 minutes
-	$(BIN)/python benchmarks/bench.py --record build/results.jsonl
+	$(BIN)/python benchmarks/bench.py
 
 gpu: export HEX_CUDA = 1
 gpu: build ## on a machine with a CUDA GPU: tests, sanitizers, times, a training run: an hour
-	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/bench.py --gpu
 	$(BIN)/python examples/simclr.py --loss hex --device cuda --amp bf16
 
 examples: build ## every method with its own loss and with HEX, and a table: some minutes
