@@ -69,7 +69,7 @@ sanitize: build ## the tests under AddressSanitizer and UndefinedBehaviorSanitiz
 demo: build ## train on handwritten digits, with InfoNCE and with HEX: three minutes, with pictures
 	$(BIN)/python examples/demo.py
 
-bench: build ## time and memory beside plain torch, torch.compile, other libraries: 15 minutes
+bench: build ## time and memory beside plain torch, torch.compile, other libraries: 20 minutes
 	$(BIN)/python benchmarks/bench.py
 
 gpu: export HEX_CUDA = 1

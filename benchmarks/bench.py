@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Time and memory of hex against plain PyTorch, torch.compile and other libraries.
 
-    python benchmarks/bench.py            a CPU, a quarter of an hour (`make bench`)
+    python benchmarks/bench.py            a CPU, about twenty minutes (`make bench`)
     python benchmarks/bench.py --gpu      a GPU, with tests and sanitizers, an hour (`make gpu`)
     python benchmarks/bench.py --gpu sizes queue --seconds 300    ends then, whatever runs
     python benchmarks/bench.py sizes --only "4096, (hex|plain HEX)"
@@ -27,6 +27,7 @@ import math
 import os
 import re
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -64,6 +65,8 @@ def measure(options: argparse.Namespace, results: Results) -> int:
             to_do = [c for state in (None, True) for c in cases if results.failed(c.name) is state]
         while to_do and (left := end - time.monotonic()) > 0:
             work = to_do[0]
+            if not options.gpu:
+                print(f"{work.name} ...", file=sys.stderr)  # it takes minutes
             record = worker.do(work.name, min(work.limit, left))
             ok = record.get("ok", True)
             if not ok and time.monotonic() >= end:
@@ -73,7 +76,7 @@ def measure(options: argparse.Namespace, results: Results) -> int:
                 worker = Worker(log, works)
             failed += [work.name] * (not ok)
             results.add(work.name, record)
-            say(to_do.pop(0), record)
+            say(options, to_do.pop(0), record)
     finally:
         worker.end()
     for name in failed:
@@ -82,17 +85,19 @@ def measure(options: argparse.Namespace, results: Results) -> int:
     if options.gpu:
         results.add("not reached", {"cases": open_})
     if open_:
-        print(gpu_report.not_reached(open_), "The same command goes on.", file=sys.stderr)
+        goes_on = " The same command goes on." * options.gpu
+        print(gpu_report.not_reached(open_) + goes_on, file=sys.stderr)
     return 3 if to_do else int(bool(failed))
 
 
-def say(work: Work, record: Record) -> None:
+def say(options: argparse.Namespace, work: Work, record: Record) -> None:
     """For who watches."""
-    shown = (f"{k} {v:.3g}" for k, v in record.items() if isinstance(v, float) and k != "seconds")
     state = "" if record.get("ok", True) else "  FAILED"
-    why = record.get("skipped") or record.get("note") or ""
-    print("  ".join((work.name + state, *shown, why)).rstrip(), flush=True)
-    if "part" in record:
+    notes = [*record.get("notes", ()), *filter(None, [record.get("note")])]
+    if options.gpu:
+        notes += [f"{statistics.median(r['ms']):.3g} ms" for r in record.get("results", ())]
+    print("  ".join([work.name + state, *notes]), flush=True)
+    if "machine" in record:
         print(report.of_part(record), end="\n\n", flush=True)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import peers
 import report
@@ -46,7 +47,7 @@ def parts(records: Sequence[Record]) -> Iterator[str]:
     rate = by_case.get("roofline: roofline", {})
     if "machine" in by_case:
         yield machine(by_case["machine"], rate)
-    cases = frame([r for r in records if "ms" in r or "skipped" in r], rate.get("tflops"))
+    cases = frame(records, rate.get("tflops"))
     yield goals(cases)
     for title, unit, steps, cell in (
         ("Time and memory by rows", "ms (MB)", ("sizes", "compiled"), ms_and_mb),
@@ -57,14 +58,11 @@ def parts(records: Sequence[Record]) -> Iterator[str]:
         ("Other dtypes", "ms (MB)", ("dtypes",), ms_and_mb),
     ):
         yield by_method(title, unit, cases[cases["step"].isin(steps)], cell)
-    skipped = cases[cases["skipped"].notna()]
-    yield "\n\n".join(sorted({f"Left out: {r.method}: {r.skipped}" for r in skipped.itertuples()}))
-    yield errors([r for r in records if "loss_error" in r and r["rows"] <= 1024])
-    yield lined("Within a training step", "SimCLR's step, bfloat16", {
+    yield "\n\n".join(sorted({f"{note}." for r in records for note in r.get("notes", ())}))
+    yield errors([r for r in rows(records) if "loss_error" in r and r["rows"] <= 1024])
+    yield lined("A training step", "SimCLR's step, bfloat16", {
         r["case"].partition(": ")[2]: {
-            "step, ms": f"{r['step_ms']:.3g}", "loss, ms": f"{r['loss_ms']:.3g}",
-            "share": f"{r['share_of_step']:.1%}", "step, MB": f"{r['step_peak_mb']:.0f}",
-            "loss, MB": f"{r['loss_peak_mb']:.0f}",
+            "ms": f"{r['step_ms']:.3g}", "MB": f"{r['step_peak_mb']:.0f}"
         }
         for r in records if "step_ms" in r
     })  # fmt: skip
@@ -78,14 +76,27 @@ def parts(records: Sequence[Record]) -> Iterator[str]:
     yield not_reached(by_case.get("not reached", {}).get("cases", []))
 
 
-def frame(cases: Sequence[Record], tflops: float | None) -> pd.DataFrame:
-    """A line a case, with its step, and the share of its time that its products would take at the
-    rate of a large one."""
-    columns = ["on", "case", "method", "graph", *BATCH, "ms", "host_ms", "peak_mb", "flop"]
-    found = pd.DataFrame(cases, columns=[*columns, "skipped"])
-    found["step"] = [case.partition(":")[0] for case in found["case"]]
-    share = found["flop"] / (tflops or float("nan")) / 1e9 / found["ms"]
-    found["share"] = share.map(form("{:.0%}"))
+def rows(records: Sequence[Record]) -> list[Record]:
+    """The results in the records; older ones are one themselves."""
+    return [
+        {"on": r["on"], "step": r["case"].partition(":")[0], **row}
+        for r in records for row in r.get("results", [r])
+    ]  # fmt: skip
+
+
+def frame(records: Sequence[Record], tflops: float | None) -> pd.DataFrame:
+    """A line a result, and the share of its time that its products would take at the rate of a
+    large one."""
+    columns = ["on", "step", "method", "graph", *BATCH, "ms", "host_ms", "peak_mb"]
+    found = pd.DataFrame([r for r in rows(records) if "ms" in r], columns=columns)
+    found["ms"] = found["ms"].map(np.median)
+    # Products of N x M x D, times 2 operations: the threshold two, the forward one, the backward
+    # two; float32 three times as many (docs/cuda.md).
+    products = found["method"].map({report.HEX: 5, report.GIVEN: 3, report.INFO_NCE: 3})
+    products *= found["dtype"].map({"float32": 3}).fillna(1)
+    columns_of = found["queue"].where(found["queue"] > 0, found["rows"])
+    flop = 2.0 * products * found["rows"] * columns_of * found["features"]
+    found["share"] = (flop / (tflops or np.nan) / 1e9 / found["ms"]).map(form("{:.0%}"))
     found["name"] = found["method"] + found["graph"].map({True: ", in a graph"}).fillna("")
     return found
 
@@ -95,20 +106,17 @@ def machine(m: Record, rate: Record) -> str:
     text = f"{where}; torch {m['torch']} (CUDA {m['cuda']}), hex-ssl {m['hex']}"
     text += "".join(f", {key} {m[key]}" for key in ("nvcc", "commit") if key in m)
     text += f" with changes ({m['changes']})" if "changes" in m else ""
-    text += f"; {m['date']}." if "date" in m else "."
-    if rate:
-        text += (
-            f" It reaches {rate['tflops']:.0f} TFLOP/s in a large bfloat16 product and "
-            f"{rate['copy_gb_s']:.0f} GB/s in a copy, read and written. {rate.get('note', '')}"
-        )
-    return text.rstrip()
+    reached = (
+        "It reaches {tflops:.0f} TFLOP/s in a large bfloat16 product and {copy_gb_s:.0f} GB/s in a "
+        "copy, read and written. "
+    )
+    text += f"; {m['date']}. " + (reached.format(**rate) if "tflops" in rate else "")
+    return (text + rate.get("note", "")).rstrip()
 
 
 def goals(cases: pd.DataFrame) -> str:
     """The goal beside what was measured, and the time of the products alone beside that."""
-    ours = cases.query(
-        "method == @report.HEX and dtype == 'bfloat16' and features == 128 and ms.notna()"
-    )
+    ours = cases.query("method == @report.HEX and dtype == 'bfloat16' and features == 128")
     found = {(r.rows, r.queue, r.graph): r for r in ours.itertuples()}
     lines = {}
     for key, (goal, goal_mb) in GOALS.items():
@@ -143,11 +151,11 @@ def by_method(title: str, unit: str, cases: pd.DataFrame, cell: Callable[[Any], 
 
 
 def ms_and_mb(r: Any) -> str:
-    return "" if pd.isna(r.ms) else f"{r.ms:.3g}" + ("" if r.graph else f" ({number(r.peak_mb)})")
+    return f"{r.ms:.3g}" + ("" if r.graph else f" ({number(r.peak_mb)})")
 
 
 def host_ms(r: Any) -> str:
-    return "" if pd.isna(r.ms) or r.graph else f"{r.host_ms:.2g}"
+    return "" if r.graph else f"{r.host_ms:.2g}"
 
 
 def lined(title: str, corner: str, lines: dict[str, dict[str, str]]) -> str:
@@ -185,7 +193,7 @@ STYLES |= {f"{name}, in a graph": (None, colour, ":") for name, (_, colour, _) i
 
 def picture(records: Sequence[Record], file: Path) -> None:
     """Of the machine with the most results."""
-    found = frame([r for r in records if "ms" in r], None)
+    found = frame(records, None)
     found = found[found["step"].isin(["sizes", "compiled"])]
     on = next(iter(found["on"].mode()), "")
     points = found.loc[found["on"] == on, ["name", "rows", "ms", "peak_mb"]]

@@ -1,23 +1,17 @@
 # SPDX-License-Identifier: MIT
 """Time, memory and heap of this process, and the machine it runs on. Linux with glibc.
 
-Time. torch.utils.benchmark repeats a fast call until the clock can tell its time. On a busy machine
-the wall clock shows the neighbours, so with one thread the clock is the CPU time of the process,
-which repeats within a few per cent. With several threads that is their sum, waiting included, and
-says nothing about how long the user waits: then the wall clock is read. With a GPU
-torch.utils.benchmark waits for the device first. Methods take turns, so that a slow minute hits all
-of them, and the median of their turns counts.
+Time. With one thread the clock is the CPU time of the process, for the wall clock shows the
+neighbours on a busy machine. With several threads that is their sum, waiting included: then the
+wall clock is read. Methods take turns, so that a slow minute hits all of them.
 
 Memory. On the CPU what the process holds in RAM at most during a call, above what it held before:
-the kernel keeps that peak (VmHWM) and forgets it when asked to (/proc/self/clear_refs). Unused heap
-is handed back before, or the call would be served from pages that count already. The kernel counts
-in batches of pages: right to a few 0.1 MB. On a GPU the same of torch's allocator. The results of
-the call are included, its inputs are not.
+the kernel keeps that peak (VmHWM) and forgets it when asked to. Unused heap is handed back before,
+or the call would be served from pages that count already. It is right to a few 0.1 MB. On a GPU the
+same of torch's allocator. The results of the call are included, its inputs are not.
 
 Heap. glibc serves a request of 32 MiB and more from fresh pages and hands them back when it is
-freed, so that every large temporary is paid for with page faults; other allocators and the CUDA one
-keep memory. `retain_heap` makes glibc keep it, as MALLOC_MMAP_MAX_=0 with a large
-MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_ in the environment would from the start.
+freed, so that every large temporary is paid for with page faults; other allocators keep memory.
 """
 
 from __future__ import annotations
@@ -44,9 +38,16 @@ ENOUGH_S = 4.0  # a method that has taken this long gets no more turns
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
-def timer(step: Step, threads: int = 1) -> Timer:
+def timer(step: Step, threads: int = 1, device: str = "cpu") -> Timer:
     clock = time.process_time if threads == 1 else time.perf_counter
-    return Timer("step()", globals={"step": step}, num_threads=threads, timer=clock)
+    options = {"timer": clock} if device == "cpu" else {}  # else one that waits for the device
+    return Timer("step()", globals={"step": step}, num_threads=threads, **options)
+
+
+def host_ms(step: Step) -> float:
+    """What the host takes for a call, without waiting for the device."""
+    host = Timer("step()", globals={"step": step}, timer=time.perf_counter)
+    return 1e3 * host.timeit(10).median
 
 
 def times(timers: Sequence[Timer], turns: int) -> list[list[float]]:

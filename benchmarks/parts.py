@@ -3,9 +3,8 @@
 batches.py, and what else a GPU has to show. Each part gives its work, by name and with a limit.
 
 On a CPU the methods of a part take turns in one process, for a slow minute is to hit all of them.
-On a GPU each method has a case of its own, for one may hang or crash; a graph is captured of a few
-calls. The batch is the same in each call, so that a small one comes from the cache, as it does from
-the network before.
+On a GPU each method has a case of its own, for one may hang or crash. The batch is the same in each
+call, so that a small one comes from the cache, as it does from the network before.
 
     python benchmarks/parts.py cuda     a few calls of each kernel: for compute-sanitizer
 """
@@ -34,9 +33,21 @@ import measure
 import peers
 import torch
 from batches import KINDS, Batch, Case
-from peers import COMPILED, FOUR, GPU_PLAIN, HEX, INF_CL, INFO_NCE, OURS, PLAIN_HEX, TAU, Method
+from peers import (
+    AUTHORS,
+    AUTOCAST,
+    COMPILED,
+    FOUR,
+    GPU_PLAIN,
+    HEX,
+    INF_CL,
+    INFO_NCE,
+    OURS,
+    PLAIN_HEX,
+    TAU,
+    Method,
+)
 from torch import Tensor
-from torch.utils.benchmark import Timer
 from worker import Record, Work
 
 from hex import HEXLoss, ThresholdTracker, batch_threshold, hex_loss, ops
@@ -46,7 +57,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = ("base", "avx2", "avx512", "avx512_bf16")
 CORES = len(os.sched_getaffinity(0))
 LIMIT = 3600  # seconds, for a part on a CPU
-SAMPLE_S, HOST_CALLS, GRAPH_CALLS = 0.1, 10, 4
+GRAPH_CALLS = 4
 IN_A_GRAPH = 8192  # rows up to which a graph is worth while
 
 Options = argparse.Namespace  # of bench.py
@@ -153,29 +164,33 @@ def of_cpu(name: str, options: Options) -> Iterator[Work]:
     yield Work(name, LIMIT, functools.partial(do, name, options))
 
 
-def begin(name: str, options: Options) -> tuple[Part, Record]:
-    """Of a part what is measured, and the begin of its record."""
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", message="ThresholdTracker")  # that 64 rows are few
-    part = PARTS[name].tiny() if options.smoke else PARTS[name]
-    return part, {"part": name, "machine": measure.machine(), "notes": [], "results": []}
+def chosen(name: str, options: Options) -> Part:
+    part = (GPU_PARTS if options.gpu else PARTS)[name]
+    return part.tiny() if options.smoke else part
 
 
 def by_turns(name: str, options: Options) -> Record:
-    """A result for every method, heap and number of threads."""
-    part, record = begin(name, options)
-    timers, rows = [], []
+    return measured(name, chosen(name, options), options)
+
+
+def measured(name: str, part: Part, options: Options, graph: bool = False) -> Record:
+    """A result for every method, heap and number of threads, by turns."""
+    record, timers, rows = begin(name, options), [], []
+    calls = GRAPH_CALLS if graph else 1
     for case in part.cases:
         for method in OF_MODE.get(case.mode, part.methods):
             wanted = re.search(options.only, f"{name}: {case.case}, {method.name}")
-            if not method.takes(case) or not wanted:
+            if case.rows > method.most or not wanted:
                 continue
             try:
-                step, row = peers.checked(method, case)
-            except ImportError as error:
+                step, row = peers.checked(method, case, options.device)
+            except (ImportError, torch.OutOfMemoryError) as error:
                 record["notes"].append(f"{method.name} is left out: {error}")
                 continue
-            timers += [measure.timer(step, n) for n in part.threads]
+            if options.gpu:
+                step = captured(step) if graph else step
+                row |= {"graph": graph, "host_ms": measure.host_ms(step) / calls}
+            timers += [measure.timer(step, n, options.device) for n in part.threads]
             rows += [row | {"threads": n} for n in part.threads]
     if part.products:
         a, b, out = (torch.ones(512, 512) for _ in range(3))
@@ -185,7 +200,9 @@ def by_turns(name: str, options: Options) -> Record:
         if heap == "retained":
             measure.retain_heap()
         samples = measure.times(timers, options.repeats)
-        found = [row | {"ms": ms} for row, ms in zip(rows, samples, strict=True)]
+        found = [
+            row | {"ms": [x / calls for x in ms]} for row, ms in zip(rows, samples, strict=True)
+        ]
         if part.products and core.has_compiler():  # what the core's own tile reaches, in cache
             ms = [1e3 * core.best(core.build(ops.isa()))[1] for _ in range(5)]
             found.append({"method": "tile product", "flop": 4.0 * 502**2 * 128, "ms": ms})
@@ -193,9 +210,16 @@ def by_turns(name: str, options: Options) -> Record:
     return record
 
 
+def begin(name: str, options: Options) -> Record:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="ThresholdTracker")  # that 64 rows are few
+    record: Record = {"part": name, "notes": [], "results": []}
+    return record if options.gpu else record | {"machine": measure.machine()}
+
+
 def isa(name: str, options: Options) -> Record:
     """The same at each level that the CPU has; a process has one."""
-    _, record = begin(name, options)
+    record = begin(name, options)
     for level in LEVELS:
         at_level = {"HEX_ISA": level, "PYTHONWARNINGS": "ignore:HEX_ISA"}
         spawn = multiprocessing.get_context("spawn")
@@ -214,10 +238,10 @@ def large(name: str, options: Options) -> Record:
     Some rows of the loss are compared with those of the reference, at the eps that was found: all
     of them would take it 34 GB a temporary.
     """
-    part, record = begin(name, options)
+    record = begin(name, options)
     rule = ThresholdTracker.adaptive(over=peers.OVER)
     criterion = HEXLoss(TAU, threshold=rule, reduction="none")
-    for case, calls in zip(part.cases, (6, 1), strict=True):
+    for case, calls in zip(chosen(name, options).cases, (6, 1), strict=True):
         batch, ms, losses = batches.make(case), [], torch.empty(0)
 
         def step() -> None:
@@ -257,9 +281,9 @@ FEW = (*OURS, *GPU_PLAIN)  # where not all are measured
 GPU_PARTS = {  # the most wanted batches first
     "sizes": Part(
         [shaped(n, 0, 128) for n in (512, 1024, 4096, 8192, 65536, 2048, 16384, 32768)],
-        peers.GPU_METHODS,
+        (*FEW, AUTHORS, AUTOCAST, INF_CL),
     ),
-    "queue": Part([shaped(n, 65536, 128) for n in (256, 4096)], peers.GPU_METHODS),
+    "queue": Part([shaped(n, 65536, 128) for n in (256, 4096)], (*FEW, AUTHORS, AUTOCAST)),
     "features": Part([shaped(n, 0, d) for d in (256, 512, 64, 2048) for n in (4096, 32768)], FEW),
     "dtypes": Part(
         [
@@ -273,53 +297,21 @@ GPU_PARTS = {  # the most wanted batches first
 
 
 def of_gpu(name: str, options: Options) -> Iterator[Work]:
-    part = GPU_PARTS[name].tiny() if options.smoke else GPU_PARTS[name]
+    part = chosen(name, options)
     for case in part.cases:
         case = shaped(case.rows, case.queue, case.features, case.dtype)
-        for method in filter(lambda m: m.takes(case), part.methods):
-            about, limit = f"{name}: {case.case}, {method.name}", 120 if method.compiled else 40
-            do = functools.partial(one_method, method, case, options.device)
-            yield Work(about, limit, do)
-            if method in FEW and case.rows <= IN_A_GRAPH and options.device != "cpu":
-                yield Work(f"{about}, in a graph", 40, functools.partial(do, graph=True))
+        for method in part.methods:
+            if case.rows <= method.most:
+                about, limit = f"{name}: {case.case}, {method.name}", 120 if method.compiled else 40
+                alone = Part([case], [method], heaps=["stock"])
+                do = functools.partial(measured, name, alone, options)
+                yield Work(about, limit, do)
+                if method in FEW and case.rows <= IN_A_GRAPH and options.device != "cpu":
+                    yield Work(f"{about}, in a graph", limit, functools.partial(do, graph=True))
 
 
-def one_method(method: Method, case: Case, device: str, graph: bool = False) -> Record:
-    """Checks the method where the truth is known, then measures it; or why not, of another's."""
-    about: Record = {"method": method.name, "graph": graph, **case._asdict()}
-    try:
-        step, found = peers.checked(method, case, device)
-        about |= found | times(step, graph)
-    except ImportError as error:
-        return about | {"skipped": f"not installed: {error}"}
-    except torch.OutOfMemoryError:
-        return about | {"skipped": "out of memory"}
-    except Exception as error:
-        if (method is not INF_CL and not method.compiled) or "CUDA error" in str(error):
-            raise
-        return about | {"skipped": f"{type(error).__name__}: {error}"[:300]}
-    finally:
-        if device != "cpu":
-            torch.cuda.empty_cache()
-    if method in OURS:
-        # Products of N x M x D, times 2 operations: the threshold two, the forward one, the
-        # backward two; float32 three times as many (docs/cuda.md).
-        products = (5 if method is HEX else 3) * (3 if case.dtype == "float32" else 1)
-        about["flop"] = 2 * case.rows * (case.queue or case.rows) * case.features * products
-    return about
-
-
-def times(step: measure.Step, graph: bool = False) -> Record:
-    """Milliseconds a call: the median and the range; and the host's alone, which does not wait."""
-    run, calls = (captured(step).replay, GRAPH_CALLS) if graph else (step, 1)
-    sample = Timer("run()", globals={"run": run}).blocked_autorange(min_run_time=SAMPLE_S)
-    host = Timer("run()", globals={"run": run}, timer=time.perf_counter).timeit(HOST_CALLS)
-    low, high = min(sample.times), max(sample.times)
-    ms = {"ms": sample.median, "host_ms": host.median, "low_ms": low, "high_ms": high}
-    return {name: seconds * 1e3 / calls for name, seconds in ms.items()}
-
-
-def captured(step: measure.Step) -> torch.cuda.CUDAGraph:
+def captured(step: measure.Step) -> measure.Step:
+    """A graph of several calls."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -329,10 +321,15 @@ def captured(step: measure.Step) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph):
         for _ in range(GRAPH_CALLS):
             step()
-    return graph
+    return graph.replay
 
 
 # ---- a GPU: the rest -----------------------------------------------------------------------------
+
+
+def median_ms(step: measure.Step, options: Options) -> float:
+    (samples,) = measure.times([measure.timer(step, 1, options.device)], options.repeats)
+    return sorted(samples)[len(samples) // 2]
 
 
 def roofline(options: Options) -> Iterator[Work]:
@@ -343,36 +340,36 @@ def roofline(options: Options) -> Iterator[Work]:
         a, b = (torch.randn(n, n, device=options.device).to(torch.bfloat16) for _ in range(2))
         x = torch.randn(min(1 << 28, 16 * n * n), device=options.device)
         y = torch.empty_like(x)
-        product, copy = (times(f)["ms"] for f in (lambda: torch.mm(a, b), lambda: y.copy_(x)))
+        steps = lambda: torch.mm(a, b), lambda: y.copy_(x)
+        product, copy = (median_ms(step, options) for step in steps)
         return {"tflops": 2 * n**3 / product / 1e9, "copy_gb_s": 2 * x.numel() * 4 / copy / 1e6}
 
     yield Work("roofline: roofline", 60, reached)
 
 
 def training(options: Options) -> Iterator[Work]:
-    """The loss within a training step of ResNet-18 on 32 x 32 images."""
-    backbone, sizes = ("small", (16,)) if options.smoke else ("resnet18", (512, 2048))
+    """SimCLR's step with a loss: ResNet-18 on 32 x 32 images, bfloat16, as many rows as in "sizes".
+
+    The images are noise: what a step costs does not depend on them.
+    """
+    backbone, sizes = ("small", (80,)) if options.smoke else ("resnet18", (512, 2048))
     for images in sizes:
         for method in FOUR:
-            do = functools.partial(training_step, method, backbone, images, options.device)
+            do = functools.partial(training_step, method, backbone, images, options)
             yield Work(f"training: {backbone}, {images} images, {method.name}", 60, do)
 
 
-def training_step(method: Method, backbone: str, images: int, device: str) -> Record:
-    """Milliseconds and memory of SimCLR's step with a loss, and of the loss in it.
-
-    The images are noise: what a step costs does not depend on them. Mixed precision in bfloat16.
-    """
+def training_step(method: Method, backbone: str, images: int, options: Options) -> Record:
+    """Milliseconds and memory."""
     sys.path.append(str(ROOT / "examples"))
     from common import encoder
 
     network, width = encoder.backbone(backbone, 32)
-    model = torch.nn.Sequential(network, encoder.projector(width, 128)).to(device)
+    model = torch.nn.Sequential(network, encoder.projector(width, 128)).to(options.device)
     optimizer = torch.optim.AdamW(model.parameters())
-    views = torch.randn(2 * images, 3, 32, 32, device=device)
+    views = torch.randn(2 * images, 3, 32, 32, device=options.device)
     views = views.to(memory_format=torch.channels_last)
-    batch = batches.make(shaped(2 * images, 0, 128), device)
-    criterion = method.build(batch)
+    criterion = method.build(batches.make(shaped(2 * images, 0, 128), options.device))
 
     def step() -> None:
         with torch.autocast(views.device.type, torch.bfloat16):
@@ -381,17 +378,9 @@ def training_step(method: Method, backbone: str, images: int, device: str) -> Re
         loss.backward()
         optimizer.step()
 
-    def alone() -> None:
-        with torch.autocast(views.device.type, torch.bfloat16):
-            loss = criterion(*batch.leaves)
-        torch.autograd.grad(loss, batch.leaves)
-
-    found = {}
-    for name, what in (("step", step), ("loss", alone)):
-        what()  # the optimizer's state is there from now on
-        found[f"{name}_peak_mb"] = measure.peak_mb(what, device)
-        found[f"{name}_ms"] = times(what)["ms"]
-    return found | {"share_of_step": found["loss_ms"] / found["step_ms"]}
+    step()  # the optimizer's state is there from now on
+    peak = measure.peak_mb(step, options.device)
+    return {"step_peak_mb": peak, "step_ms": median_ms(step, options)}
 
 
 def run(command: Sequence[object], **environment: str) -> Record:

@@ -57,14 +57,9 @@ class Method(NamedTuple):
     """Of those above; "" where nothing is checked."""
     build: Callable[[Batch], Function]
     """From a batch, whose gradient is not wanted, the function of its leaves and others."""
-    symmetric: bool = False
-    """For two views as each other's candidates alone."""
     compiled: bool = False
     most: float = math.inf
     """Rows beyond which its memory is too much."""
-
-    def takes(self, case: Case) -> bool:
-        return case.rows <= self.most and (case.mode == "ntxent" or not self.symmetric)
 
     def step(self, batch: Batch) -> Step:
         function = self.build(batch)
@@ -360,7 +355,7 @@ COMPILED_HEX, COMPILED_INFO_NCE = COMPILED = (
     Method("plain InfoNCE, compiled", "InfoNCE", compiled(plain_info_nce), compiled=True),
 )
 LIBRARIES = LIGHTLY, _, _ = tuple(
-    Method(name, loss, library(module, make), symmetric=True, most=most)
+    Method(name, loss, library(module, make), most=most)
     for name, loss, module, make, most in (
         ("lightly NTXentLoss", "InfoNCE", "lightly.loss", lambda m: m.NTXentLoss(TAU), math.inf),
         # Every pair of a positive and a negative pair is in memory, O(N^3).
@@ -394,5 +389,4 @@ LOGITS = (
 GPU_PLAIN = PLAIN_HEX._replace(most=16384), PLAIN_INFO_NCE._replace(most=16384)
 AUTHORS = Method("authors' form, eager", "released", eager(plain_released), most=16384)
 AUTOCAST = Method("InfoNCE under autocast", "InfoNCE", eager(autocast_info_nce), most=16384)
-INF_CL = Method("Inf-CL (Triton), B x B", "one way", inf_cl, symmetric=True)
-GPU_METHODS = (*OURS, *GPU_PLAIN, AUTHORS, AUTOCAST, INF_CL)
+INF_CL = Method("Inf-CL (Triton), B x B", "one way", inf_cl)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Results of bench.py as they are shown: tables and a picture.
+"""Results as they are shown: tables and pictures, of a CPU here, of a GPU in gpu_report.py.
 
 results.jsonl has a line a run of a part, the newest last; of each part the last one counts. Nothing
 that stands in a document between <!-- NAME --> and <!-- end --> is typed by hand.
@@ -23,17 +23,14 @@ RESULTS = Path(__file__).with_name("results.jsonl")
 DOCUMENTS = (ROOT / "docs" / "performance.md", ROOT / "README.md")
 PICTURE = ROOT / "docs" / "images" / "performance.png"
 
-HEX, GIVEN, INFO_NCE, PLAIN_HEX, COMPILED_HEX, PLAIN_INFO_NCE = (
-    method.name
-    for method in (peers.HEX, peers.GIVEN, peers.INFO_NCE, peers.PLAIN_HEX, peers.COMPILED_HEX,
-                   peers.PLAIN_INFO_NCE)
-)  # fmt: skip
+HEX, GIVEN, INFO_NCE = (method.name for method in peers.OURS)
+PLAIN_HEX, PLAIN_INFO_NCE = peers.PLAIN_HEX.name, peers.PLAIN_INFO_NCE.name
+COMPILED_HEX = peers.COMPILED_HEX.name
 RATIOS = ((PLAIN_HEX, HEX), (COMPILED_HEX, HEX), (PLAIN_INFO_NCE, HEX), (PLAIN_INFO_NCE, INFO_NCE))
 PRODUCT, MM, EMPTY = "tile product", "torch.mm", "empty autograd.Function"
-BF16 = "4096 bfloat16"
 
 Record = Mapping[str, Any]
-Shown = Iterator[tuple[str, pd.DataFrame]]  # titles and tables of texts
+Tables = dict[str, pd.DataFrame]  # of texts, by title
 
 
 def form(pattern: str) -> Callable[[Any], str]:
@@ -59,17 +56,16 @@ def markdown(title: str, cells: pd.DataFrame, corner: str = "") -> str:
     return f"**{title}**\n\n{table}" if title else table
 
 
-def pivot(results: pd.DataFrame, value: str, across: str = "case") -> pd.DataFrame:
+def pivot(results: pd.DataFrame, value: str) -> pd.DataFrame:
     """A line a method and a column a case, in the order in which they come."""
-    found = results.pivot(index="method", columns=across, values=value)
-    return found.reindex(index=results.method.unique(), columns=results[across].unique())
+    found = results.pivot(index="method", columns="case", values=value)
+    return found.reindex(index=results.method.unique(), columns=results.case.unique())
 
 
 def results_of(record: Record) -> pd.DataFrame:
     """A line a result, with the median and the least of its samples."""
     found = pd.DataFrame(record["results"])
-    if "ms" in found:
-        found["median"], found["best"] = found["ms"].map(np.median), found["ms"].map(min)
+    found["median"], found["best"] = found["ms"].map(np.median), found["ms"].map(min)
     return found
 
 
@@ -78,63 +74,58 @@ def timed(results: pd.DataFrame, heap: str = "retained") -> pd.DataFrame:
     return results[~results["method"].isin([PRODUCT, MM]) & (results["heap"] == heap)]
 
 
-def with_ratios(times: pd.DataFrame) -> pd.DataFrame:
-    """The times as texts; below, how many times as long the first takes as the second."""
+# ---- the tables of each part ---------------------------------------------------------------------
+
+
+def by_case(
+    results: pd.DataFrame, peaks: Sequence[str] = (HEX, PLAIN_HEX), first: bool = False
+) -> pd.DataFrame:
+    """Milliseconds; below, how many times as long one takes as another, peaks of memory, and if
+    wanted HEXLoss beside that of the first case."""
+    times = pivot(results, "median")
     cells = times.map(number)
     for slow, fast in RATIOS:
         if {slow, fast} <= {*times.index}:
             cells.loc[f"{slow} / {fast}"] = (times.loc[slow] / times.loc[fast]).map(ratio)
+    for method in peaks:
+        cells.loc[f"peak MB, {method}"] = pivot(results, "peak_mb").loc[method].map(number)
+    if first:
+        beside = times.loc[HEX] / times.loc[HEX].iloc[0]
+        cells.loc[f"{HEX} / that of {times.columns[0]}"] = beside.map(hundredths)
     return cells
 
 
-# ---- the tables of each part ---------------------------------------------------------------------
-
-
-def sizes(results: pd.DataFrame) -> Shown:
+def sizes(results: pd.DataFrame) -> Tables:
     title = "float32, rows N = 2B, D = 128 where the column does not say otherwise"
     stock = timed(results, "stock")
-    peaks = pivot(stock, "peak_mb")
+    peaks, one = pivot(stock, "peak_mb"), stock.drop_duplicates("case").set_index("case")
     if HEX in peaks.index:
-        first = stock.drop_duplicates("case").set_index("case")
-        beyond = peaks.loc[HEX] - 4 * first.rows * first.features / 1e6
+        beyond = peaks.loc[HEX] - 4 * one.rows * one.features / 1e6
         peaks.loc[f"{HEX} beyond its results"] = beyond
-    for heap in ("retained", "stock"):
-        times = pivot(timed(results, heap), "median")
-        yield f"Milliseconds, {heap} heap: {title}", with_ratios(times)
-    yield f"Memory at the peak, MB: {title}", peaks.map(number)
+    return {
+        f"Milliseconds, retained heap: {title}": by_case(timed(results), ()),
+        f"Milliseconds, stock heap: {title}": by_case(stock, ()),
+        f"Memory at the peak, MB: {title}": peaks.map(number),
+    }
 
 
-def with_peaks(results: pd.DataFrame) -> pd.DataFrame:
-    cells, peaks = with_ratios(pivot(results, "median")), pivot(results, "peak_mb")
-    for method in (HEX, PLAIN_HEX):
-        cells.loc[f"peak MB, {method}"] = peaks.loc[method].map(number)
-    return cells
+def data(results: pd.DataFrame) -> Tables:
+    cells = by_case(results, (), first=True)
+    return {f"Batches that are hard, {results.rows[0]} rows, milliseconds": cells}
 
 
-def with_first(cells: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
-    """And HEXLoss beside that of the first column."""
-    times = pivot(results, "median").loc[HEX]
-    cells.loc[f"{HEX} / that of {times.index[0]}"] = (times / times.iloc[0]).map(hundredths)
-    return cells
+def types(results: pd.DataFrame) -> Tables:
+    return {f"Dtypes, {results.rows[0]} rows, milliseconds": by_case(results, first=True)}
 
 
-def data(results: pd.DataFrame) -> Shown:
-    cells = with_first(with_ratios(pivot(results, "median")), results)
-    yield f"Batches that are hard, {results.rows[0]} rows, milliseconds", cells
+def shapes(results: pd.DataFrame) -> Tables:
+    one = results.drop_duplicates("case").itertuples()
+    names = [f"{r.case}, {r.rows} x {r.candidates}" for r in one]
+    title = "Not square: anchors x candidates, milliseconds"
+    return {title: by_case(results).set_axis(names, axis=1)}
 
 
-def types(results: pd.DataFrame) -> Shown:
-    cells = with_first(with_peaks(results), results)
-    yield f"Dtypes, {results.rows[0]} rows, milliseconds", cells
-
-
-def shapes(results: pd.DataFrame) -> Shown:
-    cells, first = with_peaks(results), results.drop_duplicates("case")
-    cells.columns = [f"{r.case}, {r.rows} x {r.candidates}" for r in first.itertuples()]
-    yield "Not square: anchors x candidates, milliseconds", cells
-
-
-def threads(results: pd.DataFrame) -> Shown:
+def threads(results: pd.DataFrame) -> Tables:
     lines = {}
     for method, mine in results.groupby("method", sort=False):
         times = mine.pivot(index="threads", columns="case", values="best")
@@ -143,40 +134,44 @@ def threads(results: pd.DataFrame) -> Shown:
         for n in more:
             gain = times.loc[one] / times.loc[n]
             lines[f"{method}, times as fast with {n}"] = gain.map(hundredths)
-    cells = pd.DataFrame(lines).T.reindex(columns=results["case"].unique())
-    yield "Threads, by rows", cells.fillna("")
+    return {"Threads, by rows": pd.DataFrame(lines).T[results.case.unique()].fillna("")}
 
 
-def small(results: pd.DataFrame) -> Shown:
+def small(results: pd.DataFrame) -> Tables:
     times = 1e3 * results.set_index("method")["median"]
-    cells = {"a call": times, "beyond the empty function": times - times[EMPTY]}
-    yield "64 rows, microseconds", pd.DataFrame(cells).map(number)
+    cells = pd.DataFrame({"a call": times, "beyond the empty function": times - times[EMPTY]})
+    return {"64 rows, microseconds": cells.map(number)}
 
 
-def large(results: pd.DataFrame) -> Shown:
+def large(results: pd.DataFrame) -> Tables:
+    results = results.set_index(results["rows"].map("{} rows".format))
     cells = pd.DataFrame({
         "s of CPU time": results["median"] / 1e3,
         "ns a pair of rows": 1e6 * results["median"] / results["rows"] ** 2,
         "peak MB": results["peak_mb"],
     })  # fmt: skip
-    yield (
-        "Many rows, D = 128, stock heap",
-        cells.map(number).set_axis([f"{rows} rows" for rows in results["rows"]]),
-    )
+    return {"Many rows, D = 128, stock heap": cells.map(number)}
 
 
-def isa(results: pd.DataFrame) -> Shown:
+def isa(results: pd.DataFrame) -> Tables:
+    tables = {}
     for level, mine in results.groupby("isa", sort=False):
-        cells = with_ratios(pivot(timed(mine), "median"))
+        cells = by_case(timed(mine), ())
         cells.loc["share of the ideal"] = share(mine).loc[HEX].map(percent)
-        yield f"HEX_ISA={level}, by rows, milliseconds; {rates(mine)}", cells
+        tables[f"HEX_ISA={level}, by rows, milliseconds; {rates(mine)}"] = cells
+    return tables
 
 
-def labels(results: pd.DataFrame) -> Shown:
-    for case, mine in results.groupby("case", sort=False):
-        cells = mine.set_index("method")[["median", "peak_mb"]].map(number)
-        yield case, cells.set_axis(["ms", "peak MB"], axis=1)
+def labels(results: pd.DataFrame) -> Tables:
+    cells = results.set_index("method")[["median", "peak_mb"]].map(number)
+    cells.columns = ["ms", "peak MB"]
+    return {case: cells[(results.case == case).values] for case in results.case.unique()}
 
+
+PARTS = {
+    part.__name__: part
+    for part in (sizes, data, types, shapes, threads, small, large, isa, labels)
+}  # fmt: skip
 
 # ---- the ideal and the goals ---------------------------------------------------------------------
 
@@ -185,7 +180,7 @@ def rate(results: pd.DataFrame, product: str) -> float:
     """Of a product, GF/s: the most of all samples of the run, for it is a peak that is asked for,
     and a neighbour on the same core takes a fifth of it for seconds."""
     found = results[results["method"] == product]
-    return (found["flop"] / found["best"] / 1e6).max() if len(found) else float("nan")
+    return (found["flop"] / found["best"] / 1e6).max()  # NaN of none
 
 
 def rates(results: pd.DataFrame) -> str:
@@ -226,74 +221,64 @@ SPEED = {  # how many times as fast as these HEXLoss is to be, retained heap, by
 }
 SHARE = (0.55, 0.68, 0.75, 0.82, 0.84, 0.80)  # of the ideal, by size
 THREADS = {"512": 1.5, "4096": 1.85, "8192": 1.85}  # times as fast in two threads
+Goal = tuple[bool, str, str, str]  # whether it is met, about what, what was measured, and wanted
 
 
-def goals(parts: Mapping[str, pd.DataFrame]) -> Iterator[tuple[bool, str, str, str]]:
-    """Whether each is met, what it is about, what was measured and what was wanted. They are ratios
-    of figures of one run, never times, and were set on a CPU with AVX-512."""
+def least(about: str, got: float, wanted: float, text: str = "{:.3g}x") -> Goal:
+    return got >= wanted, about, text.format(got), f"at least {text.format(wanted)}"
 
-    def least(about: str, got: float, wanted: float, text: str = "{:.3g}x") -> Any:
-        return got >= wanted, about, text.format(got), f"at least {text.format(wanted)}"
 
-    def most(about: str, got: float, wanted: float, text: str = "{:.3g}x") -> Any:
-        return got <= wanted, about, text.format(got), f"at most {text.format(wanted)}"
+def most(about: str, got: float, wanted: float, text: str = "{:.3g}x") -> Goal:
+    return got <= wanted, about, text.format(got), f"at most {text.format(wanted)}"
 
-    times = pivot(timed(parts["sizes"]), "median")
+
+def goals(parts: Mapping[str, pd.DataFrame]) -> Iterator[Goal]:
+    """Ratios of figures of one run, never times, set on a CPU with AVX-512."""
+    times, shares = pivot(timed(parts["sizes"]), "median"), share(parts["sizes"]).loc[HEX]
     for slow, wanted in SPEED.items():
         for size, goal in zip(GOAL_SIZES, wanted, strict=True):
             yield least(f"{slow} / {HEX} at {size}", times[size][slow] / times[size][HEX], goal)
     for size, goal in zip(GOAL_SIZES, SHARE, strict=True):
-        got = share(parts["sizes"]).loc[HEX, size]
-        yield least(f"share of the ideal at {size}", got, goal, "{:.0%}")
+        yield least(f"share of the ideal at {size}", shares[size], goal, "{:.0%}")
     for r in timed(parts["sizes"], "stock").query("method == @HEX and rows >= 4096").itertuples():
         # 8 % of an N x N matrix and what is O(N D)
         goal = (0.08 * 4 * r.rows**2 + 24 * r.rows * r.features) / 1e6
         got = r.peak_mb - 4 * r.rows * r.features / 1e6
         yield most(f"memory beyond the results at {r.case}", got, goal, "{:.1f} MB")
     data, types, shapes = (pivot(parts[part], "median") for part in ("data", "types", "shapes"))
+    ours, wide = types.loc[HEX], types["float64"]
     for kind in data.columns[1:]:
-        slower = data[kind][HEX] / data.loc[HEX].iloc[0]
-        yield most(f"{kind} batch / ordinary one", slower, 1.25)
+        yield most(f"{kind} batch / ordinary one", data[kind][HEX] / data.loc[HEX].iloc[0], 1.25)
     for name in ("bfloat16", "float16"):  # no slower, but for what the clock is good for
-        yield most(f"{name} / float32", types[name][HEX] / types["float32"][HEX], 1.03)
-    wide = types["float64"]
+        yield most(f"{name} / float32", ours[name] / ours["float32"], 1.03)
     yield least(f"{PLAIN_HEX} / {HEX} in float64", wide[PLAIN_HEX] / wide[HEX], 5)
     for case, of in shapes.items():
         yield least(f"{PLAIN_INFO_NCE} / {HEX}, {case}", of[PLAIN_INFO_NCE] / of[HEX], 3)
-    best = parts["threads"].query("method == @HEX").pivot(
-        index="case", columns="threads", values="best"
-    )  # fmt: skip
+    best = parts["threads"].query("method == @HEX").set_index(["threads", "case"])["best"]
     for size, goal in THREADS.items():
-        yield least(f"two threads at {size}", best[1][size] / best[2][size], goal)
+        yield least(f"two threads at {size}", best[1, size] / best[2, size], goal)
     dots = parts["isa"].query("isa == 'avx512_bf16' and method == @HEX").set_index("case")["median"]
     if len(dots):
-        gain = dots["4096"] / dots[BF16]
-        yield least("float32 / bfloat16 at HEX_ISA=avx512_bf16", gain, 1.4)
+        about = "float32 / bfloat16 at HEX_ISA=avx512_bf16"
+        yield least(about, dots["4096"] / dots["4096 bfloat16"], 1.4)
     few, many = parts["large"].itertuples()
     yield most(f"memory of {many.rows} rows", many.peak_mb, 200, "{:.0f} MB")
-    slower = (many.best / many.rows**2) / (few.median / few.rows**2)
+    slower = (many.median / many.rows**2) / (few.median / few.rows**2)
     yield most(f"time a pair at {many.rows} rows / at {few.rows}", slower, 1.2)
 
 
 def missed(parts: Mapping[str, pd.DataFrame]) -> str:
-    found = [*goals(parts)]
-    lines = {about: row for met, about, *row in found if not met}
-    cells = pd.DataFrame.from_dict(lines, orient="index", columns=["measured", "goal"])
-    met = len(found) - len(lines)
-    return markdown(f"{met} of {len(found)} goals are met; these are not", cells)
+    found = pd.DataFrame(goals(parts), columns=["met", "about", "measured", "goal"])
+    title = f"{found.met.sum()} of {len(found)} goals are met; these are not"
+    return markdown(title, found[~found.met].set_index("about")[["measured", "goal"]])
 
 
 # ---- documents -----------------------------------------------------------------------------------
 
-PARTS = {
-    part.__name__: part for part in (sizes, data, types, shapes, threads, small, large, isa, labels)
-}
-
 
 def of_part(record: Record) -> str:
     """The tables of a part, and what they are of."""
-    found = PARTS[record["part"]](results_of(record)) if record["results"] else ()
-    shown = [markdown(title, cells) for title, cells in found]
+    found = PARTS[record["part"]](results_of(record)) if record["results"] else {}
     m, load = record["machine"], record["load"]
     level = "" if record["part"] == "isa" else f", HEX_ISA {m['hex_isa']}"
     source = (
@@ -301,7 +286,8 @@ def of_part(record: Record) -> str:
         f"({m['torch_simd']}), hex {m['hex']} at {m['commit']}{level}; {record['utc']} UTC, "
         f"{record['seconds']:.0f} s, load {load[0]} to {load[1]}."
     )
-    return "\n\n".join([*shown, *(f"{note}." for note in record["notes"]), source])
+    notes = [f"{note}." for note in record["notes"]]
+    return "\n\n".join([*(markdown(*table) for table in found.items()), *notes, source])
 
 
 def summary(sizes: pd.DataFrame) -> str:
@@ -324,6 +310,14 @@ def latest(file: Path = RESULTS) -> dict[str, Record]:
     return {r["part"]: r for r in records if r.get("part") in PARTS}
 
 
+def blocks(records: Mapping[str, Record]) -> dict[str, str]:
+    """What stands in the documents, by name."""
+    parts = {name: results_of(record) for name, record in records.items()}
+    return {name: of_part(record) for name, record in records.items()} | {
+        "ideal": ideal(parts["sizes"]), "goals": missed(parts), "summary": summary(parts["sizes"]),
+    }  # fmt: skip
+
+
 def filled(text: str, blocks: Mapping[str, str]) -> str:
     """A document with what stands between <!-- NAME --> and <!-- end --> made anew."""
     return re.sub(
@@ -334,19 +328,16 @@ def filled(text: str, blocks: Mapping[str, str]) -> str:
     )
 
 
-def blocks(records: Mapping[str, Record]) -> dict[str, str]:
-    """What stands in the documents, by name."""
-    parts = {name: results_of(record) for name, record in records.items()}
-    return {name: of_part(record) for name, record in records.items()} | {
-        "ideal": ideal(parts["sizes"]), "goals": missed(parts), "summary": summary(parts["sizes"]),
-    }  # fmt: skip
-
-
 def write() -> None:
     records = latest()
     for path in DOCUMENTS:
         path.write_text(filled(path.read_text(), blocks(records)))
-    picture(records)
+    m = records["sizes"]["machine"]
+    about = (
+        f"{m['cpu']}, HEX_ISA {m['hex_isa']}, torch {m['torch']}; float32, D = 128, one thread; "
+        "time with a retained heap, memory with the stock one"
+    )
+    draw(points(records), STYLES, about, PICTURE)
 
 
 # ---- the picture ---------------------------------------------------------------------------------
@@ -371,15 +362,6 @@ def points(records: Mapping[str, Record]) -> pd.DataFrame:
     return found.rename(columns={"median": "ms", "peak_mb": "mb"})
 
 
-def picture(records: Mapping[str, Record], file: Path = PICTURE) -> None:
-    m = records["sizes"]["machine"]
-    caption = (
-        f"{m['cpu']}, HEX_ISA {m['hex_isa']}, torch {m['torch']}; float32, D = 128, one thread; "
-        "time with a retained heap, memory with the stock one"
-    )
-    draw(points(records), STYLES, caption, file)
-
-
 def draw(points: pd.DataFrame, styles: Mapping[str, Sequence[Any]], about: str, file: Path) -> None:
     """Time and memory by rows, on a panel each.
 
@@ -393,10 +375,8 @@ def draw(points: pd.DataFrame, styles: Mapping[str, Sequence[Any]], about: str, 
 
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
     ticks = sorted(set(points["rows"]))
-    for panel, column, title, units in (
-        (panels[0], "ms", "Time of a call, forward and backward", ("s", "ms")),
-        (panels[1], "mb", "Memory at the peak", ("GB", "MB")),
-    ):
+    titles = {"ms": "A call, forward and backward, ms", "mb": "Memory at the peak, MB"}
+    for panel, (column, title) in zip(panels, titles.items(), strict=True):
         for method, (label, colour, line) in styles.items():
             mine = points[points["method"] == method].sort_values("rows")
             if len(mine):
@@ -404,10 +384,8 @@ def draw(points: pd.DataFrame, styles: Mapping[str, Sequence[Any]], about: str, 
         panel.set(xscale="log", yscale="log", xlabel="rows N = 2B")
         panel.set_xticks(ticks, [str(n) for n in ticks], rotation=35, fontsize=8)
         panel.set_xticks([], minor=True)
+        panel.yaxis.set_major_formatter("{x:g}")
         panel.set_title(title, loc="left", fontsize=11, fontweight="bold")
-        panel.yaxis.set_major_formatter(
-            lambda y, _, units=units: f"{y / 1e3:g} {units[0]}" if y >= 1e3 else f"{y:g} {units[1]}"
-        )
         panel.grid(which="major", color="#e4e4e4", linewidth=0.8)
         panel.spines[["top", "right"]].set_visible(False)
     handles, names = panels[0].get_legend_handles_labels()
