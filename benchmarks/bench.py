@@ -2,7 +2,7 @@
 """Time and memory of hex against plain PyTorch, torch.compile and other libraries.
 
     python benchmarks/bench.py            a CPU, about twenty minutes (`make bench`)
-    python benchmarks/bench.py --gpu      a GPU, with tests and sanitizers, an hour (`make gpu`)
+    python benchmarks/bench.py --gpu      a GPU: builds, tests, sanitizers; an hour (`make gpu`)
     python benchmarks/bench.py --gpu sizes queue --seconds 300    ends then, whatever runs
     python benchmarks/bench.py sizes --only "4096, (hex|plain HEX)"
     python benchmarks/bench.py --smoke    tiny batches, to see that it runs; with --gpu too, which
@@ -40,7 +40,7 @@ import parts
 import report
 from worker import Record, Results, Work, Worker
 
-START = 120  # seconds to find the device
+START, BUILD = 120, 900  # seconds to find the device; the same, with the kernels to build
 
 
 def measure(options: argparse.Namespace, results: Results) -> int:
@@ -54,7 +54,7 @@ def measure(options: argparse.Namespace, results: Results) -> int:
     end, failed = time.monotonic() + options.seconds, []
     worker = Worker(log, works)
     try:
-        about = worker.do("", START)
+        about = worker.do("", START if options.parts else BUILD)
         if not about.get("ok", True):
             print("no start:", about["note"], *about["output"], sep="\n", file=sys.stderr)
             return 1
@@ -96,6 +96,7 @@ def say(options: argparse.Namespace, work: Work, record: Record) -> None:
     notes = [*record.get("notes", ()), *filter(None, [record.get("note")])]
     if options.gpu:
         notes += [f"{statistics.median(r['ms']):.3g} ms" for r in record.get("results", ())]
+        notes += [f"{k} {v:.3g}" for k, v in record.items() if k.endswith(("_ms", "flops", "_s"))]
     print("  ".join([work.name + state, *notes]), flush=True)
     if "machine" in record:
         print(report.of_part(record), end="\n\n", flush=True)

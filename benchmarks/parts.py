@@ -51,7 +51,7 @@ from torch import Tensor
 from worker import Record, Work
 
 from hex import HEXLoss, ThresholdTracker, batch_threshold, hex_loss, ops
-from hex._load import cuda_problem
+from hex._load import cuda_is_built, cuda_problem
 
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = ("base", "avx2", "avx512", "avx512_bf16")
@@ -90,9 +90,13 @@ def start(options: Options) -> Record:
         if not torch.cuda.is_available():
             raise RuntimeError("torch sees no CUDA device; --device cpu --smoke is a rehearsal")
         torch.cuda.set_device(torch.device(options.device).index or 0)
+        card = torch.cuda.get_device_properties(torch.cuda.current_device())
+        if not options.parts and not cuda_is_built():  # where parts are named, time is short
+            arch = f"{card.major}{card.minor}" + "a" * (card.major == 9)
+            command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+            run(command, HEX_CUDA="1", HEX_CUDA_ARCH=arch)
         if problem := cuda_problem(torch.cuda.current_device()):
             raise RuntimeError(f"no CUDA kernels: {problem}")
-        card = torch.cuda.get_device_properties(torch.cuda.current_device())
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = shutil.which("nvidia-smi") and subprocess.check_output(query, text=True)
         here |= {"card": card.name, "card_gb": card.total_memory / 1e9}
@@ -226,7 +230,8 @@ def isa(name: str, options: Options) -> Record:
         with mock.patch.dict(os.environ, at_level), ProcessPoolExecutor(1, spawn) as process:
             if process.submit(ops.isa).result() == level:
                 found = process.submit(by_turns, name, options).result()
-                record = found | {"results": record["results"] + found["results"]}
+                found |= {key: record[key] + found[key] for key in ("notes", "results")}
+                record = found
             else:
                 record["notes"].append(f"{level} is left out: this CPU does not have it")
     return record

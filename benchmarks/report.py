@@ -305,9 +305,10 @@ def summary(sizes: pd.DataFrame) -> str:
 
 
 def latest(file: Path = RESULTS) -> dict[str, Record]:
-    """The last record of each part."""
+    """The last record of each part that is no rehearsal."""
     records = map(json.loads, file.read_text().splitlines())
-    return {r["part"]: r for r in records if r.get("part") in PARTS}
+    found = [r for r in records if not r.get("on", "").endswith("a rehearsal")]
+    return {r["part"]: r for r in found if r.get("part") in PARTS}
 
 
 def blocks(records: Mapping[str, Record]) -> dict[str, str]:

@@ -52,6 +52,7 @@ def test_the_benchmark_prints_tables_and_records_its_samples(tmp_path, capsys):
     assert bench.main([*arguments, "--only", "(hex|plain|info-nce)"]) == 0
     printed = capsys.readouterr().out
     (record,) = map(json.loads, file.read_text().splitlines())
+    assert report.latest(file) == {}  # it was a rehearsal
     methods = [
         "hex HEXLoss",
         "hex hex_loss, eps given",
