@@ -196,7 +196,7 @@ def measured(name: str, part: Part, options: Options, graph: bool = False) -> Re
                 row |= {"graph": graph, "host_ms": measure.host_ms(step) / calls}
             timers += [measure.timer(step, n, options.device) for n in part.threads]
             rows += [row | {"threads": n} for n in part.threads]
-    if part.products:
+    if part.products and rows:
         a, b, out = (torch.ones(512, 512) for _ in range(3))
         timers.append(measure.timer(lambda: torch.mm(a, b, out=out)))
         rows.append({"method": "torch.mm", "flop": 2.0 * 512**3})
@@ -207,7 +207,9 @@ def measured(name: str, part: Part, options: Options, graph: bool = False) -> Re
         found = [
             row | {"ms": [x / calls for x in ms]} for row, ms in zip(rows, samples, strict=True)
         ]
-        if part.products and core.has_compiler():  # what the core's own tile reaches, in cache
+        if (
+            part.products and rows and core.has_compiler()
+        ):  # what the core's own tile reaches, in cache
             ms = [1e3 * core.best(core.build(ops.isa()))[1] for _ in range(5)]
             found.append({"method": "tile product", "flop": 4.0 * 502**2 * 128, "ms": ms})
         record["results"] += [row | {"heap": heap, "isa": ops.isa()} for row in found]

@@ -87,9 +87,9 @@ def by_case(
     for slow, fast in RATIOS:
         if {slow, fast} <= {*times.index}:
             cells.loc[f"{slow} / {fast}"] = (times.loc[slow] / times.loc[fast]).map(ratio)
-    for method in peaks:
+    for method in times.index.intersection(peaks):
         cells.loc[f"peak MB, {method}"] = pivot(results, "peak_mb").loc[method].map(number)
-    if first:
+    if first and HEX in times.index:
         beside = times.loc[HEX] / times.loc[HEX].iloc[0]
         cells.loc[f"{HEX} / that of {times.columns[0]}"] = beside.map(hundredths)
     return cells
@@ -139,7 +139,9 @@ def threads(results: pd.DataFrame) -> Tables:
 
 def small(results: pd.DataFrame) -> Tables:
     times = 1e3 * results.set_index("method")["median"]
-    cells = pd.DataFrame({"a call": times, "beyond the empty function": times - times[EMPTY]})
+    cells = pd.DataFrame(
+        {"a call": times, "beyond the empty function": times - times.get(EMPTY, np.nan)}
+    )
     return {"64 rows, microseconds": cells.map(number)}
 
 
@@ -157,7 +159,7 @@ def isa(results: pd.DataFrame) -> Tables:
     tables = {}
     for level, mine in results.groupby("isa", sort=False):
         cells = by_case(timed(mine), ())
-        cells.loc["share of the ideal"] = share(mine).loc[HEX].map(percent)
+        cells.loc["share of the ideal"] = share(mine).reindex([HEX]).loc[HEX].map(percent)
         tables[f"HEX_ISA={level}, by rows, milliseconds; {rates(mine)}"] = cells
     return tables
 
