@@ -83,7 +83,7 @@ def checked(method: Method, case: Case, device: str = "cpu") -> tuple[Step, dict
     batch = batches.make(case, device)
     step, right = method.step(batch), truth(case, device, method.loss)
     got = step()
-    errors = check(method, case, got, right) if right else {}
+    errors = check(method, case, batch, got, right) if right else {}
     about = {"method": method.name, **case._asdict(), "candidates": case.candidates, **errors}
     return step, about | {"peak_mb": measure.peak_mb(step, device)}
 
@@ -112,20 +112,19 @@ def reference_rows(batch: Batch, loss: str, eps: Tensor | None = None) -> Tensor
         table = reference.logits_table(*inputs[:2])
     else:
         table = reference.batch_table(*inputs[:3], "query" if loss == "one way" else mode)
-    tau = torch.tensor(TAU, dtype=torch.float64)
-    if eps is None and loss in ("HEX", "released"):
-        eps = (
-            torch.tensor(EPS[mode]) if mode in EPS else reference.quantile_of(table, QUANTILE, OVER)
-        )
+    there = {"dtype": torch.float64, "device": table.values.device}
+    if eps is None and loss in ("HEX", "released") and mode not in EPS:
+        eps = reference.quantile_of(table, QUANTILE, OVER)
     elif eps is None:
-        eps = torch.tensor(math.inf)
+        eps = torch.tensor(EPS[mode] if loss == "HEX" else math.inf, **there)
+    tau = torch.tensor(TAU, **there)
     score = table.values * (TAU if mode == "logits" else 1)
     variant = "released" if loss == "released" else "paper"
     options = {"variant": variant, "logits": mode == "logits"}
     return reference.decided_loss(table, score, eps, tau, BETA, TAU_PLUS, **options)[0]
 
 
-def check(method: Method, case: Case, got: Result, right: Result) -> dict[str, float]:
+def check(method: Method, case: Case, batch: Batch, got: Result, right: Result) -> dict[str, float]:
     """The relative errors of the loss and, by norm, of the gradient.
 
     Float32 puts a cosine within rounding of the threshold on either side of it, so that a few rows
@@ -143,8 +142,7 @@ def check(method: Method, case: Case, got: Result, right: Result) -> dict[str, f
     if method is AUTOCAST:  # bfloat16 logits
         allowed = {"loss_error": 1e-2, "gradient_error": 2e-1}
     ours, true = (torch.cat([g.double().flatten() for g in result[1:]]) for result in (got, right))
-    leaves = batches.make(case, str(got[0].device)).leaves
-    norms = torch.cat([z.detach().double().norm(dim=-1) for z in leaves])
+    norms = torch.cat([z.detach().double().norm(dim=-1) for z in batch.leaves])
     size = max(true.norm().item(), 1e-2 * (1 / (TAU * norms)).norm().item() / case.rows)
     errors = {
         "loss_error": ((got[0].double() - right[0]).abs() / right[0].abs()).item(),

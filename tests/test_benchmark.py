@@ -169,12 +169,13 @@ def test_every_method_is_right_and_the_other_loss_is_refused(case):
     methods = (*peers.OURS, peers.PLAIN_HEX, peers.PLAIN_INFO_NCE, *symmetric, *released)
     for method in parts.OF_MODE.get(case.mode, methods):
         if case.rows <= method.most:
-            got = method.step(batches.make(case))()
-            peers.check(method, case, got, peers.truth(case, "cpu", method.loss))
+            batch = batches.make(case)
+            got = method.step(batch)()
+            peers.check(method, case, batch, got, peers.truth(case, "cpu", method.loss))
             if case.kind == "clusters":
                 other = peers.truth(case, "cpu", {"HEX": "InfoNCE"}.get(method.loss, "HEX"))
                 with pytest.raises(peers.Mismatch, match=re.escape(method.name)):
-                    peers.check(method, case, got, other)
+                    peers.check(method, case, batch, got, other)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +202,7 @@ def test_a_wrong_gradient_is_refused():
     right = peers.truth(case, "cpu", "HEX")
     wrong = right[0], right[1], 1.02 * right[2]
     with pytest.raises(peers.Mismatch, match="gradient_error"):
-        peers.check(peers.HEX, case, wrong, right)
+        peers.check(peers.HEX, case, batches.make(case), wrong, right)
 
 
 @own_memory
