@@ -69,12 +69,12 @@ sanitize: build ## the tests under AddressSanitizer and UndefinedBehaviorSanitiz
 demo: build ## train on handwritten digits, with InfoNCE and with HEX: three minutes, with pictures
 	$(BIN)/python examples/demo.py
 
-bench: build ## time and memory beside plain torch, torch.compile, other libraries: 15 minutes
-	$(BIN)/python benchmarks/bench.py --record build/results.jsonl
+bench: build ## time and memory beside plain torch, torch.compile, other libraries: 20 minutes
+	$(BIN)/python benchmarks/bench.py
 
 gpu: export HEX_CUDA = 1
 gpu: build ## on a machine with a CUDA GPU: tests, sanitizers, times, a training run: an hour
-	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/bench.py --gpu
 	$(BIN)/python examples/simclr.py --loss hex --device cuda --amp bf16
 
 examples: build ## every method with its own loss and with HEX, and a table: some minutes

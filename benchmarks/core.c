@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
-/* The CPU core alone, one level on one thread without torch, to be timed and counted (core.py): the
- * loss with its gradient, and beside it the product of two blocks in cache by the core's own
- * register tile, which is the most that it could reach. LEVEL_FILE names csrc/cpu/levels/*_f32.c: one
- * unit, so that -fwhole-program leaves out what is not called. */
+/* The CPU core alone, one level on one thread without torch, to be timed (core.py): the loss with its
+ * gradient, and beside it the product of two blocks in cache by the core's own register tile, which is
+ * the most that it could reach. LEVEL_FILE names a float file of csrc/cpu/levels: one unit, so that
+ * -fwhole-program leaves out what is not called. */
 #include <stdio.h>
 #include <time.h>
 
@@ -12,7 +12,7 @@
 
 #include LEVEL_FILE
 
-#define PUBLIC __attribute__((visibility("default"), externally_visible, noinline))
+#define APART __attribute__((noinline)) static    /* a name of its own in a profile */
 #define WIDE (2 * VEC_BYTES / (int)sizeof(float)) /* NR of float */
 
 /* Rows and columns of the blocks: a multiple of every MR and NR; and a slice of the core deep. */
@@ -27,7 +27,7 @@ bool hex_parallel_for(int64_t n, int64_t work, hex_body_t body, void *context)
 }
 
 /* Multiplies two blocks `times` times. Returns the floating-point operations of it. */
-PUBLIC double product(int64_t times)
+APART double product(int64_t times)
 {
     static _Alignas(64) float a[SIDE * DEEP], b[SIDE * DEEP], c[SIDE * SIDE];
     for (int64_t k = 0; k < SIDE * DEEP && a[0] == 0; k++)
@@ -79,7 +79,7 @@ static batch make(int64_t B, int64_t D, int classes, float spread, float moved)
 }
 
 /* Forward with the threshold of the batch, and backward: 2B rows, tau = 0.1, beta = 1, the mean. */
-PUBLIC bool loss(const batch *x)
+APART bool loss(const batch *x)
 {
     static const double tau = 0.1, one = 1;
     const int64_t B = x->B, D = x->D;

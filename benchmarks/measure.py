@@ -1,22 +1,17 @@
 # SPDX-License-Identifier: MIT
 """Time, memory and heap of this process, and the machine it runs on. Linux with glibc.
 
-Time. torch.utils.benchmark repeats a fast call until the clock can tell its time. On a busy machine
-the wall clock shows the neighbours, so with one thread the clock is the CPU time of the process,
-which repeats within a few per cent. With several threads that is their sum, waiting included, and
-says nothing about how long the user waits: then the wall clock is read. With a GPU
-torch.utils.benchmark waits for the device first. Methods take turns, so that a slow minute hits all
-of them, and the median of their turns counts.
+Time. With one thread the clock is the CPU time of the process, for the wall clock shows the
+neighbours on a busy machine. With several threads that is their sum, waiting included: then the
+wall clock is read. Methods take turns, so that a slow minute hits all of them.
 
-Memory. What the process holds in RAM at most during a call, above what it held before: the kernel
-keeps that peak (VmHWM) and forgets it when asked to (/proc/self/clear_refs). Unused heap is handed
-back before, or the call would be served from pages that count already. The results of the call are
-included, its inputs are not. The kernel counts in batches of pages: right to a few 0.1 MB.
+Memory. On the CPU what the process holds in RAM at most during a call, above what it held before:
+the kernel keeps that peak (VmHWM) and forgets it when asked to. Unused heap is handed back before,
+or the call would be served from pages that count already. It is right to a few 0.1 MB. On a GPU the
+same of torch's allocator. The results of the call are included, its inputs are not.
 
 Heap. glibc serves a request of 32 MiB and more from fresh pages and hands them back when it is
-freed, so that every large temporary is paid for with page faults; other allocators and the CUDA one
-keep memory. `retain_heap` makes glibc keep it, as MALLOC_MMAP_MAX_=0 with a large
-MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_ in the environment would from the start.
+freed, so that every large temporary is paid for with page faults; other allocators keep memory.
 """
 
 from __future__ import annotations
@@ -25,12 +20,11 @@ import ctypes
 import gc
 import os
 import platform
+import re
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch.utils.benchmark import Timer
@@ -38,49 +32,56 @@ from torch.utils.benchmark import Timer
 from hex import __version__, ops
 
 Step = Callable[[], object]
-K = TypeVar("K")
 
 TURN_S = 0.01  # a turn repeats a fast call for at least this long
 ENOUGH_S = 4.0  # a method that has taken this long gets no more turns
-
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
-def times(steps: Mapping[K, Timer], turns: int) -> dict[K, list[float]]:
-    """Milliseconds a call, a sample a turn; the steps by turns."""
-    samples: dict[K, list[float]] = {name: [] for name in steps}
-    taken = dict.fromkeys(steps, 0.0)
+def timer(step: Step, threads: int = 1, device: str = "cpu") -> Timer:
+    clock = time.process_time if threads == 1 else time.perf_counter
+    options = {"timer": clock} if device == "cpu" else {}  # else one that waits for the device
+    return Timer("step()", globals={"step": step}, num_threads=threads, **options)
+
+
+def host_ms(step: Step) -> float:
+    """What the host takes for a call, without waiting for the device."""
+    host = Timer("step()", globals={"step": step}, timer=time.perf_counter)
+    return 1e3 * host.timeit(10).median
+
+
+def times(timers: Sequence[Timer], turns: int) -> list[list[float]]:
+    """Milliseconds a call, a sample a turn; the timers by turns."""
+    samples: list[list[float]] = [[] for _ in timers]
+    taken = [0.0] * len(timers)
     for _ in range(turns):
-        for name, timer in steps.items():
-            if taken[name] < ENOUGH_S:
+        for i, one in enumerate(timers):
+            if taken[i] < ENOUGH_S:
                 start = time.perf_counter()
-                sample = timer.blocked_autorange(min_run_time=TURN_S)
-                taken[name] += time.perf_counter() - start
-                samples[name].append(float(f"{sample.median * 1e3:.4g}"))
+                sample = one.blocked_autorange(min_run_time=TURN_S)
+                taken[i] += time.perf_counter() - start
+                samples[i].append(float(f"{sample.median * 1e3:.4g}"))
     return samples
 
 
-def timer(step: Step, threads: int = 1, clock: Callable[[], float] | None = None) -> Timer:
-    """On that clock, or on the one of torch.utils.benchmark, which waits for a GPU."""
-    clocks = {"timer": clock} if clock else {}
-    return Timer("step()", globals={"step": step}, num_threads=threads, **clocks)
-
-
-def clock(threads: int) -> Callable[[], float]:
-    return time.process_time if threads == 1 else time.perf_counter
-
-
-def peak_mb(step: Step) -> float:
+def peak_mb(step: Step, device: str = "cpu") -> float:
     """The most memory that a call holds above what was held before, in MB (10^6 bytes).
 
     The step has run before: libraries, threads and compiled code are there.
     """
     gc.collect()
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return round((torch.cuda.max_memory_allocated() - before) / 1e6, 2)
     _glibc().malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS
-    before = _status("VmRSS")
+    before = _proc("/proc/self/status", r"VmRSS:\s*(\d+) kB")
     step()
-    return (_status("VmHWM") - before) / 1e6
+    after = _proc("/proc/self/status", r"VmHWM:\s*(\d+) kB")
+    return round((int(after) - int(before)) * 1024 / 1e6, 2)
 
 
 def retain_heap() -> None:
@@ -93,7 +94,7 @@ def retain_heap() -> None:
 def machine() -> dict[str, object]:
     """The machine and the libraries, for the head of a table."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": _proc("/proc/cpuinfo", r"model name\s*: (.*)") or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
         "system": platform.platform(),
@@ -106,40 +107,22 @@ def machine() -> dict[str, object]:
     }
 
 
-def progress(what: str) -> None:
-    """One line, written over and over, for a person who waits."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{what}", end="", file=sys.stderr, flush=True)
-
-
 def _commit() -> str:
     """Of the sources this file lies in; with a plus where the library differs from it."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
+    describe = ["git", "-C", str(Path(__file__).parent), "status", "--porcelain", "-uno", ":/csrc"]
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", ":/csrc", ":/hex")
-        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+        changed = subprocess.check_output([*describe, ":/hex"], stderr=subprocess.DEVNULL)
+        name = subprocess.check_output(
+            [*describe[:3], "rev-parse", "--short=10", "HEAD"], text=True
+        )
+        return name.strip() + "+" * bool(changed.strip())
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            return value.strip()
-    return platform.processor() or platform.machine()  # other architectures have no such line
-
-
-def _status(field: str) -> int:
-    """Bytes, from /proc/self/status."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
+def _proc(file: str, pattern: str) -> str:
+    found = re.search(pattern, Path(file).read_text())
+    return found[1].strip() if found else ""
 
 
 def _glibc() -> ctypes.CDLL:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The losses that are compared: ours, the same in plain PyTorch, torch.compile of that, and the
-libraries on PyPI.
+libraries on PyPI; and the check of what they give.
 
 Each computes one of these losses of a batch (batches.py), all with tau = 0.1:
 
@@ -9,8 +9,7 @@ Each computes one of these losses of a batch (batches.py), all with tau = 0.1:
     "InfoNCE"   L_i with H empty
     "one way"   the same with z0 alone as anchors and z1 as candidates: B x B cosines, not 2B x 2B
 
-Plain PyTorch in float64 is the truth that all are compared with before anything is timed (`check`);
-that it is hex.reference, a test shows (tests/test_benchmark.py).
+hex.reference in float64 is the truth that all are compared with before anything is timed.
 """
 
 from __future__ import annotations
@@ -21,11 +20,13 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import batches
+import measure
 import torch
 import torch.nn.functional as F
-from batches import Batch
+from batches import Batch, Case
 from torch import Tensor, nn
 
 from hex import (
@@ -36,6 +37,7 @@ from hex import (
     hex_cross_entropy,
     hex_loss,
     hex_sup_con,
+    reference,
 )
 
 TAU, BETA, TAU_PLUS, QUANTILE = 0.1, 1.0, 0.1, 0.99
@@ -55,15 +57,9 @@ class Method(NamedTuple):
     """Of those above; "" where nothing is checked."""
     build: Callable[[Batch], Function]
     """From a batch, whose gradient is not wanted, the function of its leaves and others."""
-    symmetric: bool = False
-    """For two views as each other's candidates alone, in the dtype of the batch, not half."""
     compiled: bool = False
     most: float = math.inf
     """Rows beyond which its memory is too much."""
-
-    def takes(self, batch: Batch) -> bool:
-        usual = batch.mode == "ntxent" and batch.leaves[0].dtype not in HALF
-        return batch.rows <= self.most and (usual or not self.symmetric)
 
     def step(self, batch: Batch) -> Step:
         function = self.build(batch)
@@ -73,6 +69,92 @@ class Method(NamedTuple):
             return loss.detach(), *torch.autograd.grad(loss, batch.leaves)
 
         return run
+
+
+# ---- what is right -------------------------------------------------------------------------------
+
+
+class Mismatch(Exception):
+    """A method gives another loss, or another gradient, than it has to."""
+
+
+def checked(method: Method, case: Case, device: str = "cpu") -> tuple[Step, dict[str, Any]]:
+    """The step of a method that is right, or a Mismatch; and the begin of its record."""
+    batch = batches.make(case, device)
+    step, right = method.step(batch), truth(case, device, method.loss)
+    got = step()
+    errors = check(method, case, batch, got, right) if right else {}
+    about = {"method": method.name, **case._asdict(), "candidates": case.candidates, **errors}
+    return step, about | {"peak_mb": measure.peak_mb(step, device)}
+
+
+@functools.lru_cache(maxsize=4)
+def truth(case: Case, device: str, loss: str) -> Result | None:
+    """The loss and its gradients by hex.reference in float64; None where nothing is to be checked,
+    or where there is no memory for a dozen N x M on a GPU."""
+    if not loss or (device != "cpu" and case.rows * case.candidates * 8 * 12 > 40e9):
+        return None
+    batch = batches.make(case, device).to(torch.float64)
+    try:
+        value = reference_rows(batch, loss).mean()
+        return value.detach(), *torch.autograd.grad(value, batch.leaves)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def reference_rows(batch: Batch, loss: str, eps: Tensor | None = None) -> Tensor:
+    """The loss of each row; eps for that of the batch, or of EPS."""
+    inputs, mode = (*batch.leaves, *batch.others, None), batch.mode
+    if mode == "labels":
+        x, ids = inputs[:2]
+        table = reference.labelled_table(x, x, ids, ids, torch.empty(0), 0)
+    elif mode == "logits":
+        table = reference.logits_table(*inputs[:2])
+    else:
+        table = reference.batch_table(*inputs[:3], "query" if loss == "one way" else mode)
+    there = {"dtype": torch.float64, "device": table.values.device}
+    if eps is None and loss in ("HEX", "released") and mode not in EPS:
+        eps = reference.quantile_of(table, QUANTILE, OVER)
+    elif eps is None:
+        eps = torch.tensor(EPS[mode] if loss == "HEX" else math.inf, **there)
+    tau = torch.tensor(TAU, **there)
+    score = table.values * (TAU if mode == "logits" else 1)
+    variant = "released" if loss == "released" else "paper"
+    options = {"variant": variant, "logits": mode == "logits"}
+    return reference.decided_loss(table, score, eps, tau, BETA, TAU_PLUS, **options)[0]
+
+
+def check(method: Method, case: Case, batch: Batch, got: Result, right: Result) -> dict[str, float]:
+    """The relative errors of the loss and, by norm, of the gradient.
+
+    Float32 puts a cosine within rounding of the threshold on either side of it, so that a few rows
+    may have another H: the gradient is compared as a whole, to a per cent. Another formula is off
+    by far more (tests/test_benchmark.py). Where the batch has collapsed, terms of the size of
+    1 / (tau |z|) a row cancel in the gradient to nothing but rounding: a share of them counts. A
+    GPU rounds cosines of half precision as PyTorch does, and more so under autocast.
+    """
+    dtype, device = getattr(torch, case.dtype), got[0].device.type
+    allowed = {"loss_error": 1e-4, "gradient_error": 1e-2}
+    if dtype == torch.float64:
+        allowed = {"loss_error": 1e-9, "gradient_error": 1e-9}
+    elif dtype in HALF and device != "cpu":
+        allowed = {"loss_error": 2e-3, "gradient_error": 4e-2}
+    if method is AUTOCAST:  # bfloat16 logits
+        allowed = {"loss_error": 1e-2, "gradient_error": 2e-1}
+    ours, true = (torch.cat([g.double().flatten() for g in result[1:]]) for result in (got, right))
+    norms = torch.cat([z.detach().double().norm(dim=-1) for z in batch.leaves])
+    size = max(true.norm().item(), 1e-2 * (1 / (TAU * norms)).norm().item() / case.rows)
+    errors = {
+        "loss_error": ((got[0].double() - right[0]).abs() / right[0].abs()).item(),
+        "gradient_error": (ours - true).norm().item() / size,
+    }
+    for name, most in allowed.items():
+        if not errors[name] <= most:
+            raise Mismatch(
+                f"{method.name}: got a {name} of {errors[name]:.2g}, wanted at most {most:.2g}, of "
+                f"{case}: loss {got[0].item()} for {right[0].item()}"
+            )
+    return errors
 
 
 # ---- plain PyTorch, written the ordinary way -----------------------------------------------------
@@ -121,15 +203,12 @@ def plain_local(c: Tensor, e: Tensor, hard: Tensor, positive: Tensor) -> Tensor:
     return torch.maximum(local, count * math.exp(-1 / TAU))
 
 
-def plain_hex(
-    z0: Tensor, z1: Tensor, negatives: Tensor | None = None, *, mode: str, eps: float | None = None
-) -> Tensor:
+def plain_hex(z0: Tensor, z1: Tensor, negatives: Tensor | None = None, *, mode: str) -> Tensor:
     """HEX as its formulas read, with the quantile from topk."""
     c, target, self_column = plain_cosines(z0, z1, negatives, mode)
     with torch.no_grad():
         rank = round(QUANTILE * (c.shape[1] - 1))
-        if eps is None:
-            eps = c.topk(c.shape[1] - rank, dim=1).values[:, -1].mean()
+        eps = c.topk(c.shape[1] - rank, dim=1).values[:, -1].mean()
         negative = plain_negatives(c, target, self_column)
         hard, rest = negative & (c > eps), negative & (c <= eps)
     e = torch.exp(c / TAU)
@@ -200,73 +279,6 @@ def plain_hex_logits(logits: Tensor, target: Tensor) -> Tensor:
     return torch.log1p((local + (e * (negative & ~hard)).sum(1)) / positive).mean()
 
 
-# ---- what is right -------------------------------------------------------------------------------
-
-TRUTH: dict[str, Function] = {
-    "HEX": plain_hex,
-    "released": plain_released,
-    "InfoNCE": plain_info_nce,
-    "one way": lambda z0, z1, mode: plain_info_nce(z0, z1, mode="query"),
-}
-TRUTH_OF_MODE: dict[tuple[str, str], Function] = {
-    ("HEX", "labels"): plain_hex_labels,
-    ("InfoNCE", "labels"): plain_sup_con,
-    ("HEX", "logits"): plain_hex_logits,
-    ("InfoNCE", "logits"): F.cross_entropy,
-}
-
-
-def plain(loss: str, mode: str) -> Function:
-    """The loss of that name in plain PyTorch."""
-    return TRUTH_OF_MODE.get((loss, mode)) or functools.partial(TRUTH[loss], mode=mode)
-
-
-def truth(batch: Batch, loss: str) -> Result:
-    """The loss and its gradients by plain PyTorch in float64."""
-    return Method("truth", loss, lambda b: plain(loss, b.mode)).step(batch.to(torch.float64))()
-
-
-class Mismatch(Exception):
-    """A method gives another loss, or another gradient, than it has to."""
-
-
-def check(method: Method, batch: Batch, got: Result, right: Result) -> dict[str, float]:
-    """The relative errors of the loss and, by norm, of the gradient.
-
-    Float32 puts a cosine within rounding of the threshold on either side of it, so that a few rows
-    may have another H: the gradient is compared as a whole, to a per cent. Another formula is off
-    by far more (tests/test_benchmark.py). Where the batch has collapsed, terms of the size of
-    1 / (tau |z|) a row cancel in the gradient to nothing but rounding: a share of them counts. A
-    GPU rounds cosines of half precision as PyTorch does, and more so under autocast.
-
-    Raises:
-        Mismatch: they are those of another loss.
-    """
-    dtype, device = batch.leaves[0].dtype, batch.leaves[0].device.type
-    allowed = {"loss_error": 1e-4, "gradient_error": 1e-2}
-    if dtype == torch.float64:
-        allowed = {"loss_error": 1e-9, "gradient_error": 1e-9}
-    elif dtype in HALF and device != "cpu":
-        allowed = {"loss_error": 2e-3, "gradient_error": 4e-2}
-    if method is AUTOCAST:  # bfloat16 logits
-        allowed = {"loss_error": 1e-2, "gradient_error": 2e-1}
-    ours, true = (torch.cat([g.double().flatten() for g in result[1:]]) for result in (got, right))
-    norms = torch.cat([z.detach().double().norm(dim=-1) for z in batch.leaves])
-    size = max(true.norm().item(), 1e-2 * (1 / (TAU * norms)).norm().item() / batch.rows)
-    errors = {
-        "loss_error": ((got[0].double() - right[0]).abs() / right[0].abs()).item(),
-        "gradient_error": (ours - true).norm().item() / size,
-    }
-    for name, most in allowed.items():
-        if not errors[name] <= most:
-            raise Mismatch(
-                f"{method.name}: got a {name} of {errors[name]:.2g}, wanted at most {most:.2g}, at "
-                f"{batch.rows} rows, mode {batch.mode}, {dtype}: loss {got[0].item()} for "
-                f"{right[0].item()}"
-            )
-    return errors
-
-
 # ---- all of them ---------------------------------------------------------------------------------
 
 
@@ -303,7 +315,7 @@ def compiled(function: Function) -> Callable[[Batch], Function]:
     return build
 
 
-def library(module: str, make: Callable[[object], nn.Module]) -> Callable[[Batch], Function]:
+def library(module: str, make: Callable[[Any], nn.Module]) -> Callable[[Batch], Function]:
     """A loss of a library on PyPI; an ImportError means that it is not installed."""
 
     def build(batch: Batch) -> Function:
@@ -326,17 +338,22 @@ def inf_cl(batch: Batch) -> Function:
     return loss
 
 
+def of_ids(function: Function, eps: float | None = None) -> Callable[[Batch], Function]:
+    """Ours for labels or logits, at the eps of theirs or at the one given."""
+    return lambda b: functools.partial(function, eps=eps or EPS[b.mode], temperature=TAU)
+
+
 HEX = Method("hex HEXLoss", "HEX", hex_module)
 GIVEN = Method("hex hex_loss, eps given", "HEX", hex_function)
 INFO_NCE = Method("hex InfoNCELoss", "InfoNCE", lambda b: InfoNCELoss(TAU, mode=_mode(b)))
 PLAIN_HEX = Method("plain HEX", "HEX", eager(plain_hex))
-COMPILED_HEX = Method("plain HEX, compiled", "HEX", compiled(plain_hex), compiled=True)
 PLAIN_INFO_NCE = Method("plain InfoNCE", "InfoNCE", eager(plain_info_nce))
-COMPILED_INFO_NCE = Method(
-    "plain InfoNCE, compiled", "InfoNCE", compiled(plain_info_nce), compiled=True
+COMPILED_HEX, COMPILED_INFO_NCE = COMPILED = (
+    Method("plain HEX, compiled", "HEX", compiled(plain_hex), compiled=True),
+    Method("plain InfoNCE, compiled", "InfoNCE", compiled(plain_info_nce), compiled=True),
 )
-LIGHTLY, METRIC_LEARNING, INFO_NCE_PYTORCH = (
-    Method(name, loss, library(module, make), symmetric=True, most=most)
+LIBRARIES = LIGHTLY, _, _ = tuple(
+    Method(name, loss, library(module, make), most=most)
     for name, loss, module, make, most in (
         ("lightly NTXentLoss", "InfoNCE", "lightly.loss", lambda m: m.NTXentLoss(TAU), math.inf),
         # Every pair of a positive and a negative pair is in memory, O(N^3).
@@ -345,44 +362,29 @@ LIGHTLY, METRIC_LEARNING, INFO_NCE_PYTORCH = (
         ("info-nce-pytorch InfoNCE", "one way", "info_nce", lambda m: m.InfoNCE(TAU), 4096),
     )
 )  # fmt: skip
+OURS = (HEX, GIVEN, INFO_NCE)
 FOUR = (HEX, PLAIN_HEX, INFO_NCE, PLAIN_INFO_NCE)
 METHODS = (
-    HEX, GIVEN, PLAIN_HEX, COMPILED_HEX, INFO_NCE, PLAIN_INFO_NCE, COMPILED_INFO_NCE, LIGHTLY,
-    METRIC_LEARNING, INFO_NCE_PYTORCH,
+    HEX, GIVEN, PLAIN_HEX, COMPILED_HEX, INFO_NCE, PLAIN_INFO_NCE, COMPILED_INFO_NCE, *LIBRARIES
 )  # fmt: skip
-
-
-def of_ids(function: Function, usual: str) -> tuple[Method, ...]:
-    """For labels or logits: ours and plain PyTorch, with eps given and with H empty."""
-
-    def ours(eps: float | None) -> Callable[[Batch], Function]:
-        return lambda b: functools.partial(function, eps=eps or EPS[b.mode], temperature=TAU)
-
-    return (
-        Method(function.__name__, "HEX", ours(None)),
-        Method("plain HEX", "HEX", lambda b: plain("HEX", b.mode)),
-        Method(f"{function.__name__}, H empty", "InfoNCE", ours(math.inf)),
-        Method(usual, "InfoNCE", lambda b: plain("InfoNCE", b.mode)),
-    )
-
 
 SUP_CON = library("pytorch_metric_learning.losses", lambda m: m.SupConLoss(TAU))
 LABELS = (
-    *of_ids(hex_sup_con, "plain SupCon"),
+    Method("hex_sup_con", "HEX", of_ids(hex_sup_con)),
+    Method("plain HEX", "HEX", lambda _: plain_hex_labels),
+    Method("hex_sup_con, H empty", "InfoNCE", of_ids(hex_sup_con, math.inf)),
+    Method("plain SupCon", "InfoNCE", lambda _: plain_sup_con),
     Method("pytorch-metric-learning SupConLoss", "InfoNCE", SUP_CON),
 )
-LOGITS = of_ids(hex_cross_entropy, "torch's cross_entropy")
+LOGITS = (
+    Method("hex_cross_entropy", "HEX", of_ids(hex_cross_entropy)),
+    Method("plain HEX", "HEX", lambda _: plain_hex_logits),
+    Method("hex_cross_entropy, H empty", "InfoNCE", of_ids(hex_cross_entropy, math.inf)),
+    Method("torch's cross_entropy", "InfoNCE", lambda _: F.cross_entropy),
+)
 
 # On a GPU N x N is worth while up to so many rows only.
-AUTHORS, AUTOCAST, *GPU_PLAIN = (
-    method._replace(most=16384)
-    for method in (
-        Method("authors' form, eager", "released", eager(plain_released)),
-        Method("InfoNCE under autocast", "InfoNCE", eager(autocast_info_nce)),
-        PLAIN_HEX,
-        PLAIN_INFO_NCE,
-    )
-)
-INF_CL = Method("Inf-CL (Triton), B x B", "one way", inf_cl, symmetric=True)
-OURS = (HEX, GIVEN, INFO_NCE)
-GPU_METHODS = (*OURS, *GPU_PLAIN, AUTHORS, AUTOCAST, INF_CL)
+GPU_PLAIN = PLAIN_HEX._replace(most=16384), PLAIN_INFO_NCE._replace(most=16384)
+AUTHORS = Method("authors' form, eager", "released", eager(plain_released), most=16384)
+AUTOCAST = Method("InfoNCE under autocast", "InfoNCE", eager(autocast_info_nce), most=16384)
+INF_CL = Method("Inf-CL (Triton), B x B", "one way", inf_cl)

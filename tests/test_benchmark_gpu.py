@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""benchmarks/gpu.py without a GPU, at tiny sizes: it runs, goes on where it was, and tells."""
+"""bench.py --gpu without a GPU, at tiny sizes: it runs, goes on where it was, and tells."""
 
 import functools
 import json
@@ -19,11 +19,12 @@ pictures = pytest.importorskip("PIL.Image")
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
-import gpu  # noqa: E402
-import gpu_cases  # noqa: E402
+import bench  # noqa: E402
 import gpu_report  # noqa: E402
+import measure  # noqa: E402
+import parts  # noqa: E402
 import peers  # noqa: E402
-from gpu_cases import Case  # noqa: E402
+from worker import Results, Work, read  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(
@@ -33,37 +34,38 @@ pytestmark = [
     # the process that measures is forked, and NumPy has threads
     pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
 ]
-REHEARSAL = ["--device", "cpu", "--smoke"]
+
+
+def rehearsal(folder):
+    return ["--gpu", "--device", "cpu", "--smoke", "--record", str(folder / "gpu.jsonl")]
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(gpu_cases, "SAMPLE_S", 1e-3)
+    monkeypatch.setattr(measure, "TURN_S", 1e-4)
 
 
 def records(folder):
-    lines = (folder / "results.jsonl").read_text().splitlines()
+    lines = (folder / "gpu.jsonl").read_text().splitlines()
     return {r["case"]: r for r in map(json.loads, lines)}
 
 
 def test_every_step_but_the_programs_runs_and_the_report_has_it(tmp_path, capsys):
-    steps = ["roofline", "sizes", "dtypes", "features", "queue", "report"]
-    assert gpu.main([*steps, *REHEARSAL, "--out", str(tmp_path)]) == 0
+    steps = ["roofline", "sizes", "dtypes", "features", "queue"]
+    assert bench.main([*steps, *rehearsal(tmp_path)]) == 0
     found = records(tmp_path)
-    ours = found["sizes: 192 x 192 x 24, bfloat16, hex HEXLoss"]
-    assert ours["low_ms"] <= ours["ms"] <= ours["high_ms"] and ours["low_ms"] > 0
-    assert ours["host_ms"] > 0 and ours["extra_mb"] >= 0 and ours["loss_error"] < 1e-5
-    assert ours["flop"] == 2 * 192 * 192 * 24 * 5
+    (ours,) = found["sizes: 192 x 192 x 72, bfloat16, hex HEXLoss"]["results"]
+    assert len(ours["ms"]) == 10 and min(ours["ms"]) > 0 and ours["host_ms"] > 0
+    assert ours["peak_mb"] >= 0 and ours["loss_error"] < 1e-5
     assert found["not reached"]["cases"] == []
-    text = (tmp_path / "report.md").read_text()
+    text = (tmp_path / "gpu.md").read_text()
     for line in ("| 65536 x 65536 | 13 | not measured | 67 |", "authors' form, eager"):
         assert line in text
-    assert (tmp_path / "report.png").stat().st_size > 1000
+    assert (tmp_path / "gpu.png").stat().st_size > 1000
 
     capsys.readouterr()  # again: all is there
-    assert gpu.main([*steps, *REHEARSAL, "--out", str(tmp_path)]) == 0
-    again = capsys.readouterr().out
-    assert "sizes" not in again and "report: " in again
+    assert bench.main([*steps, *rehearsal(tmp_path)]) == 0
+    assert "sizes" not in capsys.readouterr().out
 
 
 def alive(pid):
@@ -87,7 +89,7 @@ def deaf(folder):
 
 def crashes(folder):
     for file in Path("/proc/self/fd").iterdir():
-        if int(file.name) > 2 and file.exists() and file.resolve().name == "log.txt":
+        if int(file.name) > 2 and file.exists() and file.resolve().name == "gpu.log":
             os.close(int(file.name))  # as an inherited pipe of the same number does when it goes
     os.abort()
 
@@ -108,12 +110,12 @@ def test_a_case_that_hangs_crashes_or_is_deaf_costs_its_limit_and_no_more(
     def cases(options):
         for work in planted:
             name = work.__name__
-            yield Case(f"sizes: {name}", 1, functools.partial(work, tmp_path))
-            yield Case(f"sizes: after {name}", 60, functools.partial(process, tmp_path))
+            yield Work(f"sizes: {name}", 1, functools.partial(work, tmp_path))
+            yield Work(f"sizes: after {name}", 60, functools.partial(process, tmp_path))
 
-    monkeypatch.setitem(gpu_cases.STEPS, "sizes", cases)
-    arguments = ["sizes", "report", *REHEARSAL, "--out", str(tmp_path)]
-    assert gpu.main(arguments) == 1  # a case that is waited for ends this test by its timeout
+    monkeypatch.setitem(parts.GPU, "sizes", cases)
+    arguments = ["sizes", *rehearsal(tmp_path)]
+    assert bench.main(arguments) == 1  # a case that is waited for ends this test by its timeout
     found = records(tmp_path)
     for name in ("hangs", "deaf"):
         assert found[f"sizes: {name}"]["note"] == "not done within 1 s"
@@ -124,10 +126,10 @@ def test_a_case_that_hangs_crashes_or_is_deaf_costs_its_limit_and_no_more(
     after = {found[f"sizes: after {work.__name__}"]["process"] for work in planted}
     assert len(after) == len(planted) - 1  # none after the last
     assert "failed: sizes: hangs" in capsys.readouterr().err
-    assert "| sizes: deaf | FAILED |" in (tmp_path / "report.md").read_text()
+    assert "| sizes: deaf | FAILED |" in (tmp_path / "gpu.md").read_text()
 
     (tmp_path / "mended").touch()  # what failed is tried again
-    assert gpu.main(arguments) == 1
+    assert bench.main(arguments) == 1
     again = capsys.readouterr()
     assert "failed: sizes: hangs" not in again.err and "failed: sizes: deaf" in again.err
     assert "after" not in again.out
@@ -135,95 +137,91 @@ def test_a_case_that_hangs_crashes_or_is_deaf_costs_its_limit_and_no_more(
 
 def test_it_ends_in_time_whatever_runs_and_goes_on(tmp_path, monkeypatch, capsys):
     def cases(options):
-        yield Case("queue: first", 600, dict)
+        yield Work("queue: first", 600, dict)
         slow = functools.partial(hangs, tmp_path)
-        yield Case("queue: 256 x 512, bfloat16, slow", 600, slow)
+        yield Work("queue: 256 x 512, bfloat16, slow", 600, slow)
 
-    monkeypatch.setitem(gpu_cases.STEPS, "queue", cases)
-    arguments = ["queue", "report", *REHEARSAL, "--out", str(tmp_path)]
-    assert gpu.main([*arguments, "--seconds", "5"]) == 3  # not after the 600 s of its limit
+    monkeypatch.setitem(parts.GPU, "queue", cases)
+    arguments = ["queue", *rehearsal(tmp_path)]
+    assert bench.main([*arguments, "--seconds", "5"]) == 3  # not after the 600 s of its limit
     assert "Not reached: queue: 256 x 512, bfloat16." in capsys.readouterr().err
-    assert "Not reached: queue: 256 x 512" in (tmp_path / "report.md").read_text()
+    assert "Not reached: queue: 256 x 512" in (tmp_path / "gpu.md").read_text()
     assert "queue: first" in records(tmp_path)
     assert not alive(int((tmp_path / "child").read_text()))
-    with (tmp_path / "results.jsonl").open("a") as file:
+    with (tmp_path / "gpu.jsonl").open("a") as file:
         file.write('{"on": "the machine went away')
     (tmp_path / "mended").touch()
-    assert gpu.main(arguments) == 0
-    assert "Not reached" not in (tmp_path / "report.md").read_text()
-    again = gpu.Results(tmp_path).records
-    assert {case for _, case in again} >= {"queue: first", "queue: 256 x 512, bfloat16, slow"}
+    assert bench.main(arguments) == 0
+    assert "Not reached" not in (tmp_path / "gpu.md").read_text()
+    again = {case for _, case in Results(tmp_path / "gpu.jsonl").records}
+    assert again >= {"queue: first", "queue: 256 x 512, bfloat16, slow"}
 
 
 def test_another_loss_than_the_reference_s_is_a_failure(tmp_path, monkeypatch, capsys):
     wrong = peers.HEX._replace(build=peers.INFO_NCE.build)
-    monkeypatch.setattr(peers, "GPU_METHODS", (wrong,))
-    sizes = [(160, 0, 24)], [(160, 0, 24)], (wrong,), ["bfloat16"]
-    monkeypatch.setitem(gpu_cases.MEASURED, "sizes", sizes)
-    arguments = ["sizes", *REHEARSAL, "--out", str(tmp_path)]
-    assert gpu.main(arguments) == 1
+    monkeypatch.setitem(parts.GPU_PARTS, "sizes", parts.Part([parts.shaped(160, 0, 24)], (wrong,)))
+    assert bench.main(["sizes", *rehearsal(tmp_path)]) == 1
     assert "failed: sizes: 160 x 160 x 24, bfloat16, hex HEXLoss" in capsys.readouterr().err
 
 
 def test_without_a_device_it_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main(["sizes", "--out", str(tmp_path)]) == 1
+    assert bench.main(["--gpu", "sizes", "--record", str(tmp_path / "gpu.jsonl")]) == 1
     assert "torch sees no CUDA device" in capsys.readouterr().err
 
 
 def test_the_results_of_each_machine_have_their_part(tmp_path, monkeypatch):
-    cases = [Case("sizes: a", 60, dict)]
-    monkeypatch.setitem(gpu_cases.STEPS, "sizes", lambda options: iter(cases))
-    other = gpu.Results(tmp_path)
+    cases = [Work("sizes: a", 60, dict)]
+    monkeypatch.setitem(parts.GPU, "sizes", lambda options: iter(cases))
+    other = Results(tmp_path / "gpu.jsonl")
     other.on = "another card"
     about = {"card": "X1", "card_gb": 2, "driver": "1", "torch": "2", "cuda": "13", "hex": "0"}
+    about["date"] = "2000-01-01"
     other.add("machine", about)
     other.add("sizes: a", {"ok": False, "note": "of the other"})
-    assert gpu.main(["sizes", "report", *REHEARSAL, "--out", str(tmp_path)]) == 0
-    text = (tmp_path / "report.md").read_text()
+    assert bench.main(["sizes", *rehearsal(tmp_path)]) == 0
+    text = (tmp_path / "gpu.md").read_text()
     assert text.startswith("X1, 2 GB") and text.count("**Goals**") == 2
     assert "| sizes: a | FAILED | of the other |" in text
 
 
 def test_the_sanitizers_calls_reach_every_operator():
-    gpu_cases.calls("cpu")
+    parts.calls("cpu")
 
 
-def test_the_loss_has_its_share_of_a_training_step():
-    found = gpu_cases.training_step(peers.PLAIN_HEX.name, "small", 4, "cpu")
-    assert 0 < found["loss_ms"] and 0 < found["share_of_step"] < 1
+def test_a_training_step_has_its_time():
+    options = bench.parse(["--gpu", "--device", "cpu", "--smoke"])
+    found = parts.training_step(peers.PLAIN_HEX, "small", 4, options)
+    assert found["step_ms"] > 0 and found["step_peak_mb"] >= 0
 
 
-def test_without_results_the_report_is_of_the_record_which_the_documents_show(tmp_path):
-    assert gpu.main(["report", "--out", str(tmp_path)]) == 0
-    text = (tmp_path / "report.md").read_text()
-    for title in ("Goals", "Time and memory by rows", "Kernels", "Relative errors", "by D"):
+def test_the_document_shows_the_record():
+    text = gpu_report.text(list(read(gpu_report.RECORD.read_text()).values()))
+    for title in ("Goals", "Time and memory by rows", "Relative errors"):
         assert re.search(rf"\*\*.*{title}.*\*\*\n\n\|", text), title
     shown = gpu_report.DOCUMENT.read_text()
-    assert f"<!-- gpu -->\n{text}<!-- end -->" in shown, "run gpu.py report --docs"
-    with (
-        pictures.open(gpu_report.PICTURE) as picture,
-        pictures.open(tmp_path / "report.png") as ours,
-    ):
-        assert picture.info["Figures"] == ours.info["Figures"], "run gpu.py report --docs"
+    assert f"<!-- gpu -->\n{text}\n<!-- end -->" in shown, "run bench.py --report"
 
 
 def test_the_report_replaces_what_stands_in_the_document(tmp_path, monkeypatch):
-    document = tmp_path / "cuda.md"
+    document, picture = tmp_path / "cuda.md", tmp_path / "images" / "gpu.png"
     document.write_text("before\n<!-- gpu -->\nold\n<!-- end -->\nafter\n")
+    with pictures.open(gpu_report.PICTURE) as file:
+        figures = file.info["Figures"]
     monkeypatch.setattr(gpu_report, "DOCUMENT", document)
-    monkeypatch.setattr(gpu_report, "PICTURE", tmp_path / "images" / "gpu.png")
-    assert gpu.main(["report", "--docs", "--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(gpu_report, "PICTURE", picture)
+    gpu_report.write()
     text = document.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert text.count("**Goals**") == 1
-    assert (tmp_path / "images" / "gpu.png").exists()
+    with pictures.open(picture) as file:
+        assert file.info["Figures"] == figures, "run bench.py --report"
 
 
 def test_the_record_names_no_place_of_the_machine():
     text = gpu_report.RECORD.read_text()
     assert not re.search(r'[" ]/\w|uuid|pci', text)
-    records = gpu_report.read(text)
+    records = read(text)
     assert len(records) == len(text.splitlines())
     for on in {on for on, _ in records}:
         assert records[on, "machine"].keys() >= {"date", "card", "driver", "torch", "commit"}
