@@ -54,7 +54,7 @@ Step = Callable[[], Result]  # one forward and backward
 class Method(NamedTuple):
     name: str
     loss: str
-    """Of those above; "" where nothing is checked."""
+    """Of those above."""
     build: Callable[[Batch], Function]
     """From a batch, whose gradient is not wanted, the function of its leaves and others."""
     compiled: bool = False
@@ -90,9 +90,9 @@ def checked(method: Method, case: Case, device: str = "cpu") -> tuple[Step, dict
 
 @functools.lru_cache(maxsize=4)
 def truth(case: Case, device: str, loss: str) -> Result | None:
-    """The loss and its gradients by hex.reference in float64; None where nothing is to be checked,
-    or where there is no memory for a dozen N x M on a GPU."""
-    if not loss or (device != "cpu" and case.rows * case.candidates * 8 * 12 > 40e9):
+    """The loss and its gradients by hex.reference in float64; None where there is no memory for a
+    dozen N x M on a GPU."""
+    if device != "cpu" and case.rows * case.candidates * 8 * 12 > 40e9:
         return None
     batch = batches.make(case, device).to(torch.float64)
     try:
@@ -104,14 +104,16 @@ def truth(case: Case, device: str, loss: str) -> Result | None:
 
 def reference_rows(batch: Batch, loss: str, eps: Tensor | None = None) -> Tensor:
     """The loss of each row; eps for that of the batch, or of EPS."""
-    inputs, mode = (*batch.leaves, *batch.others, None), batch.mode
-    if mode == "labels":
-        x, ids = inputs[:2]
-        table = reference.labelled_table(x, x, ids, ids, torch.empty(0), 0)
-    elif mode == "logits":
+    inputs, mode = (*batch.leaves, *batch.others, batch.leaves[0][:0]), batch.mode
+    none = torch.empty(0)
+    if mode == "logits":
         table = reference.logits_table(*inputs[:2])
+    elif mode == "labels":
+        x, ids, empty = inputs
+        table = reference.problem_table(x, empty, empty, ids, none, none, 0, True, False)
     else:
-        table = reference.batch_table(*inputs[:3], "query" if loss == "one way" else mode)
+        code = reference.MODES.index("query" if loss == "one way" else mode)
+        table = reference.problem_table(*inputs[:3], none, none, none, code, False, False)
     there = {"dtype": torch.float64, "device": table.values.device}
     if eps is None and loss in ("HEX", "released") and mode not in EPS:
         eps = reference.quantile_of(table, QUANTILE, OVER)
