@@ -72,9 +72,17 @@ demo: build ## train on handwritten digits, with InfoNCE and with HEX: three min
 bench: build ## time and memory beside plain torch, torch.compile, other libraries: 20 minutes
 	$(BIN)/python benchmarks/bench.py
 
+# A test that hangs in the device ends its process, the others go on. For the sanitizer each tensor is
+# an allocation of its own, so that what is past its end is nobody's.
 gpu: export HEX_CUDA = 1
-gpu: build ## on a machine with a CUDA GPU: tests, sanitizers, times, a training run: an hour
+gpu: export PATH := $(PATH):/usr/local/cuda/bin
+gpu: build ## on a machine with a CUDA GPU: tests, times, sanitizers, a training run: an hour
+	test -e hex/_cuda.so || $(BIN)/python setup.py --quiet build_ext --inplace
+	timeout 900 $(BIN)/python -m pytest -m gpu tests/test_gpu.py -n 4 --timeout 120 --timeout-method thread
 	$(BIN)/python benchmarks/bench.py --gpu
+	for tool in memcheck racecheck initcheck synccheck; do \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 600 compute-sanitizer --tool $$tool --error-exitcode 9 \
+	        $(BIN)/python -m pytest -m gpu tests/test_gpu.py -k battery --timeout 0 || exit; done
 	$(BIN)/python examples/simclr.py --loss hex --device cuda --amp bf16
 
 examples: build ## every method with its own loss and with HEX, and a table: some minutes

@@ -2,7 +2,7 @@
 """Time and memory of hex against plain PyTorch, torch.compile and other libraries.
 
     python benchmarks/bench.py            a CPU, about twenty minutes (`make bench`)
-    python benchmarks/bench.py --gpu      a GPU: builds, tests, sanitizers; an hour (`make gpu`)
+    python benchmarks/bench.py --gpu      a GPU, with the kernels built before (`make gpu`)
     python benchmarks/bench.py --gpu sizes queue --seconds 300    ends then, whatever runs
     python benchmarks/bench.py sizes --only "4096, (hex|plain HEX)"
     python benchmarks/bench.py --smoke    tiny batches, to see that it runs; with --gpu too, which
@@ -11,9 +11,10 @@
 
 Every method first computes the loss and the gradient of the very batch it is timed on, and these
 have to be right. Another process does the work (worker.py): what crashes, hangs or is wrong has
-failed, and the next thing begins. Each result is a line of the record as soon as it is there, and
-at the end a table beside it. With --gpu the same command goes on where it stopped: what is there
-already, of the same card, torch and version, is not measured again, and what failed is tried again.
+failed, and the next thing begins. Each result is a line of the record as soon as it is there. With
+--gpu the tables are beside it at the end, and the same command goes on where it stopped: what is
+there already, of the same card, torch and version, is not measured again, and what failed is tried
+again.
 
 How time and memory are measured is in measure.py, what is compared in peers.py, on what in
 batches.py, in which parts in parts.py, and how it is shown in report.py and gpu_report.py. --report
@@ -40,7 +41,7 @@ import parts
 import report
 from worker import Record, Results, Work, Worker
 
-START, BUILD = 120, 900  # seconds to find the device; the same, with the kernels to build
+START = 120  # seconds to find the device
 
 
 def measure(options: argparse.Namespace, results: Results) -> int:
@@ -48,13 +49,13 @@ def measure(options: argparse.Namespace, results: Results) -> int:
     named = parts.GPU if options.gpu else parts.CPU
     found = [work for part in options.parts or named for work in named[part](options)]
     cases = [work for work in found if not options.gpu or re.search(options.only, work.name)]
-    works = {"": lambda: parts.start(options), **{work.name: work.do for work in cases}}
+    works = {"start": lambda: parts.start(options), **{work.name: work.do for work in cases}}
     log = results.file.with_suffix(".log")
     log.touch()
     end, failed = time.monotonic() + options.seconds, []
     worker = Worker(log, works)
     try:
-        about = worker.do("", START if options.parts else BUILD)
+        about = worker.do("start", START)
         if not about.get("ok", True):
             print("no start:", about["note"], *about["output"], sep="\n", file=sys.stderr)
             return 1
@@ -81,12 +82,9 @@ def measure(options: argparse.Namespace, results: Results) -> int:
         worker.end()
     for name in failed:
         print(f"failed: {name}", file=sys.stderr)
-    open_ = [work.name for work in to_do if results.failed(work.name) is None]
-    if options.gpu:
-        results.add("not reached", {"cases": open_})
-    if open_:
-        goes_on = " The same command goes on." * options.gpu
-        print(gpu_report.not_reached(open_) + goes_on, file=sys.stderr)
+    for work in to_do:
+        if results.failed(work.name) is None:
+            print(f"not reached: {work.name}", file=sys.stderr)
     return 3 if to_do else int(bool(failed))
 
 
@@ -96,7 +94,6 @@ def say(options: argparse.Namespace, work: Work, record: Record) -> None:
     notes = [*record.get("notes", ()), *filter(None, [record.get("note")])]
     if options.gpu:
         notes += [f"{statistics.median(r['ms']):.3g} ms" for r in record.get("results", ())]
-        notes += [f"{k} {v:.3g}" for k, v in record.items() if k.endswith(("_ms", "flops", "_s"))]
     print("  ".join([work.name + state, *notes]), flush=True)
     if "machine" in record:
         print(report.of_part(record), end="\n\n", flush=True)
@@ -113,7 +110,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.gpu:
         records = list(results.records.values())
         options.record.with_suffix(".md").write_text(f"{gpu_report.text(records)}\n")
-        gpu_report.picture(records, options.record.with_suffix(".png"))
     print("record:", options.record)
     return status
 

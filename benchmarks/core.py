@@ -10,18 +10,17 @@ products gain more by wide ones than the rest does (on Zen 3, 1.2 to 1.4 at the 
 1.7 at avx2), so no limit of it holds everywhere: it is compared with itself, on one machine, before
 and after a change. What holds everywhere is the count of the work (../tests/test_work.py).
 
-A level's code takes some seconds to compile. The program, whose path is printed, is kept in build/
-under a name made of the sources and the flags. It has line numbers, for perf to read.
+The program, whose path is printed, stays in build/ and has line numbers, for perf to read.
 """
 
 from __future__ import annotations
 
 import ast
-import hashlib
 import os
-import shutil
 import subprocess
 from pathlib import Path
+
+from hex import ops
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,14 +33,6 @@ BATCHES = {
 }
 
 
-def has_compiler() -> bool:
-    return shutil.which(compiler()[0]) is not None
-
-
-def compiler() -> list[str]:
-    return os.environ.get("CC", "gcc").split()
-
-
 def flags() -> list[str]:
     """setup.py's COMPILE, as it is written there: warnings and sanitizers are added later."""
     for node in ast.parse((ROOT / "setup.py").read_text()).body:
@@ -52,21 +43,16 @@ def flags() -> list[str]:
 
 def build(level: str) -> Path:
     """The program of a level of csrc/cpu/levels."""
-    source = Path(__file__).with_suffix(".c")
-    command = [*compiler(), *flags(), "-fwhole-program", "-Wno-unused-function", "-g", str(source)]
-    command += [f'-DLEVEL_FILE="{ROOT}/csrc/cpu/levels/{level}_f32.c"', "-lm"]
-    text = b"".join(path.read_bytes() for path in [source, *sorted(ROOT.glob("csrc/**/*.[ch]"))])
-    name = hashlib.sha256(text + repr(command).encode()).hexdigest()[:16]
-    program = ROOT / "build" / "benchmarks" / f"core_{level}_{name}"
-    if not program.exists():
-        program.parent.mkdir(parents=True, exist_ok=True)
-        partial = program.with_suffix(f".{os.getpid()}")  # two processes may be at it
-        subprocess.run([*command, "-o", partial], check=True)
-        partial.replace(program)
+    program = ROOT / "build" / "benchmarks" / f"core_{level}"
+    program.parent.mkdir(parents=True, exist_ok=True)
+    command = [*os.environ.get("CC", "gcc").split(), *flags(), "-fwhole-program", "-g"]
+    command += ["-Wno-unused-function", f'-DLEVEL_FILE="{ROOT}/csrc/cpu/levels/{level}_f32.c"']
+    command += [str(Path(__file__).with_suffix(".c")), "-lm", "-o", str(program)]
+    subprocess.run(command, check=True)
     return program
 
 
-def best(program: Path, batch: tuple[float, ...] = BATCHES["502 rows"]) -> tuple[float, float]:
+def best(program: Path, batch: tuple[float, ...]) -> tuple[float, float]:
     """Seconds of CPU time of the loss and of its ideal, D = 128: the best of the turns."""
     words = map(str, (program, batch[0], 128, *batch[1:]))
     loss, ideal = subprocess.check_output(list(words), text=True).split()
@@ -74,8 +60,6 @@ def best(program: Path, batch: tuple[float, ...] = BATCHES["502 rows"]) -> tuple
 
 
 def main() -> None:
-    from hex import ops
-
     program = build(ops.isa())
     print(program)
     for name, batch in BATCHES.items():

@@ -44,12 +44,6 @@ def timer(step: Step, threads: int = 1, device: str = "cpu") -> Timer:
     return Timer("step()", globals={"step": step}, num_threads=threads, **options)
 
 
-def host_ms(step: Step) -> float:
-    """What the host takes for a call, without waiting for the device."""
-    host = Timer("step()", globals={"step": step}, timer=time.perf_counter)
-    return 1e3 * host.timeit(10).median
-
-
 def times(timers: Sequence[Timer], turns: int) -> list[list[float]]:
     """Milliseconds a call, a sample a turn; the timers by turns."""
     samples: list[list[float]] = [[] for _ in timers]
@@ -109,13 +103,11 @@ def machine() -> dict[str, object]:
 
 def _commit() -> str:
     """Of the sources this file lies in; with a plus where the library differs from it."""
-    describe = ["git", "-C", str(Path(__file__).parent), "status", "--porcelain", "-uno", ":/csrc"]
+    git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        changed = subprocess.check_output([*describe, ":/hex"], stderr=subprocess.DEVNULL)
-        name = subprocess.check_output(
-            [*describe[:3], "rev-parse", "--short=10", "HEAD"], text=True
-        )
-        return name.strip() + "+" * bool(changed.strip())
+        name = subprocess.check_output([*git, "rev-parse", "--short=10", "HEAD"], text=True)
+        changed = subprocess.call([*git, "diff", "--quiet", "HEAD", "--", ":/csrc", ":/hex"])
+        return name.strip() + "+" * bool(changed)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,12 @@ HEX, GIVEN, INFO_NCE = (method.name for method in peers.OURS)
 PLAIN_HEX, PLAIN_INFO_NCE = peers.PLAIN_HEX.name, peers.PLAIN_INFO_NCE.name
 COMPILED_HEX = peers.COMPILED_HEX.name
 RATIOS = ((PLAIN_HEX, HEX), (COMPILED_HEX, HEX), (PLAIN_INFO_NCE, HEX), (PLAIN_INFO_NCE, INFO_NCE))
-PRODUCT, MM, EMPTY = "tile product", "torch.mm", "empty autograd.Function"
+SHOWN = [method.name for method in peers.METHODS]  # older records have others too
+PARTS = ("sizes", "data", "types", "shapes", "threads", "small", "large", "isa", "labels")
+WITH_MEMORY = ("sizes", "types", "shapes", "large")  # a table of it
 
 Record = Mapping[str, Any]
 Tables = dict[str, pd.DataFrame]  # of texts, by title
-
-
-def form(pattern: str) -> Callable[[Any], str]:
-    """Writes a number as the pattern says, and nothing for what is not there."""
-    return lambda value: "" if pd.isna(value) else pattern.format(value)
 
 
 def number(value: Any) -> str:
@@ -43,9 +40,6 @@ def number(value: Any) -> str:
     if pd.isna(value):
         return ""
     return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f}"
-
-
-ratio, percent, hundredths = form("{:.1f}x"), form("{:.0%}"), form("{:.2f}x")
 
 
 def markdown(title: str, cells: pd.DataFrame, corner: str = "") -> str:
@@ -69,99 +63,39 @@ def results_of(record: Record) -> pd.DataFrame:
     return found
 
 
-def timed(results: pd.DataFrame, heap: str = "retained") -> pd.DataFrame:
-    """Those of methods with a heap, not of the products beside them."""
-    return results[~results["method"].isin([PRODUCT, MM]) & (results["heap"] == heap)]
+def of_heap(results: pd.DataFrame, heap: str) -> pd.DataFrame:
+    return results[results["method"].isin(SHOWN) & (results["heap"] == heap)]
 
 
 # ---- the tables of each part ---------------------------------------------------------------------
 
 
-def by_case(
-    results: pd.DataFrame, peaks: Sequence[str] = (HEX, PLAIN_HEX), first: bool = False
-) -> pd.DataFrame:
-    """Milliseconds; below, how many times as long one takes as another, peaks of memory, and if
-    wanted HEXLoss beside that of the first case."""
-    times = pivot(results, "median")
-    cells = times.map(number)
-    for slow, fast in RATIOS:
-        if {slow, fast} <= {*times.index}:
-            cells.loc[f"{slow} / {fast}"] = (times.loc[slow] / times.loc[fast]).map(ratio)
-    for method in times.index.intersection(peaks):
-        cells.loc[f"peak MB, {method}"] = pivot(results, "peak_mb").loc[method].map(number)
-    if first and HEX in times.index:
-        beside = times.loc[HEX] / times.loc[HEX].iloc[0]
-        cells.loc[f"{HEX} / that of {times.columns[0]}"] = beside.map(hundredths)
-    return cells
-
-
-def sizes(results: pd.DataFrame) -> Tables:
-    title = "float32, rows N = 2B, D = 128 where the column does not say otherwise"
-    stock = timed(results, "stock")
-    peaks, one = pivot(stock, "peak_mb"), stock.drop_duplicates("case").set_index("case")
-    if HEX in peaks.index:
-        beyond = peaks.loc[HEX] - 4 * one.rows * one.features / 1e6
-        peaks.loc[f"{HEX} beyond its results"] = beyond
-    return {
-        f"Milliseconds, retained heap: {title}": by_case(timed(results), ()),
-        f"Milliseconds, stock heap: {title}": by_case(stock, ()),
-        f"Memory at the peak, MB: {title}": peaks.map(number),
-    }
-
-
-def data(results: pd.DataFrame) -> Tables:
-    cells = by_case(results, (), first=True)
-    return {f"Batches that are hard, {results.rows[0]} rows, milliseconds": cells}
-
-
-def types(results: pd.DataFrame) -> Tables:
-    return {f"Dtypes, {results.rows[0]} rows, milliseconds": by_case(results, first=True)}
-
-
-def shapes(results: pd.DataFrame) -> Tables:
-    one = results.drop_duplicates("case").itertuples()
-    names = [f"{r.case}, {r.rows} x {r.candidates}" for r in one]
-    title = "Not square: anchors x candidates, milliseconds"
-    return {title: by_case(results).set_axis(names, axis=1)}
+def by_case(part: str, results: pd.DataFrame) -> Tables:
+    """Milliseconds by heap or instruction set, and how many times as long one method takes as
+    another; and the peaks of memory."""
+    results = results[results["method"].isin(SHOWN)]
+    tables = {}
+    kind, title = ("isa", "HEX_ISA={}") if part == "isa" else ("heap", "{} heap")
+    for name, mine in results.groupby(kind):
+        times = pivot(mine, "median")
+        cells = times.map(number)
+        for slow, fast in RATIOS:
+            if {slow, fast} <= {*times.index}:
+                cells.loc[f"{slow} / {fast}"] = [
+                    "" if np.isnan(x) else f"{x:.1f}x" for x in times.loc[slow] / times.loc[fast]
+                ]
+        tables[f"Milliseconds, {title.format(name)}"] = cells
+    if part in WITH_MEMORY:
+        memory = pivot(of_heap(results, results.heap.iloc[0]), "peak_mb")
+        tables["Memory at the peak, MB"] = memory.map(number)
+    return tables
 
 
 def threads(results: pd.DataFrame) -> Tables:
-    lines = {}
-    for method, mine in results.groupby("method", sort=False):
-        times = mine.pivot(index="threads", columns="case", values="best")
-        one, *more = times.index
-        lines |= {f"{method}, threads: {n}": times.loc[n].map(number) for n in times.index}
-        for n in more:
-            gain = times.loc[one] / times.loc[n]
-            lines[f"{method}, times as fast with {n}"] = gain.map(hundredths)
-    return {"Threads, by rows": pd.DataFrame(lines).T[results.case.unique()].fillna("")}
-
-
-def small(results: pd.DataFrame) -> Tables:
-    times = 1e3 * results.set_index("method")["median"]
-    cells = pd.DataFrame(
-        {"a call": times, "beyond the empty function": times - times.get(EMPTY, np.nan)}
-    )
-    return {"64 rows, microseconds": cells.map(number)}
-
-
-def large(results: pd.DataFrame) -> Tables:
-    results = results.set_index(results["rows"].map("{} rows".format))
-    cells = pd.DataFrame({
-        "s of CPU time": results["median"] / 1e3,
-        "ns a pair of rows": 1e6 * results["median"] / results["rows"] ** 2,
-        "peak MB": results["peak_mb"],
-    })  # fmt: skip
-    return {"Many rows, D = 128, stock heap": cells.map(number)}
-
-
-def isa(results: pd.DataFrame) -> Tables:
-    tables = {}
-    for level, mine in results.groupby("isa", sort=False):
-        cells = by_case(timed(mine), ())
-        cells.loc["share of the ideal"] = share(mine).reindex([HEX]).loc[HEX].map(percent)
-        tables[f"HEX_ISA={level}, by rows, milliseconds; {rates(mine)}"] = cells
-    return tables
+    times = results.pivot_table("best", ["method", "threads"], "case", sort=False)
+    cells = times.map(number)
+    cells.index = [f"{method}, threads: {n}" for method, n in times.index]
+    return {"Milliseconds, retained heap": cells}
 
 
 def labels(results: pd.DataFrame) -> Tables:
@@ -170,119 +104,14 @@ def labels(results: pd.DataFrame) -> Tables:
     return {case: cells[(results.case == case).values] for case in results.case.unique()}
 
 
-PARTS = {
-    part.__name__: part
-    for part in (sizes, data, types, shapes, threads, small, large, isa, labels)
-}  # fmt: skip
-
-# ---- the ideal and the goals ---------------------------------------------------------------------
-
-
-def rate(results: pd.DataFrame, product: str) -> float:
-    """Of a product, GF/s: the most of all samples of the run, for it is a peak that is asked for,
-    and a neighbour on the same core takes a fifth of it for seconds."""
-    found = results[results["method"] == product]
-    return (found["flop"] / found["best"] / 1e6).max()  # NaN of none
-
-
-def rates(results: pd.DataFrame) -> str:
-    own, mm = (number(rate(results, product)) for product in (PRODUCT, MM))
-    return f"in cache hex's own product reached {own} GF/s and torch.mm {mm} GF/s"
-
-
-def own_rate(results: pd.DataFrame, value: str = "median") -> pd.DataFrame:
-    """Of a symmetric loss at 4 N^2 D operations, in GF/s: N^2 D for half the cosines of all pairs
-    of rows, the same again in the backward, and 2 N^2 D for their pull on both rows."""
-    mine = timed(results)
-    flop = 4.0 * mine["rows"] ** 2 * mine["features"]
-    return pivot(mine.assign(rate=flop / mine[value] / 1e6), "rate")
-
-
-def share(results: pd.DataFrame, value: str = "median") -> pd.DataFrame:
-    """Of the ideal, which is the rate of the core's own product in cache, in the same run."""
-    return own_rate(results, value) / rate(results[results.heap == "retained"], PRODUCT)
-
-
-def ideal(results: pd.DataFrame) -> str:
-    times, shares = pivot(timed(results), "median"), share(results)
-    cells = shares.loc[[HEX, GIVEN, INFO_NCE]].map(percent)
-    cells.loc[f"{HEX}, best sample"] = share(results, "best").loc[HEX].map(percent)
-    cells.loc[f"{HEX}, GF/s"] = own_rate(results).loc[HEX].map(number)
-    for slow in SPEED:
-        faster = times.loc[slow] / times.loc[HEX] / shares.loc[HEX]
-        cells.loc[f"{slow} / {HEX} at the ideal"] = faster.map(ratio)
-    title = f"Share of the ideal, retained heap; {rates(results[results.heap == 'retained'])}"
-    return markdown(title, cells)
-
-
-GOAL_SIZES = ("512", "1024", "2048", "4096", "8192", "4096x512")
-SPEED = {  # how many times as fast as these HEXLoss is to be, retained heap, by size
-    PLAIN_HEX: (7, 7, 9, 10, 10, 8),
-    COMPILED_HEX: (5, 6, 7, 8, 8, 5),
-    PLAIN_INFO_NCE: (3, 3.3, 3.8, 4.2, 4.2, 4),
-}
-SHARE = (0.55, 0.68, 0.75, 0.82, 0.84, 0.80)  # of the ideal, by size
-THREADS = {"512": 1.5, "4096": 1.85, "8192": 1.85}  # times as fast in two threads
-Goal = tuple[bool, str, str, str]  # whether it is met, about what, what was measured, and wanted
-
-
-def least(about: str, got: float, wanted: float, text: str = "{:.3g}x") -> Goal:
-    return got >= wanted, about, text.format(got), f"at least {text.format(wanted)}"
-
-
-def most(about: str, got: float, wanted: float, text: str = "{:.3g}x") -> Goal:
-    return got <= wanted, about, text.format(got), f"at most {text.format(wanted)}"
-
-
-def goals(parts: Mapping[str, pd.DataFrame]) -> Iterator[Goal]:
-    """Ratios of figures of one run, never times, set on a CPU with AVX-512."""
-    times, shares = pivot(timed(parts["sizes"]), "median"), share(parts["sizes"]).loc[HEX]
-    for slow, wanted in SPEED.items():
-        for size, goal in zip(GOAL_SIZES, wanted, strict=True):
-            yield least(f"{slow} / {HEX} at {size}", times[size][slow] / times[size][HEX], goal)
-    for size, goal in zip(GOAL_SIZES, SHARE, strict=True):
-        yield least(f"share of the ideal at {size}", shares[size], goal, "{:.0%}")
-    for r in timed(parts["sizes"], "stock").query("method == @HEX and rows >= 4096").itertuples():
-        # 8 % of an N x N matrix and what is O(N D)
-        goal = (0.08 * 4 * r.rows**2 + 24 * r.rows * r.features) / 1e6
-        got = r.peak_mb - 4 * r.rows * r.features / 1e6
-        yield most(f"memory beyond the results at {r.case}", got, goal, "{:.1f} MB")
-    data, types, shapes = (pivot(parts[part], "median") for part in ("data", "types", "shapes"))
-    ours, wide = types.loc[HEX], types["float64"]
-    for kind in data.columns[1:]:
-        yield most(f"{kind} batch / ordinary one", data[kind][HEX] / data.loc[HEX].iloc[0], 1.25)
-    for name in ("bfloat16", "float16"):  # no slower, but for what the clock is good for
-        yield most(f"{name} / float32", ours[name] / ours["float32"], 1.03)
-    yield least(f"{PLAIN_HEX} / {HEX} in float64", wide[PLAIN_HEX] / wide[HEX], 5)
-    for case, of in shapes.items():
-        yield least(f"{PLAIN_INFO_NCE} / {HEX}, {case}", of[PLAIN_INFO_NCE] / of[HEX], 3)
-    best = parts["threads"].query("method == @HEX").set_index(["threads", "case"])["best"]
-    for size, goal in THREADS.items():
-        yield least(f"two threads at {size}", best[1, size] / best[2, size], goal)
-    dots = parts["isa"].query("isa == 'avx512_bf16' and method == @HEX").set_index("case")["median"]
-    if len(dots):
-        about = "float32 / bfloat16 at HEX_ISA=avx512_bf16"
-        yield least(about, dots["4096"] / dots["4096 bfloat16"], 1.4)
-    few, many = parts["large"].itertuples()
-    yield most(f"memory of {many.rows} rows", many.peak_mb, 200, "{:.0f} MB")
-    slower = (many.median / many.rows**2) / (few.median / few.rows**2)
-    yield most(f"time a pair at {many.rows} rows / at {few.rows}", slower, 1.2)
-
-
-def missed(parts: Mapping[str, pd.DataFrame]) -> str:
-    found = pd.DataFrame(goals(parts), columns=["met", "about", "measured", "goal"])
-    title = f"{found.met.sum()} of {len(found)} goals are met; these are not"
-    return markdown(title, found[~found.met].set_index("about")[["measured", "goal"]])
-
-
-# ---- documents -----------------------------------------------------------------------------------
-
-
 def of_part(record: Record) -> str:
     """The tables of a part, and what they are of."""
-    found = PARTS[record["part"]](results_of(record)) if record["results"] else {}
-    m, load = record["machine"], record["load"]
-    level = "" if record["part"] == "isa" else f", HEX_ISA {m['hex_isa']}"
+    part, m, load = record["part"], record["machine"], record["load"]
+    found: Tables = {}
+    if record["results"]:
+        results, special = results_of(record), {"threads": threads, "labels": labels}
+        found = special[part](results) if part in special else by_case(part, results)
+    level = "" if part == "isa" else f", HEX_ISA {m['hex_isa']}"
     source = (
         f"{m['cpu']}, {m['cores']} cores, {m['memory_gb']} GB; torch {m['torch']} "
         f"({m['torch_simd']}), hex {m['hex']} at {m['commit']}{level}; {record['utc']} UTC, "
@@ -294,16 +123,19 @@ def of_part(record: Record) -> str:
 
 def summary(sizes: pd.DataFrame) -> str:
     """The README's."""
-    stock, retained = (pivot(timed(sizes, heap), "median") for heap in ("stock", "retained"))
+    stock, retained = (pivot(of_heap(sizes, heap), "median") for heap in ("stock", "retained"))
     shown = {
         HEX: "`HEXLoss`, adaptive", PLAIN_HEX: "HEX in plain PyTorch",
         INFO_NCE: "`InfoNCELoss`", PLAIN_INFO_NCE: "InfoNCE in plain PyTorch",
     }  # fmt: skip
     cells = stock.map(number) + " / " + retained.map(number)
     cells = cells.loc[[*shown], ["512", "1024", "4096", "8192"]]
-    peaks = pivot(timed(sizes, "stock"), "peak_mb")["4096"]
+    peaks = pivot(of_heap(sizes, "stock"), "peak_mb")["4096"]
     cells["peak MB at 4096"] = peaks.map(number)
     return markdown("", cells.rename(index=shown), "rows 2B")
+
+
+# ---- documents -----------------------------------------------------------------------------------
 
 
 def latest(file: Path = RESULTS) -> dict[str, Record]:
@@ -315,10 +147,8 @@ def latest(file: Path = RESULTS) -> dict[str, Record]:
 
 def blocks(records: Mapping[str, Record]) -> dict[str, str]:
     """What stands in the documents, by name."""
-    parts = {name: results_of(record) for name, record in records.items()}
-    return {name: of_part(record) for name, record in records.items()} | {
-        "ideal": ideal(parts["sizes"]), "goals": missed(parts), "summary": summary(parts["sizes"]),
-    }  # fmt: skip
+    of_parts = {name: of_part(record) for name, record in records.items()}
+    return of_parts | {"summary": summary(results_of(records["sizes"]))}
 
 
 def filled(text: str, blocks: Mapping[str, str]) -> str:
@@ -359,8 +189,9 @@ def points(records: Mapping[str, Record]) -> pd.DataFrame:
     """ms with a retained heap, MB with the stock one; D = 128."""
     results = results_of(records["sizes"]).query("features == 128 and method in @STYLES")
     keys = ["method", "rows"]
-    found = timed(results, "stock")[[*keys, "peak_mb"]].merge(timed(results)[[*keys, "median"]])
-    large = results_of(records["large"]).iloc[1:]
+    stock, retained = of_heap(results, "stock"), of_heap(results, "retained")
+    found = stock[[*keys, "peak_mb"]].merge(retained[[*keys, "median"]])
+    large = results_of(records["large"]).query("rows > 8192")
     found = pd.concat([found, large], join="inner", ignore_index=True)
     return found.rename(columns={"median": "ms", "peak_mb": "mb"})
 

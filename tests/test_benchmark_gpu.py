@@ -50,18 +50,16 @@ def records(folder):
     return {r["case"]: r for r in map(json.loads, lines)}
 
 
-def test_every_step_but_the_programs_runs_and_the_report_has_it(tmp_path, capsys):
-    steps = ["roofline", "sizes", "dtypes", "features", "queue"]
+def test_every_part_runs_and_the_tables_have_it(tmp_path, capsys):
+    steps = ["sizes", "dtypes", "features", "queue", "compiled"]
     assert bench.main([*steps, *rehearsal(tmp_path)]) == 0
     found = records(tmp_path)
     (ours,) = found["sizes: 192 x 192 x 72, bfloat16, hex HEXLoss"]["results"]
-    assert len(ours["ms"]) == 10 and min(ours["ms"]) > 0 and ours["host_ms"] > 0
+    assert len(ours["ms"]) == 10 and min(ours["ms"]) > 0
     assert ours["peak_mb"] >= 0 and ours["loss_error"] < 1e-5
-    assert found["not reached"]["cases"] == []
     text = (tmp_path / "gpu.md").read_text()
-    for line in ("| 65536 x 65536 | 13 | not measured | 67 |", "authors' form, eager"):
+    for line in ("**Time and memory by rows: D 72, bfloat16**", "authors' form, eager"):
         assert line in text
-    assert (tmp_path / "gpu.png").stat().st_size > 1000
 
     capsys.readouterr()  # again: all is there
     assert bench.main([*steps, *rehearsal(tmp_path)]) == 0
@@ -126,7 +124,7 @@ def test_a_case_that_hangs_crashes_or_is_deaf_costs_its_limit_and_no_more(
     after = {found[f"sizes: after {work.__name__}"]["process"] for work in planted}
     assert len(after) == len(planted) - 1  # none after the last
     assert "failed: sizes: hangs" in capsys.readouterr().err
-    assert "| sizes: deaf | FAILED |" in (tmp_path / "gpu.md").read_text()
+    assert "sizes: deaf failed: not done within 1 s." in (tmp_path / "gpu.md").read_text()
 
     (tmp_path / "mended").touch()  # what failed is tried again
     assert bench.main(arguments) == 1
@@ -144,15 +142,14 @@ def test_it_ends_in_time_whatever_runs_and_goes_on(tmp_path, monkeypatch, capsys
     monkeypatch.setitem(parts.GPU, "queue", cases)
     arguments = ["queue", *rehearsal(tmp_path)]
     assert bench.main([*arguments, "--seconds", "5"]) == 3  # not after the 600 s of its limit
-    assert "Not reached: queue: 256 x 512, bfloat16." in capsys.readouterr().err
-    assert "Not reached: queue: 256 x 512" in (tmp_path / "gpu.md").read_text()
+    assert "not reached: queue: 256 x 512, bfloat16, slow" in capsys.readouterr().err
     assert "queue: first" in records(tmp_path)
     assert not alive(int((tmp_path / "child").read_text()))
     with (tmp_path / "gpu.jsonl").open("a") as file:
         file.write('{"on": "the machine went away')
     (tmp_path / "mended").touch()
     assert bench.main(arguments) == 0
-    assert "Not reached" not in (tmp_path / "gpu.md").read_text()
+    assert "not reached" not in capsys.readouterr().err
     again = {case for _, case in Results(tmp_path / "gpu.jsonl").records}
     assert again >= {"queue: first", "queue: 256 x 512, bfloat16, slow"}
 
@@ -181,23 +178,13 @@ def test_the_results_of_each_machine_have_their_part(tmp_path, monkeypatch):
     other.add("sizes: a", {"ok": False, "note": "of the other"})
     assert bench.main(["sizes", *rehearsal(tmp_path)]) == 0
     text = (tmp_path / "gpu.md").read_text()
-    assert text.startswith("X1, 2 GB") and text.count("**Goals**") == 2
-    assert "| sizes: a | FAILED | of the other |" in text
-
-
-def test_the_sanitizers_calls_reach_every_operator():
-    parts.calls("cpu")
-
-
-def test_a_training_step_has_its_time():
-    options = bench.parse(["--gpu", "--device", "cpu", "--smoke"])
-    found = parts.training_step(peers.PLAIN_HEX, "small", 4, options)
-    assert found["step_ms"] > 0 and found["step_peak_mb"] >= 0
+    assert text.startswith("X1, 2 GB") and text.count(" torch ") == 2
+    assert "sizes: a failed: of the other." in text
 
 
 def test_the_document_shows_the_record():
     text = gpu_report.text(list(read(gpu_report.RECORD.read_text()).values()))
-    for title in ("Goals", "Time and memory by rows", "Relative errors"):
+    for title in ("Time and memory by rows", "Relative errors"):
         assert re.search(rf"\*\*.*{title}.*\*\*\n\n\|", text), title
     shown = gpu_report.DOCUMENT.read_text()
     assert f"<!-- gpu -->\n{text}\n<!-- end -->" in shown, "run bench.py --report"
@@ -213,7 +200,7 @@ def test_the_report_replaces_what_stands_in_the_document(tmp_path, monkeypatch):
     gpu_report.write()
     text = document.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert text.count("**Goals**") == 1
+    assert text.count("**Time and memory by rows") == 1
     with pictures.open(picture) as file:
         assert file.info["Figures"] == figures, "run bench.py --report"
 
