@@ -52,19 +52,13 @@ def build(level: str) -> Path:
     return program
 
 
-def best(program: Path, batch: tuple[float, ...]) -> tuple[float, float]:
-    """Seconds of CPU time of the loss and of its ideal, D = 128: the best of the turns."""
-    words = map(str, (program, batch[0], 128, *batch[1:]))
-    loss, ideal = subprocess.check_output(list(words), text=True).split()
-    return float(loss), float(ideal)
-
-
 def main() -> None:
     program = build(ops.isa())
     print(program)
-    for name, batch in BATCHES.items():
-        runs = [best(program, batch) for _ in range(5)]
-        ratios = sorted(loss / ideal for loss, ideal in runs)
+    for name, (images, *batch) in BATCHES.items():
+        command = [str(word) for word in (program, images, 128, *batch)]
+        runs = [subprocess.check_output(command, text=True).split() for _ in range(5)]
+        ratios = sorted(float(loss) / float(ideal) for loss, ideal in runs)
         print(f"{name:<29} {ratios[2]:.2f} times the ideal, of five {ratios[0]:.2f} the least")
 
 

@@ -91,8 +91,6 @@ def machine() -> dict[str, object]:
         "cpu": _proc("/proc/cpuinfo", r"model name\s*: (.*)") or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
-        "system": platform.platform(),
-        "python": platform.python_version(),
         "torch": torch.__version__,
         "torch_simd": torch.backends.cpu.get_cpu_capability(),
         "hex": __version__,

@@ -354,16 +354,16 @@ COMPILED_HEX, COMPILED_INFO_NCE = COMPILED = (
     Method("plain HEX, compiled", "HEX", compiled(plain_hex), compiled=True),
     Method("plain InfoNCE, compiled", "InfoNCE", compiled(plain_info_nce), compiled=True),
 )
-LIBRARIES = LIGHTLY, _, _ = tuple(
-    Method(name, loss, library(module, make), most=most)
-    for name, loss, module, make, most in (
-        ("lightly NTXentLoss", "InfoNCE", "lightly.loss", lambda m: m.NTXentLoss(TAU), math.inf),
-        # Every pair of a positive and a negative pair is in memory, O(N^3).
-        ("pytorch-metric-learning NTXentLoss", "InfoNCE", "pytorch_metric_learning.losses",
-         lambda m: m.SelfSupervisedLoss(m.NTXentLoss(TAU)), 512),
-        ("info-nce-pytorch InfoNCE", "one way", "info_nce", lambda m: m.InfoNCE(TAU), 4096),
-    )
-)  # fmt: skip
+NT_XENT = library("lightly.loss", lambda m: m.NTXentLoss(TAU))
+LIGHTLY = Method("lightly NTXentLoss", "InfoNCE", NT_XENT)
+PAIRS = library("pytorch_metric_learning.losses", lambda m: m.SelfSupervisedLoss(m.NTXentLoss(TAU)))
+ONE_WAY = library("info_nce", lambda m: m.InfoNCE(TAU))
+LIBRARIES = (
+    LIGHTLY,
+    # Every pair of a positive and a negative pair is in memory, O(N^3).
+    Method("pytorch-metric-learning NTXentLoss", "InfoNCE", PAIRS, most=512),
+    Method("info-nce-pytorch InfoNCE", "one way", ONE_WAY, most=4096),
+)
 OURS = (HEX, GIVEN, INFO_NCE)
 FOUR = (HEX, PLAIN_HEX, INFO_NCE, PLAIN_INFO_NCE)
 METHODS = (

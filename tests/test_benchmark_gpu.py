@@ -58,7 +58,7 @@ def test_every_part_runs_and_the_tables_have_it(tmp_path, capsys):
     assert len(ours["ms"]) == 10 and min(ours["ms"]) > 0
     assert ours["peak_mb"] >= 0 and ours["loss_error"] < 1e-5
     text = (tmp_path / "gpu.md").read_text()
-    for line in ("**Time and memory by rows: D 72, bfloat16**", "authors' form, eager"):
+    for line in ("| 160 x 160, D 72, bfloat16 |", "authors' form, eager"):
         assert line in text
 
     capsys.readouterr()  # again: all is there
@@ -184,7 +184,7 @@ def test_the_results_of_each_machine_have_their_part(tmp_path, monkeypatch):
 
 def test_the_document_shows_the_record():
     text = gpu_report.text(list(read(gpu_report.RECORD.read_text()).values()))
-    for title in ("Time and memory by rows", "Relative errors"):
+    for title in ("By rows, ms", "Relative errors"):
         assert re.search(rf"\*\*.*{title}.*\*\*\n\n\|", text), title
     shown = gpu_report.DOCUMENT.read_text()
     assert f"<!-- gpu -->\n{text}\n<!-- end -->" in shown, "run bench.py --report"
@@ -200,7 +200,7 @@ def test_the_report_replaces_what_stands_in_the_document(tmp_path, monkeypatch):
     gpu_report.write()
     text = document.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert text.count("**Time and memory by rows") == 1
+    assert text.count("**By rows, ms**") == 1
     with pictures.open(picture) as file:
         assert file.info["Figures"] == figures, "run bench.py --report"
 
