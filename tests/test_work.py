@@ -364,7 +364,7 @@ PLANTED = {
     "row by row, the cosines are made twice":
         ("visit.h", r"(?=cosines\(c->some \?)", TWICE),
     "row by row, a row's quantile is selected twice":
-        ("quantile.h", r"(?=t->low\[at\] = cosine\(row_select\()", TWICE),
+        ("quantile_rows.h", r"(?=t->low\[at\] = cosine\(row_select\()", TWICE),
     "row by row, the gradient gathers twice":
         ("blocks.h", r"(?=accumulate\(unit, slice\.begin)", TWICE),
     "row by row, entries are made twice":
