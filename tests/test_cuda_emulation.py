@@ -13,9 +13,7 @@ import pytest
 import torch
 from conftest import (
     NAMES,
-    Problem,
-    check_gradients,
-    check_loss,
+    check,
     cuda_tensor,
     eps_of_each_row,
     problem,
@@ -77,11 +75,6 @@ def test_primitives_that_were_built_elsewhere_need_no_compiler(monkeypatch, tmp_
     monkeypatch.setenv("HEX_CONFORMANCE", str(tmp_path / "built.so"))
     monkeypatch.setattr(emulator.subprocess, "run", None)
     assert emulator.conformance_on_a_gpu(tmp_path) == tmp_path / "built.so"
-
-
-def check(p: Problem) -> None:
-    check_loss(p)
-    check_gradients(p)
 
 
 @pytest.mark.parametrize("seed, device", tuple(zip(emulator.SEEDS, emulator.DEVICES, strict=True)))
@@ -517,7 +510,7 @@ def test_a_gpu_that_the_library_has_no_code_for_is_composed_with_a_warning(libra
         assert "HEX_CUDA=1 HEX_CUDA_ARCH=90a pip install" in _load.cuda_problem(0)
         assert ops._has_kernel(cuda_tensor(1), True)  # another GPU, for which there is
         with library.in_use(), pytest.raises(RuntimeError, match="CUDA error 209, no kernel"):
-            check_loss(problem(dtype=torch.float32))  # what it would have come to
+            check(problem(dtype=torch.float32))  # what it would have come to
     finally:
         library.no_code()
         _load._C.load_cuda(None)

@@ -17,7 +17,7 @@ from pathlib import Path
 import operators
 import pytest
 import torch
-from conftest import DTYPES, check_gradients, check_loss, problem
+from conftest import DTYPES, check, problem
 from data import MODES
 
 from hex import ops, reference
@@ -99,8 +99,7 @@ def check_all() -> int:
     batches = [*itertools.product(MODES, SIZES), ("ntxent", PAIRS)]
     for (mode, (B, D, K)), variant, dtype in itertools.product(batches, variants, DTYPES):
         p = problem("cluster", B, D, mode, K=K, dtype=dtype, variant=variant, seed=count)
-        check_loss(p)
-        check_gradients(p)
+        check(p)
         check_thresholds(p)
         count += 1
     return count
