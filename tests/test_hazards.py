@@ -3,7 +3,7 @@
 
 Cold temperatures, half precision, degenerate batches, and the machinery around a loss. InfoNCE as
 it is usually written fails some of them. The cases that are exact by definition are in
-test_cases.py.
+test_special_cases.py.
 """
 
 import copy

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """torch.ops.hex.*: what torch asks of an operator, and what runs on a device without kernels.
 
-What the kernels refuse is in test_raw.py. The values are in test_loss.py, test_gradient.py,
-test_threshold_op.py and test_classes.py.
+What the kernels refuse is in test_refused_calls.py. The values are in test_values.py,
+test_batch_threshold.py and test_labels.py.
 """
 
 import itertools
@@ -10,9 +10,9 @@ import itertools
 import operators
 import pytest
 import torch
-from class_problems import Call, labelled, logits
 from conftest import DTYPES, Problem, problem
 from data import MODES, f64, leaves
+from labelled_problems import Call, labelled, logits
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hex import HEXLoss, ThresholdTracker, batch_threshold, hex_loss, ops

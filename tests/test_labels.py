@@ -2,8 +2,9 @@
 """Labels, groups, guides and logits through torch.ops.hex: values, gradients and thresholds against
 reference.py.
 
-What torch asks of an operator is in test_ops.py, what the kernels refuse in test_raw.py, and the
-modules and functions on top are in test_sup_con.py, test_logits.py and test_membership.py.
+What torch asks of an operator is in test_ops.py, what the kernels refuse in test_refused_calls.py,
+and the modules and functions on top are in test_sup_con.py, test_logits.py and
+test_groups_and_guides.py.
 """
 
 import dataclasses
@@ -16,9 +17,9 @@ import sys
 import operators
 import pytest
 import torch
-from class_problems import PAIRINGS, SOURCES, Call, check, labelled, logits
 from conftest import DTYPES, problem
 from data import MODES, f64, leaves, views
+from labelled_problems import PAIRINGS, SOURCES, Call, check, labelled, logits
 from test_isa import FLAGS, skip_unless_available
 from torch import Tensor
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """HEXLoss with groups or a guide, in every mode: what decides H(i) and eps, and what does not.
 
-The kernels' values and derivatives are in test_classes.py.
+The kernels' values and derivatives are in test_labels.py.
 """
 
 import itertools

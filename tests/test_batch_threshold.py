@@ -4,7 +4,7 @@
     eps = mean over rows of c_i[k],  c_i ascending,  k = round half to even(quantile (n - 1))
 
 Where the cosines are exact (rows of 1 and -1 in 64 places) they are compared with sorted rows bit
-for bit, elsewhere with plain PyTorch. What is kept over training is in test_threshold.py.
+for bit, elsewhere with plain PyTorch. What is kept over training is in test_tracker.py.
 """
 
 import math
