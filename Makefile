@@ -30,14 +30,15 @@ build: .venv/hex ## hex in .venv, from this folder, with all that its tests and 
 
 # Those that compile the CUDA kernels many times, which takes minutes.
 CUDA_TESTS := tests/test_cuda_build.py tests/test_cuda_mutants.py
-# Those that compile the CPU core again, by another compiler or with planted errors.
-THOROUGH_TESTS := tests/test_clang.py tests/test_work_done_twice.py
+# Those that compile the CPU core again: by another compiler, for instructions that few CPUs have, or
+# with planted errors.
+THOROUGH_TESTS := tests/test_clang.py tests/test_bf16_level.py tests/test_work_done_twice.py
 NOT_ALWAYS := $(addprefix --ignore=,$(CUDA_TESTS) $(THOROUGH_TESTS))
 
 test: lint ## lint, then the tests: five minutes
 	$(PYTEST) $(NOT_ALWAYS)
 
-thorough: build ## what takes minutes more: the core by clang, errors planted in it
+thorough: build ## what compiles the core again: by clang, for bfloat16, errors planted
 	$(PYTEST) $(THOROUGH_TESTS)
 
 cuda: build ## the CUDA kernels: what nvcc makes of them for every target, planted errors

@@ -2,9 +2,10 @@
 """Every instruction set that the CPU kernels are compiled for, on one machine, through HEX_ISA.
 
 A level is chosen when the extension is loaded, so each has a process of its own: this file run as a
-program, which compares values and gradients of every mode, variant and dtype with
-hex/reference.py. A level that the CPU lacks is skipped; an emulator can run the program too. What a
-HEX_ISA that cannot be followed says is in test_import.py too.
+program, which compares values and gradients of every mode, variant and dtype, and of labels,
+groups, guides and logits, with hex/reference.py. The level in use is that of all other tests. One
+that the CPU lacks is skipped; an emulator can run the program too. What a HEX_ISA that cannot be
+followed says is in test_import.py too.
 """
 
 import itertools
@@ -58,9 +59,11 @@ def cpu_flags() -> set[str]:
 @pytest.mark.parametrize("level", FLAGS)
 def test_a_level_computes_what_the_reference_computes(level):
     skip_unless_available(level)
+    if level == ops.isa():
+        pytest.skip(f"{level} is in use: the other tests are of it")
     result = run(level, __file__)
     assert result.returncode == 0, result.stderr[-4000:]
-    assert result.stdout.split() == [level, str((5 * len(SIZES) + 1) * 2 * 4)]
+    assert result.stdout.split() == [level, str((5 * len(SIZES) + 1) * 2 * 4), "42"]
 
 
 def test_an_empty_level_is_none_and_the_best_that_this_cpu_has_is_taken():
@@ -121,4 +124,6 @@ def check_thresholds(p) -> None:
 
 
 if __name__ == "__main__":
-    print(ops.isa(), check_all())
+    import test_labels
+
+    print(ops.isa(), check_all(), test_labels.check_half())

@@ -90,11 +90,12 @@ def options_of(op, k: int) -> dict[str, int]:
     }[op]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("op", OPS)
-def test_opcheck(op, mode, dtype, device):
+def test_opcheck(op, mode, device):
+    """Every operator in every mode and, for there are more modes, with every dtype."""
     k = MODES.index(mode)
+    dtype = DTYPES[(k + OPS.index(op)) % len(DTYPES)]
     variant = "released" if k % 2 else "paper"
     p = problem("cluster", 7, 5, mode, dtype=dtype, device=device, variant=variant)
     torch.library.opcheck(*op(p, **options_of(op, k)))

@@ -164,7 +164,7 @@ def test_each_row_may_have_its_own_threshold(mode):
 def test_one_call_finds_the_threshold_and_the_loss_of_two(rule, kind):
     narrow = [torch.bfloat16] if kind == "cluster" else []
     for dtype in (torch.float64, torch.float32, *narrow):
-        for mode in TILED:
+        for mode in TILED if dtype == torch.float32 else TILED[list(RULES).index(rule) % 2 :: 2]:
             B = {"ntxent": 151, "shared": 101}.get(mode, 251)
             p = problem(kind, B, 24, mode, K=402, dtype=dtype, eps=f64(0.5))
             module = hex_of(p, threshold=tracker(**RULES[rule]), reduction="none")
@@ -308,7 +308,7 @@ def test_evaluation_uses_the_batch_and_keeps_the_state():
 
 def test_opcheck_of_the_adaptive_operator():
     rule = tracker(momentum=0.5).kernel_rule()
-    for mode, B in (("ntxent", 200), ("query", 5), ("shared", 5), ("own", 5), ("ntxent", 0)):
+    for mode, B in (("ntxent", 100), ("shared", 5), ("ntxent", 0)):  # more are in test_ops.py
         p = problem("gauss", B, 7, mode, dtype=torch.float32, eps=f64(0.5))
         z0, z1, negatives, _, tau, *options, keep = p.raw()
         state = ThresholdTracker.adaptive().state
