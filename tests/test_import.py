@@ -140,13 +140,6 @@ def test_the_extension_is_loaded_by_hand_without_torch(site):
     assert python(site, code).startswith("ImportError: libtorch_cpu.so: cannot open shared object")
 
 
-def test_asking_for_the_extension_first_brings_torch_in():
-    code = "import hex._C, sys; print('torch' in sys.modules, hex._C.isa())"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    levels = ("base", "avx2", "avx512", "avx512_bf16")
-    assert run.stdout in {f"True {isa}\n" for isa in levels}, run.stderr
-
-
 TWICE = """
 import importlib, sys, warnings
 import torch, hex
