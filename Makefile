@@ -19,7 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-w
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test cuda lint format sanitize demo bench gpu examples wheel clean
+.PHONY: help venv build test thorough cuda lint format sanitize demo bench gpu examples wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -28,13 +28,20 @@ venv: .venv/torch ## .venv with torch
 
 build: .venv/hex ## hex in .venv, from this folder, with all that its tests and examples import
 
-# Those that compile the CUDA kernels many times, which takes minutes.
-CUDA_TESTS := tests/test_cuda_build.py tests/test_cuda_mutants.py
+# Those that compile the CUDA kernels, which takes minutes.
+CUDA_TESTS := $(addprefix tests/test_cuda_,emulation.py build.py mutants.py)
+# Those that compile the CPU core again: by another compiler, for instructions that few CPUs have, or
+# with planted errors.
+THOROUGH_TESTS := tests/test_clang.py tests/test_bf16_level.py tests/test_work_done_twice.py
+NOT_ALWAYS := $(addprefix --ignore=,$(CUDA_TESTS) $(THOROUGH_TESTS))
 
 test: lint ## lint, then the tests
-	$(PYTEST) $(CUDA_TESTS:%=--ignore=%)
+	$(PYTEST) $(NOT_ALWAYS)
 
-cuda: build ## the CUDA kernels: what nvcc makes of them for every target, planted errors
+thorough: build ## what compiles the core again: by clang, for bfloat16, errors planted
+	$(PYTEST) $(THOROUGH_TESTS)
+
+cuda: build ## the CUDA kernels: emulated on the CPU, what nvcc makes of them, planted errors
 	$(PYTEST) $(CUDA_TESTS)
 
 lint: build ## what a formatter, a linter and a type checker can find
@@ -64,7 +71,8 @@ sanitize: build ## the tests under AddressSanitizer and UndefinedBehaviorSanitiz
 	    UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$$PWD \
 	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	    $(PYTEST) --capture=sys --ignore-glob='*/test_build.py' --ignore-glob='*/test_abi.py' \
-	    --ignore-glob='*/test_work.py' --ignore-glob='*/test_reference*.py' $(CUDA_TESTS:%=--ignore=%)
+	    --ignore-glob='*/test_work.py' --ignore-glob='*/test_reference*.py' \
+	    $(filter-out %_emulation.py,$(NOT_ALWAYS))
 
 demo: build ## train on handwritten digits, with InfoNCE and with HEX: three minutes, with pictures
 	$(BIN)/python examples/demo.py

@@ -7,10 +7,13 @@ The batches themselves are in data.py, the plain PyTorch is hex/reference.py.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
+import sys
 import types
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import hypothesis
@@ -22,20 +25,11 @@ from torch import Tensor
 
 from hex import _load, hex_loss, ops, reference
 
-try:
-    import torchvision  # noqa: F401
-except ModuleNotFoundError:
-    pass  # only test_peers.py needs it
-except RuntimeError as error:
-    # lightly imports torchvision, whose compiled operators must be of torch's own build. Where they
-    # are not (a CPU torch beside the CUDA torchvision) its Python cannot be imported for want of
-    # these two schemas, which nothing here calls.
-    if "torchvision::nms" not in str(error):
-        raise
-    torchvision_schemas = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        schema = f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        torchvision_schemas.define(schema)
+# lightly, open_clip and the examples import torchvision; common.vision has it imported where its
+# build and torch's do not match.
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+with contextlib.suppress(ModuleNotFoundError):
+    import common.vision  # noqa: F401
 
 hypothesis.settings.register_profile(
     "fixed", derandomize=True, deadline=None, database=None, max_examples=60
@@ -101,6 +95,8 @@ def fresh_cuda(monkeypatch):
 class Result(NamedTuple):
     loss: Tensor
     grads: dict[str, Tensor]  # by name, of those there are
+    count: Tensor | None = None  # |H| and share of each row, where plain PyTorch gave them
+    share: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,21 +158,21 @@ class Problem:
         )
 
     def _result(self, loss: Any, inputs: list[Tensor], grad: Tensor | None) -> Result:
+        """Of `loss`, which gives the loss of each row, or also |H| and share."""
         inputs = [z.detach().clone().requires_grad_() for z in inputs]
         tau = f64(self.tau).to(inputs[0].device).requires_grad_()
-        value = loss(*inputs, tau=tau)
+        value, *rest = loss(*inputs, tau=tau)
         grad = self.grad_output() if grad is None else grad
         grads = torch.autograd.grad(value, (*inputs, tau), grad.to(value))
-        return Result(value.detach(), dict(zip(self.names, grads, strict=True)))
+        return Result(value.detach(), dict(zip(self.names, grads, strict=True)), *rest)
 
     def ours(self, grad: Tensor | None = None) -> Result:
         """Loss of each row and gradients, by the kernels."""
-        return self._result(self.loss, list(self.inputs), grad)
+        return self._result(lambda *z, tau: [self.loss(*z, tau=tau)], list(self.inputs), grad)
 
     def plain(self, dtype: torch.dtype, grad: Tensor | None = None) -> Result:
         """The same by plain PyTorch in `dtype`, on the same numbers."""
-        inputs = [z.to(dtype) for z in self.inputs]
-        return self._result(lambda *z, tau: self.reference(*z, tau=tau)[0], inputs, grad)
+        return self._result(self.reference, [z.to(dtype) for z in self.inputs], grad)
 
     def raw(self) -> tuple[Any, ...]:
         """The arguments of torch.ops.hex.forward, reduction "none"."""
@@ -302,33 +298,26 @@ def assert_as_good_as_torch(
 
 def check_loss(p: Problem) -> None:
     """The loss of each row, |H| and share, against plain PyTorch."""
-    loss, stats, _ = operators.forward(*p.raw())
-    assert loss.dtype == stats.dtype == p.dtype
-    same, truth = (
-        p.reference(*(z.to(t) for z in p.inputs), tau=f64(p.tau)) for t in (p.dtype, torch.float64)
-    )
-    assert torch.equal(stats[ops.COUNT].double(), truth[1].double()), p
-    named = {
-        "loss": (loss, same[0], truth[0]),
-        "share": (stats[ops.SHARE], same[2], truth[2]),
-    }
-    for name, tensors in named.items():
-        assert_as_good_as_torch(
-            *tensors, tau=p.tau, dtype=p.dtype, condition=p.condition, about=(name, p)
-        )
+    _check_rows(p, *(
+        Result(loss, {}, count, share)
+        for dtype in (p.dtype, torch.float64)
+        for loss, count, share in [p.reference(*(z.to(dtype) for z in p.inputs), tau=f64(p.tau))]
+    ))  # fmt: skip
 
 
-def check_gradients(p: Problem, grad: Tensor | None = None) -> None:
-    """Every gradient against plain PyTorch."""
-    ours, same, truth = p.ours(grad), p.plain(p.dtype, grad), p.plain(torch.float64, grad)
-    grad = (p.grad_output() if grad is None else grad).double()
+def check(p: Problem) -> None:
+    """The same, and every gradient."""
+    truth = p.plain(torch.float64)
+    same = truth if p.dtype == torch.float64 else p.plain(p.dtype)
+    _check_rows(p, same, truth)
+    ours = p.ours()
     # What the weights of a row, the dL/dc, add up to: the negatives' to S / (tau (e_0 + S)) =
     # (1 - exp(-L)) / tau before debiasing.
     mass = 1.0 if p.variant == "released" else -torch.expm1(-truth.loss)
-    mass = mass / p.tau * p.condition * grad.abs()
+    mass = mass / p.tau * p.condition * p.grad_output().double().abs()
     for name, z in zip(p.names, (*p.inputs, None), strict=True):
         if z is None:
-            scale = mass.sum().item() / p.tau
+            scale = 2 * mass.sum().item() / p.tau  # cosines are up to 2 apart
         else:
             length = z.double().norm(dim=-1)
             scale = (mass.max() / length[length > 0].min()).item() if length.any() else 0.0
@@ -347,4 +336,18 @@ def check_gradients(p: Problem, grad: Tensor | None = None) -> None:
             condition=p.condition,
             scale=scale,
             about=(name, p),
+        )
+
+
+def _check_rows(p: Problem, same: Result, truth: Result) -> None:
+    loss, stats, _ = operators.forward(*p.raw())
+    assert loss.dtype == stats.dtype == p.dtype
+    assert torch.equal(stats[ops.COUNT].double(), truth.count.double()), p
+    named = {
+        "loss": (loss, same.loss, truth.loss),
+        "share": (stats[ops.SHARE], same.share, truth.share),
+    }
+    for name, tensors in named.items():
+        assert_as_good_as_torch(
+            *tensors, tau=p.tau, dtype=p.dtype, condition=p.condition, about=(name, p)
         )

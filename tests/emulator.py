@@ -18,7 +18,7 @@ from pathlib import Path
 import conftest
 import operators
 import torch
-from conftest import Problem, check_gradients, check_loss, eps_of_each_row
+from conftest import Problem, check, eps_of_each_row
 from data import f64
 from torch import Tensor
 
@@ -362,8 +362,7 @@ def battery(device: str = "cpu") -> None:
         problem("cluster", 20, 9, dtype=single, tau=0.05, beta=6.0),  # no common scale
         problem("gauss", 20, 40, dtype=single, tau=0.001),  # at a shift of 1 all would be 0
     ):
-        check_loss(p)
-        check_gradients(p)
+        check(p)
         assert_threshold_is_right(p)
     assert_one_call_is_two(problem("cluster", 70, 30, dtype=single))
     half = {"dtype": torch.bfloat16}
@@ -388,11 +387,10 @@ def battery(device: str = "cpu") -> None:
     assert_not_finite_reaches_who_sees_it(problem("gauss", 40, 10, "cross", **half))
     # rows that are read four features at a time
     assert_half_is_right(problem("cluster", 20, 132, "shared", K=70, **half))
-    check_gradients(problem("cluster", 9, 264, dtype=single))
+    check(problem("cluster", 9, 264, dtype=single))
     for p in (
         problem("cluster", 4, 37, "own", K=150, dtype=single),
         problem("cluster", 9, 37, dtype=torch.float64),
     ):
-        check_loss(p)
-        check_gradients(p)
+        check(p)
         assert_threshold_is_right(p)

@@ -2,7 +2,8 @@
 """torch.ops.hex.* as the tests call them: of what a test is about, all arguments of the operator.
 
 Each function is called with the tensors and options of two views and negatives; `arguments` gives
-what the operator then gets. class_problems.py has those with ids, masks, groups, guides and logits.
+what the operator then gets. labelled_problems.py has those with ids, masks, groups, guides and
+logits.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Two processes of torch.distributed (gloo, on the CPU), for tests of what ranks do together."""
 
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,15 @@ import torch
 import torch.distributed as dist
 
 RANKS = 2
+# Processes are forked from one that has imported these, and nothing more.
+multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "torch.nn.parallel", "hex"])
 
 
 def run(function: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
     """What function(rank, *args) returns on each rank, tensors and numbers, in order."""
-    torch.multiprocessing.spawn(_one, (function, folder, args), nprocs=RANKS)
+    torch.multiprocessing.start_processes(
+        _one, (function, folder, args), nprocs=RANKS, start_method="forkserver"
+    )
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 

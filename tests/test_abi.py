@@ -30,22 +30,26 @@ def test_every_prototype_is_the_one_in_torchs_headers():
     assert compile_check(ROOT / "csrc") == ""
 
 
-@pytest.mark.parametrize(
-    "ours, changed, complaint",
-    [
-        ("t, int64_t *dim)", "t, int32_t *dim)", "assertion failed: aoti_torch_get_dim"),
-        ("const void **data", "void **data", "assertion failed: torch_get_const_data_ptr"),
-        ("bool condition", "int32_t condition", "assertion failed: aoti_torch_check"),
-        ("X(int32_t, aoti_torch_dtype_float64", "X(int64_t, aoti_torch_dtype_float64", "float64"),
-        (", uint64_t abi))", "))", "assertion failed: torch_library_impl"),
-        ("torch_parallel_for", "torch_exception_get_what", "torch_exception_get_what"),  # 2.13's
-        ("(uint64_t)10 << 48", "(uint64_t)13 << 48", "HEX_TORCH_ABI"),
-    ],
+CHANGES = (  # what stands in the file, what takes its place, and what the compiler complains of
+    ("t, int64_t *dim)", "t, int32_t *dim)", "assertion failed: aoti_torch_get_dim"),
+    ("const void **data", "void **data", "assertion failed: torch_get_const_data_ptr"),
+    ("bool condition", "int32_t condition", "assertion failed: aoti_torch_check"),
+    ("X(int32_t, aoti_torch_dtype_float64", "X(int64_t, aoti_torch_dtype_float64", "float64"),
+    (", uint64_t abi))", "))", "assertion failed: torch_library_impl"),
+    ("torch_parallel_for", "torch_exception_get_what", "torch_exception_get_what"),  # 2.13's
+    ("(uint64_t)10 << 48", "(uint64_t)13 << 48", "HEX_TORCH_ABI"),
 )
-def test_a_changed_prototype_does_not_compile(ours, changed, complaint, tmp_path):
-    assert SHIM.count(ours) == 1
-    (tmp_path / "torch_shim.h").write_text(SHIM.replace(ours, changed))
-    assert re.search(f"error: .*{complaint}", compile_check(tmp_path))
+
+
+def test_each_changed_prototype_is_complained_of(tmp_path):
+    text = SHIM
+    for ours, changed, _ in CHANGES:
+        assert SHIM.count(ours) == 1
+        text = text.replace(ours, changed)
+    (tmp_path / "torch_shim.h").write_text(text)
+    errors = [line for line in compile_check(tmp_path).splitlines() if "error: " in line]
+    for *_, complaint in CHANGES:
+        assert any(complaint in line for line in errors), (complaint, errors)
 
 
 def test_the_extension_calls_the_listed_functions_and_no_other_of_torch():

@@ -2,7 +2,7 @@
 """A block of anchors, rows [first, first + count) of a batch: the operators give for it what they
 give for those rows of the whole."""
 
-import class_problems
+import labelled_problems
 import operators
 import pytest
 import torch
@@ -23,11 +23,11 @@ def cases():
             yield f"{mode} {dtype}", operators.arguments("forward", *p.raw())
     for source in ("cosines", "groups", "guide"):
         for pairing in ("self", "pair", "queue"):
-            p = class_problems.labelled(13, 7, pairing, source, M=13, labels=3, dtype=F32)
+            p = labelled_problems.labelled(13, 7, pairing, source, M=13, labels=3, dtype=F32)
             yield str(p), p.forward()[1]
-    p = class_problems.labelled(13, 7, masked=True, positives="inside")
+    p = labelled_problems.labelled(13, 7, masked=True, positives="inside")
     yield f"{p} mask", p.forward()[1]
-    yield "logits", class_problems.logits(13, 9).forward()[1]
+    yield "logits", labelled_problems.logits(13, 9).forward()[1]
 
 
 CASES = dict(cases())
@@ -171,7 +171,7 @@ def test_a_block_outside_the_batch_is_refused(block, error):
 
 
 def test_views_of_different_sizes_have_no_block():
-    arguments = class_problems.labelled(13, 7, "pair", M=17).forward()[1]
+    arguments = labelled_problems.labelled(13, 7, "pair", M=17).forward()[1]
     HEX.forward(*arguments, first=0, count=13)
     with pytest.raises(RuntimeError, match="first, count: expected all rows of z0, for z1 has"):
         HEX.forward(*arguments, first=0, count=12)

@@ -2,7 +2,7 @@
 """What a person reads who passes a wrong argument: the exact text of every error that the functions
 and the modules raise, and that a refused call changes nothing.
 
-More of the tracker's are in test_threshold.py, of labels, groups, guides and logits beside their
+More of the tracker's are in test_tracker.py, of labels, groups, guides and logits beside their
 tests.
 """
 

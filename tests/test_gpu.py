@@ -9,7 +9,7 @@ import emulator
 import operators
 import pytest
 import torch
-from conftest import check_gradients, check_loss, problem
+from conftest import check, problem
 from emulator import assert_half_is_right, assert_threshold_is_right
 from test_ops import OPS
 
@@ -44,8 +44,7 @@ def test_every_mode_is_right_at_the_sizes_of_training(mode):
         if mode == "own":
             B, K = B // 8, K // 8
         p = problem("cluster", B, D, mode, K=K, dtype=torch.float32, device="cuda")
-        check_loss(p)
-        check_gradients(p)
+        check(p)
         assert_threshold_is_right(p)
         q = problem("cluster", B, D, mode, K=K, dtype=torch.bfloat16, device="cuda")
         assert_half_is_right(q)
@@ -254,5 +253,5 @@ def test_memory_does_not_grow_with_the_square_of_the_batch():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_another_device_than_the_current_one_is_used():
     p = problem("cluster", 40, 30, dtype=torch.float32, device="cuda:1")
-    check_loss(p)
+    check(p)
     assert torch.cuda.current_device() == 0

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The gradient in the embeddings and in the temperature, against plain PyTorch and by differences.
+"""The gradient: what it owes to grad_output, which input gets one, its rounding, and that it is the
+one of differences.
 
-conftest.py has the comparison. The second derivative and torch.func are in test_transforms.py.
+That it is plain PyTorch's is in test_values.py; the second derivative and torch.func are in
+test_transforms.py.
 """
 
 import itertools
@@ -9,91 +11,10 @@ import math
 
 import pytest
 import torch
-from conftest import (
-    BY_DOTS,
-    DTYPES,
-    Problem,
-    at_the_floor,
-    check_gradients,
-    eps_of_each_row,
-    problem,
-)
-from data import KINDS, MODES, f64, leaves
+from conftest import BY_DOTS, Problem, problem
+from data import MODES, f64, leaves
 
 from hex import HEXLoss, hex_loss
-
-OPTIONS = [
-    {"tau": 0.1, "beta": 1.0, "tau_plus": 0.1},
-    {"tau": 0.5, "beta": 0.0, "tau_plus": 0.0},
-    {"tau": 0.07, "beta": 0.5, "tau_plus": 0.9},
-    {"tau": 0.2, "beta": 2.0, "tau_plus": 0.1},
-    {"tau": 0.1, "variant": "released"},
-]
-SIZES = [(2, 1), (13, 3), (33, 65)]  # none fills a vector or a tile
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_gradient_is_as_good_as_torch(kind, mode, dtype, device):
-    for k, options in enumerate(OPTIONS):
-        B, D = SIZES[(k + len(kind)) % 3]
-        near = (-0.3, 0.3, 0.7)[k % 3]
-        check_gradients(problem(kind, B, D, mode, dtype=dtype, device=device, near=near, **options))
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_each_row_may_have_its_own_threshold(mode, device):
-    for dtype in DTYPES:
-        for variant in ("paper", "released"):
-            p = problem("cluster", 23, 9, mode, K=19, dtype=dtype, device=device, variant=variant)
-            check_gradients(eps_of_each_row(p))
-
-
-@pytest.mark.parametrize("D", [300, 1000])
-@pytest.mark.parametrize("mode", MODES)
-def test_many_features_are_summed_in_slices(mode, D, device):
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        check_gradients(problem("cluster", 21, D, mode, dtype=dtype, device=device, near=0.6))
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("B, K", [(131, 517), (299, 1030)])
-def test_many_rows_and_candidates_are_done_in_blocks(mode, B, K, device):
-    """Blocks of rows, slices of columns and of sums, none of them full at the end."""
-    K = K if mode == "shared" else 61
-    for variant in ("paper", "released"):
-        p = problem("cluster", B, 17, mode, K=K, dtype=torch.float32, device=device, near=0.8)
-        check_gradients(p.with_(variant=variant))
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("tau", [0.05, 0.02, 0.01, 0.003, 0.001])
-def test_a_cold_temperature_is_as_good_as_torch(tau, mode, device):
-    for dtype in (torch.float64, torch.float32, torch.float16):
-        for k, kind in enumerate(("gauss", "cluster", "near_collapsed", "zero_rows")):
-            p = problem(kind, 15, 33, mode, tau=tau, dtype=dtype, device=device)
-            check_gradients(p.with_(beta=(0.5, 1.0, 2.0)[k % 3]))
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_rows_at_the_floor_are_as_good_as_torch(mode, device):
-    for dtype in DTYPES:
-        p = problem("clamped", 33, 10, mode, tau_plus=0.9, dtype=dtype, device=device)
-        assert p.rows / 4 < at_the_floor(p).sum()
-        check_gradients(p)
-        check_gradients(p.with_(tau=0.3))
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_each_input_may_have_its_own_dtype(mode, device):
-    mixtures = [
-        (torch.float32, torch.bfloat16, torch.float16),
-        (torch.float16, torch.float64, torch.float32),
-        (torch.bfloat16, torch.float16, torch.float64),
-    ]
-    for dtypes in mixtures:
-        check_gradients(problem("cluster", 14, 9, mode, dtype=dtypes, device=device, near=0.6))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -99,8 +99,9 @@ def test_the_extension_is_not_built_and_torch_is_new_enough(site, version):
     )
 
 
-@pytest.mark.parametrize("missing", FUNCTIONS)
+@pytest.mark.parametrize("missing", [FUNCTIONS[0], FUNCTIONS[len(FUNCTIONS) // 2], FUNCTIONS[-1]])
 def test_torch_lacks_a_function(site, missing):
+    """They are all found in one loop."""
     add_libtorch(site, [name for name in FUNCTIONS if name != missing])
     assert python(site, "import hex") == (
         "ImportError: hex-ssl needs torch >= 2.10: "
@@ -137,13 +138,6 @@ def test_the_extension_is_damaged_and_the_loader_speaks_for_itself(site):
 def test_the_extension_is_loaded_by_hand_without_torch(site):
     code = f"sys.path.insert(0, {str(site / 'hex')!r}); import _C"
     assert python(site, code).startswith("ImportError: libtorch_cpu.so: cannot open shared object")
-
-
-def test_asking_for_the_extension_first_brings_torch_in():
-    code = "import hex._C, sys; print('torch' in sys.modules, hex._C.isa())"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    levels = ("base", "avx2", "avx512", "avx512_bf16")
-    assert run.stdout in {f"True {isa}\n" for isa in levels}, run.stderr
 
 
 TWICE = """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """hex.lightning: short trainings with Lightning, and what is said where there is none."""
 
-import subprocess
+import importlib
 import sys
 import warnings
 from pathlib import Path
@@ -27,21 +27,14 @@ else:
 
 needs_lightning = pytest.mark.skipif(pl is None, reason=MISSING)
 
-WITHOUT = """
-import sys
-for name in ("lightning", "pytorch_lightning"):
-    sys.modules[name] = None
-    sys.modules[name + ".pytorch"] = None
-try:
-    import hex.lightning
-except ImportError as error:
-    print(error)
-"""
 
-
-def test_without_lightning_the_import_says_what_is_missing():
-    result = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True)
-    assert result.stdout.startswith("hex.lightning needs Lightning, and neither"), result
+def test_without_lightning_the_import_says_what_is_missing(monkeypatch):
+    for name in ("lightning", "pytorch_lightning"):
+        monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.setitem(sys.modules, f"{name}.pytorch", None)
+    monkeypatch.delitem(sys.modules, "hex.lightning", raising=False)
+    with pytest.raises(ImportError, match="^hex.lightning needs Lightning, and neither"):
+        importlib.import_module("hex.lightning")
 
 
 @needs_lightning

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """HEXCrossEntropyLoss and hex_cross_entropy: against torch's cross-entropy and against HEXLoss.
 
-The kernels' values and derivatives are in test_classes.py.
+The kernels' values and derivatives are in test_labels.py.
 """
 
 import math

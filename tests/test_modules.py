@@ -3,7 +3,7 @@
 formulas that stand in on devices without kernels.
 
 A module must give what `hex_loss` gives at the threshold it took, bit for bit; that those values
-are right is test_loss.py's. The tracker alone is in test_threshold.py, what is refused in
+are right is test_values.py's. The tracker alone is in test_tracker.py, what is refused in
 test_errors.py.
 """
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """HEXSupConLoss and hex_sup_con: several positives, against formulas and the losses people use.
 
-The kernels' values and derivatives are in test_classes.py. Peers: pytorch-metric-learning from
+The kernels' values and derivatives are in test_labels.py. Peers: pytorch-metric-learning from
 PyPI, skipped where it is not installed; SupContrast's and solo-learn's by their formulas.
 """
 

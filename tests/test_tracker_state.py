@@ -417,6 +417,10 @@ def test_vmap_over_stacked_modules_uses_the_threshold_of_each(options):
 # ---- several ranks ------------------------------------------------------------------------------
 
 
+def steps_under_ddp(rank: int):
+    return {synced: step_under_ddp(rank, synced) for synced in (True, False)}
+
+
 def step_under_ddp(rank: int, synced: bool):
     of_ddp = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in of_ddp else "broadcast_buffers"
@@ -430,9 +434,14 @@ def step_under_ddp(rank: int, synced: bool):
     return seen
 
 
+@pytest.fixture(scope="module")
+def under_ddp(tmp_path_factory):
+    return ranks.run(steps_under_ddp, tmp_path_factory.mktemp("ranks"))
+
+
 @pytest.mark.parametrize("synced", (True, False), ids=("rank 0's", "each its own"))
-def test_under_ddp_every_rank_goes_on_from_rank_0_s_state_or_from_its_own(synced, tmp_path):
-    seen = ranks.run(step_under_ddp, tmp_path, synced)
+def test_under_ddp_every_rank_goes_on_from_rank_0_s_state_or_from_its_own(synced, under_ddp):
+    seen = [rank[synced] for rank in under_ddp]
     for number in (0, 1):
         for step in range(1, 3):
             candidate, eps, value = seen[number][step]

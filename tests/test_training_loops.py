@@ -201,7 +201,14 @@ def test_a_subclass_of_tensor_is_a_tensor(kind):
 # ---- sharded ------------------------------------------------------------------------------------
 
 
-def sharded(rank: int, way: str):
+WAYS = ("FSDP", "fully_shard", "fully_shard from meta")
+
+
+def sharded(rank: int):
+    return {way: sharded_step(rank, way) for way in WAYS}
+
+
+def sharded_step(rank: int, way: str):
     if way == "FSDP":
         model = FullyShardedDataParallel(Model(), device_id=torch.device("cpu"))
     elif way == "fully_shard":
@@ -223,12 +230,16 @@ def sharded(rank: int, way: str):
     return f64([float(value), *model.criterion.threshold.state.tolist()])
 
 
-@pytest.mark.parametrize("way", ("FSDP", "fully_shard", "fully_shard from meta"))
-def test_a_sharded_model_trains_as_a_whole_one(way, tmp_path):
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    return ranks.run(sharded, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_sharded_model_trains_as_a_whole_one(way, seen):
     """Both ranks have the same batches, so that the mean of their gradients is that of one."""
-    seen = ranks.run(sharded, tmp_path, way)
     model = Model()
     value = train(model)
     wanted = f64([float(value), *model.criterion.threshold.state.tolist()])
-    for got in seen:
+    for got in (rank[way] for rank in seen):
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-14)

@@ -3,7 +3,7 @@
 
 What is compared: the transformed call with the plain one, bit for bit, since the same kernels do
 both; second derivatives with those of hex/reference.py. That every way of running the loss leaves
-the threshold as it should be is tested here too; the tracker by itself in test_threshold.py.
+the threshold as it should be is tested here too; the tracker by itself in test_tracker.py.
 """
 
 import io

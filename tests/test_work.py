@@ -5,13 +5,12 @@ against what the algorithm needs (work.py).
 A time would know the machine: its clock, its vectors, its neighbours. How many multiply-adds,
 exponentials and comparisons a problem takes is a property of the code, equal on every machine, with
 any number of threads; where the values of the batch decide, a range is derived. Times are the
-benchmark's (../benchmarks/core.py).
+benchmark's (../benchmarks/core.py). That work done twice is found is shown by
+test_work_done_twice.py.
 """
 
-import itertools
 import os
 import platform
-import re
 import shutil
 
 import pytest
@@ -323,95 +322,3 @@ def test_rows_multiplied_by_pairs(tmp_path):
         check_given(need, forward)
         assert backward == need.backward(False, (1, 1, 1)), (mode, sizes)
         check_adaptive(need, core.count(z, mode, dtype=BF16, what=ADAPTIVE)[0], False, False, True)
-
-
-# ---- work done twice is found ----
-
-TWICE = "for (int twice = 0; twice < 2; twice++) "
-# What is planted: the file, what it stands before or takes the place of, and the text.
-PLANTED = {
-    "every tile is gone through twice, its cosines made once":
-        ("schedule.h", r"(?=t->visit\(t->context, &tile,)", TWICE),
-    "the cosines of a tile are made twice":
-        ("schedule.h", r"(?=cosines\(t->unit, i, tile\.rows)", TWICE),
-    "kept cosines are made again":
-        ("tiles.h", r"if \(!p->kept\)((?s:.*?))panels, p->kept\)", r"if (true)\1panels, NULL)"),
-    "no use is made of symmetry":
-        ("schedule.h", r"const bool symmetric = p->mode == HEX_NTXENT", "const bool symmetric = 0"),
-    "rows are gathered twice":
-        ("tiles.h", r"(?=accumulate\(g->unit)", TWICE),
-    "columns are gathered twice":
-        ("tiles.h", r"(?=accumulate_transposed\(g->unit)", TWICE),
-    "an exponential for the row and one for the column":
-        ("tiles.h", r"x = \(c\[j\] - 1\) \* scale, e = ", "x = (c[j] - 1) * scale, "
-         "column_e = exp2_of(x), e = 0 * column_e + "),
-    "the threshold has a pass of its own":
-        ("entry.h", r"if \(by_tiles\(p\) && !is_classed",
-         "if (false && by_tiles(p) && !is_classed"),
-    "the bound is made twice":
-        ("quantile.h", r"(?=cosines\(&b->s->in\.unit, from, rows)", TWICE),
-    "twice as many rows are sampled":
-        ("quantile.h", r"<= 1024 \? 128 : 256", "<= 1024 ? 256 : 512"),
-    "a list's quantile is selected twice":
-        ("quantile.h", r"q->threshold\.low\[i\] = (?=cosine\()",
-         "select_above(list, n, q->k, limit), q->threshold.low[i] = "),
-    "every row is normalised twice":
-        ("unit.h", r"c->unit->inverse\[i\] = (?=normalize\()",
-         "normalize(u, D), c->unit->inverse[i] = "),
-    "the positive's cosine is made for either row":
-        ("quantile.h", r"s->cp\[i \+ s->p->B\] = s->cp\[i\];",
-         "s->cp[i + s->p->B] = (double)positive_cosine(s->p, &s->in.unit, i + s->p->B);"),
-    "row by row, the cosines are made twice":
-        ("visit.h", r"(?=cosines\(c->some \?)", TWICE),
-    "row by row, a row's quantile is selected twice":
-        ("quantile.h", r"(?=t->low\[at\] = cosine\(row_select\()", TWICE),
-    "row by row, the gradient gathers twice":
-        ("blocks.h", r"(?=accumulate\(unit, slice\.begin)", TWICE),
-    "row by row, entries are made twice":
-        ("blocks.h", r"(?=row_entries\(r\.v, r\.s, columns)", TWICE),
-    "an anchor's own negatives are multiplied twice":
-        ("visit.h", r"(?=own->c\[j\] = \(real\)dot_product\()", TWICE),
-    "row by row, the guide's cosines are made twice":
-        ("visit.h", r"(?=cosines\(&c->in->guide)", TWICE),
-    "row by row, the sets of a row are found twice":
-        ("row.h", r"const sets_t of = (?=row_sets\()",
-         "row_sets(r, eps, &hard, &unknown); const sets_t of = "),
-    "logits: entries are made twice":
-        ("blocks.h", r"(?=row_entries\(r\.v, r\.s, p->D)", TWICE),
-}  # fmt: skip
-
-
-def failures(core):
-    """Of those above, each mode by tiles and by rows."""
-    failed = set()
-
-    def attempt(test, *arguments):
-        try:
-            test(core, *arguments)
-        except AssertionError:
-            failed.add(test.__name__)
-
-    for mode, sizes in (case.values for case in SMALLER):
-        attempt(test_a_loss_with_its_threshold_given, mode, sizes, 1)
-        attempt(test_a_loss_that_finds_its_threshold, mode, sizes, "gauss", 0, 0)
-        attempt(test_a_loss_that_finds_its_threshold, mode, sizes, "tight", 0, 1)
-    for mode, guided in itertools.product(("ntxent", "query"), (False, True)):
-        attempt(test_a_labelled_loss, mode, guided, 0)
-    attempt(test_a_loss_of_logits)
-    return failed
-
-
-def test_nothing_is_found_where_nothing_is_planted(core):
-    assert not failures(core)
-
-
-@pytest.mark.parametrize("planted", PLANTED)
-def test_work_done_twice_is_found(planted, tmp_path):
-    file, pattern, text = PLANTED[planted]
-    csrc = tmp_path / "csrc"
-    shutil.copytree(ROOT / "csrc", csrc)
-    path = csrc / "cpu" / file
-    changed, places = re.subn(pattern, text, path.read_text())
-    assert places == 1
-    path.write_text(changed)
-    assert failures(build(ops.isa(), tmp_path / "core.so", csrc, floats_only=True))

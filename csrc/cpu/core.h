@@ -8,10 +8,11 @@
  *     row, row_gradient     the loss of one row, and its gradient: the mathematics
  *     select                its quantile and its bounds
  *     sets                  who is a positive, who is left out, what is compared with eps
- *     visit, blocks         any problem by blocks of rows
+ *     visit                 any problem by blocks of rows
+ *     blocks, quantile_rows the loss and its gradient that way; the threshold
  *     schedule, tiles       where many anchors share their candidates: order and threads; sums and
  *                           gradient
- *     quantile, onepass     the batch's threshold; it and the loss from one pass
+ *     quantile, onepass     the threshold from lists; it and the loss from one pass
  *     entry                 which way a problem goes */
 #include "cpu.h"
 #ifdef LEVEL_TARGET

@@ -1,11 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* The batch's threshold, and each row's bounds for the fixed schedules:
- *
- *     eps = mean over the rows of the row's q-quantile, exact, by the nearest rank
- *
- * The row is what the table of modes in ../../docs/math.md says: the candidates, with the positive
- * and, in ntxent, the anchor itself (cosine exactly 1, or 0 for a row of zeros); or the negatives
- * alone. Small problems select in whole rows. Large ones do it from short lists:
+/* The threshold of a large batch, with the results of quantile_rows.h, from short lists:
  *
  *   1. Bound. Each row's cosines with some sampled rows give a limit that the row's quantile lies
  *      above, and that a few per cent of the row are above; and a low estimate of eps, the mean of
@@ -20,103 +14,8 @@
 #ifndef HEX_QUANTILE_H
 #define HEX_QUANTILE_H
 
+#include "quantile_rows.h"
 #include "tiles.h"
-
-/* ---- rows, each of them whole ---- */
-
-typedef struct {
-    const hex_problem_t *p;
-    double quantile;
-    bool over_negatives, bounds;
-    real *low, *high; /* of each row its quantile in low, or its bounds */
-} threshold_context_t;
-
-/* One thread, in order. Where positives are several a row may have no element, and holds +Inf. */
-static double mean_of(const hex_problem_t *p, const real *x, int64_t n)
-{
-    double sum = 0, count = 0;
-    for (int64_t i = 0; i < n; i++) {
-        const bool there = !p->several || x[i] != (real)INFINITY;
-        sum += there ? (double)x[i] : 0;
-        count += there;
-    }
-    return sum / count; /* NaN where no row has any */
-}
-
-/* The elements of a row that its quantile is over, in place; the new length. *finite gets NaN if the
- * row has none because it holds a NaN. */
-static int64_t keep_elements(const threshold_context_t *t, int64_t i, row_t *r, int64_t first,
-                             int64_t second, real *finite)
-{
-    const hex_problem_t *p = t->p;
-    const bool self = p->mode == HEX_NTXENT;
-    real *c = r->v, cp = (real)r->cp;
-    if (r->kind) {
-        const real own = self ? c[i] : 0;
-        double seen = 0;
-        int64_t n = keep(c, r->kind, r->n, t->over_negatives, &seen);
-        for (int64_t j = 0; p->mode == HEX_LOGITS && j < n; j++) /* a product may be infinite */
-            c[j] = cosine(c[j] * (real)read_vector(p->tau, 0));
-        if (p->self_column && !t->over_negatives)
-            c[n++] = 1;
-        if (self && !t->over_negatives) {
-            seen += (double)own * 0;
-            c[n++] = own == 0 ? 0 : 1; /* exactly 1, or 0 for a row of zeros */
-        }
-        *finite = (real)seen;
-        return n;
-    }
-    *finite = cp * 0; /* also where the positive is not in the row: the batch is not finite */
-    if (t->over_negatives)
-        return drop(c, r->n, first, second);
-    if (self) {
-        const int64_t own = i < p->B ? first : second, positive = i < p->B ? second : first;
-        c[positive] = cp;
-        c[own] = c[own] != c[own] ? c[own] : c[own] == 0 ? 0 : 1;
-        return r->n;
-    }
-    const int64_t at = first >= 0 ? first : second >= 0 ? second : r->n;
-    c[at] = cp;
-    return at == r->n ? r->n + 1 : r->n;
-}
-
-static void threshold_row(void *context, int64_t i, row_t *r, int64_t first, int64_t second)
-{
-    const threshold_context_t *t = context;
-    const int64_t at = hex_block_place(t->p, i);
-    real finite;
-    const int64_t n = keep_elements(t, i, r, first, second, &finite);
-    if (t->bounds) {
-        row_bounds(r->v, n, &t->low[at], &t->high[at]);
-        t->low[at] = cosine(t->low[at]);
-        t->high[at] = cosine(t->high[at]);
-        if (finite != 0)
-            t->low[at] = (real)NAN;
-        if (finite != 0 && r->kind)
-            t->high[at] = (real)NAN;
-    } else if (finite != 0)
-        t->low[at] = (real)NAN;
-    else if (n == 0 && t->p->several)
-        t->low[at] = (real)INFINITY;
-    else
-        t->low[at] = cosine(row_select(r->v, n, rank(t->quantile, n)));
-}
-
-/* Row by row, each of them whole; threshold() in entry.h does what is large by lists. */
-static const char *threshold_rows(const hex_problem_t *p, double quantile, bool over_negatives,
-                                  double *mean)
-{
-    const int64_t rows = hex_block_anchors(p);
-    real *q = allocate(rows, 1, sizeof(real));
-    if (!q)
-        return HEX_NO_MEMORY;
-    threshold_context_t t = {p, quantile, over_negatives, false, q, NULL};
-    const char *error = for_each_row(p, threshold_row, &t);
-    if (!error)
-        *mean = mean_of(p, q, rows);
-    free(q);
-    return error;
-}
 
 /* How many rows are sampled, and the sigmas of the binomial count by which the limit is lower than
  * the quantile, may be lowered further, and by which a list may be longer than expected. The sample

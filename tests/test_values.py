@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""The value of the loss, row by row, against plain PyTorch.
+"""The loss of each row and every gradient, against plain PyTorch.
 
-conftest.py has the comparison. The gradients are in test_gradient.py, what is bit for bit the same
-or exactly zero in test_cases.py, the accuracy where the cosines are exact in test_contract.py.
+conftest.py has the comparison. Here most batches are small and go row by row; those that go by
+tiles are in test_tiles.py. What a gradient owes to grad_output is in test_gradient.py, what is bit
+for bit the same or exactly zero in test_special_cases.py, the accuracy where the cosines are exact
+in test_promised_accuracy.py.
 """
+
+import itertools
 
 import operators
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DTYPES, at_the_floor, check_loss, eps_of_each_row, problem
+from conftest import DTYPES, at_the_floor, check, eps_of_each_row, problem
 from data import INF, KINDS, MODES, f64
 
 from hex import hex_loss, info_nce, ops, reference
@@ -27,11 +31,13 @@ SIZES = [(2, 1), (13, 3), (33, 65)]  # none fills a vector or a tile
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_row_is_as_good_as_torch(kind, mode, dtype, device):
+def test_every_row_and_gradient_is_as_good_as_torch(kind, mode, dtype, device):
+    """Every option of every kind in every mode, the sizes in turn."""
     for k, options in enumerate(OPTIONS):
-        for j, (B, D) in enumerate(SIZES):
-            near = (-0.3, 0.3, 0.7)[(k + j) % 3]
-            check_loss(problem(kind, B, D, mode, dtype=dtype, device=device, near=near, **options))
+        turn = k + KINDS.index(kind) + MODES.index(mode)
+        near = (-0.3, 0.3, 0.7)[turn // 3 % 3]
+        B, D = SIZES[turn % 3]
+        check(problem(kind, B, D, mode, dtype=dtype, device=device, near=near, **options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -41,37 +47,41 @@ def test_each_row_may_have_its_own_threshold(mode, dtype, device):
         p = eps_of_each_row(
             problem("cluster", 23, 9, mode, K=19, dtype=dtype, device=device, variant=variant)
         )
-        check_loss(p)
-        check_loss(p.with_(eps=torch.stack([p.eps, -p.eps], 1)[:, 0]))
+        check(p)
         hard = operators.forward(*p.raw())[1][ops.COUNT]
         assert len(hard.unique()) > 4
+    strided = p.with_(eps=torch.stack([p.eps, -p.eps], 1)[:, 0])
+    assert torch.equal(strided.loss(*p.inputs), p.loss(*p.inputs))
 
 
 @pytest.mark.parametrize("D", [300, 1000])
 @pytest.mark.parametrize("mode", MODES)
 def test_many_features_are_summed_in_slices(mode, D, device):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        check_loss(problem("cluster", 21, D, mode, dtype=dtype, device=device, near=0.6))
+        check(problem("cluster", 21, D, mode, dtype=dtype, device=device, near=0.6))
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("B, K", [(131, 517), (299, 1030)])
+# B, K: blocks of few rows; of more rows; more candidates than are gathered at a time (512)
+@pytest.mark.parametrize("mode, B, K", [
+    ("ntxent", 131, 0), ("ntxent", 259, 0), ("query", 131, 0), ("query", 517, 0), ("cross", 131, 0),
+    ("shared", 131, 61), ("shared", 790, 31), ("shared", 31, 1030), ("own", 131, 61),
+    ("own", 5, 1030),
+])  # fmt: skip
 def test_many_rows_and_candidates_are_done_in_blocks(mode, B, K, device):
-    """Blocks of rows, slices of columns and of sums, none of them full at the end."""
-    K = K if mode == "shared" else 61
+    """Row by row, for which beta is above 1; none of the blocks and slices is full at the end."""
     for variant in ("paper", "released"):
         p = problem("cluster", B, 17, mode, K=K, dtype=torch.float32, device=device, near=0.8)
-        check_loss(p.with_(variant=variant))
+        check(p.with_(variant=variant, beta=1.5))
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("tau", [0.05, 0.02, 0.01, 0.003, 0.001])
 def test_a_cold_temperature_is_as_good_as_torch(tau, mode, device):
-    for dtype in (torch.float64, torch.float32, torch.float16):
-        for kind in ("gauss", "cluster", "near_collapsed", "zero_rows"):
-            p = problem(kind, 15, 33, mode, tau=tau, dtype=dtype, device=device)
-            for beta in (0.5, 1.0, 2.0):
-                check_loss(p.with_(beta=beta))
+    kinds = ("gauss", "cluster", "near_collapsed", "zero_rows")
+    dtypes = (torch.float64, torch.float32, torch.float16)
+    for k, (dtype, kind) in enumerate(itertools.product(dtypes, kinds)):
+        p = problem(kind, 15, 33, mode, tau=tau, dtype=dtype, device=device)
+        check(p.with_(beta=(0.5, 1.0, 2.0)[(k + k // 4) % 3]))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -80,7 +90,7 @@ def test_rows_at_the_floor_are_as_good_as_torch(mode, device):
         for tau in (0.3, 0.1, 0.05):
             p = problem("clamped", 33, 10, mode, tau=tau, tau_plus=0.9, dtype=dtype, device=device)
             assert at_the_floor(p).sum() > p.rows / 4
-            check_loss(p)
+            check(p)
     assert not at_the_floor(p.with_(tau_plus=0.0)).any()  # then R is at least what the floor is
 
 
@@ -93,7 +103,7 @@ def test_each_input_may_have_its_own_dtype(mode, device):
     ]
     for dtypes in mixtures:
         p = problem("cluster", 14, 9, mode, dtype=dtypes, device=device, near=0.6)
-        check_loss(p)
+        check(p)
         assert p.loss(*p.inputs).dtype == p.dtype
 
 

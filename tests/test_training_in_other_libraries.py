@@ -3,7 +3,7 @@
 
 lightly with pytorch-lightning: SimCLR, NNCLR and MoCo, with lightly's heads and memory bank.
 pytorch-metric-learning: its trainer, on labels.
-Equal values with the local term off are in test_peers.py.
+Equal values with the local term off are in test_other_libraries.py.
 """
 
 import copy

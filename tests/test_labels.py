@@ -2,24 +2,21 @@
 """Labels, groups, guides and logits through torch.ops.hex: values, gradients and thresholds against
 reference.py.
 
-What torch asks of an operator is in test_ops.py, what the kernels refuse in test_raw.py, and the
-modules and functions on top are in test_sup_con.py, test_logits.py and test_membership.py.
+What torch asks of an operator is in test_ops.py, what the kernels refuse in test_refused_calls.py,
+and the modules and functions on top are in test_sup_con.py, test_logits.py and
+test_groups_and_guides.py.
 """
 
 import dataclasses
 import itertools
 import math
-import os
-import subprocess
-import sys
 
 import operators
 import pytest
 import torch
-from class_problems import PAIRINGS, SOURCES, Call, check, labelled, logits
 from conftest import DTYPES, problem
 from data import MODES, f64, leaves, views
-from test_isa import FLAGS, skip_unless_available
+from labelled_problems import PAIRINGS, SOURCES, Call, check, labelled, logits
 from torch import Tensor
 
 from hex import ops, reference
@@ -44,9 +41,12 @@ def everything(dtype: torch.dtype) -> list[Call]:
     return calls
 
 
-def half() -> list[Call]:
-    """Of these, every second in float32 and the others in float64."""
-    return everything(torch.float32)[::2] + everything(torch.float64)[1::2]
+def check_half() -> int:
+    """Of these, every second in float32 and the others in float64, for test_isa.py. How many."""
+    half = everything(torch.float32)[::2] + everything(torch.float64)[1::2]
+    for p in half:
+        check(p)
+    return len(half)
 
 
 # ---- values and gradients -----------------------------------------------------------------------
@@ -56,19 +56,6 @@ def half() -> list[Call]:
 def test_the_kernels_compute_what_the_reference_computes(dtype):
     for p in everything(dtype):
         check(p)
-
-
-@pytest.mark.parametrize("level", FLAGS)
-def test_a_level_computes_what_the_reference_computes(level):
-    skip_unless_available(level)
-    if level == ops.isa():
-        pytest.skip(f"{level} is in use: the other tests here are of it")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HEX_ISA": level}
-    result = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    assert result.stdout.split() == [level, str(len(half()))]
 
 
 @pytest.mark.parametrize("tau", (0.005, 0.03, 0.5))
@@ -227,11 +214,3 @@ def test_strided_inputs_are_read_right():
                        for k, a in enumerate(arguments)]  # fmt: skip
             for a, b in zip(op(*arguments), op(*strided), strict=True):
                 assert torch.equal(a, b)
-
-
-if __name__ == "__main__":
-    count = 0
-    for call in half():
-        check(call)
-        count += 1
-    print(ops.isa(), count)

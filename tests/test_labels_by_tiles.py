@@ -2,7 +2,7 @@
 """Labels and groups where there are enough rows for tiles: values and gradients of what
 csrc/cpu/tiles.h does by codes, against reference.py.
 
-Fewer rows, masks, guides and logits go block by block and are in test_classes.py.
+Fewer rows, masks, guides and logits go block by block and are in test_labels.py.
 """
 
 import dataclasses
@@ -12,9 +12,9 @@ import math
 import operators
 import pytest
 import torch
-from class_problems import HEX, check, labelled
 from conftest import DTYPES, assert_as_good_as_torch
 from data import MODES, batch, f64
+from labelled_problems import HEX, check, labelled
 
 from hex import HEXLoss, HEXSupConLoss, hex_sup_con, ops, reference
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """HEXLoss with groups or a guide, in every mode: what decides H(i) and eps, and what does not.
 
-The kernels' values and derivatives are in test_classes.py.
+The kernels' values and derivatives are in test_labels.py.
 """
 
 import itertools
@@ -144,12 +144,11 @@ def test_the_guide_may_have_another_dtype_and_no_threshold_is_info_nce():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, as it traces
-@pytest.mark.parametrize("mode", MODES)
-def test_compiled_as_one_graph_it_is_the_same(mode):
+@pytest.mark.parametrize("mode, by", [("query", "guide"), ("own", "groups")])
+def test_compiled_as_one_graph_it_is_the_same(mode, by):
     torch.compiler.reset()  # each case is a compilation of the same forward
     z = inputs(mode)
-    guided = MODES.index(mode) % 2
-    given = {"guide": inputs(mode, "gauss")} if guided else {"groups": groups_of(mode)}
+    given = {by: inputs(mode, "gauss") if by == "guide" else groups_of(mode)}
     results = []
     for function in (module(mode), torch.compile(module(mode), backend="aot_eager",
                                                  fullgraph=True)):  # fmt: skip
