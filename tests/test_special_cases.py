@@ -11,7 +11,7 @@ import math
 import operators
 import pytest
 import torch
-from conftest import DTYPES, Problem, at_the_floor, check_gradients, check_loss, problem
+from conftest import DTYPES, Problem, at_the_floor, check, check_loss, problem
 from data import INF, MODES, NAN, f64, leaves
 
 from hex import (
@@ -150,8 +150,7 @@ def test_duplicates_are_ordinary_negatives():
     for eps in (0.3, 0.9999):
         p = Problem((z0, z1), eps=f64(eps))
         assert counts(p)[0] >= 2
-        check_loss(p)
-        check_gradients(p)
+        check(p)
 
 
 # ---- the floor ----------------------------------------------------------------------------------
@@ -249,8 +248,7 @@ def test_a_row_of_zeros_has_a_finite_loss_and_a_gradient_of_exactly_zero(mode, v
     for z, grad in zip(inputs, grads, strict=True):
         assert grad.isfinite().all()
         assert (grad[(z == 0).all(-1)] == 0).all()
-    check_loss(p)
-    check_gradients(p)
+    check(p)
     for rows in (p.with_(eps=f64(-0.5)), p.with_(eps=f64(0.0))):  # its cosines 0: in H, then in G
         assert (counts(rows)[2] == 0) == (rows.eps == 0)
 
@@ -437,7 +435,7 @@ def test_released_is_infonce_at_infinity_only(mode):
     for eps in (1.0, 1.5, 1e300):
         at = p.with_(eps=f64(eps))
         torch.testing.assert_close(at.loss(*p.inputs), outside + constant, rtol=1e-12, atol=1e-12)
-        check_gradients(at)
+        check(at)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -498,8 +496,7 @@ def test_the_smallest_batches_are_right(mode, B, D):
         for variant in VARIANTS:
             for eps in (-0.5, 0.25):
                 p = problem("gauss", B, D, mode, K=2, dtype=dtype, variant=variant, eps=f64(eps))
-                check_loss(p)
-                check_gradients(p)
+                check(p)
 
 
 # ---- dtypes -------------------------------------------------------------------------------------
