@@ -54,16 +54,16 @@ class Case(NamedTuple):
     """Anchors: 2B in modes "ntxent" and "cross"."""
     features: int = 128
     queue: int = 0
-    """Negatives (mode "shared"), or columns (mode "logits")."""
+    """Negatives (mode "unpaired"), or columns (mode "logits")."""
     dtype: str = "float32"
     mode: str = "ntxent"
-    """That of hex.hex_loss, or "shared" with a queue, "labels" or "logits"."""
+    """That of hex.hex_loss, or "unpaired" with a queue, "labels" or "logits"."""
     kind: str = "clusters"
 
     @property
     def candidates(self) -> int:
         """Columns of the matrix of cosines or logits."""
-        of_mode = {"cross": self.rows // 2, "shared": 1 + self.queue, "logits": self.queue}
+        of_mode = {"cross": self.rows // 2, "unpaired": 1 + self.queue, "logits": self.queue}
         return of_mode.get(self.mode, self.rows)
 
     def tiny(self, rows: int) -> Case:

@@ -135,7 +135,7 @@ PARTS = {
     ),
     "shapes": Part([
         Case("query", 2048, mode="query"), Case("cross", 4096, mode="cross"),
-        Case("queue", 512, queue=65536, mode="shared"),
+        Case("queue", 512, queue=65536, mode="unpaired"),
     ]),
     "threads": Part(
         [Case(str(n), n) for n in (512, 4096, 8192)],
@@ -207,7 +207,7 @@ def large(name: str, options: Options) -> Record:
         partner = (i + case.rows // 2) % case.rows
         others = torch.ones(case.rows, dtype=torch.bool)
         others[[i, partner]] = False
-        one = Batch((z[i, None], z[partner, None]), (z[others],), "shared")
+        one = Batch((z[i, None], z[partner, None]), (z[others],), "unpaired")
         (right,) = peers.reference_rows(one, "HEX", criterion.last.eps)
         if not abs(losses[0][i] - right) < 1e-4 * right:
             raise peers.Mismatch(f"row {i} of {case}: got {losses[0][i]}, wanted {right}")
@@ -220,7 +220,7 @@ def large(name: str, options: Options) -> Record:
 
 def shaped(rows: int, queue: int, features: int, dtype: str = "bfloat16") -> Case:
     name = f"{rows} x {queue or rows} x {features}, {dtype}"
-    return Case(name, rows, features, queue, dtype, "shared" if queue else "ntxent")
+    return Case(name, rows, features, queue, dtype, "unpaired" if queue else "ntxent")
 
 
 FEW = (*peers.OURS, *peers.GPU_PLAIN)  # where not all are measured

@@ -179,7 +179,7 @@ def plain_cosines(
     if mode == "cross":
         c = z0 @ z1.T
         return torch.cat([c, c.T]), row.repeat(2), None
-    if mode == "shared":
+    if mode == "unpaired":
         positive = (z0 * z1).sum(1, keepdim=True)
         return torch.cat([positive, z0 @ F.normalize(negatives).T], 1), torch.zeros_like(row), None
     z = torch.cat([z0, z1])
@@ -299,7 +299,7 @@ def hex_function(batch: Batch) -> Function:
 
 def _mode(batch: Batch) -> str:
     """As ours want it: negatives are a mode by themselves."""
-    return "ntxent" if batch.mode == "shared" else batch.mode
+    return "ntxent" if batch.mode == "unpaired" else batch.mode
 
 
 def eager(function: Function) -> Callable[[Batch], Function]:

@@ -30,8 +30,8 @@ MODES: dict[str, tuple[Mode, tuple[int, ...] | None]] = {
     "ntxent": ("ntxent", None),
     "query": ("query", None),
     "cross": ("cross", None),
-    "shared": ("ntxent", (NEGATIVES, FEATURES)),
-    "own": ("ntxent", (IMAGES, NEGATIVES, FEATURES)),
+    "unpaired": ("ntxent", (NEGATIVES, FEATURES)),
+    "paired": ("ntxent", (IMAGES, NEGATIVES, FEATURES)),
 }
 
 

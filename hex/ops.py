@@ -86,7 +86,7 @@ def _anchors(z0: Tensor, z1: Tensor, mode: int, *block: int) -> int:
 
 
 def _compute_dtype(z0: Tensor, z1: Tensor, negatives: Tensor, mode: int) -> torch.dtype:
-    used = (z0, z1, negatives) if mode in (MODES["shared"], MODES["own"]) else (z0, z1)
+    used = (z0, z1, negatives) if mode in (MODES["unpaired"], MODES["paired"]) else (z0, z1)
     return torch.float64 if any(z.dtype == torch.float64 for z in used) else torch.float32
 
 
@@ -97,7 +97,7 @@ def kept_numbers(z0: Tensor, z1: Tensor, negatives: Tensor, mode: int, dtype: to
     is used, by an expression that torch knows to be more than 0.
     """
     B, M = z0.shape[0], z1.shape[0]
-    if z0.device.type not in ("cpu", "meta") or mode >= MODES["own"]:
+    if z0.device.type not in ("cpu", "meta") or mode >= MODES["paired"]:
         return 0
     item, block = (8, 96) if dtype == torch.float64 else (4, 192)
     tile = block * (block + 64 // item)
@@ -105,7 +105,7 @@ def kept_numbers(z0: Tensor, z1: Tensor, negatives: Tensor, mode: int, dtype: to
         across = (B + M + block - 1) // block
         tiles = across * (across + 1) // 2
     else:
-        columns = negatives.shape[0] if mode == MODES["shared"] else M
+        columns = negatives.shape[0] if mode == MODES["unpaired"] else M
         tiles = ((B + block - 1) // block) * ((columns + block - 1) // block)
     room: int = torch.sym_min(tiles * tile, (24 << 20) // item)  # type: ignore[no-untyped-call]
     return room
@@ -134,7 +134,7 @@ def _fake_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     learned = *arguments[:3], arguments[_INPUTS]
     options = arguments[_INPUTS + 3 :]
     mode, (_, needs, *block) = options[0], options[_BACKWARD_RULE:]
-    of_rows = 3 if mode == MODES["own"] else 2  # shared negatives belong to every block
+    of_rows = 3 if mode == MODES["paired"] else 2  # shared negatives belong to every block
     shapes = [(_block(z, *block), *z.shape[1:]) for z in learned[:of_rows]]
     shapes += [z.shape for z in learned[of_rows:]]
     return tuple(

@@ -220,7 +220,7 @@ def of_views(
     images = row_length = z0.shape[0]
     anchors, has_self = images, False
     if negatives is not None:
-        mode = "own" if negatives.dim() == 3 else "shared"
+        mode = "paired" if negatives.dim() == 3 else "unpaired"
         row_length = 1 + negatives.shape[-2]
     else:
         negatives = z0.new_empty((0, z0.shape[1]))

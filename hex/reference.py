@@ -32,7 +32,7 @@ __all__ = ["Table", "cosines", "decided_loss", "logits_table", "loss_rows", "pro
            "row_range", "threshold"]  # fmt: skip
 
 # The position of a name is the code that the operators take.
-MODES = ("ntxent", "query", "cross", "shared", "own")
+MODES = ("ntxent", "query", "cross", "unpaired", "paired")
 LOGITS = len(MODES)  # the code of the mode in which logits are given
 REDUCTIONS = ("none", "mean", "sum")
 VARIANTS = ("paper", "released")
@@ -61,25 +61,25 @@ class Table(NamedTuple):
 def problem_cosines(z0: Tensor, z1: Tensor, negatives: Tensor, mode: int, several: bool) -> Tensor:
     """The cosine c_ij = u_i . u_j, u = z / |z|, of each anchor with each of its candidates.
 
-    | mode       | rows                    | columns                    |
-    |------------|-------------------------|----------------------------|
-    | 0 "ntxent" | z0, then z1             | z0, then z1, self included |
-    | 1 "query"  | z0                      | z1                         |
-    | 2 "cross"  | z0 to z1, then z1 to z0 | z1, then z0                |
-    | 3 "shared" | z0                      | own row of z1, negatives   |
-    | 4 "own"    | z0                      | own row of z1, own K       |
+    | mode         | rows                    | columns                    |
+    |--------------|-------------------------|----------------------------|
+    | 0 "ntxent"   | z0, then z1             | z0, then z1, self included |
+    | 1 "query"    | z0                      | z1                         |
+    | 2 "cross"    | z0 to z1, then z1 to z0 | z1, then z0                |
+    | 3 "unpaired" | z0                      | own row of z1, negatives   |
+    | 4 "paired"   | z0                      | own row of z1, own K       |
 
-    With several positives, in "shared", the columns are all rows of z1 and then the negatives.
+    With several positives, in "unpaired", the columns are all rows of z1 and then the negatives.
 
     Args:
         z0, z1: (B, D), each of any floating dtype and any scale, as rows are normalised here.
-        negatives: (K, D) in "shared", (B, K, D) in "own"; the other modes do not look at it.
+        negatives: (K, D) in "unpaired", (B, K, D) in "paired"; the other modes do not look at it.
 
     Returns:
         (N, M), float64 if an input is, else float32. The self cosine of "ntxent" is exactly 1, or
         0 for a row of zeros. A row with NaN or an infinity has NaN cosines.
     """
-    given = mode >= MODES.index("shared")
+    given = mode >= MODES.index("unpaired")
     used = (z0, z1, negatives) if given else (z0, z1)
     dtype = torch.float64 if any(z.dtype == torch.float64 for z in used) else torch.float32
     u0, u1 = _unit_rows(z0.to(dtype)), _unit_rows(z1.to(dtype))  # (B, D)
@@ -92,7 +92,7 @@ def problem_cosines(z0: Tensor, z1: Tensor, negatives: Tensor, mode: int, severa
     if several:
         return _dots(u0, torch.cat([u1, un]))  # (B, B + K)
     own = (u0 * u1).sum(-1, keepdim=True)  # (B, 1)
-    shared = mode == MODES.index("shared")
+    shared = mode == MODES.index("unpaired")
     others = _dots(u0, un) if shared else _dots(un, u0.unsqueeze(1)).squeeze(-1)  # (B, K)
     return torch.cat([own, others], 1)  # (B, 1 + K)
 
@@ -105,7 +105,7 @@ def problem_table(
 
     With one positive that is the row of the same image in the other view. With several they are
     the candidates with the anchor's id, or those that mask (b, b) marks, which is repeated over the
-    views; and in "shared" the rows of z1 that are no positives are left out.
+    views; and in "unpaired" the rows of z1 that are no positives are left out.
     """
     if mode == LOGITS:
         return _logits_cosines(z0, ids, tau, self_column)
@@ -123,7 +123,7 @@ def problem_table(
     whole = seen = torch.ones_like(positive)
     if mode == MODES.index("ntxent"):
         seen = row[:, None] != column
-    elif several and mode == MODES.index("shared"):
+    elif several and mode == MODES.index("unpaired"):
         whole = seen = positive | (column >= c.shape[0])
     return Table(c, positive & seen, seen & ~positive, whole)
 
@@ -161,7 +161,7 @@ def _is_alike(
     if several:
         return own[:, None] == others
     of_z1, rest = others[: z1.shape[0]], others[z1.shape[0] :]
-    if mode >= MODES.index("shared"):
+    if mode >= MODES.index("unpaired"):
         rest = rest.view(negatives.shape[:-1]).expand(z0.shape[0], -1)  # (B, K)
         return own[:, None] == torch.cat([of_z1[:, None], rest], 1)
     alike = own[:, None] == of_z1
@@ -171,7 +171,7 @@ def _is_alike(
 def _table_of_views(z0: Tensor, z1: Tensor, negatives: Tensor | None, mode: str | int) -> Table:
     """`problem_table` for two views. mode is a name or its code; ValueError for any other."""
     code = _code(mode, MODES, "mode")
-    if negatives is None or code < MODES.index("shared"):
+    if negatives is None or code < MODES.index("unpaired"):
         negatives = z0[:0]
     none = torch.empty(0, dtype=torch.bool)
     return problem_table(z0, z1, negatives, none, none, none, code, False, False)

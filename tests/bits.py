@@ -55,7 +55,7 @@ def embeddings(h: Hashes, kind: str, size: tuple[int, int, int], dtype: torch.dt
     """Every mode: at a threshold, with one of the batch's, with groups and with a guide."""
     B, D, K = size
     for seed, mode in enumerate(data.MODES):
-        z = data.batch(kind, B, D, mode, K if mode != "own" else min(K, 9), seed)
+        z = data.batch(kind, B, D, mode, K if mode != "paired" else min(K, 9), seed)
         z = [x.to(dtype).requires_grad_() for x in z if x is not None]
         public = mode if mode in ("ntxent", "query", "cross") else "ntxent"
         tau = torch.tensor(0.1, requires_grad=True)

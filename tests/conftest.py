@@ -103,7 +103,7 @@ class Result(NamedTuple):
 class Problem:
     """One call of the loss; its repr names it without the tensors."""
 
-    # z0, z1 and, in modes "shared" and "own", negatives
+    # z0, z1 and, in modes "unpaired" and "paired", negatives
     inputs: tuple[Tensor, ...] = dataclasses.field(repr=False)
     mode: str = "ntxent"  # one of data.MODES
     batch: str = ""  # which one it is, for messages

@@ -21,7 +21,7 @@ from torch import Tensor
 from hex import reference
 
 INF, NAN = math.inf, math.nan
-MODES = ("ntxent", "query", "cross", "shared", "own")
+MODES = ("ntxent", "query", "cross", "unpaired", "paired")
 KINDS = (
     "gauss",  # cosines near 0, positives near 0.9
     "cluster",  # four groups of four classes: many cosines above 0.5
@@ -74,15 +74,15 @@ def views(kind: str, B: int, D: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def candidates(kind: str, B: int, K: int, D: int, mode: str, seed: int = 0) -> Tensor | None:
-    """The third argument of the reference: (K, D) for "shared", (B, K, D) for "own", else None.
+    """The third argument of the reference: (K, D) for "unpaired", (B, K, D) for "paired" or None.
 
     Drawn from the distribution of `views`, with rows of their own.
     """
-    rows = {"shared": K, "own": B * K}.get(mode)
+    rows = {"unpaired": K, "paired": B * K}.get(mode)
     if rows is None:
         return None
     z, _ = views(kind, rows, D, seed + 1000)
-    return z if mode == "shared" else z.reshape(B, K, D)
+    return z if mode == "unpaired" else z.reshape(B, K, D)
 
 
 def batch(

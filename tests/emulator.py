@@ -176,7 +176,7 @@ def assert_threshold_is_right(
     code = ops.MODES[p.mode]
     padded = (*p.inputs, p.inputs[0].new_empty((0, p.inputs[0].shape[1])))[:3]
     wide = tuple(z.double() for z in padded)
-    narrow = all(z.element_size() == 2 for z in p.inputs) and p.mode != "own"
+    narrow = all(z.element_size() == 2 for z in p.inputs) and p.mode != "paired"
     cosine = 2 * 2**-11 if narrow else 1e-6
     for over, quantile in quantiles:
         got = operators.threshold(*padded, code, quantile, over)
@@ -219,7 +219,7 @@ def near_some(B: int, D: int, near: Tensor, seed: int = 0) -> Problem:
     noise = [torch.randn(n, D, generator=r, dtype=torch.float64) / D**0.5 for n in (B, B, K)]
     queue = noise[2] + 1.5 * near[:, None] * direction
     z = (direction + 0.3 * noise[0], direction + 0.3 * noise[1], queue)
-    return Problem(tuple(x.bfloat16() for x in z), "shared", f"{int(near.sum())} of {K} near")
+    return Problem(tuple(x.bfloat16() for x in z), "unpaired", f"{int(near.sum())} of {K} near")
 
 
 def periodic(B: int, K: int, D: int) -> Problem:
@@ -259,15 +259,19 @@ def battery_of_brackets(library: Emulator) -> None:
     for p, left, rule in (
         (conftest.problem("gauss", 150, 70, dtype=half), False, (0.99, "all")),
         (
-            conftest.problem("cluster", 100, 9, "shared", K=1500, dtype=half),
+            conftest.problem("cluster", 100, 9, "unpaired", K=1500, dtype=half),
             None,
             (0.96, "negatives"),
         ),
         (conftest.problem("gauss", 220, 9, "cross", dtype=half), None, (0.97, "all")),
-        (conftest.problem("gauss", 120, 9, "shared", K=3300, dtype=half), False, (0.951, "all")),
+        (conftest.problem("gauss", 120, 9, "unpaired", K=3300, dtype=half), False, (0.951, "all")),
         (cone(400, 30, 0.2, "query"), False, (0.98, "all")),
         (periodic(200, 3000, 9), True, (0.951, "negatives")),
-        (conftest.problem("collapsed", 120, 9, "shared", K=1300, dtype=half), True, (0.99, "all")),
+        (
+            conftest.problem("collapsed", 120, 9, "unpaired", K=1300, dtype=half),
+            True,
+            (0.99, "all"),
+        ),
     ):
         assert_one_pass_is_two(library, p, left, *rule)
     library.device(8, 64 * 1024)  # short lists, and slices
@@ -356,7 +360,7 @@ def battery(device: str = "cpu") -> None:
         problem("cluster", 20, 9, dtype=single, tau=0.004, eps=f64(math.inf).to(device)),
         eps_of_each_row(problem("gauss", 40, 64, dtype=single)),
         problem("cluster", 40, 20, dtype=single, beta=2.0),
-        problem("cluster", 40, 66, "shared", K=150, dtype=single, beta=0.5),
+        problem("cluster", 40, 66, "unpaired", K=150, dtype=single, beta=0.5),
         problem("cluster", 33, 7, "cross", dtype=single, tau=0.02, variant="released"),
         problem("clamped", 24, 40, dtype=single, tau_plus=0.9, tau=0.005),
         problem("cluster", 20, 9, dtype=single, tau=0.05, beta=6.0),  # no common scale
@@ -379,17 +383,17 @@ def battery(device: str = "cpu") -> None:
     ours, truth = none.ours(quiet).grads["z0"], none.plain(torch.float64, quiet).grads["z0"]
     assert (ours[:64].double() - truth[:64]).abs().max() <= 0.1 * truth[:64].abs().max()
     # Some rounds of the ring; so many cosines leave no gap for a threshold.
-    assert_half_is_right(problem("cluster", 100, 20, "shared", K=1400, eps=none.eps, **half))
+    assert_half_is_right(problem("cluster", 100, 20, "unpaired", K=1400, eps=none.eps, **half))
     assert_half_is_right(problem("cluster", 100, 100, "cross", **half))
     for D, options in ((30, half), (100, half), (132, half), (30, {"dtype": single})):
-        p = problem("gauss", 20, D, "shared", K=70, **options)
+        p = problem("gauss", 20, D, "unpaired", K=70, **options)
         assert_not_finite_reaches_who_sees_it(p)
     assert_not_finite_reaches_who_sees_it(problem("gauss", 40, 10, "cross", **half))
     # rows that are read four features at a time
-    assert_half_is_right(problem("cluster", 20, 132, "shared", K=70, **half))
+    assert_half_is_right(problem("cluster", 20, 132, "unpaired", K=70, **half))
     check(problem("cluster", 9, 264, dtype=single))
     for p in (
-        problem("cluster", 4, 37, "own", K=150, dtype=single),
+        problem("cluster", 4, 37, "paired", K=150, dtype=single),
         problem("cluster", 9, 37, dtype=torch.float64),
     ):
         check(p)

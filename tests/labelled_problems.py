@@ -18,7 +18,7 @@ from hex import ops, reference
 
 HEX = torch.ops.hex
 PAIRINGS = ("self", "pair", "queue")
-MODES = {"self": "ntxent", "pair": "query", "queue": "shared", "logits": "logits"}
+MODES = {"self": "ntxent", "pair": "query", "queue": "unpaired", "logits": "logits"}
 SOURCES = ("cosines", "groups", "guide")
 
 

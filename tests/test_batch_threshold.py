@@ -39,7 +39,7 @@ def exact(mode: str, B: int = 23, K: int = 37, dtype=torch.float32, flips: float
     def signs(*shape):
         return torch.where(torch.rand(*shape, 64, generator=generator) < flips, -1.0, 1.0).to(dtype)
 
-    negatives = {"shared": (K,), "own": (B, K)}.get(mode)
+    negatives = {"unpaired": (K,), "paired": (B, K)}.get(mode)
     return Problem((signs(B), signs(B), *([] if negatives is None else [signs(*negatives)])), mode)
 
 
@@ -65,7 +65,7 @@ def test_the_threshold_is_the_mean_of_the_elements_of_the_sorted_rows(mode, over
                 assert threshold(p, quantile, over).item() == c[:, k].sum().item() / len(c)
 
 
-@pytest.mark.parametrize("mode", ["shared", "own"])
+@pytest.mark.parametrize("mode", ["unpaired", "paired"])
 def test_every_rank_of_a_row_can_be_taken(mode):
     """Of one anchor with 300 negatives: distinct cosines, ties, and all alike."""
     for flips in (0.5, 0.1, 0.0):
@@ -83,7 +83,7 @@ def blocks_of_cosines(p: Problem, over: str):
     sides = [(z0, z1), (z1, z0)] if p.mode == "cross" else [(z0, z1)]
     if p.mode == "ntxent":
         sides = [(torch.cat([z0, z1]),) * 2]
-    if p.mode == "shared":
+    if p.mode == "unpaired":
         positive = (z0 * z1).sum(1, keepdim=True)
         yield torch.cat([positive, z0 @ negatives[0].T], 1)[:, over == "negatives" :]
         return
@@ -105,7 +105,7 @@ LISTS = (
 
 @pytest.mark.parametrize("mode, B, K, lists", [
     ("ntxent", 3100, 0, LISTS[:1]), ("ntxent", 3100, 0, LISTS[2:3]), ("query", 6150, 0, LISTS[1:2]),
-    ("cross", 6150, 0, LISTS[:1]), ("shared", 50, 6200, LISTS),
+    ("cross", 6150, 0, LISTS[:1]), ("unpaired", 50, 6200, LISTS),
 ], ids=str)  # fmt: skip
 def test_rows_of_thousands_are_selected_from_exactly(mode, B, K, lists):
     """What is done with a row is the same in all modes, what is a row is not."""
@@ -116,7 +116,7 @@ def test_rows_of_thousands_are_selected_from_exactly(mode, B, K, lists):
                 z[::10] = z[0]
         total, rows = 0.0, 0
         for c in blocks_of_cosines(p, over):
-            n = c.shape[1] - (over == "negatives") * {"ntxent": 2, "shared": 0}.get(mode, 1)
+            n = c.shape[1] - (over == "negatives") * {"ntxent": 2, "unpaired": 0}.get(mode, 1)
             k = round(quantile * (n - 1))
             total += c.kthvalue(k + 1).values.double().sum().item()
             rows += len(c)
@@ -125,16 +125,16 @@ def test_rows_of_thousands_are_selected_from_exactly(mode, B, K, lists):
 
 def test_a_row_of_thousands_that_is_not_finite_is_nan():
     for bad in (math.nan, math.inf):
-        p = exact("shared", 50, 6200)
+        p = exact("unpaired", 50, 6200)
         p.inputs[2][6199, 3] = bad
         assert threshold(p, 0.99).isnan()
-        p = exact("shared", 50, 6200)
+        p = exact("unpaired", 50, 6200)
         p.inputs[1][49, 3] = bad
         assert threshold(p, 0.99, "negatives").isnan()
 
 
 def test_a_rank_halfway_is_rounded_to_the_even_one():
-    p = exact("own", 1, 6)
+    p = exact("paired", 1, 6)
     row = rows_of_cosines(p, "all")[0].sort().values  # 7 elements
     assert len(row.unique()) > 4
     for half, even in ((0.5, 0), (1.5, 2), (2.5, 2), (3.5, 4), (4.5, 4), (5.5, 6)):
@@ -142,7 +142,7 @@ def test_a_rank_halfway_is_rounded_to_the_even_one():
 
 
 def test_a_threshold_taken_as_eps_leaves_the_wanted_share_above():
-    p = exact("own", 1, 300, flips=0.5)
+    p = exact("paired", 1, 300, flips=0.5)
     eps = threshold(p, 0.75, "negatives")
     row = rows_of_cosines(p, "negatives")[0]
     count = operators.forward(*p.with_(eps=eps).raw())[1][ops.COUNT].item()
@@ -207,7 +207,13 @@ def test_thresholds_and_ranges_are_as_good_as_torch(kind, mode, dtype, device):
 def test_long_rows_are_selected_from_as_good_as_torch(mode, device):
     for kind in ("cluster", "near_collapsed", "collapsed"):
         p = problem(
-            kind, 9 if mode == "own" else 299, 17, mode, K=1030, dtype=torch.float32, device=device
+            kind,
+            9 if mode == "paired" else 299,
+            17,
+            mode,
+            K=1030,
+            dtype=torch.float32,
+            device=device,
         )
         z = (*p.inputs, None)[:3]
         wide = (*(x.double() for x in p.inputs), None)[:3]
@@ -285,15 +291,15 @@ def test_the_threshold_has_no_gradient_and_none_is_recorded():
 
 
 def test_the_function_passes_its_arguments_on():
-    z0, z1, queue = problem("cluster", 20, 5, "shared", K=31).inputs
+    z0, z1, queue = problem("cluster", 20, 5, "unpaired", K=31).inputs
     own = queue.expand(20, 31, 5)
     for negatives, mode, name in (
         (None, "ntxent", "ntxent"),
         (None, "query", "query"),
         (None, "cross", "cross"),
-        (queue, "ntxent", "shared"),
-        (queue, "cross", "shared"),
-        (own, "query", "own"),
+        (queue, "ntxent", "unpaired"),
+        (queue, "cross", "unpaired"),
+        (own, "query", "paired"),
     ):
         for over in OVER:
             wanted = reference.threshold(z0, z1, negatives, name, 0.7, over)

@@ -127,7 +127,7 @@ def test_a_table_is_markdown():
         Case("", 160, 24, dtype="float64"),
         Case("", 80, 24, dtype="bfloat16", mode="query"),
         Case("", 160, 24, mode="cross"),
-        Case("", 80, 24, 190, dtype="float16", mode="shared"),
+        Case("", 80, 24, 190, dtype="float16", mode="unpaired"),
         *(Case("", 192, 24, dtype=dtype, mode="labels") for dtype in ("float32", "float64")),
         *(Case("", 30, 24, 500, dtype, mode="logits") for dtype in ("float32", "float64")),
     ],

@@ -17,7 +17,7 @@ F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 
 def cases():
     """Name, arguments of forward: small problems, which go by blocks of rows as a whole, too."""
-    for mode in ("ntxent", "query", "cross", "shared", "own"):
+    for mode in ("ntxent", "query", "cross", "unpaired", "paired"):
         for dtype in (F64, F32, BF16):
             p = problem("cluster", 13, 7, mode, dtype=dtype, seed=3)
             yield f"{mode} {dtype}", operators.arguments("forward", *p.raw())
@@ -97,7 +97,7 @@ def test_the_quantiles_of_a_block_are_those_of_its_rows(arguments):
         assert abs(total / rows - mean) < 1e-14
 
 
-@pytest.mark.parametrize("mode", ["ntxent", "query", "cross", "shared"])
+@pytest.mark.parametrize("mode", ["ntxent", "query", "cross", "unpaired"])
 @pytest.mark.parametrize("dtype", [F64, F32])
 def test_a_block_of_a_batch_that_goes_by_tiles(mode, dtype):
     """Its cosines and sums are made in another order there; the bits are equal among all cuts."""

@@ -164,7 +164,7 @@ FACTORS = numbers(5, D)
 UNKNOWN = {
     "ntxent": lambda z0, z1, k: HEXLoss(threshold=0.4)(z0, z1),
     "guide": lambda z0, z1, k: HEXLoss(threshold=0.4)(z0, z1, guide=(z1, z0)),
-    "own": lambda z0, z1, k: InfoNCELoss()(z0, z1, z1[:, None] * FACTORS),
+    "paired": lambda z0, z1, k: InfoNCELoss()(z0, z1, z1[:, None] * FACTORS),
     "labels": lambda z0, z1, k: HEXSupConLoss(threshold=0.4)(z0, k, groups=k),
     "mask": lambda z0, z1, k: HEXSupConLoss(threshold=0.4)(z0, mask=k[:, None] == k),
     "logits": lambda z0, z1, k: HEXCrossEntropyLoss(0.1, threshold=0.4)(z0, k),

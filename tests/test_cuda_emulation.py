@@ -31,7 +31,7 @@ from emulator import (
 
 from hex import HEXLoss, ThresholdTracker, _load, ops, reference
 
-MODES = ("ntxent", "query", "cross", "shared", "own")
+MODES = ("ntxent", "query", "cross", "unpaired", "paired")
 LIBRARIES = {"mma": (), "wgmma": ("-DHEX_WGMMA",)}
 
 
@@ -101,7 +101,7 @@ def test_float32_is_as_good_as_torch_though_additions_are_cut_off(kernels, D):
 def test_a_long_sum_of_the_gradient_is_as_good_as_torch_though_additions_are_cut_off(kernels):
     kernels.truncate(TRUNCATED)
     kernels.device(1, HOPPER[1])  # the 3000 columns in two slices
-    check(problem("cluster", 4, 16, "shared", K=3000, dtype=torch.float32))
+    check(problem("cluster", 4, 16, "unpaired", K=3000, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -144,11 +144,11 @@ def test_the_threshold_of_a_small_batch_is_exactly_the_self_cosine(mma):
 
 
 def test_a_row_of_more_negatives_than_16_bits_count_has_its_threshold(mma):
-    z0, z1, few = problem("cluster", 2, 8, "shared", K=90, dtype=torch.bfloat16).inputs
+    z0, z1, few = problem("cluster", 2, 8, "unpaired", K=90, dtype=torch.bfloat16).inputs
     queue = torch.cat([few[:1].expand(65560, 8), few])  # a bin with more than 65535
-    got = operators.threshold(z0, z1, queue, ops.MODES["shared"], 0.9992, "negatives")
+    got = operators.threshold(z0, z1, queue, ops.MODES["unpaired"], 0.9992, "negatives")
     wide = (z.double() for z in (z0, z1, queue))
-    want = reference.threshold(*wide, "shared", 0.9992, "negatives")
+    want = reference.threshold(*wide, "unpaired", 0.9992, "negatives")
     assert abs(got - want) <= emulator.BIN + 2 * 2**-11
 
 
@@ -162,7 +162,7 @@ def test_a_battery_of_brackets_is_right_in_any_order_of_the_warps(kernels, seed,
     emulator.battery_of_brackets(kernels)
 
 
-ONE_PASS = ("ntxent", "query", "cross", "shared")
+ONE_PASS = ("ntxent", "query", "cross", "unpaired")
 
 
 @pytest.mark.parametrize("mode", ONE_PASS)
@@ -199,7 +199,7 @@ def test_rows_that_the_sample_deceives_are_counted_in_two_passes(mma, processors
 def test_lists_that_are_too_short_are_noticed(mma):
     for processors in (1, 132):
         mma.device(processors, HOPPER[1])
-        p = problem("collapsed", 120, 9, "shared", K=1500, dtype=torch.float16)
+        p = problem("collapsed", 120, 9, "unpaired", K=1500, dtype=torch.float16)
         assert_one_pass_is_two(mma, p, True)
 
 
@@ -262,7 +262,7 @@ def test_a_row_that_is_not_finite_reaches_exactly_the_rows_that_see_it(mma, dtyp
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_rows_of_any_length_keep_their_direction(mma, dtype, D):
     """A power of two changes no bit but the exponents', where none of them is out of range."""
-    p = problem("cluster", 20, D, "shared", K=30, dtype=dtype)
+    p = problem("cluster", 20, D, "unpaired", K=30, dtype=dtype)
     length = torch.ones(20, 1, dtype=torch.float64)
     length[3], length[4] = 2.0**66, 2.0**-76  # 1e20 and 1e-23
     z0, z1, queue = p.inputs
@@ -298,7 +298,7 @@ def test_rows_in_several_bands_are_right_whole_and_sliced(mma):
     check(p)
     assert_half_is_right(p.with_(inputs=tuple(z.bfloat16() for z in p.inputs)))
     check(problem("cluster", 150, 30, "cross", dtype=torch.float32))
-    check(problem("cluster", 30, 30, "shared", K=300, dtype=torch.float32))
+    check(problem("cluster", 30, 30, "unpaired", K=300, dtype=torch.float32))
 
 
 def launches_of_a_backward(library, B, D=8, mode="ntxent", K=0, wanted="z0 z1 tau"):
@@ -320,7 +320,7 @@ def busy(blocks):
     return blocks / HOPPER[0] / math.ceil(blocks / HOPPER[0])
 
 
-QUEUE = {"mode": "shared", "K": 65536}
+QUEUE = {"mode": "unpaired", "K": 65536}
 
 
 @pytest.mark.parametrize(
@@ -386,7 +386,7 @@ def test_one_product_for_float32_is_as_exact_as_16_bit_inputs(mma):
 
 def test_strides_and_mixed_dtypes_are_read_as_they_are(mma):
     p = problem(
-        "cluster", 20, 12, "shared", K=30, dtype=(torch.float32, torch.bfloat16, torch.float16)
+        "cluster", 20, 12, "unpaired", K=30, dtype=(torch.float32, torch.bfloat16, torch.float16)
     )
     check(p)
     z0, z1, queue = (z.float() for z in p.inputs)
@@ -419,7 +419,7 @@ def test_a_nan_of_any_bits_reaches_every_row_that_sees_it(mma, mode):
 
 
 def test_gradients_that_are_not_wanted_are_not_computed(mma):
-    p = problem("cluster", 20, 12, "shared", K=30, dtype=torch.float32)
+    p = problem("cluster", 20, 12, "unpaired", K=30, dtype=torch.float32)
     want = p.plain(torch.float64)
     for k, name in enumerate(p.names[:3]):
         inputs = [z.clone().requires_grad_(k == i) for i, z in enumerate(p.inputs)]
@@ -442,7 +442,7 @@ def run_of_steps(mode, dtype, rule, in_one_call):
     out = []
     for step in range(5):
         loss.set_epoch(step // 2)
-        K = 5 if mode == "own" else 40
+        K = 5 if mode == "paired" else 40
         p = problem("cluster", 30, 9, mode, K=K, dtype=dtype, seed=step)
         if step == 2:
             p.inputs[0][3, 2] = math.nan

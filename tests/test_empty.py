@@ -144,7 +144,7 @@ def test_an_empty_batch_of_the_baseline_has_loss_0(kernels):
 def test_the_operators_of_pairs_take_sides_of_nothing(N, M, D, kernels):
     x, x1, y = leaf(N, D), leaf(N, D), leaf(M, D)
     none, nobody, no_groups, no_guide = operators.nothing(x.detach())
-    for mode, *others in (("ntxent", x[:0], x[:0]), ("query", y, x[:0]), ("shared", x1, y)):
+    for mode, *others in (("ntxent", x[:0], x[:0]), ("query", y, x[:0]), ("unpaired", x1, y)):
         z, code = (x, *others), ops.MODES[mode]
         n = sum(len(part) for part in z)
         ids = none.new_zeros(n)

@@ -22,7 +22,7 @@ pytestmark = [
     # torch's own, once, when the first product in autograd's thread is one of cuBLAS
     pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA"),
 ]
-MODES = ("ntxent", "query", "cross", "shared", "own")
+MODES = ("ntxent", "query", "cross", "unpaired", "paired")
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def test_the_battery_is_right():
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_is_right_at_the_sizes_of_training(mode):
     for B, D, K in ((128, 128, 256), (1024, 128, 4096), (513, 500, 100)):
-        if mode == "own":
+        if mode == "paired":
             B, K = B // 8, K // 8
         p = problem("cluster", B, D, mode, K=K, dtype=torch.float32, device="cuda")
         check(p)
@@ -223,7 +223,7 @@ def test_offsets_beyond_32_bits_are_right():
     others[torch.arange(len(rows)), rows] = others[torch.arange(len(rows)), partner] = False
     negatives = z.expand(len(rows), -1, -1)[others].view(len(rows), -1, D)
     tau, eps = (torch.tensor(x, dtype=torch.float64) for x in (0.1, 0.35))
-    want = reference.loss_rows(z[rows], z[partner], negatives, eps.cuda(), tau, "own")[0]
+    want = reference.loss_rows(z[rows], z[partner], negatives, eps.cuda(), tau, "paired")[0]
     torch.testing.assert_close(loss[rows].double(), want, rtol=1e-4, atol=1e-5)
     (truth,) = torch.autograd.grad(want.sum(), z)
     error = (torch.cat(got).double() - truth).norm() / truth.norm()
@@ -232,10 +232,10 @@ def test_offsets_beyond_32_bits_are_right():
 
 def test_rows_past_the_65536th_have_their_threshold():
     B, K, D = 70000, 300, 32
-    p = problem("cluster", 40, D, "shared", K=K, dtype=torch.bfloat16, device="cuda")
+    p = problem("cluster", 40, D, "unpaired", K=K, dtype=torch.bfloat16, device="cuda")
     z0, z1 = (z.repeat(B // 40, 1) for z in p.inputs[:2])
-    few = operators.threshold(*p.inputs, ops.MODES["shared"], 0.9, "all")
-    many = operators.threshold(z0, z1, p.inputs[2], ops.MODES["shared"], 0.9, "all")
+    few = operators.threshold(*p.inputs, ops.MODES["unpaired"], 0.9, "all")
+    many = operators.threshold(z0, z1, p.inputs[2], ops.MODES["unpaired"], 0.9, "all")
     torch.testing.assert_close(many, few, rtol=0, atol=1e-9)
 
 

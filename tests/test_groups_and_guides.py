@@ -29,8 +29,8 @@ def module(mode: str, **options) -> HEXLoss:
 def groups_of(mode: str):
     generator = torch.Generator().manual_seed(0)
     groups = torch.randint(0, 4, (B,), generator=generator)
-    if mode in ("shared", "own"):
-        shape = (K,) if mode == "shared" else (B, K)
+    if mode in ("unpaired", "paired"):
+        shape = (K,) if mode == "unpaired" else (B, K)
         return groups, torch.randint(0, 4, shape, generator=generator)
     return groups
 
@@ -144,7 +144,7 @@ def test_the_guide_may_have_another_dtype_and_no_threshold_is_info_nce():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, as it traces
-@pytest.mark.parametrize("mode, by", [("query", "guide"), ("own", "groups")])
+@pytest.mark.parametrize("mode, by", [("query", "guide"), ("paired", "groups")])
 def test_compiled_as_one_graph_it_is_the_same(mode, by):
     torch.compiler.reset()  # each case is a compilation of the same forward
     z = inputs(mode)

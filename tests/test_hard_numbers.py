@@ -53,13 +53,13 @@ PATHS = {
     "cross, tiles": ("cross", 192, ()),
     "shared, rows": ("ntxent", 8, ((11, 6),)),
     "shared, tiles": ("ntxent", 16, ((200, 6),)),
-    "own": ("ntxent", 8, ((8, 5, 6),)),
+    "paired": ("ntxent", 8, ((8, 5, 6),)),
 }
 
 
 def rows_that_see_it(mode, inputs):
     if len(inputs) == 3:
-        mode = "shared" if inputs[2].dim() == 2 else "own"
+        mode = "unpaired" if inputs[2].dim() == 2 else "paired"
     c, p, negative = reference.cosines(*(*(z.double() for z in inputs), None)[:3], mode)
     return ((c.isnan() & negative).any(1) | p.isnan()).tolist()
 

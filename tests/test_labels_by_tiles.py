@@ -53,14 +53,14 @@ def groups_of(z: list[torch.Tensor], seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @pytest.mark.parametrize("mode", MODES)
 def test_groups_of_views_by_tiles(mode, dtype):
-    """And `own`, which has no tiles, anchor by anchor."""
+    """And `paired`, which has no tiles, anchor by anchor."""
     for k, (variant, beta) in enumerate(itertools.product((0, 1), (0.0, 1.0, 0.5))):
         check_groups(mode, dtype, variant, beta, k)
 
 
 def check_groups(mode: str, dtype: torch.dtype, variant: int, beta: float, seed: int) -> None:
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    B, K = (203, 211) if mode != "own" else (23, 7)
+    B, K = (203, 211) if mode != "paired" else (23, 7)
     z = [x.to(dtype) for x in batch("cluster", B, 9, mode, K, seed) if x is not None]
     groups = groups_of(z, seed)
     z = [*z, z[0][:0]][:3]

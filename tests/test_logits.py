@@ -20,8 +20,8 @@ B, D, K, TAU = 19, 7, 23, 0.2
 
 def moco(dtype: torch.dtype = torch.float64) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """z0, z1, queue; the logits and the target that MoCo makes of them."""
-    z = batch("cluster", B, D, "shared", K)
-    c = cosines(*z, "shared")[0]
+    z = batch("cluster", B, D, "unpaired", K)
+    c = cosines(*z, "unpaired")[0]
     return z, (c / TAU).to(dtype), torch.zeros(B, dtype=torch.int64)
 
 
@@ -73,7 +73,7 @@ def test_the_gradient_through_the_logits_is_that_of_hexloss_and_so_is_the_temper
         leaves = [x.clone().requires_grad_() for x in z]
         tau = f64(TAU).requires_grad_()
         if through:
-            logits = cosines(*leaves, "shared")[0] / tau
+            logits = cosines(*leaves, "unpaired")[0] / tau
             value = hex_cross_entropy(logits, target, eps=0.35, temperature=tau, tau_plus=0.9)
         else:
             value = hex_loss(*leaves, eps=0.35, temperature=tau, tau_plus=0.9)

@@ -42,7 +42,7 @@ def inputs(mode: str = "ntxent", seed: int = 0, dtype=torch.float32) -> tuple[Te
 
 def named(mode: str) -> str:
     """The option for a row of data.MODES: with negatives it does not count."""
-    return "ntxent" if mode in ("shared", "own") else mode
+    return "ntxent" if mode in ("unpaired", "paired") else mode
 
 
 def a_step(module, *z: Tensor, **options) -> tuple[Tensor, ...]:
@@ -406,7 +406,7 @@ def test_repr_names_every_option():
     assert repr(learned) == "InfoNCELoss(temperature=<Parameter>, mode='cross', reduction='none')"
 
 
-@pytest.mark.parametrize("mode, rows", (("ntxent", 75), ("query", 51), ("shared", 50)))
+@pytest.mark.parametrize("mode, rows", (("ntxent", 75), ("query", 51), ("unpaired", 50)))
 def test_a_batch_too_small_for_the_quantile_warns_once(mode, rows):
     z0, z1, *queue = inputs(mode)
     small = (z0[:rows], z1[:rows], *(q[:rows] for q in queue))

@@ -111,7 +111,7 @@ def test_opcheck_with_labels_and_logits(op, k):
 def test_opcheck_of_an_empty_batch_strided_inputs_and_a_threshold_for_each_row(device):
     empty = problem("gauss", 4, 5, device=device)
     empty = empty.with_(inputs=tuple(z[:0] for z in empty.inputs))
-    p = problem("cluster", 7, 5, "own", device=device)
+    p = problem("cluster", 7, 5, "paired", device=device)
     strided = p.with_(inputs=tuple(z.mT.contiguous().mT for z in p.inputs))
     rows = p.with_(eps=torch.linspace(-1, 1, 7, dtype=torch.float64, device=device))
     for p, op in itertools.product((empty, strided, rows), OPS):

@@ -72,7 +72,7 @@ def test_lightly_ntxent(kind, tau, ours):
 @BATCHES
 def test_lightly_ntxent_with_a_memory_bank(kind, tau, ours):
     lightly = pytest.importorskip("lightly.loss", exc_type=ImportError)
-    z0, z1, queue = inputs(kind, "shared")
+    z0, z1, queue = inputs(kind, "unpaired")
     peer = lightly.NTXentLoss(tau, memory_bank_size=(K, D))
     peer.memory_bank.bank = F.normalize(queue)
     check(lambda z0, z1: ours(tau)(z0, z1, queue), peer, z0, z1)
@@ -81,7 +81,7 @@ def test_lightly_ntxent_with_a_memory_bank(kind, tau, ours):
 @BATCHES
 def test_lightly_ntxent_as_moco_whose_memory_bank_takes_in_the_keys_of_each_step(kind, tau, ours):
     lightly = pytest.importorskip("lightly.loss", exc_type=ImportError)
-    z0, z1, queue = inputs(kind, "shared")
+    z0, z1, queue = inputs(kind, "unpaired")
     peer, ours = lightly.NTXentLoss(tau, memory_bank_size=(K, D)), ours(tau)
     peer.memory_bank.bank = F.normalize(queue)
     for shift in range(3):  # K is no multiple of B: the bank's end and its beginning are passed
@@ -94,7 +94,7 @@ def test_lightly_ntxent_as_moco_whose_memory_bank_takes_in_the_keys_of_each_step
 def test_lightly_ntxent_as_nnclr_is_the_ntxent_mode_of_neighbours_and_predictions(kind, tau, ours):
     lightly = pytest.importorskip("lightly.loss", exc_type=ImportError)
     modules = pytest.importorskip("lightly.models.modules", exc_type=ImportError)
-    z0, z1, support = inputs(kind, "shared")
+    z0, z1, support = inputs(kind, "unpaired")
     neighbours = modules.NNMemoryBankModule(size=(K, D))
     neighbours.bank = F.normalize(support)
     nn0, nn1 = (neighbours(F.normalize(z), update=False) for z in (z0, z1))
@@ -150,7 +150,7 @@ def test_pytorch_metric_learning_self_supervised_in_one_direction(kind, tau, our
 @BATCHES
 @pytest.mark.parametrize("reduction", ("mean", "sum"))
 @pytest.mark.parametrize(
-    "mode, negative_mode", (("query", "unpaired"), ("shared", "unpaired"), ("own", "paired"))
+    "mode, negative_mode", (("query", "unpaired"), ("unpaired", "unpaired"), ("paired", "paired"))
 )
 def test_info_nce_pytorch(mode, negative_mode, reduction, kind, tau, ours):
     info_nce = pytest.importorskip("info_nce")
@@ -189,7 +189,7 @@ def test_simclr_by_a_masked_cross_entropy(kind, tau, ours):
 
 @BATCHES
 def test_moco_by_a_cross_entropy_over_the_positive_and_a_queue(kind, tau, ours):
-    z0, z1, queue = inputs(kind, "shared")
+    z0, z1, queue = inputs(kind, "unpaired")
     queue = F.normalize(queue).T.contiguous()  # (D, K), as MoCo keeps it
 
     def peer(z0: Tensor, z1: Tensor) -> Tensor:

@@ -69,8 +69,8 @@ def problems(draw, special=True, minimum=0):
     mode = draw(st.sampled_from(MODES))
     B, D, K = draw(st.integers(minimum, 9)), draw(st.integers(minimum, 40)), draw(SIZES)
     shapes = [(B, D), (B, D)]
-    if mode in ("shared", "own"):
-        shapes.append((K, D) if mode == "shared" else (B, K, D))
+    if mode in ("unpaired", "paired"):
+        shapes.append((K, D) if mode == "unpaired" else (B, K, D))
     inputs = tuple(draw(embeddings(*shape, special=special)) for shape in shapes)
     p = Problem(
         inputs,
@@ -231,18 +231,18 @@ def test_reordering_the_images_reorders_the_rows():
     for mode in MODES:
         p = problem("cluster", 13, 7, mode)
         loss, *grads, _ = everything(p)
-        moved = [z if mode == "shared" and k == 2 else z[order] for k, z in enumerate(p.inputs)]
+        moved = [z if mode == "unpaired" and k == 2 else z[order] for k, z in enumerate(p.inputs)]
         got, *moved_grads, _ = everything(p.with_(inputs=tuple(moved)))
         rows = torch.cat([order, order + 13])[: p.rows] if p.rows > 13 else order
         torch.testing.assert_close(got, loss[rows], rtol=1e-13, atol=1e-14)
         for k, (a, b) in enumerate(zip(moved_grads, grads, strict=True)):
-            b = b if mode == "shared" and k == 2 else b[order]
+            b = b if mode == "unpaired" and k == 2 else b[order]
             torch.testing.assert_close(a, b, rtol=0, atol=1e-13 * b.abs().max().item())
 
 
 def test_modes_contain_each_other():
     """cross is query both ways, and shared negatives are own negatives that are all alike."""
-    z0, z1, queue = problem("cluster", 13, 7, "shared", K=11).inputs
+    z0, z1, queue = problem("cluster", 13, 7, "unpaired", K=11).inputs
     options = dict(eps=0.4, reduction="none")
     both = hex_loss(z0, z1, mode="cross", **options)
     halves = [hex_loss(*z, mode="query", **options) for z in ((z0, z1), (z1, z0))]
@@ -258,7 +258,7 @@ def test_modes_contain_each_other():
 
 
 def test_a_negative_orthogonal_to_all_adds_exactly_one_to_the_rest():
-    z0, z1, queue = (z.clone() for z in problem("cluster", 9, 7, "shared").inputs)
+    z0, z1, queue = (z.clone() for z in problem("cluster", 9, 7, "unpaired").inputs)
     for z in (z0, z1, queue):
         z[:, -1] = 0
     orthogonal = torch.eye(7, dtype=torch.float64)[-1:]

@@ -12,7 +12,7 @@ import torch
 import hex.__main__ as main
 from hex import __version__, hex_loss, ops, reference
 
-MODES = ("ntxent", "query", "cross", "shared", "own")
+MODES = ("ntxent", "query", "cross", "unpaired", "paired")
 NUMBER = re.compile(r"\d\.\de-\d\d|inf")
 
 

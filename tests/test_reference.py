@@ -104,7 +104,7 @@ def loop_rows(z0, z1, negatives, mode):
         elif mode in ("query", "cross"):
             others = [z for k, z in enumerate(z1 if i < B else z0) if k != j]
         else:
-            others = (negatives if mode == "shared" else negatives[j]).tolist()
+            others = (negatives if mode == "unpaired" else negatives[j]).tolist()
         itself = [float(any(anchor))] if mode == "ntxent" else []
         yield loop_cosine(anchor, positive), [loop_cosine(anchor, z) for z in others], itself
 
@@ -272,7 +272,7 @@ def test_vmap_and_func_grad_equal_a_loop():
         torch.testing.assert_close(got[k], wanted, rtol=1e-13, atol=1e-15)
 
 
-@pytest.mark.parametrize("mode, backend", [("ntxent", "aot_eager"), ("own", "eager")])
+@pytest.mark.parametrize("mode, backend", [("ntxent", "aot_eager"), ("paired", "eager")])
 def test_compiles_as_one_graph_for_every_eps_and_tau(mode, backend):
     torch._dynamo.reset()
 

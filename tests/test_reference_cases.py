@@ -91,23 +91,23 @@ def test_a_hot_temperature_gives_the_logarithm_of_the_number_of_candidates():
 
 def test_a_negative_orthogonal_to_all_adds_exactly_one_to_the_rest():
     z0, z1, negatives = (
-        torch.cat([z, z.new_zeros(len(z), 1)], 1) for z in batch("gauss", 9, 5, "shared")
+        torch.cat([z, z.new_zeros(len(z), 1)], 1) for z in batch("gauss", 9, 5, "unpaired")
     )
     extra = torch.cat([negatives, torch.eye(6, dtype=torch.float64)[5:]])
-    _, p, _ = reference.cosines(z0, z1, negatives, "shared")
-    before = (rows(z0, z1, negatives, 0.2, 0.5, "shared") + p / 0.5).exp()  # the denominator
-    after = (rows(z0, z1, extra, 0.2, 0.5, "shared") + p / 0.5).exp()
+    _, p, _ = reference.cosines(z0, z1, negatives, "unpaired")
+    before = (rows(z0, z1, negatives, 0.2, 0.5, "unpaired") + p / 0.5).exp()  # the denominator
+    after = (rows(z0, z1, extra, 0.2, 0.5, "unpaired") + p / 0.5).exp()
     torch.testing.assert_close(after - before, torch.ones_like(p), rtol=1e-13, atol=0.0)
 
 
 def test_cross_is_query_both_ways_and_shared_negatives_are_equal_own_negatives():
-    z0, z1, negatives = batch("cluster", 9, 5, "shared")
+    z0, z1, negatives = batch("cluster", 9, 5, "unpaired")
     both = torch.cat([rows(z0, z1, None, 0.5, mode="query"), rows(z1, z0, None, 0.5, mode="query")])
     torch.testing.assert_close(rows(z0, z1, None, 0.5, mode="cross"), both, rtol=1e-13, atol=0.0)
     own = negatives.expand(9, -1, -1)
     torch.testing.assert_close(
-        rows(z0, z1, own, 0.5, mode="own"),
-        rows(z0, z1, negatives, 0.5, mode="shared"),
+        rows(z0, z1, own, 0.5, mode="paired"),
+        rows(z0, z1, negatives, 0.5, mode="unpaired"),
         rtol=1e-13,
         atol=0.0,
     )
@@ -126,7 +126,7 @@ def test_membership_compares_in_float64_and_clips_the_cosine_at_one():
     c, _, _ = reference.cosines(z, z, None, "query")
     assert (c > 1).any()
     copies = torch.stack([z, z])  # candidates equal to the positive
-    n_hard = reference.loss_rows(z, z, copies.transpose(0, 1), f64(1.0), f64(0.1), "own")[1]
+    n_hard = reference.loss_rows(z, z, copies.transpose(0, 1), f64(1.0), f64(0.1), "paired")[1]
     assert (n_hard == 0).all()
 
 
@@ -148,8 +148,8 @@ def test_eps_may_be_one_for_each_row():
 
 def test_at_the_floor_the_local_term_has_no_gradient():
     """With everything in H and Q at its floor, no cosine but the positive's counts."""
-    z0, z1, negatives = leaves(*batch("clamped", 9, 5, "own"))
-    loss = rows(z0, z1, negatives, -1.5, 0.2, "own", tau_plus=0.95)
+    z0, z1, negatives = leaves(*batch("clamped", 9, 5, "paired"))
+    loss = rows(z0, z1, negatives, -1.5, 0.2, "paired", tau_plus=0.95)
     assert (loss > 0).all()
     g0, g1, gn = gradients(loss, z0, z1, negatives)
     assert (gn == 0).all() and (g0 != 0).any() and (g1 != 0).any()
@@ -158,13 +158,13 @@ def test_at_the_floor_the_local_term_has_no_gradient():
 def test_a_tie_with_the_floor_takes_the_unclamped_branch():
     """Opposite positive and negative: c_p = 1, c = -1, tau_plus = 0, so q = f exactly."""
     z0, z1, negative = leaves(f64([[1.0, 0.0]]), f64([[2.0, 0.0]]), f64([[-1.0, 1e-200]]))
-    c, p, _ = reference.cosines(z0, z1, negative, "shared")
+    c, p, _ = reference.cosines(z0, z1, negative, "unpaired")
     assert c.tolist() == [[1.0, -1.0]]
     turned = f64([[0.0, 1.0]])  # the gradient of the cosine vanishes here, its derivative does not
-    loss = rows(z0, z1, negative, -1.5, 0.5, "shared", beta=0.0, tau_plus=0.0)
+    loss = rows(z0, z1, negative, -1.5, 0.5, "unpaired", beta=0.0, tau_plus=0.0)
     (slope,) = torch.autograd.grad(loss.sum(), negative, create_graph=True)
     (curve,) = torch.autograd.grad((slope * turned).sum(), negative)
-    plain = rows(z0, z1, negative, INF, 0.5, "shared")
+    plain = rows(z0, z1, negative, INF, 0.5, "unpaired")
     (slope,) = torch.autograd.grad(plain.sum(), negative, create_graph=True)
     (wanted,) = torch.autograd.grad((slope * turned).sum(), negative)
     assert curve[0, 1] != 0
@@ -238,10 +238,10 @@ def test_nan_reaches_every_row_that_sees_it_and_no_other(bad, variant):
         ("query", 0, [4]),
         ("query", 1, range(9)),
         ("cross", 0, [4, *range(9, 18)]),
-        ("shared", 0, [4]),
-        ("shared", 1, [4]),
-        ("shared", 2, range(9)),
-        ("own", 2, [4]),
+        ("unpaired", 0, [4]),
+        ("unpaired", 1, [4]),
+        ("unpaired", 2, range(9)),
+        ("paired", 2, [4]),
     ]:
         tensors = list(batch("gauss", 9, 5, mode))
         clean = rows(*tensors, 0.2, 0.1, mode, variant=variant)
@@ -260,7 +260,7 @@ def test_nan_reaches_every_row_that_sees_it_and_no_other(bad, variant):
 @pytest.mark.parametrize("variant", ["paper", "released"])
 @pytest.mark.parametrize("mode", MODES)
 def test_without_negatives_loss_and_gradient_are_exactly_zero(mode, variant):
-    B = 4 if mode in ("shared", "own") else 1
+    B = 4 if mode in ("unpaired", "paired") else 1
     z0, z1, negatives = leaves(*batch("gauss", B, 5, mode, K=0))
     tau = f64(0.1).requires_grad_()
     for eps in (-1.5, 0.5, INF):
@@ -332,7 +332,7 @@ def test_small_losses_keep_their_digits():
     """One negative opposite to the anchor: L = log1p(exp(-2 / tau)), far below 1e-16 of 1."""
     z0, z1, negative = f64([[1.0, 0.0]]), f64([[3.0, 0.0]]), f64([[-2.0, 0.0]])
     for tau in (0.1, 0.02, 0.003):
-        loss = rows(z0, z1, negative, INF, tau, "shared")
+        loss = rows(z0, z1, negative, INF, tau, "unpaired")
         assert loss.item() == pytest.approx(math.log1p(math.exp(-2 / tau)), rel=1e-12, abs=0)
         assert loss.item() > 0
 
@@ -344,7 +344,7 @@ def test_large_losses_do_not_overflow(dtype, tau):
     z0, z1, negative = (torch.tensor([[s, 0.0]], dtype=dtype) for s in (1.0, -3.0, 2.0))
     (z0,) = leaves(z0)
     for eps in (0.5, INF):  # alone in H, the negative is as in G: q = (1 - tau_plus e0) / ...
-        loss = rows(z0, z1, negative, eps, tau, "shared", tau_plus=0.0)
+        loss = rows(z0, z1, negative, eps, tau, "unpaired", tau_plus=0.0)
         wanted = 2 / tau + math.log1p(math.exp(-2 / tau))
         assert loss.item() == pytest.approx(wanted, rel=4 * torch.finfo(dtype).eps, abs=0)
         assert gradients(loss, z0)[0].isfinite().all()
@@ -355,30 +355,30 @@ def test_a_clamped_row_whose_hardest_member_passes_the_positive_keeps_its_digits
     angle = torch.tensor([0.3, *[1.5] * 9], dtype=torch.float64)  # one near, nine far
     negatives = torch.stack([angle.cos(), angle.sin()], 1)
     z0, z1 = f64([[1.0, 0.0]]), f64([[math.cos(0.301), math.sin(0.301)]])
-    loss = rows(z0, z1, negatives, -1.5, 0.05, "shared", beta=0.0, tau_plus=0.9)
+    loss = rows(z0, z1, negatives, -1.5, 0.05, "unpaired", beta=0.0, tau_plus=0.9)
     wanted = math.log1p(10 * math.exp(-(1 + math.cos(0.301)) / 0.05))
     assert wanted < 1e-15 and loss.item() == pytest.approx(wanted, rel=1e-12, abs=0)
 
 
 def test_half_inputs_are_computed_in_float32_and_float64_wins_a_mixture():
-    z0, z1, negatives = batch("gauss", 9, 5, "shared")
+    z0, z1, negatives = batch("gauss", 9, 5, "unpaired")
     for dtype in (torch.float16, torch.bfloat16):
         half = [z.to(dtype) for z in (z0, z1, negatives)]
-        loss = rows(*half, 0.2, 0.1, "shared")
+        loss = rows(*half, 0.2, 0.1, "unpaired")
         assert loss.dtype == torch.float32
-        assert torch.equal(loss, rows(*(z.float() for z in half), 0.2, 0.1, "shared"))
+        assert torch.equal(loss, rows(*(z.float() for z in half), 0.2, 0.1, "unpaired"))
         (leaf,) = leaves(half[0])
-        assert gradients(rows(leaf, *half[1:], 0.2, 0.1, "shared"), leaf)[0].dtype == dtype
-        assert rows(half[0], z1.float(), half[2], 0.2, 0.1, "shared").dtype == torch.float32
-        assert rows(half[0], half[1], negatives, 0.2, 0.1, "shared").dtype == torch.float64
+        assert gradients(rows(leaf, *half[1:], 0.2, 0.1, "unpaired"), leaf)[0].dtype == dtype
+        assert rows(half[0], z1.float(), half[2], 0.2, 0.1, "unpaired").dtype == torch.float32
+        assert rows(half[0], half[1], negatives, 0.2, 0.1, "unpaired").dtype == torch.float64
         assert rows(half[0], z1, None, 0.2).dtype == torch.float64
 
 
 def test_autocast_changes_nothing():
-    z0, z1, negatives = (z.float() for z in batch("gauss", 9, 5, "shared"))
-    outside = rows(z0, z1, negatives, 0.2, 0.1, "shared")
+    z0, z1, negatives = (z.float() for z in batch("gauss", 9, 5, "unpaired"))
+    outside = rows(z0, z1, negatives, 0.2, 0.1, "unpaired")
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(rows(z0, z1, negatives, 0.2, 0.1, "shared"), outside)
+        assert torch.equal(rows(z0, z1, negatives, 0.2, 0.1, "unpaired"), outside)
 
 
 def test_float32_agrees_with_float64_at_300_rows():

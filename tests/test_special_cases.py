@@ -112,7 +112,7 @@ def test_a_cosine_that_rounding_carries_beyond_one_is_not_above_one(mode, dtype)
 @pytest.mark.parametrize("mode", MODES)
 def test_below_minus_one_everything_is_in_h_and_the_positive_never(mode):
     B, K = 13, 11
-    negatives = {"ntxent": 2 * B - 2, "query": B - 1, "cross": B - 1, "shared": K, "own": K}
+    negatives = {"ntxent": 2 * B - 2, "query": B - 1, "cross": B - 1, "unpaired": K, "paired": K}
     for dtype in DTYPES:
         p = problem("gauss", B, 7, mode, K=K, dtype=dtype, eps=f64(-1.0001))
         assert (counts(p) == negatives[mode]).all()
@@ -130,7 +130,7 @@ def test_a_cosine_equal_to_the_threshold_is_not_in_h():
     z = torch.tensor([[1.0, 1, 1, 1]])
     negatives = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, -1]])  # cosines 0.5, 0
     for dtype in DTYPES:
-        p = Problem((z.to(dtype), z.to(dtype), negatives.to(dtype)), "shared")
+        p = Problem((z.to(dtype), z.to(dtype), negatives.to(dtype)), "unpaired")
         for eps, inside in (
             (0.5, 0),
             (math.nextafter(0.5, 0), 1),
@@ -159,7 +159,7 @@ def test_duplicates_are_ordinary_negatives():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_at_the_floor_the_members_of_h_get_no_gradient_at_all(dtype):
     """With negatives of their own, whose gradient comes from one row each."""
-    p = problem("clamped", 21, 10, "own", K=15, tau_plus=0.9, dtype=dtype, eps=f64(0.1))
+    p = problem("clamped", 21, 10, "paired", K=15, tau_plus=0.9, dtype=dtype, eps=f64(0.1))
     clamped = at_the_floor(p)
     assert 5 < clamped.sum()
     _, _, _, dnegatives, _ = results(p)
@@ -185,7 +185,7 @@ def test_a_tie_with_the_floor_takes_the_unclamped_branch():
         loss = hex_loss(z, z, negative, eps=-1.5, tau_plus=0.0, temperature=0.5)
         (grad,) = torch.autograd.grad(loss, negative)
         assert grad.abs().max() > 0
-        exact = Problem((z, z, -z), "shared", eps=f64(-1.5), tau=0.5, tau_plus=0.0)
+        exact = Problem((z, z, -z), "unpaired", eps=f64(-1.5), tau=0.5, tau_plus=0.0)
         stats = operators.forward(*exact.raw())[1]
         assert stats[3].item() > 0  # hard_e, the coefficient that a clamped row has 0
 
@@ -334,8 +334,8 @@ def test_nan_or_infinity_gives_nan_in_every_row_that_sees_it_and_in_no_other(mod
         "ntxent": (everyone, everyone),
         "query": ({2}, everyone),
         "cross": ({2} | set(range(B, 2 * B)), set(range(B)) | {B + 2}),
-        "shared": ({2}, {2}, everyone),
-        "own": ({2}, {2}, {2}),
+        "unpaired": ({2}, {2}, everyone),
+        "paired": ({2}, {2}, {2}),
     }[mode]
     for dtype in DTYPES:
         for bad in (NAN, INF, -INF):
@@ -389,7 +389,7 @@ def test_a_batch_that_is_not_finite_leaves_the_tracker_as_it_was():
 def test_without_negatives_loss_and_gradient_are_exactly_zero(variant, dtype):
     z0, z1 = problem("gauss", 5, 3, dtype=dtype).inputs
     single = [("ntxent", z0[:1], z1[:1]), ("query", z0[:1], z1[:1]), ("cross", z0[:1], z1[:1])]
-    queues = [("shared", z0, z1, z0[:0]), ("own", z0, z1, z0[:, None][:, :0])]
+    queues = [("unpaired", z0, z1, z0[:0]), ("paired", z0, z1, z0[:, None][:, :0])]
     for eps in (0.3, -2.0, 2.0, INF):
         for mode, *inputs in single + queues:
             p = Problem(tuple(inputs), mode, eps=f64(eps), variant=variant)
@@ -457,7 +457,7 @@ def test_released_ignores_beta_and_tau_plus_and_may_be_negative(mode):
 def test_an_empty_batch_has_loss_zero_and_stays_in_the_graph(mode, variant, dtype):
     p = problem("gauss", 5, 3, mode, dtype=dtype, variant=variant)
     empty = [z[:0] for z in p.inputs]
-    if mode == "shared":
+    if mode == "unpaired":
         empty[2] = p.inputs[2]
     for reduction, shape in (("none", (0,)), ("mean", ()), ("sum", ())):
         inputs = leaves(*empty)

@@ -28,7 +28,7 @@ from torch import Tensor
 from hex import HEXLoss, InfoNCELoss, ThresholdTracker, ops, reference
 from hex.state import CANDIDATE, SKIPPED
 
-TILED = ("ntxent", "query", "cross", "shared")
+TILED = ("ntxent", "query", "cross", "unpaired")
 RULES = {
     "all": {},
     "negatives": {"over": "negatives"},
@@ -52,7 +52,7 @@ def step(module: HEXLoss, p: Problem) -> tuple[Tensor, ...]:
 
 
 def hex_of(p: Problem, **options) -> HEXLoss:
-    return HEXLoss(mode="ntxent" if p.mode == "shared" else p.mode, **options)
+    return HEXLoss(mode="ntxent" if p.mode == "unpaired" else p.mode, **options)
 
 
 def in_two_calls(p: Problem, **options) -> Tensor:
@@ -78,7 +78,7 @@ def test_loss_and_gradients_are_as_good_as_torch(kind, dtype):
 OF_TWO_SETS = {
     "query": ((192, 0), (207, 0), (391, 0)),
     "cross": ((192, 0), (207, 0), (261, 0)),
-    "shared": ((40, 1000), (150, 193), (400, 200)),
+    "unpaired": ((40, 1000), (150, 193), (400, 200)),
 }
 
 
@@ -95,7 +95,7 @@ def test_loss_and_gradients_of_two_sets_are_as_good_as_torch(mode, dtype):
 # blocks of 192 anchors instead of 96, or of 96 and of 192 instead of 48; features in slices of 256
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode, B, D, K", [
-    ("ntxent", 521, 9, 0), ("shared", 1601, 9, 203),
+    ("ntxent", 521, 9, 0), ("unpaired", 1601, 9, 203),
     ("ntxent", 101, 270, 0), ("query", 197, 270, 0),
 ])  # fmt: skip
 def test_larger_blocks_and_longer_rows_are_as_good_as_torch(mode, B, D, K, dtype):
@@ -106,7 +106,7 @@ def test_larger_blocks_and_longer_rows_are_as_good_as_torch(mode, B, D, K, dtype
 @pytest.mark.parametrize("mode", TILED)
 def test_cosines_that_were_kept_and_computed_again_give_the_same_bits(mode, dtype):
     for B, K in ((17, 1000), (400, 389)):
-        p = problem("cluster", B + (mode != "shared") * 190, 40, mode, K=K, dtype=dtype)
+        p = problem("cluster", B + (mode != "unpaired") * 190, 40, mode, K=K, dtype=dtype)
         z0, z1, negatives, eps, tau, *options, _ = p.raw()
         given = z0, z1, negatives, eps, tau, *options
         loss, stats, kept = operators.forward(*given, True)
@@ -131,7 +131,7 @@ def test_the_fake_of_what_is_kept_has_the_size_of_the_real_which_bounds_what_is_
     sizes = (1, 15, 16, 95, 96, 97, 192, 193, 384, 385, 512, 513, 1000, 1024, 1025)
     sizes += (1152, 1153, 1248, 1249, 1536, 1537, 1600, 2200, 2400, 2500)
     for mode, B, dtype in itertools.product(MODES, sizes, (torch.float32, torch.float64)):
-        K = 3 if mode == "own" else 191 + B % 2 * 1000
+        K = 3 if mode == "paired" else 191 + B % 2 * 1000
         p = problem("gauss", B, 2, mode, K=K, dtype=dtype, eps=f64(0.5))
         z0, z1, negatives, *_, mode_code = p.raw()[:6]
         real = operators.forward(*p.raw()[:-1], True)[2]
@@ -154,7 +154,7 @@ def test_every_threshold_and_power_is_as_good_as_torch(eps, beta):
 def test_each_row_may_have_its_own_threshold(mode):
     for dtype in (torch.float64, torch.float32):
         for variant in ("paper", "released"):
-            B = {"ntxent": 97, "shared": 101}.get(mode, 203)
+            B = {"ntxent": 97, "unpaired": 101}.get(mode, 203)
             p = problem("cluster", B, 9, mode, K=301, dtype=dtype, variant=variant)
             check(eps_of_each_row(p))
 
@@ -165,7 +165,7 @@ def test_one_call_finds_the_threshold_and_the_loss_of_two(rule, kind):
     narrow = [torch.bfloat16] if kind == "cluster" else []
     for dtype in (torch.float64, torch.float32, *narrow):
         for mode in TILED if dtype == torch.float32 else TILED[list(RULES).index(rule) % 2 :: 2]:
-            B = {"ntxent": 151, "shared": 101}.get(mode, 251)
+            B = {"ntxent": 151, "unpaired": 101}.get(mode, 251)
             p = problem(kind, B, 24, mode, K=402, dtype=dtype, eps=f64(0.5))
             module = hex_of(p, threshold=tracker(**RULES[rule]), reduction="none")
             loss, *_, eps, count, _ = step(module, p)
@@ -211,7 +211,7 @@ def test_shortlists_that_do_not_fit_change_nothing(mode, share, spread):
     for B in (300, 700):
         p = classes(B, share, spread)
         z0, z1 = p.inputs
-        p = p.with_(mode=mode, inputs=(z0[::2], z1[::2], z0) if mode == "shared" else (z0, z1))
+        p = p.with_(mode=mode, inputs=(z0[::2], z1[::2], z0) if mode == "unpaired" else (z0, z1))
         module = hex_of(p, reduction="none")
         loss, *_, eps, count, _ = step(module, p)
         assert torch.equal(eps, in_two_calls(p))
@@ -308,7 +308,7 @@ def test_evaluation_uses_the_batch_and_keeps_the_state():
 
 def test_opcheck_of_the_adaptive_operator():
     rule = tracker(momentum=0.5).kernel_rule()
-    for mode, B in (("ntxent", 100), ("shared", 5), ("ntxent", 0)):  # more are in test_ops.py
+    for mode, B in (("ntxent", 100), ("unpaired", 5), ("ntxent", 0)):  # more are in test_ops.py
         p = problem("gauss", B, 7, mode, dtype=torch.float32, eps=f64(0.5))
         z0, z1, negatives, _, tau, *options, keep = p.raw()
         state = ThresholdTracker.adaptive().state

@@ -64,8 +64,8 @@ def test_many_features_are_summed_in_slices(mode, D, device):
 # B, K: blocks of few rows; of more rows; more candidates than are gathered at a time (512)
 @pytest.mark.parametrize("mode, B, K", [
     ("ntxent", 131, 0), ("ntxent", 259, 0), ("query", 131, 0), ("query", 517, 0), ("cross", 131, 0),
-    ("shared", 131, 61), ("shared", 790, 31), ("shared", 31, 1030), ("own", 131, 61),
-    ("own", 5, 1030),
+    ("unpaired", 131, 61), ("unpaired", 790, 31), ("unpaired", 31, 1030), ("paired", 131, 61),
+    ("paired", 5, 1030),
 ])  # fmt: skip
 def test_many_rows_and_candidates_are_done_in_blocks(mode, B, K, device):
     """Row by row, for which beta is above 1; none of the blocks and slices is full at the end."""
@@ -196,7 +196,7 @@ def test_the_threshold_is_compared_in_float64(device):
     """A float64 eps between a float32 cosine and its neighbour is not rounded onto it."""
     z = torch.tensor([[1.0, 0.0]], device=device)
     negative = torch.tensor([[0.75, 0.6614378]], device=device)
-    cosine = reference.cosines(z, z, negative, "shared")[0][0, 1].double()
+    cosine = reference.cosines(z, z, negative, "unpaired")[0][0, 1].double()
     for eps, inside in ((cosine, 0), (cosine - 1e-12, 1), (cosine + 1e-12, 0)):
         stats = operators.forward(z, z, negative, eps, f64(0.1), 3, 0, 0, 1.0, 0.1, False)[1]
         assert stats[ops.COUNT].item() == inside

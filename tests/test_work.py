@@ -63,7 +63,7 @@ def problem(kind, mode, B, K, D, dtype=F32):
 
 
 # No tile, block or vector divides them. From 192 candidates on the core goes by tiles, in blocks of
-# 96 rows up to 1024, of 192 beyond; `own` and what is smaller goes row by row.
+# 96 rows up to 1024, of 192 beyond; `paired` and what is smaller goes row by row.
 SIZES = {
     "tiles": (251, 331, 40),
     "larger blocks": (551, 1201, 33),
@@ -73,7 +73,7 @@ CASES = [
     pytest.param(mode, sizes, id=f"{mode}, {name}")
     for mode in MODES
     for name, sizes in SIZES.items()
-    if mode != "own" or name == "rows"
+    if mode != "paired" or name == "rows"
 ]
 SMALLER = [case for case in CASES if "larger" not in case.id]
 
@@ -159,7 +159,7 @@ def check_row_threshold(need, count, over_negatives, passes):
     once = need.row_cosines()
     assert {name: count[name] for name in once} == {k: passes * n for k, n in once.items()}
     assert count["exponentials"] == (passes - 1) * need.rows * need.negatives
-    inside = need.mode in ("shared", "own")  # the positive is added to the row
+    inside = need.mode in ("unpaired", "paired")  # the positive is added to the row
     n = need.negatives if over_negatives else need.columns + inside
     assert count["selected"] == need.rows * n
     compared = count["compared"] - (passes - 1) * need.rows * need.negatives
@@ -192,14 +192,14 @@ def test_double(core, mode, sizes):
 @pytest.mark.parametrize("dz", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)])
 @pytest.mark.parametrize(("mode", "sizes"), CASES)
 def test_a_gradient_that_is_not_wanted_costs_nothing(core, mode, sizes, dz):
-    if dz[2] and mode not in ("shared", "own"):
+    if dz[2] and mode not in ("unpaired", "paired"):
         pytest.skip("there is no third input")
     need = Need(core, mode, *sizes)
     found = core.count(problem("gauss", mode, *sizes), mode, dz=dz)[1]
     wanted = need.backward(False, dz)
     if not any(dz):
         wanted = dict.fromkeys(wanted, 0)
-    elif mode == "shared" and need.by_tiles and dz == (0, 1, 0):  # z1 meets its partner only
+    elif mode == "unpaired" and need.by_tiles and dz == (0, 1, 0):  # z1 meets its partner only
         wanted |= dict(products=0, exponentials=0)
     assert found == wanted
 
@@ -212,13 +212,13 @@ def test_the_threshold_and_the_bounds_of_rows_by_themselves(core, mode, sizes):
         count = core.count(z, mode, what=THRESHOLD, over_negatives=over_negatives)[0]
         check_row_threshold(need, count, bool(over_negatives), passes=1)
     count = core.count(z, mode, what=ROW_RANGE)[0]
-    n = need.columns + (mode in ("shared", "own"))
+    n = need.columns + (mode in ("unpaired", "paired"))
     zero = dict(exponentials=0, selected=0, listed=0, again=0)
     assert count == need.row_cosines() | zero | dict(compared=need.rows * n)
 
 
 def test_the_threshold_of_long_rows_goes_by_lists(core):
-    mode, sizes = "shared", (100, 6200, 9)
+    mode, sizes = "unpaired", (100, 6200, 9)
     need = Need(core, mode, *sizes)
     count = core.count(problem("gauss", mode, *sizes), mode, what=THRESHOLD)[0]
     _, share = need.share(0.99, False)

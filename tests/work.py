@@ -152,11 +152,11 @@ class Need:
         self.width = up(D, self.NR)
         self.symmetric, self.both = mode == "ntxent", mode in ("ntxent", "cross")
         self.rows = B + M if self.both else B
-        self.columns = {"ntxent": B + M, "shared": K, "own": K}.get(mode, M)
-        self.negatives = self.columns - {"ntxent": 2, "shared": 0, "own": 0}.get(mode, 1)
+        self.columns = {"ntxent": B + M, "unpaired": K, "paired": K}.get(mode, M)
+        self.negatives = self.columns - {"ntxent": 2, "unpaired": 0, "paired": 0}.get(mode, 1)
         self.anchors = B + M if self.symmetric else B  # of a field
-        self.by_tiles = mode != "own" and B >= 16 and self.columns >= 192
-        self.unit_rows = B + M + (K if mode == "shared" else 0)
+        self.by_tiles = mode != "paired" and B >= 16 and self.columns >= 192
+        self.unit_rows = B + M + (K if mode == "unpaired" else 0)
         most = 96 if self.wide else 192
         if self.symmetric:
             self.row_block = self.column_block = min(96 if B + M <= 1024 else 192, most)
@@ -189,7 +189,7 @@ class Need:
 
     def share(self, quantile: float, over_negatives: bool) -> tuple[int, float]:
         """The quantile's rank from above, and its share of the row."""
-        n = self.negatives if over_negatives else self.columns + (self.mode == "shared")
+        n = self.negatives if over_negatives else self.columns + (self.mode == "unpaired")
         k = n - round(quantile * (n - 1))
         return k, k / n
 
@@ -219,13 +219,13 @@ class Need:
             "ntxent": [(B, B + M, 2, True), (M, B + M, 2, True), (0, 0, 0, False)],
             "query": [(B, M, 1, True), (M, B, 1, False), (0, 0, 0, False)],
             "cross": [(B, B, 2, True), (B, B, 2, True), (0, 0, 0, False)],
-            "shared": [(B, K, 1, True), (B, 0, 0, False), (K, B, 1, False)],
-            "own": [(B, 0, 0, True), (B, 0, 0, False), (B * K, 0, 0, False)],
+            "unpaired": [(B, K, 1, True), (B, 0, 0, False), (K, B, 1, False)],
+            "paired": [(B, 0, 0, True), (B, 0, 0, False), (B * K, 0, 0, False)],
         }[self.mode]
 
     def row_cosines(self) -> dict[str, int]:
         """Of every anchor with its candidates, row by row."""
-        if self.mode == "own":
+        if self.mode == "paired":
             dots, rows = (self.K + 1) * self.B * self.D, self.B * self.K
             return dict(products=0, dots=dots, rows=self.unit_rows + rows)
         products = sum(self.product(n, met) for n, met, _, anchors in self.sides() if anchors)
@@ -238,7 +238,7 @@ class Need:
             compared=0, selected=0, listed=0, again=0,
         )  # fmt: skip
         if self.by_tiles:
-            other = dz[2] if self.mode == "shared" else dz[1]
+            other = dz[2] if self.mode == "unpaired" else dz[1]
             for rows, n, diagonal in self.tiles():
                 need["exponentials"] += rows * n
                 need["products"] += 0 if kept else self.product(rows, n)
@@ -246,7 +246,7 @@ class Need:
                     need["products"] += self.gathered(rows, n)
                 if (other or self.symmetric) and not diagonal:
                     need["products"] += self.gathered(n, rows)
-        elif self.mode == "own":
+        elif self.mode == "paired":
             passes = 1 if dz[0] or dz[2] else 0  # both in one
             need["dots"] = (passes * self.K * self.B + (dz[0] + dz[1]) * self.B) * self.D
             need["rows"] += passes * self.B * self.K
