@@ -112,6 +112,7 @@ def test_a_case_that_hangs_crashes_or_is_deaf_costs_its_limit_and_no_more(
             yield Work(f"sizes: after {name}", 60, functools.partial(process, tmp_path))
 
     monkeypatch.setitem(parts.GPU, "sizes", cases)
+    signal.signal(signal.SIGABRT, signal.SIG_DFL)  # as a library may, after faulthandler's handler
     arguments = ["sizes", *rehearsal(tmp_path)]
     assert bench.main(arguments) == 1  # a case that is waited for ends this test by its timeout
     found = records(tmp_path)

@@ -386,8 +386,8 @@ def test_a_look_counts_the_pairs_that_are_in_h():
             same += int((inside & (twice[:, None] % 2 == twice % 2)).sum())
     assert pairs > 0
     assert seen["near_cosine"] == pytest.approx(np.mean(cosines), abs=1e-6)
-    assert seen["paired"]["size"] == pytest.approx(pairs / 384)
-    assert seen["paired"]["superclass"] == pytest.approx(same / pairs)
+    assert seen["own"]["size"] == pytest.approx(pairs / 384)
+    assert seen["own"]["superclass"] == pytest.approx(same / pairs)
 
 
 def test_p_values_are_those_of_the_paired_t_test_and_of_holm():
