@@ -121,7 +121,7 @@ def _alone(log: Path, works: Mapping[str, Callable[[], Record]]) -> None:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     sys.stdout = sys.stderr = open(2, "a", buffering=1, closefd=False)  # noqa: SIM115
-    faulthandler.disable()  # where it is enabled, enable() leaves the handlers of signals as they are
+    faulthandler.disable()  # else enable() would leave the handlers of signals as they are
     faulthandler.enable(2)
     faulthandler.register(signal.SIGUSR1, 2)
 
