@@ -30,15 +30,16 @@ build: .venv/hex ## hex in .venv, from this folder, with all that its tests and 
 
 # Those that compile the CUDA kernels, which takes minutes.
 CUDA_TESTS := $(addprefix tests/test_cuda_,emulation.py build.py mutants.py)
-# Those that compile the CPU core again: by another compiler, for instructions that few CPUs have, or
-# with planted errors.
-THOROUGH_TESTS := tests/test_clang.py tests/test_bf16_level.py tests/test_work_done_twice.py
+# Those that compile the CPU core again (by another compiler, for instructions that few CPUs have, with
+# planted errors), those of what a build gives, and those of the benchmarks.
+THOROUGH_TESTS := $(addprefix tests/test_,clang.py bf16_level.py work_done_twice.py build.py \
+    benchmark.py benchmark_gpu.py)
 NOT_ALWAYS := $(addprefix --ignore=,$(CUDA_TESTS) $(THOROUGH_TESTS))
 
-test: lint ## lint, then the tests
+test: lint ## lint, then the tests: five minutes
 	$(PYTEST) $(NOT_ALWAYS)
 
-thorough: build ## what compiles the core again: by clang, for bfloat16, errors planted
+thorough: build ## slow tests: the core compiled again, errors planted, wheels, benchmarks
 	$(PYTEST) $(THOROUGH_TESTS)
 
 cuda: build ## the CUDA kernels: emulated on the CPU, what nvcc makes of them, planted errors
