@@ -113,7 +113,7 @@ static bool read_block(call_t *c, block_t block, hex_problem_t *p)
                     p->B, first, count);
     p->first = first;
     p->count = count < 0 ? p->B - first : count;
-    if (!hex_is_whole(p) && p->M != 0 && p->M != p->B)
+    if ((first != whole.first || count != whole.count) && p->M != 0 && p->M != p->B)
         return fail(c, "first, count: expected all rows of z0, for z1 has another number of them");
     return true;
 }
@@ -233,7 +233,9 @@ typedef struct {
 
 static rule_t next_rule(call_t *c, bool forward)
 {
-    rule_t r = {.mode = next_int(c), .reduction = next_int(c), .positives = next_int(c)};
+    rule_t r = {.mode = next_int(c)}; /* one after another, which an initialiser does not promise */
+    r.reduction = next_int(c);
+    r.positives = next_int(c);
     r.beta = next_float(c);
     if (!forward)
         return r;

@@ -53,8 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
         "\nThe kernels against the reference in float64. Each error is the largest, relative to the"
         "\nlargest value. Its limit is twice the error of the reference in the same dtype, plus a"
         "\nfew ulp."
-        f"\n\n{'':17} {'threshold':^17}  {'loss':^17}      gradient"
-        f"\n{'mode':<7} {'dtype':<9} {'  '.join(['   error    limit'] * 3)}"
+        f"\n\n{'':18} {'threshold':^17}  {'loss':^17}      gradient"
+        f"\n{'mode':<8} {'dtype':<9} {'  '.join(['   error    limit'] * 3)}"
     )
     right = True
     with threads(1):  # batches this small are slower with more
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
                 right &= within
                 figures = "  ".join(f"{error:8.1e} {limit:8.1e}" for error, limit in pairs)
                 name = str(dtype).removeprefix("torch.")
-                print(f"{mode:<7} {name:<9} {figures}{'' if within else '  WRONG'}")
+                print(f"{mode:<8} {name:<9} {figures}{'' if within else '  WRONG'}")
     n = torch.get_num_threads()
     if n > 1:
         same = same_bits(n)

@@ -62,8 +62,8 @@ class ContrastiveLoss(nn.Module):
     variant: Variant
     beta: float
     tau_plus: float
-    positives: Positives
-    base_temperature: float | None
+    positives: Positives = "outside"
+    base_temperature: float | None = None
     shown: ClassVar[tuple[str, ...]] = ()  # the options that are in the repr
 
     def __init__(
@@ -73,8 +73,9 @@ class ContrastiveLoss(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        for name, value in checked_rule(**options)._asdict().items():
-            setattr(self, name, value)
+        rule = checked_rule(**options)
+        for name in options:
+            setattr(self, name, getattr(rule, name))
         temperature = check_temperature(temperature)
         if isinstance(temperature, Tensor) and not isinstance(temperature, nn.Parameter):
             self.register_buffer("temperature", temperature, persistent=False)

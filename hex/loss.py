@@ -185,7 +185,9 @@ class InfoNCELoss(ContrastiveLoss):
         reduction: Reduction = "mean",
         gather_distributed: bool = False,
     ) -> None:
-        super().__init__(temperature, None, reduction=reduction)
+        super().__init__(
+            temperature, None, beta=1.0, tau_plus=0.0, variant="paper", reduction=reduction
+        )
         check_mode(mode)
         self.mode: Mode = mode
         self.gather_distributed = check_flag("gather_distributed", gather_distributed)

@@ -74,9 +74,11 @@ def isa() -> str:
 def _block(z: Tensor, first: int = 0, count: int = -1) -> int:
     """Rows of an input that belong to the block [first, first + count), which is within z0; z1 has
     as many rows or none. count -1: all from first on. Without a branch on a size of z."""
-    if count == -1:
-        return z.shape[0] - first
-    rows: int = torch.sym_min(z.shape[0], count)  # type: ignore[no-untyped-call]
+    rows: int
+    if isinstance(count, int) and count == -1:
+        rows = torch.sym_max(z.shape[0] - first, 0)  # type: ignore[no-untyped-call]
+    else:
+        rows = torch.sym_min(z.shape[0], count)  # type: ignore[no-untyped-call]
     return rows
 
 

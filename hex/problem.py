@@ -79,25 +79,21 @@ class Rule(NamedTuple):
 
 
 def checked_rule(
-    *, reduction: Reduction, variant: Variant = "paper", beta: float = 1.0, tau_plus: float = 0.0,
+    *, beta: float, tau_plus: float, variant: Variant, reduction: Reduction,
     positives: Positives = "outside", base_temperature: float | None = None,
 ) -> Rule:  # fmt: skip
-    """The options of a loss as one. The defaults are InfoNCE's.
+    """The options of a loss as one.
 
     Raises:
         TypeError, ValueError: an option of the wrong type or value. The text names it.
     """
-    check_reduction(reduction)
+    beta = check_number("beta", beta, 0, math.inf, open_end=True)
+    tau_plus = check_number("tau_plus", tau_plus, 0, 1, open_end=True)
     check_variant(variant)
+    check_reduction(reduction)
     check_positives(positives)
-    return Rule(
-        reduction,
-        variant,
-        check_number("beta", beta, 0, math.inf, open_end=True),
-        check_number("tau_plus", tau_plus, 0, 1, open_end=True),
-        positives,
-        check_base_temperature(base_temperature),
-    )
+    base = check_base_temperature(base_temperature)
+    return Rule(reduction, variant, beta, tau_plus, positives, base)
 
 
 class Problem(NamedTuple):

@@ -27,14 +27,23 @@ class Tally:
         self._counts = tuple(torch.zeros(1, dtype=torch.float64, device="cpu") for _ in range(3))
         self.reset()
 
+    @property
+    def device(self) -> torch.device:
+        return self._counts[0].device
+
     def reset(self) -> None:
         for count in self._counts:
             count.zero_()
         # Once a batch on the CPU had members of H and a loss, those after it need no look.
         self._uncounted, self._is_fine = 0, False
 
-    def to(self, device: torch.device) -> None:
-        self._counts = tuple(count.to(device) for count in self._counts)
+    def on(self, device: torch.device) -> "Tally":
+        """One of the same counts on another device. This one stays as it is, for the replicas of
+        `torch.nn.DataParallel` have it in common."""
+        other = Tally()
+        other._counts = tuple(count.to(device) for count in self._counts)
+        other._uncounted, other._is_fine = self._uncounted, self._is_fine
+        return other
 
     def add(self, hard: Tensor, loss: Tensor, could_be_0: bool) -> None:
         """Counts a batch. A loss that is not finite tells nothing of H.
@@ -50,8 +59,6 @@ class Tally:
         if at_hand and self._is_fine:
             self._uncounted += 1
             return
-        if self._counts[0].device != hard.device:
-            self.to(hard.device)
         batches, members, nothing = self._counts
         finite = loss.isfinite().all()
         batches.add_(finite)

@@ -342,6 +342,8 @@ class ThresholdTracker(nn.Module):
 
     def watch(self, hard: Tensor, loss: Tensor, could_be_0: bool) -> None:
         """Counts a training batch, for the warnings of `set_epoch` and `look`; see `Tally.add`."""
+        if self._tally.device != hard.device and not hard.is_meta:
+            self._tally = self._tally.on(hard.device)
         self._tally.add(hard, loss, could_be_0)
 
     def look(self, ended: bool = False) -> None:
@@ -477,12 +479,18 @@ class ThresholdTracker(nn.Module):
         if self.state.dtype != torch.float64:
             self.state = before.to(self.state.device)
         if not self.state.is_meta:
-            self._tally.to(self.state.device)
+            self._tally = self._tally.on(self.state.device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """For deepcopy and pickle: leaves out what only a backward still to come needs."""
         return {**self.__dict__, "_recall": Recall(), "known": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also of a tracker that was pickled when its counts were no `Tally`."""
+        tally = state.get("_tally")
+        new = {"_recall": Recall(), "_tally": tally if isinstance(tally, Tally) else Tally()}
+        super().__setstate__({**state, **new})  # type: ignore[no-untyped-call]
 
     def _warn_without_epochs(self, consequence: str) -> None:
         if not torch.compiler.is_compiling() and not self._epoch_set:

@@ -13,7 +13,7 @@ import operators
 import pytest
 import torch
 from conftest import DTYPES, assert_as_good_as_torch
-from data import MODES, batch, f64
+from data import MODES, batch, f64, views
 from labelled_problems import HEX, check, labelled
 
 from hex import HEXLoss, HEXSupConLoss, hex_sup_con, ops, reference
@@ -165,3 +165,17 @@ def test_cosines_that_are_kept_give_the_same_gradient():
                                     False, 15))  # fmt: skip
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_a_nan_in_an_anchors_group_is_left_out_with_it(variant):
+    """In the released form; in the paper's it is seen, as by rows."""
+    z0, z1 = views("cluster", 130, 5, seed=0)[:2]
+    z0[5] = torch.nan
+    groups = torch.arange(130) % 3
+    rows = HEXLoss(variant=variant, reduction="none")(z0, z1, groups=groups)
+    seen = torch.ones(260, dtype=torch.bool)
+    if variant == "released":
+        seen = torch.cat([groups, groups]) != groups[5]
+        seen[[5, 135]] = True
+    assert torch.equal(rows.isnan(), seen)

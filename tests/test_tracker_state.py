@@ -448,3 +448,21 @@ def test_under_ddp_every_rank_goes_on_from_rank_0_s_state_or_from_its_own(synced
             before = seen[0 if synced else number][step - 1][2]
             assert eps == value == candidate + 0.9 * (before - candidate)
     assert seen[0] != seen[1]
+
+
+def test_a_module_pickled_with_counts_that_were_no_object_goes_on():
+    z = torch.randn(2, 16, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    loss = HEXLoss()
+    old = copy.deepcopy(loss)
+    state = old.threshold.__getstate__() | {"_tally": (torch.zeros(1),) * 3}
+    del state["_recall"]
+    old.threshold.__setstate__(state)
+    assert torch.equal(old(*z), loss(*z))
+
+
+def test_replicas_on_other_devices_leave_the_counts_where_they_are():
+    threshold = HEXLoss().threshold
+    replica = threshold._replicate_for_data_parallel()
+    replica.to("meta")
+    replica._tally = replica._tally.on(torch.device("meta"))
+    assert threshold._tally.device.type == "cpu"

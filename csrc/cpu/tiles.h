@@ -116,7 +116,7 @@ INLINE void tile_sums(const pass_t *s, const tile_t *t, real *scratch, bool colu
                 const vec_t power_of_2 = x * s->scale;
                 vec_t e = exp2_vec(power_of_2), xe = x * e;
                 vec_t *out = (vec_t *)(scratch + j); /* out[kind * step] */
-                mask_t same = c > ABOVE_HOLES;
+                mask_t same = ~(c <= ABOVE_HOLES);   /* a NaN is a candidate */
                 if (by != BY_EPS) {
                     words_t codes;
                     memcpy(&codes, s->codes + t->j + j, sizeof codes);
