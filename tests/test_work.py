@@ -254,14 +254,13 @@ def test_a_labelled_loss(core, mode, guided, positives):
     B, D, E = 203, 40, 19
     M = 707 if mode == "query" else 0
     g = torch.Generator().manual_seed(0)
-    x, y = torch.randn(B, D, generator=g), torch.randn(M, D, generator=g)
-    ids = [torch.arange(n) % 7 for n in (B, M)]
-    given = dict(ids=ids, guide_D=0)
+    sides = [B, M] if M else [B]
+    z = [torch.randn(n, D, generator=g) for n in sides]
+    ids = [torch.arange(n) % 7 for n in sides]
+    given = dict(ids=ids, positives=positives)
     if guided:
-        given |= dict(guide=[torch.randn(n, E, generator=g) for n in (B, M)], guide_D=E)
-    forward, backward, threshold = core.count_labelled(
-        x, y if M else None, mode=MODES.index(mode), positives=positives, **given
-    )
+        given |= dict(guide=[torch.randn(n, E, generator=g) for n in sides])
+    forward, backward = core.count(z, mode, **given)
     need = Need(core, mode, B, 0, D, M=M)
     assert need.by_tiles
     N, candidates = need.rows, need.columns
@@ -286,7 +285,8 @@ def test_a_labelled_loss(core, mode, guided, positives):
         )
         assert backward == need.backward(False, (1, 1, 0))
 
-    negatives = int((ids[0][:, None] != ids[1 if M else 0]).sum())
+    threshold = core.count(z, mode, what=THRESHOLD, quantile=0.9, over_negatives=1, **given)[0]
+    negatives = int((ids[0][:, None] != ids[-1]).sum())
     assert threshold["selected"] == negatives
     assert negatives <= threshold["compared"] <= most_passes(False) * negatives
     assert threshold | dict(selected=0, compared=0) == nothing | dict(
@@ -298,10 +298,12 @@ def test_a_loss_of_logits(core):
     N, C = 53, 271
     g = torch.Generator().manual_seed(0)
     logits, target = 10 * torch.randn(N, C, generator=g), torch.arange(N) % C
-    forward, backward, threshold = core.count_logits(logits, target)
+    forward, backward = core.count([logits], "logits", ids=[target])
     nothing = dict.fromkeys(forward, 0)
     assert forward == nothing | dict(exponentials=N * C, compared=N * C)
     assert backward == nothing | dict(exponentials=N * C)
+    rule = dict(what=THRESHOLD, quantile=0.9, over_negatives=1)
+    threshold = core.count([logits], "logits", ids=[target], **rule)[0]
     selected = N * (C - 1)
     assert threshold == nothing | dict(selected=selected, compared=threshold["compared"])
     assert selected <= threshold["compared"] <= most_passes(False) * selected

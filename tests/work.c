@@ -56,24 +56,12 @@ bool hex_parallel_for(int64_t n, int64_t work, hex_body_t body, void *context)
 enum { GIVEN, ADAPTIVE, THRESHOLD, ROW_RANGE };
 
 typedef struct {
-    int64_t what, mode, wide, dtype, over_negatives, B, K, D, threads, keep, dz[3];
+    int64_t what, mode, several, positives, dtype, over_negatives, B, M, K, D, guide_D, threads,
+        keep, dz[3];
     double eps, tau, beta, tau_plus, quantile;
-    const void *z[3];
+    const void *z[3], *guide[2];
+    const int64_t *ids[2], *groups[2]; /* of the anchors, and of z1's rows */
 } request;
-
-typedef struct {
-    int64_t mode, positives, dtype, N, M, D, guide_D, threads, dz[2];
-    double eps, tau, beta, tau_plus;
-    const void *x, *y, *guide[2];
-    const int64_t *ids[2], *groups[2];
-} labelled_request;
-
-typedef struct {
-    int64_t positives, N, C, threads;
-    double eps, tau, beta, tau_plus;
-    const float *logits;
-    const int64_t *target;
-} logits_request;
 
 static void take(int64_t *counts)
 {
@@ -95,57 +83,74 @@ PUBLIC void tile_sides(int64_t wide, int64_t *mr, int64_t *nr)
 
 #define JOIN_(a, b, c) a##b##c
 #define JOIN(a, b, c) JOIN_(a, b, c)
-static const hex_cpu_entry_t *const level[] = {
+static const hex_cpu_entry_t *const levels[] = {
     &JOIN(hex_cpu_, HEX_LEVEL, _f32),
 #ifndef FLOAT_ONLY
     &JOIN(hex_cpu_, HEX_LEVEL, _f64),
 #endif
 };
 
-/* Fills counts[0] of the forward and counts[1] of the backward. Returns NULL, or an error. */
-PUBLIC const char *count(const request *r, int64_t counts[2][WORK_KINDS])
+static hex_problem_t problem(const request *r)
 {
-    static const double one = 1;
-    const int64_t size = r->wide ? 8 : 4, K = r->K;
+    const bool paired = r->mode == HEX_PAIRED;
+    const int64_t rows[3] = {r->B, r->M, paired ? r->B * r->K : r->K};
     hex_problem_t p = {.mode = (hex_mode_t)r->mode,
                        .reduction = HEX_MEAN,
-                       .compute_f64 = r->wide,
+                       .positives = (hex_positives_t)r->positives,
+                       .compute_f64 = r->dtype == HEX_F64,
+                       .several = r->several,
+                       .by_group = r->groups[0] != NULL,
                        .B = r->B,
                        .count = r->B,
-                       .M = r->B,
-                       .K = K,
+                       .M = r->M,
+                       .K = r->K,
                        .D = r->D,
+                       .G = r->guide_D,
                        .eps = {&r->eps, HEX_F64, 0},
                        .tau = {&r->tau, HEX_F64, 0},
                        .beta = r->beta,
                        .tau_plus = r->tau_plus};
-    const int64_t rows[3] = {r->B, r->B, p.mode == HEX_PAIRED ? r->B * K : K};
-    hex_tracker_t t = {.quantile = r->quantile, .over_negatives = r->over_negatives};
-    hex_gradient_t g = {.grad = {&one, HEX_F64, 0}};
-    void *dz[3], *stats = allocate(HEX_STATS, hex_anchors(&p), (size_t)size);
-    for (int k = 0; k < 3; k++) {
+    for (int k = 0; k < 3; k++)
         p.input[k] = matrix(r->z[k], r->dtype, rows[k], r->D);
-        dz[k] = allocate(rows[k], r->D, sizeof(double));
-        g.dz[k] = r->dz[k] ? dz[k] : NULL;
+    if (paired)
+        p.input[2].inner = r->K, p.input[2].outer = r->K * r->D;
+    for (int k = 0; k < 2; k++) {
+        p.guide[k] = matrix(r->guide[k], r->dtype, rows[k], r->guide_D);
+        p.ids[k] = (hex_ids_t){r->ids[k], 1};
+        p.groups[k] = (hex_ids_t){r->groups[k], 1};
     }
-    if (p.mode == HEX_PAIRED)
-        p.input[2].inner = K, p.input[2].outer = K * r->D;
-    g.stats = stats;
+    return p;
+}
+
+/* Fills counts[0] of the forward and counts[1] of the backward. Returns NULL, or an error. */
+PUBLIC const char *count(const request *r, int64_t counts[2][WORK_KINDS])
+{
+    static const double one = 1;
+    hex_problem_t p = problem(r);
+    hex_tracker_t t = {.quantile = r->quantile, .over_negatives = r->over_negatives};
+    const hex_cpu_entry_t *level = levels[p.compute_f64];
+    const int64_t size = p.compute_f64 ? 8 : 4, anchors = hex_anchors(&p);
+    hex_gradient_t g = {.grad = {&one, HEX_F64, 0},
+                        .stats = allocate(hex_stats(&p), anchors, (size_t)size)};
+    void *dz[3], *stats = (void *)g.stats;
+    for (int k = 0; k < 3; k++) {
+        dz[k] = allocate(p.input[k].rows, r->D, sizeof(double));
+        g.dz[k] = r->dz[k] && r->z[k] ? dz[k] : NULL;
+    }
     threads = r->threads;
     bool used = false;
-    const int64_t room = r->keep ? level[r->wide]->kept(&p, &used) : 0;
+    const int64_t room = r->keep ? level->kept(&p, &used) : 0;
     p.kept = used ? allocate(room, 1, (size_t)size) : NULL;
-    double value, *bounds = allocate(2, hex_anchors(&p), sizeof(double));
+    double value, *bounds = allocate(2, anchors, sizeof(double));
     take(counts[0]);
-    const char *error = r->what == ADAPTIVE ? level[r->wide]->adaptive(&p, &t, &value, stats)
+    const char *error = r->what == ADAPTIVE ? level->adaptive(&p, &t, &value, stats)
                         : r->what == THRESHOLD
-                            ? level[r->wide]->threshold(&p, r->quantile, r->over_negatives, &value)
-                        : r->what == ROW_RANGE
-                            ? level[r->wide]->row_range(&p, bounds, bounds + hex_anchors(&p))
-                            : level[r->wide]->forward(&p, &value, stats);
+                            ? level->threshold(&p, r->quantile, r->over_negatives, &value)
+                        : r->what == ROW_RANGE ? level->row_range(&p, bounds, bounds + anchors)
+                                               : level->forward(&p, &value, stats);
     take(counts[0]);
     if (!error && r->what <= ADAPTIVE)
-        error = level[r->wide]->backward(&p, &g);
+        error = level->backward(&p, &g);
     take(counts[1]);
     for (int k = 0; k < 3; k++)
         free(dz[k]);
@@ -153,77 +158,4 @@ PUBLIC const char *count(const request *r, int64_t counts[2][WORK_KINDS])
     free(p.kept);
     free(bounds);
     return error;
-}
-
-/* The same of a loss with several positives; counts[2] is of its threshold. */
-static const char *count_several(hex_problem_t *p, hex_gradient_t *g, int64_t counts[3][WORK_KINDS])
-{
-    static const double one = 1;
-    float *stats = allocate(HEX_STATS_SEVERAL, p->B, sizeof(float)), value;
-    double mean;
-    p->several = true;
-    g->grad = (hex_vector_t){&one, HEX_F64, 0};
-    g->stats = stats;
-    take(counts[0]);
-    const char *error = level[0]->forward(p, &value, stats);
-    take(counts[0]);
-    if (!error)
-        error = level[0]->backward(p, g);
-    take(counts[1]);
-    if (!error)
-        error = level[0]->threshold(p, 0.9, true, &mean);
-    take(counts[2]);
-    free(stats);
-    free(g->dz[0]);
-    free(g->dz[1]);
-    return error;
-}
-
-/* Of rows with labels, or groups, or a guide. */
-PUBLIC const char *count_labelled(const labelled_request *r, int64_t counts[3][WORK_KINDS])
-{
-    hex_problem_t p = {
-        .mode = (hex_mode_t)r->mode,
-        .B = r->N,
-        .count = r->N,
-        .M = r->M,
-        .D = r->D,
-        .input = {matrix(r->x, r->dtype, r->N, r->D), matrix(r->y, r->dtype, r->M, r->D)},
-        .by_group = r->groups[0] != NULL,
-        .G = r->guide_D,
-        .reduction = HEX_MEAN,
-        .positives = (hex_positives_t)r->positives,
-        .beta = r->beta,
-        .tau_plus = r->tau_plus,
-        .eps = {&r->eps, HEX_F64, 0},
-        .tau = {&r->tau, HEX_F64, 0}};
-    for (int k = 0; k < 2; k++) {
-        p.guide[k] = matrix(r->guide[k], r->dtype, k ? r->M : r->N, r->guide_D);
-        p.ids[k] = (hex_ids_t){r->ids[k], 1};
-        p.groups[k] = (hex_ids_t){r->groups[k], 1};
-    }
-    hex_gradient_t g = {.dz = {allocate(r->N, r->D, sizeof(float)),
-                               r->dz[1] ? allocate(r->M, r->D, sizeof(float)) : NULL}};
-    threads = r->threads;
-    return count_several(&p, &g, counts);
-}
-
-/* Of rows of logits. */
-PUBLIC const char *count_logits(const logits_request *r, int64_t counts[3][WORK_KINDS])
-{
-    hex_problem_t p = {.mode = HEX_LOGITS,
-                       .B = r->N,
-                       .count = r->N,
-                       .D = r->C,
-                       .input = {matrix(r->logits, HEX_F32, r->N, r->C)},
-                       .ids = {{r->target, 1}},
-                       .reduction = HEX_MEAN,
-                       .positives = (hex_positives_t)r->positives,
-                       .beta = r->beta,
-                       .tau_plus = r->tau_plus,
-                       .eps = {&r->eps, HEX_F64, 0},
-                       .tau = {&r->tau, HEX_F64, 0}};
-    hex_gradient_t g = {.dz = {allocate(r->N, r->C, sizeof(float))}};
-    threads = r->threads;
-    return count_several(&p, &g, counts);
 }

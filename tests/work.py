@@ -12,7 +12,7 @@ import ctypes
 import math
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,20 +34,14 @@ def structure(name: str, *fields: tuple[str, Any]) -> Any:
 
 Request = structure(
     "Request",
-    ("what mode wide dtype over_negatives B K D threads keep", integer), ("dz", integer * 3),
-    ("eps tau beta tau_plus quantile", real), ("z", pointer * 3),
+    ("what mode several positives dtype over_negatives B M K D guide_D threads keep", integer),
+    ("dz", integer * 3), ("eps tau beta tau_plus quantile", real),
+    ("z", pointer * 3), ("guide ids groups", pointer * 2),
 )  # fmt: skip
-LabelledRequest = structure(
-    "LabelledRequest",
-    ("mode positives dtype N M D guide_D threads", integer), ("dz", integer * 2),
-    ("eps tau beta tau_plus", real), ("x y", pointer), ("guide ids groups", pointer * 2),
+OPTIONS = dict(
+    eps=0.4, tau=0.1, beta=1.0, tau_plus=0.0,  # tau_plus 0: no floor acts
+    quantile=0.99, dtype=F32, threads=1, dz=(1, 1, 1),
 )  # fmt: skip
-LogitsRequest = structure(
-    "LogitsRequest",
-    ("positives N C threads", integer), ("eps tau beta tau_plus", real),
-    ("logits target", pointer),
-)  # fmt: skip
-OPTIONS = dict(eps=0.4, tau=0.1, beta=1.0, tau_plus=0.0)  # tau_plus 0: no floor acts
 
 
 class Core(NamedTuple):
@@ -61,41 +55,23 @@ class Core(NamedTuple):
         self.library.tile_sides(integer(wide), ctypes.byref(mr), ctypes.byref(nr))
         return mr.value, nr.value
 
-    def _count(self, function: str, request: Any, kinds: int) -> list[dict[str, int]]:
-        counts = (integer * len(COUNTS) * kinds)()
-        call = getattr(self.library, function)
-        call.restype = ctypes.c_char_p
-        if error := call(ctypes.byref(request), counts):
+    def count(self, z: Sequence[Tensor], mode: str, **given: Any) -> list[dict[str, int]]:
+        """Of the forward and the backward. With ids, or in mode "logits", positives are several."""
+        several = "ids" in given
+        pointers = {name: given.pop(name, ()) for name in ("guide", "ids", "groups")}
+        o = {**OPTIONS, "several": several, **given, "mode": [*MODES, "logits"].index(mode)}
+        o |= dict(zip("BMK", (x.shape[-2] for x in z), strict=False), D=z[0].shape[1])
+        if pointers["guide"]:
+            o["guide_D"] = pointers["guide"][0].shape[1]
+        for name, tensors in (pointers | {"z": z}).items():
+            size = 3 if name == "z" else 2
+            o[name] = (pointer * size)(*[x.data_ptr() for x in tensors])
+        o["dz"] = (integer * 3)(*o["dz"])
+        counts = (integer * len(COUNTS) * 2)()
+        self.library.count.restype = ctypes.c_char_p
+        if error := self.library.count(ctypes.byref(Request(**o)), counts):
             raise RuntimeError(error)
         return [dict(zip(COUNTS, row, strict=True)) for row in counts]
-
-    def count(self, z: list[Tensor], mode: str, **given: Any) -> list[dict[str, int]]:
-        """Of the forward and the backward."""
-        B, D = z[0].shape
-        K = z[2].shape[-2] if len(z) > 2 else 0
-        o = {**OPTIONS, "quantile": 0.99, "dz": (1, 1, 1), "threads": 1, "dtype": F32, **given}
-        o |= dict(mode=MODES.index(mode), B=B, K=K, D=D, wide=o["dtype"] == F64)
-        o["dz"] = (integer * 3)(*o["dz"])
-        o["z"] = (pointer * 3)(*[x.data_ptr() for x in z])
-        return self._count("count", Request(**o), 2)
-
-    def count_labelled(self, x: Tensor, y: Tensor | None, **given: Any) -> list[dict[str, int]]:
-        """Of the forward, the backward and the threshold."""
-        pointers = {}
-        for name in ("guide", "ids", "groups"):
-            of = given.pop(name, (None, None))
-            pointers[name] = (pointer * 2)(*[t.data_ptr() if t is not None else None for t in of])
-        o = {**OPTIONS, "threads": 1, "dtype": F32, **given, **pointers}
-        o |= dict(N=x.shape[0], M=0 if y is None else y.shape[0], D=x.shape[1])
-        o["dz"] = (integer * 2)(1, y is not None)
-        o["y"] = y.data_ptr() if y is not None else None
-        return self._count("count_labelled", LabelledRequest(x=x.data_ptr(), **o), 3)
-
-    def count_logits(self, logits: Tensor, target: Tensor, **given: Any) -> list[dict[str, int]]:
-        N, C = logits.shape
-        o = {**OPTIONS, "threads": 1, **given, "N": N, "C": C}
-        o |= dict(logits=logits.data_ptr(), target=target.data_ptr())
-        return self._count("count_logits", LogitsRequest(**o), 3)
 
 
 def build(
