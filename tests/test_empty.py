@@ -8,8 +8,9 @@ import itertools
 import operators
 import pytest
 import torch
-from conftest import without_kernels
-from data import f64
+from conftest import DTYPES, problem, without_kernels
+from data import MODES as ALL_MODES
+from data import f64, leaves
 
 from hex import (
     HEXCrossEntropyLoss,
@@ -17,6 +18,7 @@ from hex import (
     HEXSupConLoss,
     InfoNCELoss,
     ThresholdTracker,
+    batch_threshold,
     ops,
 )
 
@@ -57,6 +59,30 @@ def check_nothing(criterion, inputs, *args, **kwargs):
         if criterion.threshold is not None and inputs[0].shape[0] == 0:
             assert criterion.threshold.state[2] == 0  # updates
         assert criterion.last.hard == 0 and criterion.last.share == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("mode", ALL_MODES)
+def test_the_loss_of_an_empty_batch_stays_in_the_graph(mode, variant, dtype):
+    p = problem("gauss", 5, 3, mode, dtype=dtype, variant=variant)
+    empty = [z[:0] for z in p.inputs]
+    if mode == "unpaired":
+        empty[2] = p.inputs[2]
+    for reduction, shape in (("none", (0,)), ("mean", ()), ("sum", ())):
+        inputs = leaves(*empty)
+        loss = p.loss(*inputs, reduction=reduction)
+        assert loss.shape == shape
+        assert loss.dtype == p.dtype
+        assert (loss == 0).all()
+        loss.sum().backward()
+        assert all(z.grad.shape == z.shape and (z.grad == 0).all() for z in inputs)
+
+
+def test_an_empty_batch_has_no_threshold():
+    z = torch.empty(0, 4)
+    for over in ("all", "negatives"):
+        assert batch_threshold(z, z, over=over).isnan()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of the threshold, that nothing is learnt

@@ -3,7 +3,7 @@
 
 Each section is a row of the table of cases in docs/math.md: H empty, membership, the floor, a
 threshold that is no number, rows of zeros, tiny and huge rows, rows that are not finite, no
-negatives, G empty, an empty batch, dtypes.
+negatives, G empty, one row or feature, dtypes. Empty batches are in test_empty.py.
 """
 
 import math
@@ -448,35 +448,7 @@ def test_released_ignores_beta_and_tau_plus_and_may_be_negative(mode):
     assert (paper >= 0).all()
 
 
-# ---- an empty batch, one row, one feature -------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("mode", MODES)
-def test_an_empty_batch_has_loss_zero_and_stays_in_the_graph(mode, variant, dtype):
-    p = problem("gauss", 5, 3, mode, dtype=dtype, variant=variant)
-    empty = [z[:0] for z in p.inputs]
-    if mode == "unpaired":
-        empty[2] = p.inputs[2]
-    for reduction, shape in (("none", (0,)), ("mean", ()), ("sum", ())):
-        inputs = leaves(*empty)
-        loss = p.loss(*inputs, reduction=reduction)
-        assert loss.shape == shape
-        assert loss.dtype == p.dtype
-        assert (loss == 0).all()
-        loss.sum().backward()
-        assert all(z.grad.shape == z.shape and (z.grad == 0).all() for z in inputs)
-
-
-def test_an_empty_batch_has_no_threshold_and_modules_take_it():
-    z = torch.empty(0, 4)
-    for over in ("all", "negatives"):
-        assert batch_threshold(z, z, over=over).isnan()
-    criterion = HEXLoss(threshold=ThresholdTracker.adaptive(over="negatives"))
-    assert criterion(z.clone().requires_grad_(), z) == 0
-    assert criterion.threshold.updates == 0
-    assert InfoNCELoss()(z, z) == 0
+# ---- no features, one row, one feature ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", MODES)
