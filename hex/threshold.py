@@ -109,15 +109,10 @@ class ThresholdTracker(nn.Module):
 
     @classmethod
     def adaptive(
-        cls,
-        quantile: float = 0.99,
-        over: Over = "negatives",
-        warmup_epochs: int = 0,
-        momentum: float = 0.0,
-        monotonic: bool = False,
-        lagged: bool = False,
+        cls, quantile: float = 0.99, over: Over = "negatives", warmup_epochs: int = 0,
+        momentum: float = 0.0, monotonic: bool = False, lagged: bool = False,
         warmup_threshold: float = math.inf,
-    ) -> ThresholdTracker:
+    ) -> ThresholdTracker:  # fmt: skip
         """A quantile of the cosines of each row, averaged over the rows, batch by batch.
 
             v_t = momentum v_(t-1) + (1 - momentum) candidate_t,  v_1 = candidate_1
@@ -138,15 +133,10 @@ class ThresholdTracker(nn.Module):
                 NNCLR.
         """
         return cls(
-            "adaptive",
-            quantile=quantile,
-            over=over,
-            warmup_epochs=warmup_epochs,
-            momentum=momentum,
-            monotonic=monotonic,
-            lagged=lagged,
+            "adaptive", quantile=quantile, over=over, warmup_epochs=warmup_epochs,
+            momentum=momentum, monotonic=monotonic, lagged=lagged,
             warmup_threshold=warmup_threshold,
-        )
+        )  # fmt: skip
 
     @classmethod
     def fixed(cls, t: float, normalize_rows: bool = False) -> ThresholdTracker:
