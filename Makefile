@@ -78,7 +78,7 @@ sanitize: build ## the tests under AddressSanitizer and UndefinedBehaviorSanitiz
 demo: build ## train on handwritten digits, with InfoNCE and with HEX: three minutes, with pictures
 	$(BIN)/python examples/demo.py
 
-bench: build ## time and memory beside plain torch, torch.compile, other libraries: 20 minutes
+bench: build ## time and memory beside plain torch, torch.compile, other libraries: half an hour
 	$(BIN)/python benchmarks/bench.py
 
 # A test that hangs in the device ends its process, the others go on. For the sanitizer each tensor is

@@ -30,6 +30,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from hex import __version__, ops
+from hex._load import cuda_problem
 
 Step = Callable[[], object]
 
@@ -85,27 +86,41 @@ def retain_heap() -> None:
             raise OSError(f"mallopt({option}, {value}) failed")
 
 
-def machine() -> dict[str, object]:
-    """The machine and the libraries, for the head of a table."""
-    return {
-        "cpu": _proc("/proc/cpuinfo", r"model name\s*: (.*)") or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
-        "torch": torch.__version__,
-        "torch_simd": torch.backends.cpu.get_cpu_capability(),
-        "hex": __version__,
-        "hex_isa": ops.isa(),
-        "commit": _commit(),
+def machine(device: str) -> dict[str, str]:
+    """What is here and serves the device, for the head of a table; in short under "on"."""
+    on = f"torch {torch.__version__}, hex-ssl {__version__} at {_commit()}"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    here = {
+        "cores": str(len(os.sched_getaffinity(0))),
+        "memory": f"{memory / 1e9:.0f} GB",
+        "torch's SIMD": torch.backends.cpu.get_cpu_capability(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
+    if device == "cpu":
+        cpu = _proc("/proc/cpuinfo", r"model name\s*: (.*)") or platform.machine()
+        return {"on": f"{cpu}, HEX_ISA {ops.isa()}, {on}", **here}
+    if not torch.cuda.is_available():
+        raise RuntimeError("torch sees no CUDA device; --device cpu --smoke is a rehearsal")
+    torch.cuda.set_device(torch.device(device).index or 0)
+    card = torch.cuda.get_device_properties(torch.cuda.current_device())
+    if problem := cuda_problem(torch.cuda.current_device()):
+        raise RuntimeError(f"no CUDA kernels: {problem}")
+    driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    here |= {"memory": f"{card.total_memory / 1e9:.0f} GB", "driver": driver}
+    return {"on": f"{card.name}, {on}", **here, "CUDA": str(torch.version.cuda)}
 
 
 def _commit() -> str:
-    """Of the sources this file lies in; with a plus where the library differs from it."""
+    """With a plus where the library differs from it."""
     git = ["git", "-C", str(Path(__file__).parent)]
+    changed = [*git, "status", "--porcelain", "-uno", "--", ":/csrc", ":/hex"]
+    return _said(*git, "rev-parse", "--short=10", "HEAD") + "+" * (_said(*changed) != "")
+
+
+def _said(*command: str) -> str:
+    """The first line of its output."""
     try:
-        name = subprocess.check_output([*git, "rev-parse", "--short=10", "HEAD"], text=True)
-        changed = subprocess.call([*git, "diff", "--quiet", "HEAD", "--", ":/csrc", ":/hex"])
-        return name.strip() + "+" * bool(changed)
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).split("\n")[0]
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Work done in another process, one thing after another, each within its limit; and its records.
 
-What takes the process down, or is not done in time, has failed: the process is killed, with all
-that it started. What that tells of where it was is in the log, whose end stands in the record.
+What takes the process down, or is not done in time, has failed: the process is killed with all that
+it started. The end of the log, which stands in the record then, tells where it was.
 """
 
 from __future__ import annotations
@@ -25,71 +25,72 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# Not "fork": in a forked process hex computes on one thread (csrc/parallel.c).
+START_METHOD = "spawn"
+
 Record = dict[str, Any]
+Works = Callable[[], Mapping[str, Callable[[], Record]]]  # made in the process
 
 
 class Work(NamedTuple):
-    name: str  # "part" or "part: " and what says all
+    name: str  # "part", or "part: " and what it measures
     limit: float  # seconds
     do: Callable[[], Record]
 
 
 class Results:
-    """What a file has already, and a line for each new record; of a case the last one counts."""
+    """The records of a file, and a line for each new one. Of a work the last one counts."""
 
     def __init__(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        self.file, self.on = file, ""  # machine, torch and code of what is added
+        self.file, self.on = file, ""  # on: the machine and the code of what is added
         text = file.read_text() if file.exists() else ""
         if text and not text.endswith("\n"):  # a line that was cut off ends here, too
             file.write_text(f"{text}\n")
         self.records = read(text)
 
-    def add(self, case: str, record: Record) -> None:
-        self.records[self.on, case] = record = {"on": self.on, **record, "case": case}
+    def add(self, name: str, record: Record) -> None:
+        record = {"on": self.on, "name": name, **record}
+        self.records.pop((self.on, name), None)  # it comes last
+        self.records[self.on, name] = record
         with self.file.open("a") as file:
-            file.write(json.dumps(record, default=str) + "\n")
+            file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
-    def failed(self, case: str) -> bool | None:
+    def ok(self, name: str) -> bool | None:
         """None where there is no result."""
-        record = self.records.get((self.on, case))
-        return None if record is None else not record.get("ok", True)
+        record = self.records.get((self.on, name))
+        return record and record.get("ok", True)
 
 
 def read(text: str) -> dict[tuple[str, str], Record]:
-    """The records by machine and case, the newest last."""
+    """The records by machine and name, the newest last."""
     records: dict[tuple[str, str], Record] = {}
     for line in text.splitlines():
         with contextlib.suppress(ValueError):  # cut off
             record = json.loads(line)
-            key = record.get("on", ""), record.get("case") or record["part"]
-            records.pop(key, None)
-            records[key] = record
+            records.pop((record["on"], record["name"]), None)
+            records[record["on"], record["name"]] = record
     return records
 
 
 class Worker:
     """The process."""
 
-    def __init__(self, log: Path, works: Mapping[str, Callable[[], Record]]) -> None:
-        # This process has torch and never asks for the device, which a fork would not survive.
-        fork = multiprocessing.get_context("fork")
-        self.pool = ProcessPoolExecutor(1, fork, initializer=_alone, initargs=(log, works))
+    def __init__(self, log: Path, works: Works) -> None:
+        context = multiprocessing.get_context(START_METHOD)
+        self.pool = ProcessPoolExecutor(1, context, initializer=_alone, initargs=(log, works))
         self.pid = self.pool.submit(os.getpid).result()
         self.log = log
 
-    def do(self, work: str, limit: float) -> Record:
-        """The record; of what fails also a reason and the end of the log."""
+    def do(self, name: str, limit: float) -> Record:
+        """The record. That of what fails has "ok": False, a reason and the end of the log."""
         log_at = self.log.stat().st_size
         try:
-            record = self.pool.submit(_attempt, work).result(limit)
+            record = self.pool.submit(_attempt, name, limit).result(limit + 1)
         except concurrent.futures.TimeoutError:
             record = {"ok": False, "note": f"not done within {limit:g} s"}
-            with contextlib.suppress(ProcessLookupError):  # where it is goes into the log
-                os.kill(self.pid, signal.SIGUSR1)
-            time.sleep(0.5)
         except BrokenProcessPool:
             record = {"ok": False, "note": "its process ended"}
         if not record.get("ok", True):
@@ -103,37 +104,32 @@ class Worker:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-_works: Mapping[str, Callable[[], Record]] = {}  # in the process; few of them could be pickled
+_works: Mapping[str, Callable[[], Record]] = {}  # in the process, for few of them can be pickled
 
 
-def _alone(log: Path, works: Mapping[str, Callable[[], Record]]) -> None:
-    """Leads a process group that can be killed as one, and writes all its output to the log.
-
-    Only descriptors 1 and 2 are used. A pipe of the worker before, which another thread was closing
-    at the moment of the fork, may be closed here once more, under a number that is a new file's.
-    """
+def _alone(log: Path, works: Works) -> None:
+    """Leads a process group that can be killed as one, and writes all its output to the log."""
     global _works
-    _works = works
+    _works = works()
     os.setsid()
     gc.freeze()  # or every collection would go through all that was imported
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with log.open("a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     sys.stdout = sys.stderr = open(2, "a", buffering=1, closefd=False)  # noqa: SIM115
     faulthandler.disable()  # else enable() would leave the handlers of signals as they are
     faulthandler.enable(2)
-    faulthandler.register(signal.SIGUSR1, 2)
 
 
-def _attempt(work: str) -> Record:
+def _attempt(name: str, limit: float) -> Record:
     utc = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M")
     load, begin = os.getloadavg()[0], time.perf_counter()
+    faulthandler.dump_traceback_later(limit, file=2)  # where it hangs goes into the log
     try:
-        record = _works[work]()
+        record = _works[name]()
     except Exception as error:
         traceback.print_exc()
         record = {"ok": False, "note": f"{type(error).__name__}: {error}"[:500]}
+    faulthandler.cancel_dump_traceback_later()
     seconds = round(time.perf_counter() - begin, 1)
-    loads = [round(load, 1), round(os.getloadavg()[0], 1)]
-    return record | {"utc": utc, "seconds": seconds, "load": loads}
+    return record | {"utc": utc, "seconds": seconds, "load": [load, os.getloadavg()[0]]}

@@ -24,9 +24,10 @@ import measure  # noqa: E402
 import parts  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
+import worker  # noqa: E402
 from batches import Case  # noqa: E402
 
-from hex import HEXLoss, ThresholdTracker, hex_cross_entropy, hex_sup_con, ops  # noqa: E402
+from hex import HEXLoss, ThresholdTracker, hex_cross_entropy, hex_sup_con  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,18 +42,18 @@ own_memory = pytest.mark.skipif(
     "libasan" in os.environ.get("LD_PRELOAD", ""),
     reason="under AddressSanitizer memory and time are mostly the sanitizer's",
 )
-forks = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # and NumPy has threads
 
 
 @own_memory
-@forks
 def test_the_benchmark_prints_tables_and_records_its_samples(tmp_path, capsys):
     file = tmp_path / "bench.jsonl"
     arguments = ["sizes", "--smoke", "--repeats", "2", "--record", str(file)]
-    assert bench.main([*arguments, "--only", "(hex|plain|info-nce)"]) == 0
+    arguments += ["--only", "(hex|plain|info-nce)"]
+    assert bench.main(arguments) == 0
     printed = capsys.readouterr().out
-    (record,) = map(json.loads, file.read_text().splitlines())
-    assert report.latest(file) == {}  # it was a rehearsal
+    machine, record = map(json.loads, file.read_text().splitlines())
+    page = report.PAGES[0]._replace(record=file)
+    assert page.records() == []  # it was a rehearsal
     methods = [
         "hex HEXLoss",
         "hex hex_loss, eps given",
@@ -67,56 +68,84 @@ def test_the_benchmark_prints_tables_and_records_its_samples(tmp_path, capsys):
         assert {r["rows"] for r in found} == {160, 192}
         assert all(min(r["ms"]) > 0 for r in found)
         assert all(len(r["ms"]) == 2 for r in found)
-    results = report.results_of(record)
-    ours = results[(results.method == "hex HEXLoss") & (results.heap == "retained")]
-    shown = [report.number(statistics.median(ms)) for ms in ours.ms]
+    ours = [r for r in found if r["method"] == "hex HEXLoss"]
+    shown = [report.number(statistics.median(r["ms"])) for r in ours]
     assert f"| hex HEXLoss | {' | '.join(shown)} |" in printed
-    for about in (record["machine"]["cpu"], "plain HEX / hex HEXLoss"):
+    for about in (f"{machine['on']}; cores ", "plain HEX / hex HEXLoss", "| hex HEXLoss | 2e-07 |"):
         assert about in printed
+    assert file.with_suffix(".md").read_text() in printed
+
+    assert bench.main(arguments) == 0  # again: all is there
+    assert "sizes\n" + capsys.readouterr().out == printed
 
 
 @own_memory
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # a library's
-@pytest.mark.filterwarnings("ignore:.*HEX_ISA:RuntimeWarning")
 @pytest.mark.parametrize("part", sorted(set(parts.CPU) - {"sizes"}))
 def test_a_part_gives_results_and_a_table(part, monkeypatch):
     monkeypatch.setattr(measure, "retain_heap", lambda: None)  # for good: not in this process
     monkeypatch.setattr(measure, "TURN_S", 1e-3)
-    monkeypatch.setattr(parts, "LEVELS", (ops.isa(),))
-    before, level = torch.get_num_threads(), os.environ.get("HEX_ISA")
-    (work,) = parts.CPU[part](bench.parse(["--smoke", "--repeats", "1"]))
-    record = work.do() | {"utc": "2000-01-01T00:00", "seconds": 1, "load": [0, 0]}
+    before = torch.get_num_threads()
+    (work,) = parts.works(bench.parse([part, "--smoke", "--repeats", "1"]))
+    record = json.loads(json.dumps(work.do()))
     torch.set_num_threads(before)
-    assert record["results"] and os.environ.get("HEX_ISA") == level
-    assert re.search(
-        r"\| --- \|.*\n(\| .*\d.*\|\n)+", report.of_part(json.loads(json.dumps(record)))
-    )
+    (shown,) = (report.times(report.frame([record | {"name": part}])),)
+    assert shown and all(re.search(r"\d", cell) for t in shown.values() for cell in t.iloc[0])
+    titles = {"Milliseconds, stock heap" if part == "small" else "Milliseconds, retained heap"}
+    assert {*shown} - {"Memory at the peak, MB"} == titles
 
 
-def test_the_documents_have_the_tables_of_the_recorded_results():
-    records = report.latest()
-    blocks = report.blocks(records)
-    for path in report.DOCUMENTS:
-        text = path.read_text()
-        assert report.filled(text, blocks) == text, f"{path.name}: run bench.py --report"
-    named = set(re.findall(r"<!-- (\w+) -->", report.DOCUMENTS[0].read_text()))
-    assert named == {*parts.CPU, "end"} == {*report.PARTS, "end"}
-    assert "<!-- summary -->" in report.DOCUMENTS[1].read_text()
-    with pictures.open(report.PICTURE) as picture:
-        assert picture.info["Figures"] == report.checksum(report.points(records)), (
-            "run bench.py --report"
-        )
-    typed = "<!-- small -->\n| 1.00 |\n<!-- end -->"
-    assert report.filled(typed, blocks) != typed
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.record.stem)
+def test_the_documents_have_the_tables_of_the_recorded_results(page):
+    blocks, named = page.blocks(), set()
+    for file in page.documents:
+        text = file.read_text()
+        assert report.filled(text, blocks) == text, f"{file.name}: run bench.py --report"
+        named |= set(re.findall(r"<!-- (\w+) -->", text)) - {"end"}
+    assert named == {*blocks}
+    with pictures.open(page.picture) as picture:
+        assert picture.info["Figures"] == report.checksum(page.points()), "run bench.py --report"
+    typed = "<!-- sizes -->\n| 1.00 |\n<!-- end -->"
+    assert report.filled(typed, blocks) == f"<!-- sizes -->\n{blocks['sizes']}\n<!-- end -->"
+    assert len({re.split(", HEX_ISA|, torch", r["on"])[0] for r in page.records()}) == 1
+    assert not re.search(r'[" ]/\w|uuid|pci', page.record.read_text())  # no place of the machine
+
+
+def test_the_report_makes_documents_and_pictures(tmp_path, monkeypatch):
+    pages = []
+    for page in report.PAGES:
+        file = tmp_path / f"{page.record.stem}.md"
+        file.write_text("before\n<!-- sizes -->\nold\n<!-- end -->\nafter\n")
+        pages.append(page._replace(documents=[file], picture=file.with_suffix(".png")))
+    monkeypatch.setattr(report, "PAGES", pages)
+    assert bench.main(["--report"]) == 0
+    for page in pages:
+        text = page.documents[0].read_text()
+        assert text == f"before\n<!-- sizes -->\n{page.blocks()['sizes']}\n<!-- end -->\nafter\n"
+        with pictures.open(page.picture) as file:
+            assert file.info["Figures"] == report.checksum(page.points())
+
+
+def test_a_result_measured_again_and_another_instruction_set():
+    row = {"method": "hex HEXLoss", "case": "512", "heap": "retained", "dtype": "float32"}
+    row |= {"rows": 512, "features": 128, "queue": 0, "peak_mb": 1.0}
+    runs = [("a", "avx2", 1.0), ("a", "base", 3.0), ("b", "avx2", 2.0)]
+    results = [(on, [row | {"isa": isa, "ms": [ms]}]) for on, isa, ms in runs]
+    records = [{"on": on, "name": "isa", "results": found} for on, found in results]
+    shown = report.times(report.frame(records))
+    assert {title: [*cells["512"]] for title, cells in shown.items()} == {
+        "Milliseconds, retained heap, HEX_ISA=avx2": ["2.00"],
+        "Milliseconds, retained heap, HEX_ISA=base": ["3.00"],
+    }
 
 
 def test_a_table_is_markdown():
-    cells = pandas.DataFrame({"4096x512": {"name": "1.0", "n": ""}})
+    cells = pandas.DataFrame({"4096": {"name": "1.0", "n": ""}})
     assert report.markdown("title", cells, "corner").splitlines() == [
-        "**title**", "", "| corner | 4096 x 512 |", "| --- | ---: |", "| name | 1.0 |", "| n |  |",
+        "**title**", "", "| corner | 4096 |", "| --- | ---: |", "| name | 1.0 |", "| n |  |",
     ]  # fmt: skip
-    assert [report.number(x) for x in (None, 0.123, 9.999, 99.96, 1234.5)] == [
-        "", "0.12", "10.0", "100", "1234",
+    assert [report.number(x) for x in (None, 0, 0.01234, 9.999, 99.96, 1234.5)] == [
+        "", "0", "0.0123", "10.0", "100", "1234",
     ]  # fmt: skip
 
 
@@ -137,7 +166,8 @@ def test_every_method_is_right_and_the_other_loss_is_refused(case):
     symmetric = () if case.mode != "ntxent" else peers.LIBRARIES
     released = (peers.AUTHORS,) if case.kind == "clusters" else ()  # else decided by rounding
     methods = (*peers.OURS, peers.PLAIN_HEX, peers.PLAIN_INFO_NCE, *symmetric, *released)
-    for method in parts.OF_MODE.get(case.mode, methods):
+    of_mode = {"labels": peers.LABELS, "logits": peers.LOGITS}
+    for method in of_mode.get(case.mode, methods):
         if case.rows <= method.most:
             batch = batches.make(case)
             got = method.step(batch)()
@@ -167,6 +197,18 @@ def test_another_formula_is_refused(option):
         peers.checked(method, Case("", 200, 24))
 
 
+def test_a_batch_too_large_for_the_reference_is_compared_with_the_kernels(monkeypatch):
+    case = Case("", 200, 24)
+    right = peers.truth(case, "cpu", "HEX")
+    peers.truth.cache_clear()
+    monkeypatch.setattr(peers, "DENSE", 1)
+    again = peers.truth(case, "cpu", "HEX")
+    for got, wanted in zip(again, right, strict=True):
+        assert not torch.equal(got, wanted)  # other sums
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-14)
+    peers.truth.cache_clear()
+
+
 def test_a_wrong_gradient_is_refused():
     case = Case("", 200, 24)
     right = peers.truth(case, "cpu", "HEX")
@@ -176,18 +218,41 @@ def test_a_wrong_gradient_is_refused():
 
 
 @own_memory
-@forks
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # NumPy has threads
 def test_a_wrong_method_fails_and_the_next_part_begins(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(worker, "START_METHOD", "fork")  # it has what is planted here
     wrong = peers.HEX._replace(build=peers.INFO_NCE.build)
     case = Case("160", 160, 24)
-    monkeypatch.setitem(parts.PARTS, "data", parts.Part([case], (wrong,)))
-    monkeypatch.setitem(parts.PARTS, "types", parts.Part([case], (peers.HEX, peers.PLAIN_HEX)))
+    monkeypatch.setitem(parts.CPU, "data", parts.Part([case], (wrong,)))
+    monkeypatch.setitem(parts.CPU, "types", parts.Part([case], (peers.HEX, peers.PLAIN_HEX)))
     file = tmp_path / "bench.jsonl"
     assert bench.main(["data", "types", "--repeats", "1", "--record", str(file)]) == 1
-    printed = capsys.readouterr()
-    assert re.search(r"data  FAILED  Mismatch: hex HEXLoss: got a loss_error .*", printed.out)
-    assert "failed: data" in printed.err and "| hex HEXLoss |" in printed.out
-    assert set(report.latest(file)) == {"types"}
+    printed = capsys.readouterr().out
+    assert re.search(r"data  FAILED: Mismatch: hex HEXLoss: got a loss_error .*", printed)
+    assert "### data\n\ndata failed: Mismatch" in printed
+    assert re.search(r"### types\n\n.*\n\n.*160 \|\n.*\n\| hex HEXLoss \|", printed)
+
+
+def threads():
+    """How many this process has before and after a loss on two."""
+    torch.set_num_threads(2)
+    z = torch.randn(2, 1024, 64)
+    before = len(os.listdir("/proc/self/task"))
+    HEXLoss()(*z)
+    return {"before": before, "after": len(os.listdir("/proc/self/task"))}
+
+
+def works():
+    return {"threads": threads}
+
+
+def test_a_loss_that_is_timed_has_its_threads(tmp_path):
+    log = tmp_path / "log"
+    log.touch()
+    process = worker.Worker(log, works)
+    record = process.do("threads", 60)
+    process.end()
+    assert record["after"] == record["before"] + 1
 
 
 @pytest.mark.parametrize(
