@@ -29,6 +29,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,38 +45,42 @@ START = 120  # seconds to find the device
 
 def run(options: argparse.Namespace, results: Results) -> int:
     """Does what is to do: 0, or 1 where something failed, or 3 where the time is over."""
-    works = list(parts.works(options))
+    if not (works := list(parts.works(options))):
+        print(f"--only: nothing matches {options.only!r}", file=sys.stderr)
+        return 2
     does = functools.partial(parts.does, options)
     log = results.file.with_suffix(".log")
     log.touch()
     end, failed = time.monotonic() + options.seconds, False
     worker = Worker(log, does)
     try:
-        machine = worker.do("machine", START)
+        machine = worker.do("machine", min(START, options.seconds))
         if not machine.get("ok", True):
             print("no start:", machine["note"], *machine["output"], sep="\n", file=sys.stderr)
             return 1
-        results.on = machine.pop("on") + ", a rehearsal" * options.smoke
+        rehearsal = options.smoke or (options.gpu and options.device == "cpu")
+        results.on = machine.pop("on") + ", a rehearsal" * rehearsal
         results.add("machine", machine)
-        to_do = [work for ok in (None, False) for work in works if results.ok(work.name) is ok]
+        to_do = [work for ok in (None, False) for work in works if results.ok(work) is ok]
         while to_do and (left := end - time.monotonic()) > 0:
             work = to_do[0]
             print(work.name, end="", flush=True)
             record = worker.do(work.name, min(work.limit, left))
             ok = record.get("ok", True)
             if not ok and time.monotonic() >= end:
+                print(flush=True)
                 break
             if not ok or not options.gpu:
                 worker.end()  # what is lost to it, the heap or the device, is not to the next work
                 worker = Worker(log, does)
-            results.add(work.name, record)
+            results.add(work.name, {"asked": work.asked, **record})
             print("" if ok else f"  FAILED: {record['note']}", flush=True)
             failed |= not ok
             to_do.pop(0)
     finally:
         worker.end()
     for work in to_do:
-        if results.ok(work.name) is None:
+        if results.ok(work) is None:
             print(f"not reached: {work.name}", file=sys.stderr)
     return 3 if to_do else int(failed)
 
@@ -85,11 +90,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.report:
         report.write()
         return 0
-    results = Results(options.record)
-    status = run(options, results)
-    tables = report.text([r for r in results.records.values() if r["on"] == results.on])
-    options.record.with_suffix(".md").write_text(tables)
-    print(tables, f"record: {options.record}", sep="\n")
+    try:
+        results = Results(options.record)
+    except (OSError, ValueError) as error:
+        print(f"--record {options.record}: {error}", file=sys.stderr)
+        return 2
+    try:
+        status = run(options, results)
+    except KeyboardInterrupt:
+        print(flush=True)
+        status = 130
+    if results.on:
+        tables = report.text([r for r in results.records.values() if r["on"] == results.on])
+        options.record.with_suffix(".md").write_text(tables)
+        print(tables, f"record: {options.record}", sep="\n")
     return status
 
 
@@ -118,15 +132,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         re.compile(options.only)
     except re.error as error:
         parser.error(f"--only: got {options.only!r}, wanted a regular expression: {error}")
+    if options.device and not options.gpu:
+        parser.error(f"--device {options.device}: wanted with --gpu alone")
     options.device = options.device or ("cuda" if options.gpu else "cpu")
     if options.record is None:
         name = time.strftime(f"{'gpu' if options.gpu else 'bench'}-%Y%m%d-%H%M%S.jsonl")
         options.record = Path(__file__).resolve().parents[1] / "build" / name
+    if options.record.suffix != ".jsonl":
+        parser.error(f"--record: got {str(options.record)!r}, wanted a name with .jsonl at the end")
     return options
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and what it started is killed
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # and all it started ends
     status = main()
-    sys.stdout.flush()
-    os._exit(status)  # without waiting for a process that the device does not let go
+    end = threading.Timer(10, os._exit, [status])  # should the device not let go of a process
+    end.daemon = True
+    end.start()
+    sys.exit(status)

@@ -7,7 +7,8 @@ wall clock is read. Methods take turns, so that a slow minute hits all of them.
 
 Memory. On the CPU what the process holds in RAM at most during a call, above what it held before:
 the kernel keeps that peak (VmHWM) and forgets it when asked to. Unused heap is handed back before,
-or the call would be served from pages that count already. It is right to a few 0.1 MB. On a GPU the
+or the call would be served from pages that count already. Where a call has many large temporaries
+the heap keeps holes, now more and now fewer, so that of a few calls the least counts. On a GPU the
 same of torch's allocator. The results of the call are included, its inputs are not.
 
 Heap. glibc serves a request of 32 MiB and more from fresh pages and hands them back when it is
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import hashlib
 import os
 import platform
 import re
@@ -35,7 +37,9 @@ from hex._load import cuda_problem
 Step = Callable[[], object]
 
 TURN_S = 0.01  # a turn repeats a fast call for at least this long
-ENOUGH_S = 4.0  # a method that has taken this long gets no more turns
+FEW = 3  # turns that a slow method gets, and calls whose memory is measured
+ENOUGH_S = 4.0  # a method that has taken this long gets a few turns only
+TOO_LONG_S = 60.0  # and one that has taken this long no more
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
@@ -51,7 +55,7 @@ def times(timers: Sequence[Timer], turns: int) -> list[list[float]]:
     taken = [0.0] * len(timers)
     for _ in range(turns):
         for i, one in enumerate(timers):
-            if taken[i] < ENOUGH_S:
+            if taken[i] < (ENOUGH_S if len(samples[i]) >= FEW else TOO_LONG_S):
                 start = time.perf_counter()
                 sample = one.blocked_autorange(min_run_time=TURN_S)
                 taken[i] += time.perf_counter() - start
@@ -64,19 +68,26 @@ def peak_mb(step: Step, device: str = "cpu") -> float:
 
     The step has run before: libraries, threads and compiled code are there.
     """
+    peaks, end = [_peak_mb(step, device)], time.perf_counter() + ENOUGH_S
+    while device == "cpu" and len(peaks) < FEW and time.perf_counter() < end:
+        peaks.append(_peak_mb(step, device))
+    return min(peaks)
+
+
+def _peak_mb(step: Step, device: str) -> float:
     gc.collect()
     if device != "cpu":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
-        return round((torch.cuda.max_memory_allocated() - before) / 1e6, 2)
+        return round((torch.cuda.max_memory_allocated() - before) / 1e6, 3)
     _glibc().malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS
     before = _proc("/proc/self/status", r"VmRSS:\s*(\d+) kB")
     step()
     after = _proc("/proc/self/status", r"VmHWM:\s*(\d+) kB")
-    return round((int(after) - int(before)) * 1024 / 1e6, 2)
+    return round((int(after) - int(before)) * 1024 / 1e6, 3)
 
 
 def retain_heap() -> None:
@@ -106,23 +117,24 @@ def machine(device: str) -> dict[str, str]:
     if problem := cuda_problem(torch.cuda.current_device()):
         raise RuntimeError(f"no CUDA kernels: {problem}")
     driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    here |= {"memory": f"{card.total_memory / 1e9:.0f} GB", "driver": driver}
+    here |= {"memory": f"{card.total_memory / 1e9:.0f} GB", "driver": driver.partition("\n")[0]}
     return {"on": f"{card.name}, {on}", **here, "CUDA": str(torch.version.cuda)}
 
 
 def _commit() -> str:
-    """With a plus where the library differs from it."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    changed = [*git, "status", "--porcelain", "-uno", "--", ":/csrc", ":/hex"]
-    return _said(*git, "rev-parse", "--short=10", "HEAD") + "+" * (_said(*changed) != "")
+    """Where what is measured differs from it, with a sum of the differences."""
+    git = "git", "-C", str(Path(__file__).parent)
+    changes = _said(*git, "diff", "HEAD", "--", ":/csrc", ":/hex", ":/benchmarks/*.py")
+    digest = hashlib.sha1(changes.encode()).hexdigest()[:6]
+    return _said(*git, "rev-parse", "--short=10", "HEAD") + f"+{digest}" * bool(changes)
 
 
 def _said(*command: str) -> str:
-    """The first line of its output."""
     try:
-        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).split("\n")[0]
+        said = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return said.strip()
 
 
 def _proc(file: str, pattern: str) -> str:

@@ -40,8 +40,8 @@ class Part(NamedTuple):
     heaps: Sequence[str] = ("retained",)
     threads: Sequence[int] = (1,)
 
-    def pairs(self, name: str, options: Options) -> Pairs:
-        """What is measured: tiny batches for a rehearsal, and what --only lets through."""
+    def pairs(self, options: Options) -> Pairs:
+        """What is measured: tiny batches for a rehearsal."""
         cases = self.cases
         if options.smoke:
             cases = [case.tiny(160 + 32 * i) for i, case in enumerate(cases[:2])]
@@ -49,7 +49,6 @@ class Part(NamedTuple):
             (case, method)
             for case in cases for method in self.methods
             if case.rows <= method.most and not (options.smoke and method.compiled)
-            and re.search(options.only, f"{name}: {case.case}, {method.name}")
         ]  # fmt: skip
 
 
@@ -119,19 +118,26 @@ GPU = {  # the most wanted batches first
 
 def works(options: Options) -> Iterator[Work]:
     """Of a CPU one for each part, of a GPU one for each method on each batch."""
-    known = GPU if options.gpu else CPU
-    for name in options.parts or known:
-        part = known[name]
-        pairs = part.pairs(name, options)
-        if pairs and not options.gpu:
-            yield Work(name, LIMIT, functools.partial(measured, part, pairs, options))
-            continue
-        for case, method in pairs:
+    known, turns = GPU if options.gpu else CPU, f"{options.repeats} turns"
+    for name in dict.fromkeys(options.parts or known):
+        part, wanted = known[name], []
+        for case, method in part.pairs(options):
             about, limit = f"{name}: {case.case}, {method.name}", 120 if method.compiled else 40
-            do = functools.partial(measured, part, [(case, method)], options)
-            yield Work(about, limit, do)
-            if method in FEW and case.rows <= IN_A_GRAPH and options.device != "cpu":
-                yield Work(f"{about}, in a graph", limit, functools.partial(do, graph=True))
+            for graph in (False, True) if can_be_captured(case, method, options) else (False,):
+                shown = about + ", in a graph" * graph
+                if re.search(options.only, shown):
+                    wanted.append((case, method))
+                    do = functools.partial(measured, part, wanted[-1:], options, graph)
+                    if options.gpu:
+                        yield Work(shown, limit, do, turns)
+        if wanted and not options.gpu:
+            do = functools.partial(measured, part, wanted, options)
+            yield Work(name, LIMIT, do, f"{turns} of {options.only!r}")
+
+
+def can_be_captured(case: Case, method: Method, options: Options) -> bool:
+    here = options.gpu and options.device != "cpu"
+    return here and method in FEW and case.rows <= IN_A_GRAPH
 
 
 def does(options: Options) -> dict[str, Callable[[], Record]]:

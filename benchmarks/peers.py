@@ -96,6 +96,7 @@ def truth(case: Case, device: str, loss: str) -> Result | None:
     """
     batch = batches.make(case, device).to(torch.float64)
     if case.rows * case.candidates * 8 * 12 > DENSE:
+        assert device != "cpu" or (loss in ("HEX", "InfoNCE") and case.mode not in EPS)
         return None if device != "cpu" else (HEX if loss == "HEX" else INFO_NCE).step(batch)()
     value = reference_loss(batch, loss)
     return value.detach(), *torch.autograd.grad(value, batch.leaves)
@@ -188,12 +189,14 @@ def plain_negatives(c: Tensor, target: Tensor, self_column: Tensor | None = None
     return negative if self_column is None else negative & (columns != self_column[:, None])
 
 
-def plain_sum(c: Tensor, negative: Tensor, eps: Tensor | float, positive: Tensor) -> Tensor:
-    """Q + sum_G exp(l) of each row, (N,). positive: e of the positive, the mean of several."""
-    hard, rest = negative & (c.detach() > eps), negative & (c.detach() <= eps)
-    e = torch.exp(c / TAU)
+def plain_sum(
+    logits: Tensor, e: Tensor, negative: Tensor, eps: Tensor | float, positive: Tensor
+) -> Tensor:
+    """Q + sum_G e of each row, (N,). e = exp(logits); positive: that of the positive(s), a mean."""
+    above = logits.detach() > eps / TAU
+    hard, rest = negative & above, negative & ~above
     count = hard.sum(1).to(e.dtype)
-    weight = torch.exp(BETA * c / TAU) * hard
+    weight = torch.exp(BETA * logits) * hard
     reweighted = count * (weight * e).sum(1) / weight.sum(1).clamp(min=1e-12)
     local = (reweighted - TAU_PLUS * count * positive) / (1 - TAU_PLUS)
     return torch.maximum(local, count * math.exp(-1 / TAU)) + (e * rest).sum(1)
@@ -206,26 +209,29 @@ def plain_hex(z0: Tensor, z1: Tensor, negatives: Tensor | None = None, *, mode: 
     n = c.shape[1] - (1 if self_column is None else 2)
     among = c.detach().masked_fill(~negative, -math.inf)
     eps = among.topk(n - round(QUANTILE * (n - 1)), dim=1).values[:, -1].mean()
-    positive = torch.exp(c.gather(1, target[:, None]).squeeze(1) / TAU)
-    return torch.log1p(plain_sum(c, negative, eps, positive) / positive).mean()
+    logits = c / TAU
+    e = torch.exp(logits)
+    positive = e.gather(1, target[:, None]).squeeze(1)
+    return torch.log1p(plain_sum(logits, e, negative, eps, positive) / positive).mean()
 
 
 def plain_hex_labels(x: Tensor, ids: Tensor) -> Tensor:
     """HEX of several positives, the mean over them outside the logarithm."""
     z = F.normalize(x)
-    c, alike = z @ z.T, ids[:, None] == ids
+    logits, alike = z @ z.T / TAU, ids[:, None] == ids
+    e = torch.exp(logits)
     positive = alike & ~torch.eye(len(x), dtype=torch.bool, device=x.device)
-    count, positives = positive.sum(1), (torch.exp(c / TAU) * positive).sum(1)
-    whole = positives + plain_sum(c, ~alike, EPS["labels"], positives / count)
-    return (torch.log(whole) - (c / TAU * positive).sum(1) / count).mean()
+    count, positives = positive.sum(1), (e * positive).sum(1)
+    whole = positives + plain_sum(logits, e, ~alike, EPS["labels"], positives / count)
+    return (torch.log(whole) - (logits * positive).sum(1) / count).mean()
 
 
 def plain_hex_logits(logits: Tensor, target: Tensor) -> Tensor:
     """HEX in place of F.cross_entropy."""
-    c = logits * TAU
-    positive = torch.exp(logits.gather(1, target[:, None]).squeeze(1))
-    negative = plain_negatives(c, target)
-    return torch.log1p(plain_sum(c, negative, EPS["logits"], positive) / positive).mean()
+    e = torch.exp(logits)
+    positive = e.gather(1, target[:, None]).squeeze(1)
+    negative = plain_negatives(logits, target)
+    return torch.log1p(plain_sum(logits, e, negative, EPS["logits"], positive) / positive).mean()
 
 
 def plain_released(z0: Tensor, z1: Tensor, negatives: Tensor | None = None, *, mode: str) -> Tensor:

@@ -28,8 +28,8 @@ RATIOS = (
     *((other.name, ours.name) for ours, other in (peers.LABELS[:2], peers.LABELS[2:4])),
     *((other.name, ours.name) for ours, other in (peers.LOGITS[:2], peers.LOGITS[2:4])),
 )  # fmt: skip
-COLUMNS = ("part", "method", "case", "rows", "features", "queue", "dtype", "heap", "isa", "ms",
-           "peak_mb", "loss_error", "gradient_error")  # fmt: skip
+COLUMNS = ("on", "part", "method", "case", "rows", "features", "queue", "dtype", "heap", "isa",
+           "ms", "peak_mb", "loss_error", "gradient_error")  # fmt: skip
 
 ABOUT = ("cores", "memory", "torch's SIMD", "driver", "CUDA", "nvcc")  # a machine
 TIMES_ALONE = ("threads", "isa")  # parts whose memory other parts show
@@ -41,7 +41,7 @@ def number(value: Any) -> str:
     """Three digits or so; nothing for what is not there."""
     if pd.isna(value):
         return ""
-    return f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}" if value >= 1 else f"{value:.3g}"
+    return f"{value:.0f}" if value >= 99.95 or value == 0 else f"{value:#.3g}"
 
 
 def markdown(title: str, cells: pd.DataFrame, corner: str = "") -> str:
@@ -60,7 +60,7 @@ def pivot(results: pd.DataFrame, value: str) -> pd.DataFrame:
 def frame(records: Sequence[Record]) -> pd.DataFrame:
     """A line a result, of those measured again the last; the batches with few rows first."""
     rows = [
-        {"part": record["name"].partition(":")[0], **row}
+        {"on": record["on"], "part": record["name"].partition(":")[0], **row}
         for record in records for row in record.get("results", ())
     ]  # fmt: skip
     found = pd.DataFrame(rows, columns=COLUMNS)
@@ -85,10 +85,15 @@ def times(results: pd.DataFrame) -> Tables:
         title = "Milliseconds" + f", {heap} heap" * bool(heap) + f", HEX_ISA={isa}" * levels
         tables[title] = cells
     if results["part"].iloc[0] not in TIMES_ALONE:
-        first = results[results["heap"] == results["heap"].iloc[0]]
+        first = results[(results["heap"] == results["heap"].iloc[0]) & of_one_level(results)]
         first = first[~first["method"].str.endswith(", in a graph")]
         tables["Memory at the peak, MB"] = pivot(first, "peak_mb").map(number)
     return tables
+
+
+def of_one_level(results: pd.DataFrame) -> pd.Series[bool]:
+    """Which are of the instruction set that most have."""
+    return results["isa"] == results["isa"].mode()[0]
 
 
 def errors(results: pd.DataFrame) -> str:
@@ -97,14 +102,15 @@ def errors(results: pd.DataFrame) -> str:
     results = results.assign(method=results["method"].str.replace(suffix, "", regex=True))
     for column, what in (("loss_error", "loss"), ("gradient_error", "gradient")):
         most = results.pivot_table(column, "method", "dtype", aggfunc="max", sort=False)
-        cells = most.map(lambda x: f"{x:.0e}" if x > 0 else "0" if x == 0 else "")
+        cells = most.map(lambda x: f"{x:.1e}" if x > 0 else "0" if x == 0 else "")
         tables.append(markdown(f"Greatest relative error of the {what}, against float64", cells))
     return "\n\n".join(tables)
 
 
 def summary(results: pd.DataFrame) -> str:
     """The README's."""
-    sizes = results.query("part == 'sizes' and case in ('512', '1024', '4096', '8192')")
+    sizes = results[of_one_level(results)]
+    sizes = sizes.query("part == 'sizes' and case in ('512', '1024', '4096', '8192')")
     shown = {
         HEX: "`HEXLoss`, adaptive", PLAIN_HEX: "HEX in plain PyTorch",
         INFO_NCE: "`InfoNCELoss`", PLAIN_INFO_NCE: "InfoNCE in plain PyTorch",
@@ -124,8 +130,8 @@ def blocks(records: Sequence[Record]) -> dict[str, str]:
     """What stands in the documents, by name: the machine, the tables of each part, the errors."""
     results, found = frame(records), {}
     machines = {r["on"]: r for r in records if r["name"] == "machine"}
-    used = dict.fromkeys(r["on"] for r in records if r.get("results"))
-    found["machine"] = "\n\n".join(machine(machines[on]) for on in used or machines)
+    used = {*results["on"]} or {*machines}
+    found["machine"] = "\n\n".join(machine(m) for on, m in machines.items() if on in used)
     for part in dict.fromkeys(r["name"].partition(":")[0] for r in records):
         mine, of = results[(results["part"] == part) & results["ms"].notna()], []
         if len(mine):
@@ -184,7 +190,8 @@ class Page(NamedTuple):
         return found
 
     def points(self) -> pd.DataFrame:
-        found = frame(self.records()).query(
+        found = frame(self.records())
+        found = found[of_one_level(found)].query(
             "part in ('sizes', 'compiled', 'large') and features == 128 and heap != 'stock' "
             "and method in @STYLES"
         )
@@ -206,12 +213,13 @@ PAGES = (
 
 def filled(document: str, blocks: Mapping[str, str]) -> str:
     """What stands between <!-- NAME --> and <!-- end --> made anew."""
-    return re.sub(
-        r"<!-- (\w+) -->\n.*?<!-- end -->",
-        lambda found: f"<!-- {found[1]} -->\n{blocks[found[1]]}\n<!-- end -->",
-        document,
-        flags=re.DOTALL,
-    )
+
+    def block(found: re.Match[str]) -> str:
+        if found[1] not in blocks:
+            raise ValueError(f"the record has no {found[1]!r}, which a document shows")
+        return f"<!-- {found[1]} -->\n{blocks[found[1]]}\n<!-- end -->"
+
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", block, document, flags=re.DOTALL)
 
 
 def write() -> None:

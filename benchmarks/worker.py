@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple
 
 # Not "fork": in a forked process hex computes on one thread (csrc/parallel.c).
 START_METHOD = "spawn"
+IMPORTS = 120  # seconds to import torch and the rest
 
 Record = dict[str, Any]
 Works = Callable[[], Mapping[str, Callable[[], Record]]]  # made in the process
@@ -36,6 +38,7 @@ class Work(NamedTuple):
     name: str  # "part", or "part: " and what it measures
     limit: float  # seconds
     do: Callable[[], Record]
+    asked: str = ""  # what else makes it another work
 
 
 class Results:
@@ -58,20 +61,24 @@ class Results:
             file.flush()
             os.fsync(file.fileno())
 
-    def ok(self, name: str) -> bool | None:
+    def ok(self, work: Work) -> bool | None:
         """None where there is no result."""
-        record = self.records.get((self.on, name))
-        return record and record.get("ok", True)
+        record = self.records.get((self.on, work.name))
+        return record.get("ok", True) if record and record.get("asked") == work.asked else None
 
 
 def read(text: str) -> dict[tuple[str, str], Record]:
-    """The records by machine and name, the newest last."""
+    """The records by machine and name, the newest last; ValueError where a line is no record."""
     records: dict[tuple[str, str], Record] = {}
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError):  # cut off
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
             record = json.loads(line)
-            records.pop((record["on"], record["name"]), None)
-            records[record["on"], record["name"]] = record
+        except ValueError:
+            continue  # cut off
+        if not isinstance(record, dict) or not record.keys() >= {"on", "name"}:
+            raise ValueError(f"line {number} is no record of this benchmark: {line[:60]}")
+        records.pop((record["on"], record["name"]), None)
+        records[record["on"], record["name"]] = record
     return records
 
 
@@ -81,7 +88,7 @@ class Worker:
     def __init__(self, log: Path, works: Works) -> None:
         context = multiprocessing.get_context(START_METHOD)
         self.pool = ProcessPoolExecutor(1, context, initializer=_alone, initargs=(log, works))
-        self.pid = self.pool.submit(os.getpid).result()
+        self.pid = self.pool.submit(os.getpid).result(IMPORTS)
         self.log = log
 
     def do(self, name: str, limit: float) -> Record:
@@ -95,7 +102,7 @@ class Worker:
             record = {"ok": False, "note": "its process ended"}
         if not record.get("ok", True):
             said = self.log.read_bytes()[log_at:].decode(errors="replace")
-            record["output"] = said.splitlines()[-60:]
+            record["output"] = said.splitlines()[-100:]
         return record
 
     def end(self) -> None:
@@ -112,6 +119,7 @@ def _alone(log: Path, works: Works) -> None:
     global _works
     _works = works()
     os.setsid()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     gc.freeze()  # or every collection would go through all that was imported
     with log.open("a") as file:
         for stream in (1, 2):
@@ -119,6 +127,13 @@ def _alone(log: Path, works: Works) -> None:
     sys.stdout = sys.stderr = open(2, "a", buffering=1, closefd=False)  # noqa: SIM115
     faulthandler.disable()  # else enable() would leave the handlers of signals as they are
     faulthandler.enable(2)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.killpg(0, signal.SIGKILL)
 
 
 def _attempt(name: str, limit: float) -> Record:

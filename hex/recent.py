@@ -54,7 +54,7 @@ class Tally:
             could_be_0: whether the threshold can make the loss 0.
         """
         # Not is_exporting(), which torch 2.10 takes to be True in every graph that it compiles.
-        if torch.compiler._is_exporting_flag or hard.is_meta:
+        if getattr(torch.compiler, "_is_exporting_flag", False) or hard.is_meta:
             return
         at_hand = hard.is_cpu and type(hard) is Tensor and not torch.compiler.is_compiling()
         if at_hand and self._is_fine:

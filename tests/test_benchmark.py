@@ -6,6 +6,7 @@ import json
 import os
 import re
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -71,12 +72,16 @@ def test_the_benchmark_prints_tables_and_records_its_samples(tmp_path, capsys):
     ours = [r for r in found if r["method"] == "hex HEXLoss"]
     shown = [report.number(statistics.median(r["ms"])) for r in ours]
     assert f"| hex HEXLoss | {' | '.join(shown)} |" in printed
-    for about in (f"{machine['on']}; cores ", "plain HEX / hex HEXLoss", "| hex HEXLoss | 2e-07 |"):
+    for about in (f"{machine['on']}; cores ", "plain HEX / hex HEXLoss"):
         assert about in printed
+    assert re.search(r"\| hex HEXLoss \| \d\.\de-0[678] \|", printed)
     assert file.with_suffix(".md").read_text() in printed
 
     assert bench.main(arguments) == 0  # again: all is there
     assert "sizes\n" + capsys.readouterr().out == printed
+    assert bench.main(arguments[:-1] + ["hex"]) == 0  # it is another one
+    assert "sizes\n" in capsys.readouterr().out
+    assert len(file.read_text().splitlines()) == 5  # the machine each time
 
 
 @own_memory
@@ -89,7 +94,7 @@ def test_a_part_gives_results_and_a_table(part, monkeypatch):
     (work,) = parts.works(bench.parse([part, "--smoke", "--repeats", "1"]))
     record = json.loads(json.dumps(work.do()))
     torch.set_num_threads(before)
-    (shown,) = (report.times(report.frame([record | {"name": part}])),)
+    (shown,) = (report.times(report.frame([record | {"on": "", "name": part}])),)
     assert shown and all(re.search(r"\d", cell) for t in shown.values() for cell in t.iloc[0])
     titles = {"Milliseconds, stock heap" if part == "small" else "Milliseconds, retained heap"}
     assert {*shown} - {"Memory at the peak, MB"} == titles
@@ -105,6 +110,12 @@ def test_the_documents_have_the_tables_of_the_recorded_results(page):
     assert named == {*blocks}
     with pictures.open(page.picture) as picture:
         assert picture.info["Figures"] == report.checksum(page.points()), "run bench.py --report"
+    records = page.records()
+    machines = {r["on"]: r for r in records if r["name"] == "machine"}
+    for on in {r["on"] for r in records if "results" in r}:
+        assert machines[on].keys() >= {"date", "memory"}
+    with pytest.raises(ValueError, match="the record has no 'other', which a document shows"):
+        report.filled("<!-- other -->\n<!-- end -->", blocks)
     typed = "<!-- sizes -->\n| 1.00 |\n<!-- end -->"
     assert report.filled(typed, blocks) == f"<!-- sizes -->\n{blocks['sizes']}\n<!-- end -->"
     assert len({re.split(", HEX_ISA|, torch", r["on"])[0] for r in page.records()}) == 1
@@ -131,12 +142,15 @@ def test_a_result_measured_again_and_another_instruction_set():
     row |= {"rows": 512, "features": 128, "queue": 0, "peak_mb": 1.0}
     runs = [("a", "avx2", 1.0), ("a", "base", 3.0), ("b", "avx2", 2.0)]
     results = [(on, [row | {"isa": isa, "ms": [ms]}]) for on, isa, ms in runs]
-    records = [{"on": on, "name": "isa", "results": found} for on, found in results]
-    shown = report.times(report.frame(records))
-    assert {title: [*cells["512"]] for title, cells in shown.items()} == {
+    times = {
         "Milliseconds, retained heap, HEX_ISA=avx2": ["2.00"],
         "Milliseconds, retained heap, HEX_ISA=base": ["3.00"],
     }
+    memory = {"Memory at the peak, MB": ["1.00"]}
+    for part, tables in (("isa", times), ("types", times | memory)):
+        records = [{"on": on, "name": part, "results": found} for on, found in results]
+        shown = report.times(report.frame(records))
+        assert {title: [*cells["512"]] for title, cells in shown.items()} == tables
 
 
 def test_a_table_is_markdown():
@@ -187,6 +201,7 @@ def test_every_method_is_right_and_the_other_loss_is_refused(case):
         {"variant": "released"},
         {"threshold": None},
         {"threshold": ThresholdTracker.adaptive(quantile=0.98)},
+        {"threshold": ThresholdTracker.adaptive(over="all")},
     ],
     ids=lambda option: next(iter(option)),
 )
@@ -242,17 +257,52 @@ def threads():
     return {"before": before, "after": len(os.listdir("/proc/self/task"))}
 
 
+def hangs():
+    time.sleep(1000)
+
+
 def works():
-    return {"threads": threads}
+    return {"threads": threads, "hangs": hangs}
 
 
-def test_a_loss_that_is_timed_has_its_threads(tmp_path):
+def gone(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    end = time.monotonic() + 30
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < end, f"{pid} runs on"
+        time.sleep(0.1)
+    return True
+
+
+def test_a_loss_that_is_timed_has_its_threads_and_what_hangs_is_killed(tmp_path):
     log = tmp_path / "log"
     log.touch()
     process = worker.Worker(log, works)
     record = process.do("threads", 60)
-    process.end()
     assert record["after"] == record["before"] + 1
+    record = process.do("hangs", 1)
+    assert record["note"] == "not done within 1 s" and " in hangs" in "".join(record["output"])
+    process.end()
+    assert gone(process.pid)
+
+
+def test_the_worker_ends_with_the_benchmark_that_is_killed(tmp_path):
+    command = [sys.executable, "-c", PARENT.format(Path(__file__).parent, tmp_path / "log")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        pid = int(parent.stdout.readline())
+        parent.kill()
+    assert gone(pid)
+
+
+PARENT = """
+import sys, time
+sys.path[:0] = ["{0}/../benchmarks", "{0}"]
+import pathlib, test_benchmark, worker
+log = pathlib.Path("{1}")
+log.touch()
+print(worker.Worker(log, test_benchmark.works).pid, flush=True)
+time.sleep(1000)
+"""
 
 
 @pytest.mark.parametrize(
@@ -262,12 +312,24 @@ def test_a_loss_that_is_timed_has_its_threads(tmp_path):
         (["--gpu", "data"], "no part 'data': the parts are sizes, queue"),
         (["--repeats", "0"], "--repeats: got 0, wanted at least 1"),
         (["--only", "("], "--only: got '('"),
+        (["--device", "cuda"], "--device cuda: wanted with --gpu alone"),
+        (["--record", "a.md"], "--record: got 'a.md', wanted a name with .jsonl at the end"),
     ],
 )
 def test_a_bad_argument_is_named(arguments, message, capsys):
     with pytest.raises(SystemExit):
         bench.parse(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_what_cannot_be_gone_on_with_is_said(tmp_path, capsys):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"part": "sizes"}\n')
+    assert bench.main(["small", "--record", str(file)]) == 2
+    assert "a.jsonl: line 1 is no record of this benchmark" in capsys.readouterr().err
+    file.write_text("")
+    assert bench.main(["small", "--only", "nothing", "--record", str(file)]) == 2
+    assert capsys.readouterr().err == "--only: nothing matches 'nothing'\n"
 
 
 @own_memory
@@ -289,8 +351,10 @@ def test_times_are_those_of_a_call_a_sample_a_turn(monkeypatch):
     samples = measure.times(timers, 3)
     assert [len(ms) for ms in samples] == [3, 3]
     assert all(3 <= x < 6 for ms in samples for x in ms)
-    monkeypatch.setattr(measure, "ENOUGH_S", 1e-3)  # a call that takes long has one turn
-    assert [len(ms) for ms in measure.times(timers, 3)] == [1, 1]
+    monkeypatch.setattr(measure, "ENOUGH_S", 1e-3)  # a call that takes long has few turns
+    assert [len(ms) for ms in measure.times(timers, 5)] == [3, 3]
+    monkeypatch.setattr(measure, "TOO_LONG_S", 1e-3)
+    assert [len(ms) for ms in measure.times(timers, 5)] == [1, 1]
 
 
 @own_memory
