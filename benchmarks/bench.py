@@ -70,13 +70,13 @@ def run(options: argparse.Namespace, results: Results) -> int:
             if not ok and time.monotonic() >= end:
                 print(flush=True)
                 break
-            if not ok or not options.gpu:
-                worker.end()  # what is lost to it, the heap or the device, is not to the next work
-                worker = Worker(log, does)
             results.add(work.name, {"asked": work.asked, **record})
             print("" if ok else f"  FAILED: {record['note']}", flush=True)
             failed |= not ok
             to_do.pop(0)
+            if to_do and (not ok or not options.gpu):
+                worker.end()  # what is lost to it, the heap or the device, is not to the next work
+                worker = Worker(log, does)
     finally:
         worker.end()
     for work in to_do:

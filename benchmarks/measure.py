@@ -117,23 +117,26 @@ def machine(device: str) -> dict[str, str]:
     if problem := cuda_problem(torch.cuda.current_device()):
         raise RuntimeError(f"no CUDA kernels: {problem}")
     driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    here |= {"memory": f"{card.total_memory / 1e9:.0f} GB", "driver": driver.partition("\n")[0]}
+    driver = driver.partition("\n")[0] or "unknown"
+    here |= {"memory": f"{card.total_memory / 1e9:.0f} GB", "driver": driver}
     return {"on": f"{card.name}, {on}", **here, "CUDA": str(torch.version.cuda)}
 
 
 def _commit() -> str:
     """Where what is measured differs from it, with a sum of the differences."""
     git = "git", "-C", str(Path(__file__).parent)
+    commit = _said(*git, "rev-parse", "--short=10", "HEAD") or "unknown"
     changes = _said(*git, "diff", "HEAD", "--", ":/csrc", ":/hex", ":/benchmarks/*.py")
     digest = hashlib.sha1(changes.encode()).hexdigest()[:6]
-    return _said(*git, "rev-parse", "--short=10", "HEAD") + f"+{digest}" * bool(changes)
+    return commit + f"+{digest}" * bool(changes)
 
 
 def _said(*command: str) -> str:
+    """Its output, empty where it fails."""
     try:
         said = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return ""
     return said.strip()
 
 

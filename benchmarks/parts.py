@@ -20,7 +20,7 @@ import measure
 import peers
 import torch
 from batches import CLASSES, KINDS, Case
-from peers import FOUR, HEX, INFO_NCE, PLAIN_HEX, Method
+from peers import CAPTURED, FOUR, HEX, INFO_NCE, PLAIN_HEX, Method
 from worker import Record, Work
 
 from hex import ops
@@ -120,18 +120,21 @@ def works(options: Options) -> Iterator[Work]:
     """Of a CPU one for each part, of a GPU one for each method on each batch."""
     known, turns = GPU if options.gpu else CPU, f"{options.repeats} turns"
     for name in dict.fromkeys(options.parts or known):
-        part, wanted = known[name], []
-        for case, method in part.pairs(options):
-            about, limit = f"{name}: {case.case}, {method.name}", 120 if method.compiled else 40
-            for graph in (False, True) if can_be_captured(case, method, options) else (False,):
-                shown = about + ", in a graph" * graph
-                if re.search(options.only, shown):
-                    wanted.append((case, method))
-                    do = functools.partial(measured, part, wanted[-1:], options, graph)
-                    if options.gpu:
-                        yield Work(shown, limit, do, turns)
-        if wanted and not options.gpu:
-            do = functools.partial(measured, part, wanted, options)
+        part = known[name]
+        found = [
+            (about, case, method, graph)
+            for case, method in part.pairs(options)
+            for graph in (False, True)[: 1 + can_be_captured(case, method, options)]
+            for about in [f"{name}: {case.case}, {method.name}" + CAPTURED * graph]
+            if re.search(options.only, about)
+        ]
+        if options.gpu:
+            for about, case, method, graph in found:
+                do = functools.partial(measured, part, [(case, method)], options, graph)
+                yield Work(about, 120 if method.compiled else 40, do, turns)
+        elif found:
+            pairs = [(case, method) for _, case, method, _ in found]
+            do = functools.partial(measured, part, pairs, options)
             yield Work(name, LIMIT, do, f"{turns} of {options.only!r}")
 
 
@@ -160,7 +163,7 @@ def measured(part: Part, pairs: Pairs, options: Options, graph: bool = False) ->
             continue
         step = captured(step) if graph else step
         for n in part.threads:
-            among = f", threads: {n}" * (len(part.threads) > 1) + ", in a graph" * graph
+            among = f", threads: {n}" * (len(part.threads) > 1) + CAPTURED * graph
             timers.append(measure.timer(step, n, options.device))
             rows.append(row | {"method": method.name + among})
     for heap in [""] if options.gpu else part.heaps:

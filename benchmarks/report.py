@@ -86,7 +86,7 @@ def times(results: pd.DataFrame) -> Tables:
         tables[title] = cells
     if results["part"].iloc[0] not in TIMES_ALONE:
         first = results[(results["heap"] == results["heap"].iloc[0]) & of_one_level(results)]
-        first = first[~first["method"].str.endswith(", in a graph")]
+        first = first[~first["method"].str.endswith(peers.CAPTURED)]
         tables["Memory at the peak, MB"] = pivot(first, "peak_mb").map(number)
     return tables
 
@@ -98,7 +98,7 @@ def of_one_level(results: pd.DataFrame) -> pd.Series[bool]:
 
 def errors(results: pd.DataFrame) -> str:
     """The greatest of each method, by dtype."""
-    tables, suffix = [], r", (threads: \d+|in a graph)$"
+    tables, suffix = [], rf"(, threads: \d+|{peers.CAPTURED})$"
     results = results.assign(method=results["method"].str.replace(suffix, "", regex=True))
     for column, what in (("loss_error", "loss"), ("gradient_error", "gradient")):
         most = results.pivot_table(column, "method", "dtype", aggfunc="max", sort=False)
@@ -169,7 +169,7 @@ STYLES = {  # label, colour, line; ours strong, and above the others
     GIVEN: ("hex_loss, eps given", OURS[1], "-"),
     HEX: ("HEXLoss", OURS[2], "-"),
 }
-STYLES |= {f"{name}, in a graph": (None, colour, ":") for name, (_, colour, _) in STYLES.items()}
+STYLES |= {name + peers.CAPTURED: (None, colour, ":") for name, (_, colour, _) in STYLES.items()}
 
 
 class Page(NamedTuple):
@@ -184,9 +184,10 @@ class Page(NamedTuple):
         return [r for r in found if not r["on"].endswith("a rehearsal")]
 
     def blocks(self) -> dict[str, str]:
-        found = blocks(self.records())
+        records = self.records()
+        found = blocks(records)
         if self.documents[1:]:
-            found["summary"] = summary(frame(self.records()))
+            found["summary"] = summary(frame(records))
         return found
 
     def points(self) -> pd.DataFrame:
@@ -224,8 +225,9 @@ def filled(document: str, blocks: Mapping[str, str]) -> str:
 
 def write() -> None:
     for page in PAGES:
+        blocks = page.blocks()
         for file in page.documents:
-            file.write_text(filled(file.read_text(), page.blocks()))
+            file.write_text(filled(file.read_text(), blocks))
         draw(page.points(), f"{page.records()[0]['on']}; {page.about}", page.picture)
 
 

@@ -27,6 +27,7 @@ import peers  # noqa: E402
 import report  # noqa: E402
 import worker  # noqa: E402
 from batches import Case  # noqa: E402
+from test_benchmark_gpu import alive  # noqa: E402
 
 from hex import HEXLoss, ThresholdTracker, hex_cross_entropy, hex_sup_con  # noqa: E402
 
@@ -94,7 +95,7 @@ def test_a_part_gives_results_and_a_table(part, monkeypatch):
     (work,) = parts.works(bench.parse([part, "--smoke", "--repeats", "1"]))
     record = json.loads(json.dumps(work.do()))
     torch.set_num_threads(before)
-    (shown,) = (report.times(report.frame([record | {"on": "", "name": part}])),)
+    shown = report.times(report.frame([record | {"on": "", "name": part}]))
     assert shown and all(re.search(r"\d", cell) for t in shown.values() for cell in t.iloc[0])
     titles = {"Milliseconds, stock heap" if part == "small" else "Milliseconds, retained heap"}
     assert {*shown} - {"Memory at the peak, MB"} == titles
@@ -114,6 +115,10 @@ def test_the_documents_have_the_tables_of_the_recorded_results(page):
     machines = {r["on"]: r for r in records if r["name"] == "machine"}
     for on in {r["on"] for r in records if "results" in r}:
         assert machines[on].keys() >= {"date", "memory"}
+        assert re.search(r", torch \d\S*, hex-ssl \d\S* at [0-9a-f]+", on)
+    if "gpu" in page.record.stem:
+        assert "driver" in machines[on] and on.startswith("NVIDIA")
+        assert len(records) == len(page.record.read_text().splitlines())
     with pytest.raises(ValueError, match="the record has no 'other', which a document shows"):
         report.filled("<!-- other -->\n<!-- end -->", blocks)
     typed = "<!-- sizes -->\n| 1.00 |\n<!-- end -->"
@@ -266,9 +271,8 @@ def works():
 
 
 def gone(pid):
-    stat = Path(f"/proc/{pid}/stat")
     end = time.monotonic() + 30
-    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
+    while alive(pid):
         assert time.monotonic() < end, f"{pid} runs on"
         time.sleep(0.1)
     return True
