@@ -150,3 +150,24 @@ const char *hex_run_row_range(const hex_place_t *place, const hex_problem_t *p, 
 {
     RUN(row_range, low, high);
 }
+
+const char *hex_run_row_quantiles(const hex_place_t *place, const hex_problem_t *p, double quantile,
+                                  bool over_negatives, void *rows)
+{
+    RUN(row_quantiles, quantile, over_negatives, rows);
+}
+
+const char *hex_cuda_settle(const hex_place_t *place, const hex_matrix_t *q, const hex_tracker_t *t,
+                            const hex_device_state_t *state)
+{
+    surroundings s = {0};
+    const char *error = enter(&s, place);
+    return leave(&s, error ? error : cuda->settle(&s.device, q, t, state));
+}
+
+const char *hex_cuda_total(const hex_place_t *place, const hex_matrix_t *x, double *sums)
+{
+    surroundings s = {0};
+    const char *error = enter(&s, place);
+    return leave(&s, error ? error : cuda->total(&s.device, x, sums));
+}

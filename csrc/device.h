@@ -29,11 +29,17 @@ const char *hex_run_threshold(const hex_place_t *place, const hex_problem_t *p, 
                               bool over_negatives, double *mean);
 const char *hex_run_row_range(const hex_place_t *place, const hex_problem_t *p, void *low,
                               void *high);
+const char *hex_run_row_quantiles(const hex_place_t *place, const hex_problem_t *p, double quantile,
+                                  bool over_negatives, void *rows);
 
 /* On the CUDA core alone: the tracker's state stays on the device, which the CPU's core reads. */
 const char *hex_cuda_adaptive(const hex_place_t *place, const hex_problem_t *p,
                               const hex_tracker_t *t, const hex_device_state_t *state, void *loss,
                               void *stats);
+
+const char *hex_cuda_settle(const hex_place_t *place, const hex_matrix_t *q, const hex_tracker_t *t,
+                            const hex_device_state_t *state);
+const char *hex_cuda_total(const hex_place_t *place, const hex_matrix_t *x, double *sums);
 
 /* Loads hex/_cuda.so and returns NULL, or what is in the way. A core that is emulated on the CPU
  * (tests/emulation) takes the place of the CPU's until NULL is loaded. */

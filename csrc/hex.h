@@ -32,11 +32,12 @@
  *     paired      the same, where each anchor has K negatives of its own
  *     logits      rows of values that are given
  *
- * Anchors are always the first `hex_anchors()` rows of it. A call may be of a block of them alone:
- * rows [first, first + count) of z0 and, where rows of z1 are anchors too, the same rows of z1. Then
- * the forward has a loss and statistics for each anchor of the block, in this order; the backward is
- * given the statistics of all anchors, for which the block's rows are candidates, and has the
- * gradient of the block's rows. */
+ * Anchors are always the first `hex_anchors()` rows of it. A call may be of a block of them alone,
+ * those of one rank: rows [first, first + count) of z0 and, where rows of z1 are anchors too, the
+ * same rows of z1. Then the quantiles and the forward are of each anchor of the block, in this
+ * order; the backward is given the statistics of all anchors, for which the block's rows are
+ * candidates, and has the gradient of the block's rows. The bits of a row do not depend on how the
+ * batch is cut into blocks. */
 #ifndef HEX_H
 #define HEX_H
 
@@ -89,6 +90,13 @@ typedef struct {
     int64_t stride;
 } hex_vector_t;
 
+/* A matrix of float32 or float64 numbers. */
+typedef struct {
+    const void *data;
+    hex_dtype_t dtype;
+    int64_t rows, columns, row, col; /* strides, in elements */
+} hex_matrix_t;
+
 /* Labels, one for each row; data NULL: there are none. */
 typedef struct {
     const int64_t *data;
@@ -107,9 +115,11 @@ typedef struct {
     hex_mode_t mode;
     bool compute_f64;     /* compute in double instead of float */
     int64_t B, M, K, D;   /* rows of z0, of z1; negatives, of all or of one anchor; features */
-    int64_t first, count; /* the block of anchors; (0, B): the whole batch */
+    bool block;           /* a block of anchors alone, else the whole batch: (0, B) */
+    int64_t first, count; /* the block */
     hex_rows_t input[3];  /* z0, z1, negatives; or logits (B, D) in the first */
-    void *kept; /* of the CPU: hex_cpu_kept() numbers from the forward to the backward, or NULL */
+    void *kept; /* of the CPU: hex_cpu_kept() numbers, or NULL. The cosines go in them from the
+                 * forward to the backward; of a block from the quantiles to both */
     /* sets */
     bool several;     /* positives are those of equal ids, or of the mask; else p(i) alone */
     hex_ids_t ids[3]; /* of the rows of each input; of logits the target, which is checked */
@@ -181,13 +191,11 @@ static inline int64_t hex_input_rows(const hex_problem_t *p, int input)
     return input == 0 ? p->B : input == 1 ? p->M : p->mode == HEX_PAIRED ? p->B * p->K : p->K;
 }
 
-static inline bool hex_is_whole(const hex_problem_t *p) { return p->count == p->B; }
-
 /* Rows of an input that belong to the block. */
 static inline int64_t hex_block_rows(const hex_problem_t *p, int input)
 {
     const int64_t rows = hex_input_rows(p, input);
-    if (hex_is_whole(p) || rows == 0 || (input == 2 && p->mode == HEX_UNPAIRED))
+    if (!p->block || rows == 0 || (input == 2 && p->mode == HEX_UNPAIRED))
         return rows;
     return input == 2 ? p->count * p->K : p->count;
 }
@@ -217,9 +225,17 @@ const char *hex_cpu_threshold(const hex_problem_t *p, double quantile, bool over
                               double *mean);
 const char *hex_cpu_adaptive(const hex_problem_t *p, hex_tracker_t *t, void *loss, void *stats);
 const char *hex_cpu_row_range(const hex_problem_t *p, void *low, void *high);
-/* Room, in numbers, for the cosines that the forward of such shapes leaves for the backward to use
- * again; *used: whether it leaves any. */
+/* The quantile of each anchor of the block; +Inf of one that has no element. */
+const char *hex_cpu_row_quantiles(const hex_problem_t *p, double quantile, bool over_negatives,
+                                  void *rows);
+/* Room, in numbers, for the cosines that are kept of such shapes; *used: whether any are. */
 int64_t hex_cpu_kept(const hex_problem_t *p, bool *used);
+
+/* Sums of all ranks' rows, in their order and without an instruction set, so that every rank has the
+ * same bits (cpu/sums.c): of each row of a matrix; and the mean of one row of quantiles, of which
+ * +Inf is none. */
+void hex_sum_rows(const hex_matrix_t *x, double *sums);
+double hex_mean(const hex_matrix_t *q);
 
 /* Chooses the instruction set once: the best this CPU has, or what HEX_ISA asks for. Returns the
  * name in use and an explanation in *problem where HEX_ISA could not be followed (NULL name: it

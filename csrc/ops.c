@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* The four operators of torch.ops.hex, each a schema and its kernel: a call's arguments become a
+/* The operators of torch.ops.hex, each a schema and its kernel: a call's arguments become a
  * problem (problem.h), a core solves it, the outputs go back. Reading and throwing are in call.c,
  * registration in module.c.
  *
@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "problem.h"
+#include "tracker.h"
 
 /* The CUDA core has kernels for whole batches of views and negatives, compared with eps themselves. */
 static bool check_place(call_t *c, const hex_problem_t *p)
@@ -18,8 +19,8 @@ static bool check_place(call_t *c, const hex_problem_t *p)
     if (hex_place_is_cuda(&c->place) && (p->several || p->by_group || p->G > 0))
         return fail(
             c, "positives, groups, guide: expected one positive and none of the others on CUDA");
-    if (hex_place_is_cuda(&c->place) && !hex_is_whole(p))
-        return fail(c, "first, count: expected all rows of z0 on CUDA");
+    if (hex_place_is_cuda(&c->place) && p->block)
+        return fail(c, "first, count: expected none on CUDA");
     return true;
 }
 
@@ -75,7 +76,7 @@ static bool add_gradient(call_t *c, const hex_problem_t *p, int k, bool wanted, 
 /* keep: whether the cosines are to be kept for a backward, if there is room. */
 static const char forward_schema[] =
     "forward(" TENSORS DECIDERS "Tensor eps, Tensor tau, " FORWARD_RULE
-    "bool keep, bool allow_tf32, " BLOCK ") -> (Tensor loss, Tensor stats, Tensor kept)";
+    "bool keep, bool allow_tf32) -> (Tensor loss, Tensor stats, Tensor kept)";
 
 static void forward(StableIValue *stack, uint64_t arguments, uint64_t outputs)
 {
@@ -86,11 +87,10 @@ static void forward(StableIValue *stack, uint64_t arguments, uint64_t outputs)
     const rule_t rule = next_rule(&c, true);
     const bool keep = next_bool(&c);
     c.place.allow_tf32 = next_bool(&c);
-    const block_t block = next_block(&c);
     hex_problem_t p = {0};
     void *loss, *stats;
-    if (read_problem(&c, &t, &rule, block, &p) &&
-        read_numbers(&c, eps, "eps", ONE | EACH_ROW, hex_block_anchors(&p), &p.eps) &&
+    if (read_problem(&c, &t, &rule, whole, &p) &&
+        read_numbers(&c, eps, "eps", ONE | EACH_ROW, hex_anchors(&p), &p.eps) &&
         read_numbers(&c, tau, "tau", ONE, 0, &p.tau) && check_place(&c, &p) &&
         add_rows(&c, &p, &loss, &stats) && add_kept(&c, &p, keep))
         ok(&c, hex_run_forward(&c.place, &p, loss, stats));
@@ -104,6 +104,19 @@ static bool read_state(call_t *c, AtenTensorHandle t, view_t *v)
     return v->dtype == HEX_F64 && v->dim == 1 && v->size[0] == HEX_STATE
                ? true
                : fail(c, "state: expected float64 of shape (%d,)", HEX_STATE);
+}
+
+/* Of the CPU: before the tracker's step, and after it. */
+static void load_state(const hex_device_state_t *from, hex_tracker_t *t)
+{
+    for (int k = 0; k < HEX_STATE; k++)
+        t->state[k] = from->state[k * from->stride];
+}
+
+static void store_state(const hex_tracker_t *t, const hex_device_state_t *to)
+{
+    memcpy(to->next, t->state, sizeof t->state);
+    *to->eps = t->eps;
 }
 
 static bool check_no_decider(call_t *c, const hex_problem_t *p)
@@ -152,12 +165,9 @@ static void adaptive(StableIValue *stack, uint64_t arguments, uint64_t outputs)
         if (hex_place_is_cuda(&c.place))
             ok(&c, hex_cuda_adaptive(&c.place, &p, &tracker, &on_device, loss, stats));
         else {
-            for (int k = 0; k < HEX_STATE; k++)
-                tracker.state[k] = on_device.state[k * on_device.stride];
-            if (ok(&c, hex_cpu_adaptive(&p, &tracker, loss, stats))) {
-                *(double *)eps = tracker.eps;
-                memcpy(state, tracker.state, sizeof tracker.state);
-            }
+            load_state(&on_device, &tracker);
+            if (ok(&c, hex_cpu_adaptive(&p, &tracker, loss, stats)))
+                store_state(&tracker, &on_device);
         }
     }
     finish(&c, "adaptive");
@@ -195,7 +205,7 @@ static bool read_kept(call_t *c, AtenTensorHandle t, hex_problem_t *p)
  * block's rows. */
 static const char backward_schema[] =
     "backward(Tensor grad, " TENSORS DECIDERS "Tensor tau, Tensor stats, Tensor kept, " RULE
-    "bool allow_tf32, int needs, " BLOCK
+    "bool allow_tf32, int needs, " BLOCK_OR_WHOLE
     ") -> (Tensor dz0, Tensor dz1, Tensor dnegatives, Tensor dtau)";
 
 static void backward(StableIValue *stack, uint64_t arguments, uint64_t outputs)
@@ -237,8 +247,7 @@ static void backward(StableIValue *stack, uint64_t arguments, uint64_t outputs)
  * What is not asked for is empty. */
 static const char quantile_schema[] =
     "quantile(" TENSORS "Tensor tau, int mode, bool several, bool allow_tf32, bool self_column, "
-    "float quantile, bool over_negatives, bool bounds, " BLOCK
-    ") -> (Tensor mean, Tensor low, Tensor high)";
+    "float quantile, bool over_negatives, bool bounds) -> (Tensor mean, Tensor low, Tensor high)";
 
 static void quantile(StableIValue *stack, uint64_t arguments, uint64_t outputs)
 {
@@ -252,12 +261,11 @@ static void quantile(StableIValue *stack, uint64_t arguments, uint64_t outputs)
     hex_problem_t p = {.self_column = next_bool(&c)};
     const double q = next_float(&c);
     const bool over_negatives = next_bool(&c), bounds = next_bool(&c);
-    const block_t block = next_block(&c);
     void *mean, *low, *high;
     if (check_quantile(&c, q) && read_inputs(&c, &t, mode, several, &p) &&
-        read_block(&c, block, &p) && read_positives(&c, &t, &p) &&
-        read_numbers(&c, tau, "tau", ONE, 0, &p.tau) && check_place(&c, &p)) {
-        const int64_t rows = bounds ? hex_block_anchors(&p) : 0;
+        read_positives(&c, &t, &p) && read_numbers(&c, tau, "tau", ONE, 0, &p.tau) &&
+        check_place(&c, &p)) {
+        const int64_t rows = bounds ? hex_anchors(&p) : 0;
         if (add_output(&c, bounds, (int64_t[]){0}, HEX_F64, &mean) &&
             add_output(&c, 1, &rows, compute_dtype(&p), &low) &&
             add_output(&c, 1, &rows, compute_dtype(&p), &high))
@@ -267,9 +275,139 @@ static void quantile(StableIValue *stack, uint64_t arguments, uint64_t outputs)
     finish(&c, "quantile");
 }
 
+/* ---- the operators of many ranks: each has a block of anchors, and all have all rows' numbers ---- */
+
+/* low: of each anchor of the block the quantile of its row, +inf where that has no element; or, with
+ * `bounds`, low and high as in quantile. keep: whether its cosines are to be kept, if there is room. */
+static const char block_quantiles_schema[] =
+    "block_quantiles(" TENSORS "Tensor tau, int mode, bool several, bool allow_tf32, "
+    "bool self_column, float quantile, bool over_negatives, bool bounds, bool keep, " BLOCK
+    ") -> (Tensor low, Tensor high, Tensor kept)";
+
+static void block_quantiles(StableIValue *stack, uint64_t arguments, uint64_t outputs)
+{
+    (void)arguments, (void)outputs;
+    call_t c = begin(stack, 6);
+    const tensors_t t = next_tensors(&c, false);
+    const AtenTensorHandle tau = next_tensor(&c);
+    const int64_t mode = next_int(&c);
+    const bool several = next_bool(&c);
+    c.place.allow_tf32 = next_bool(&c);
+    hex_problem_t p = {.self_column = next_bool(&c)};
+    const double q = next_float(&c);
+    const bool over_negatives = next_bool(&c), bounds = next_bool(&c), keep = next_bool(&c);
+    const block_t block = next_block(&c);
+    void *low, *high;
+    if (check_quantile(&c, q) && read_inputs(&c, &t, mode, several, &p) &&
+        read_block(&c, block, &p) && read_positives(&c, &t, &p) &&
+        read_numbers(&c, tau, "tau", ONE, 0, &p.tau) && check_place(&c, &p)) {
+        const int64_t rows = hex_block_anchors(&p), none = 0;
+        if (add_output(&c, 1, &rows, compute_dtype(&p), &low) &&
+            add_output(&c, 1, bounds ? &rows : &none, compute_dtype(&p), &high) &&
+            add_kept(&c, &p, keep))
+            ok(&c, bounds ? hex_run_row_range(&c.place, &p, low, high)
+                          : hex_run_row_quantiles(&c.place, &p, q, over_negatives, low));
+    }
+    finish(&c, "block_quantiles");
+}
+
+/* The loss of each anchor of the block. eps: one, or one for each of these. kept: that of
+ * block_quantiles, or none. */
+static const char block_forward_schema[] =
+    "block_forward(" TENSORS DECIDERS "Tensor eps, Tensor tau, Tensor kept, " FORWARD_RULE
+    "bool allow_tf32, " BLOCK ") -> (Tensor loss, Tensor stats)";
+
+static void block_forward(StableIValue *stack, uint64_t arguments, uint64_t outputs)
+{
+    (void)arguments, (void)outputs;
+    call_t c = begin(stack, 10);
+    const tensors_t t = next_tensors(&c, true);
+    const AtenTensorHandle eps = next_tensor(&c), tau = next_tensor(&c), kept = next_tensor(&c);
+    rule_t rule = next_rule(&c, true);
+    c.place.allow_tf32 = next_bool(&c);
+    const block_t block = next_block(&c);
+    hex_problem_t p = {0};
+    void *loss, *stats;
+    rule.reduction = HEX_NONE;
+    if (read_problem(&c, &t, &rule, block, &p) &&
+        read_numbers(&c, eps, "eps", ONE | EACH_ROW, hex_block_anchors(&p), &p.eps) &&
+        read_numbers(&c, tau, "tau", ONE, 0, &p.tau) && check_place(&c, &p) &&
+        read_kept(&c, kept, &p) && add_rows(&c, &p, &loss, &stats))
+        ok(&c, hex_run_forward(&c.place, &p, loss, stats));
+    finish(&c, "block_forward");
+}
+
+/* A matrix of float32 or float64 numbers, or as one row a vector. */
+static bool read_matrix(call_t *c, AtenTensorHandle t, const char *name, int64_t dim,
+                        hex_matrix_t *out)
+{
+    view_t v;
+    if (!read_view(c, t, name, &v))
+        return false;
+    if ((v.dtype != HEX_F32 && v.dtype != HEX_F64) || v.dim != dim)
+        return fail(c, "%s: expected float32 or float64 in %d dimensions", name, (int)dim);
+    *out = (hex_matrix_t){v.data,          v.dtype,
+                          dim == 1 ? 1 : v.size[0],   v.size[dim - 1],
+                          dim == 1 ? 0 : v.stride[0], v.stride[dim - 1]};
+    return true;
+}
+
+/* rows: the quantile of every row of all ranks. The tracker's step with their mean. */
+static const char settle_schema[] =
+    "settle(Tensor rows, Tensor state, float momentum, bool monotonic, bool lagged, "
+    "int warmup_epochs, float warmup_threshold) -> (Tensor eps, Tensor new_state)";
+
+static void settle(StableIValue *stack, uint64_t arguments, uint64_t outputs)
+{
+    (void)arguments, (void)outputs;
+    call_t c = begin(stack, 2);
+    const AtenTensorHandle rows = next_tensor(&c), old = next_tensor(&c);
+    hex_tracker_t tracker = {.momentum = next_float(&c)};
+    tracker.monotonic = next_bool(&c);
+    tracker.lagged = next_bool(&c);
+    tracker.warmup_epochs = next_int(&c);
+    tracker.warmup_threshold = next_float(&c);
+    hex_matrix_t q;
+    void *eps, *state;
+    view_t v;
+    if (read_matrix(&c, rows, "rows", 1, &q) && read_state(&c, old, &v) &&
+        add_output(&c, 0, NULL, HEX_F64, &eps) &&
+        add_output(&c, 1, (int64_t[]){HEX_STATE}, HEX_F64, &state)) {
+        const hex_device_state_t step = {v.data, v.stride[0], state, eps};
+        if (hex_place_is_cuda(&c.place))
+            ok(&c, hex_cuda_settle(&c.place, &q, &tracker, &step));
+        else {
+            load_state(&step, &tracker);
+            hex_track(&tracker, hex_mean(&q), q.columns);
+            store_state(&tracker, &step);
+        }
+    }
+    finish(&c, "settle");
+}
+
+/* The sum of each row of a matrix, in the order of its columns. */
+static const char total_schema[] = "total(Tensor rows) -> Tensor";
+
+static void total(StableIValue *stack, uint64_t arguments, uint64_t outputs)
+{
+    (void)arguments, (void)outputs;
+    call_t c = begin(stack, 1);
+    const AtenTensorHandle rows = next_tensor(&c);
+    hex_matrix_t x;
+    void *sums;
+    if (read_matrix(&c, rows, "rows", 2, &x) && add_output(&c, 1, &x.rows, HEX_F64, &sums))
+        hex_place_is_cuda(&c.place) ? (void)ok(&c, hex_cuda_total(&c.place, &x, sums))
+                                    : hex_sum_rows(&x, sums);
+    finish(&c, "total");
+}
+
 const hex_operator_t hex_operators[HEX_OPERATORS] = {
     {"forward", forward_schema, forward},
     {"adaptive", adaptive_schema, adaptive},
     {"backward", backward_schema, backward},
     {"quantile", quantile_schema, quantile},
+    {"block_quantiles", block_quantiles_schema, block_quantiles},
+    {"block_forward", block_forward_schema, block_forward},
+    {"settle", settle_schema, settle},
+    {"total", total_schema, total},
 };

@@ -13,7 +13,7 @@ typedef struct {
     void (*kernel)(uint64_t *stack, uint64_t arguments, uint64_t outputs);
 } hex_operator_t;
 
-enum { HEX_OPERATORS = 4 };
+enum { HEX_OPERATORS = 8 };
 extern const hex_operator_t hex_operators[HEX_OPERATORS];
 
 bool hex_watch_forks(void);

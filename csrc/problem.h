@@ -88,8 +88,9 @@ static bool read_inputs(call_t *c, const tensors_t *t, int64_t mode, bool severa
     return true;
 }
 
-/* The block of anchors that a call is of; count -1: all that follow. */
-#define BLOCK "SymInt first=0, SymInt count=-1"
+/* The block of anchors that a call is of; (0, -1): the whole batch. */
+#define BLOCK "SymInt first, SymInt count"
+#define BLOCK_OR_WHOLE "SymInt first=0, SymInt count=-1"
 
 typedef struct {
     int64_t first, count;
@@ -107,14 +108,17 @@ static block_t next_block(call_t *c)
 static bool read_block(call_t *c, block_t block, hex_problem_t *p)
 {
     const int64_t first = block.first, count = block.count;
-    if (first < 0 || first > p->B || count < -1 || count > p->B - first)
+    if (first == whole.first && count == whole.count)
+        return true;
+    if (first < 0 || first > p->B || count < 0 || count > p->B - first)
         return fail(c,
                     "first, count: expected a block of %" PRId64 " rows, got %" PRId64 ", %" PRId64,
                     p->B, first, count);
+    if (p->M != 0 && p->M != p->B)
+        return fail(c, "first, count: expected none, for z1 has another number of rows than z0");
+    p->block = true;
     p->first = first;
-    p->count = count < 0 ? p->B - first : count;
-    if ((first != whole.first || count != whole.count) && p->M != 0 && p->M != p->B)
-        return fail(c, "first, count: expected all rows of z0, for z1 has another number of them");
+    p->count = count;
     return true;
 }
 

@@ -64,7 +64,7 @@ static const char *forward_rows(const hex_problem_t *p, void *loss, void *stats)
                            allocate(rows, 1, sizeof(double))};
     if (!f.loss)
         return HEX_NO_MEMORY;
-    const char *error = for_each_row(p, forward_row, &f);
+    const char *error = for_each_row(p, forward_row, &f, p->kept);
     if (!error)
         reduce(p->reduction, f.loss, rows, loss);
     free(f.loss);
@@ -105,6 +105,13 @@ static void finish_row(const backward_context_t *c, int64_t o, real *du)
           dot_product(du, u, p->D), unit->inverse[o]);
 }
 
+/* A block's cosines, if they were kept and the owners are anchors. */
+static const real *kept_rows(const backward_context_t *c)
+{
+    const hex_problem_t *p = c->p;
+    return p->block && c->owners.begin < hex_anchors(p) ? p->kept : NULL;
+}
+
 static void backward_body(int64_t begin, int64_t end, void *context)
 {
     backward_context_t *c = context;
@@ -112,6 +119,7 @@ static void backward_body(int64_t begin, int64_t end, void *context)
     const unit_t *unit = &c->in->unit;
     const int64_t width = unit->width, n = c->met.end - c->met.begin, anchors = hex_anchors(p);
     const bool column_terms = c->met.begin < anchors, row_terms = c->owners.begin < anchors;
+    const real *kept = kept_rows(c);
     table_t t = {0};
     real *du = allocate(c->block, width, sizeof(real));
     const bool ready = make_table(p, c->block, COLUMNS, &t) && du;
@@ -122,7 +130,10 @@ static void backward_body(int64_t begin, int64_t end, void *context)
         for (int64_t at = 0; at < n; at += COLUMNS) {
             const int64_t columns = n - at < COLUMNS ? n - at : COLUMNS;
             const range_t slice = {c->met.begin + at, c->met.begin + at + columns};
-            cosines(unit, from, rows, c->panels, at, columns, t.c, COLUMNS);
+            if (kept)
+                copy_rows(kept + hex_block_place(p, from) * n + at, n, rows, columns, t.c, COLUMNS);
+            else
+                cosines(unit, from, rows, c->panels, at, columns, t.c, COLUMNS);
             if (c->guide)
                 cosines(&c->in->guide, from, rows, c->guide, at, columns, t.guide, COLUMNS);
             for (int64_t o = from; o < from + rows; o++) {
@@ -254,7 +265,7 @@ static const char *backward_rows(backward_context_t *c, panels_t *panels)
         c->met = met_by(p, c->input);
         c->block =
             own || p->mode == HEX_LOGITS ? 1 : block_rows(c->owners.end - c->owners.begin, 0);
-        if (p->mode != HEX_LOGITS)
+        if (p->mode != HEX_LOGITS && !kept_rows(c)) /* else no cosine is computed again */
             error = make_panels(&c->in->unit, c->met.begin, c->met.end, panels);
         if (!error && blocks && p->G > 0) {
             error = make_panels(&c->in->guide, c->met.begin, c->met.end, &guide);

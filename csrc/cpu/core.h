@@ -34,6 +34,7 @@ const hex_cpu_entry_t ENTRY = {
     .adaptive = adaptive,
     .threshold = threshold,
     .row_range = row_range,
+    .row_quantiles = row_quantiles,
     .kept = kept_room,
 };
 

@@ -30,6 +30,7 @@ typedef struct {
     const char *(*adaptive)(const hex_problem_t *, hex_tracker_t *, void *, void *);
     const char *(*threshold)(const hex_problem_t *, double, bool, double *);
     const char *(*row_range)(const hex_problem_t *, void *, void *);
+    const char *(*row_quantiles)(const hex_problem_t *, double, bool, void *);
     int64_t (*kept)(const hex_problem_t *, bool *);
 } hex_cpu_entry_t;
 

@@ -113,6 +113,12 @@ const char *hex_cpu_row_range(const hex_problem_t *p, void *low, void *high)
     return entry[p->compute_f64]->row_range(p, low, high);
 }
 
+const char *hex_cpu_row_quantiles(const hex_problem_t *p, double quantile, bool over_negatives,
+                                  void *rows)
+{
+    return entry[p->compute_f64]->row_quantiles(p, quantile, over_negatives, rows);
+}
+
 int64_t hex_cpu_kept(const hex_problem_t *p, bool *used)
 {
     return entry[p->compute_f64]->kept(p, used);

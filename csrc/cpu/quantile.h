@@ -289,6 +289,7 @@ static const char *visit_again(batch_t *s, const bool *again, row_function_t row
             error = make_panels(&s->in.unit, of.begin, of.end, &other);
         rows_context_t c = {.p = s->p,
                             .in = &s->in,
+                            .met = of,
                             .panels = side ? &other : &s->panels,
                             .end = count,
                             .some = some,

@@ -55,7 +55,7 @@ static int64_t not_negatives(const hex_problem_t *p)
 
 static bool enough(const hex_problem_t *p)
 {
-    return p->mode < HEX_PAIRED && hex_is_whole(p) && p->B >= 16 && columns_of(p) >= 192;
+    return p->mode < HEX_PAIRED && !p->block && p->B >= 16 && columns_of(p) >= 192;
 }
 
 /* Whether a problem is done this way: enough cosines, sets that a tile can tell from codes, and no
@@ -113,6 +113,12 @@ static int64_t kept_room(const hex_problem_t *p, bool *used)
     *used = false;
     if (p->mode >= HEX_PAIRED)
         return 0;
+    if (p->block) { /* rows as they are; see blocks.h */
+        const range_t met = met_by(p, 0);
+        const int64_t numbers = hex_block_anchors(p) * (met.end - met.begin);
+        *used = numbers <= most;
+        return numbers < most ? numbers : most;
+    }
     field_t f = field_of(p);
     *used = enough(p) && tile_numbers(&f, most + 1) <= most;
     f.row_block = f.column_block = LARGEST_BLOCK;

@@ -189,8 +189,10 @@ typedef void (*row_function_t)(void *context, int64_t i, row_t *r, int64_t first
 typedef struct {
     const hex_problem_t *p;
     const inputs_t *in;
-    const panels_t *panels, *guide; /* of the candidates */
+    range_t met;                    /* the candidates */
+    const panels_t *panels, *guide; /* of them */
     int64_t begin, end, block;      /* anchors [begin, end), */
+    bool filled;                    /* their cosines are in p->kept */
     const int64_t *some;            /* or, if not NULL, some[begin .. end): they have no guide */
     row_function_t row;
     void *context;
@@ -203,11 +205,18 @@ static real positive_cosine(const hex_problem_t *p, const unit_t *unit, int64_t 
                              p->D);
 }
 
+static void copy_rows(const real *from, int64_t from_ld, int64_t rows, int64_t columns, real *to,
+                      int64_t to_ld)
+{
+    for (int64_t i = 0; i < rows; i++)
+        memcpy(to + i * to_ld, from + i * from_ld, (size_t)columns * sizeof(real));
+}
+
 static void rows_body(int64_t begin, int64_t end, void *context)
 {
     rows_context_t *c = context;
     const unit_t *unit = &c->in->unit;
-    const range_t met = {c->panels->begin, c->panels->end};
+    const range_t met = c->met;
     const int64_t n = met.end - met.begin, ld = round_up(n, NR) + NR;
     table_t t = {0};
     unit_t copies = {0};
@@ -219,7 +228,15 @@ static void rows_body(int64_t begin, int64_t end, void *context)
         const int64_t rows = c->end - from < c->block ? c->end - from : c->block;
         for (int64_t i = 0; c->some && i < c->block; i++) /* whole register tiles of them */
             copy_row(unit, c->some[i < rows ? from + i : from], &copies, i);
-        cosines(c->some ? &copies : unit, c->some ? 0 : from, rows, c->panels, 0, n, t.c, ld);
+        real *kept = c->p->block && c->p->kept
+                         ? (real *)c->p->kept + hex_block_place(c->p, from) * n
+                         : NULL;
+        if (kept && c->filled)
+            copy_rows(kept, n, rows, n, t.c, ld);
+        else
+            cosines(c->some ? &copies : unit, c->some ? 0 : from, rows, c->panels, 0, n, t.c, ld);
+        if (kept && !c->filled)
+            copy_rows(t.c, ld, rows, n, kept, n);
         if (c->guide)
             cosines(&c->in->guide, from, rows, c->guide, 0, n, t.guide, ld);
         for (int64_t k = 0; k < rows; k++) {
@@ -272,7 +289,7 @@ static const char *visit_rows(rows_context_t *c)
     const hex_problem_t *p = c->p;
     const bool blocks = p->mode < HEX_PAIRED;
     const int64_t rows = c->end - c->begin;
-    const int64_t columns = blocks ? c->panels->end - c->panels->begin : p->K;
+    const int64_t columns = blocks ? c->met.end - c->met.begin : p->K;
     int64_t work = 64 * p->D; /* of a row of logits */
     c->block = 1;
     if (blocks)
@@ -289,7 +306,9 @@ static const char *visit_rows(rows_context_t *c)
     return c->no_memory ? HEX_NO_MEMORY : NULL;
 }
 
-static const char *for_each_row(const hex_problem_t *p, row_function_t row, void *context)
+/* filled: the cosines of a block are in p->kept, if that is there; else they go there. */
+static const char *for_each_row(const hex_problem_t *p, row_function_t row, void *context,
+                                bool filled)
 {
     inputs_t in = {0};
     panels_t panels = {0}, guide = {0};
@@ -299,15 +318,17 @@ static const char *for_each_row(const hex_problem_t *p, row_function_t row, void
         const range_t rows = block_of(p, input), met = met_by(p, input);
         rows_context_t c = {.p = p,
                             .in = &in,
+                            .met = met,
                             .panels = &panels,
                             .guide = p->G > 0 && blocks ? &guide : NULL,
                             .begin = rows.begin,
                             .end = rows.end,
+                            .filled = filled,
                             .row = row,
                             .context = context};
         if (input == 1 && !hex_both_anchors(p))
             break;
-        if (blocks)
+        if (blocks && !(filled && p->block && p->kept))
             error = make_panels(&in.unit, met.begin, met.end, &panels);
         if (!error && c.guide)
             error = make_panels(&in.guide, met.begin, met.end, &guide);

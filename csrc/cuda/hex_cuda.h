@@ -7,7 +7,7 @@
 
 #include "../hex.h"
 
-#define HEX_CUDA_VERSION 4
+#define HEX_CUDA_VERSION 5
 
 /* What a call runs on. Device memory comes from `allocate` (NULL: there is none), 256-byte aligned;
  * the caller frees it when the call is back, which is right for an allocator that is ordered by the
@@ -40,6 +40,12 @@ typedef struct {
     const char *(*adaptive)(const hex_problem_t *p, const hex_device *d, const hex_tracker_t *t,
                             const hex_device_state_t *s, void *loss, void *stats);
     const char *(*row_range)(const hex_problem_t *p, const hex_device *d, void *low, void *high);
+    const char *(*row_quantiles)(const hex_problem_t *p, const hex_device *d, double quantile,
+                                 bool over_negatives, void *rows);
+    /* The step of a tracker with the mean of the rows' quantiles; and the sums, also on the device. */
+    const char *(*settle)(const hex_device *d, const hex_matrix_t *q, const hex_tracker_t *t,
+                          const hex_device_state_t *s);
+    const char *(*total)(const hex_device *d, const hex_matrix_t *x, double *sums);
     int (*driver)(void); /* 0, or the CUDA error that there is without a launch (35: no driver) */
     int (*probe)(int device); /* 0, or the CUDA error of every launch there (209: no code for it) */
 } hex_cuda_table;
