@@ -18,12 +18,12 @@ from ._calls import is_transformed
 
 __all__ = ["Mode", "Over", "Positives", "Reduction", "Variant", "check_base_temperature",
            "check_choice", "check_count", "check_device", "check_embeddings", "check_eps",
-           "check_eps_or_groups", "check_features", "check_flag", "check_groups", "check_guide",
-           "check_guide_of_features", "check_labels", "check_logits", "check_mask", "check_mode",
-           "check_negatives", "check_no_mask_to_gather", "check_no_negatives_to_gather",
-           "check_number", "check_one_decider", "check_over", "check_positives", "check_reduction",
-           "check_temperature", "check_threshold", "check_views", "has_shape",
-           "is_number"]  # fmt: skip
+           "check_eps_or_groups", "check_features", "check_flag", "check_gathers", "check_groups",
+           "check_guide", "check_guide_of_features", "check_labels", "check_logits", "check_mask",
+           "check_mode", "check_negatives", "check_no_mask_to_gather", "check_number",
+           "check_one_decider", "check_over", "check_positives", "check_process_group",
+           "check_reduction", "check_rows", "check_temperature", "check_threshold", "check_views",
+           "has_shape", "is_number"]  # fmt: skip
 
 Mode = Literal["ntxent", "query", "cross"]
 Variant = Literal["paper", "released"]
@@ -67,6 +67,8 @@ def check_embeddings(name: str, z: Any) -> None:
         )
     if not isinstance(z, Tensor):
         raise TypeError(f"{name}: got {type(z).__name__}, wanted a torch.Tensor")
+    if hasattr(z, "to_local"):
+        raise TypeError(f"{name}: got DTensor, wanted a plain tensor; call .to_local()")
     if z.dtype not in _DTYPES:
         labels = z.dim() == 1 and not z.is_complex() and not z.is_floating_point()
         raise TypeError(
@@ -357,13 +359,33 @@ def check_threshold(threshold: Any) -> None:
         raise ValueError("threshold: got nan, wanted a cosine")
 
 
-def check_no_negatives_to_gather(negatives: Any) -> None:
-    if negatives is not None:
-        raise ValueError(
-            "gather_distributed: got True with negatives, wanted False: the anchors are compared "
-            "with negatives only, not with rows of other ranks. Gather the keys that go into the "
-            "queue instead"
+def check_process_group(group: Any) -> None:
+    available = torch.distributed.is_available()
+    if group is not None and not (available and isinstance(group, torch.distributed.ProcessGroup)):
+        raise TypeError(
+            f"process_group: got {type(group).__name__}, wanted a torch.distributed.ProcessGroup "
+            "that this rank belongs to, or None"
         )
+
+
+def check_gathers(gathers: bool, group: Any, rows: Any = None) -> None:
+    for name, value in (("process_group", group), ("rows", rows)):
+        if value is not None and not gathers:
+            raise ValueError(f"{name}: got one, wanted None without gather_distributed=True")
+
+
+def check_rows(rows: Any, images: int, ranks: int, rank: int) -> tuple[int, ...]:
+    """The images of every rank, those of this one among them."""
+    listed = isinstance(rows, Sequence) and not isinstance(rows, str)
+    if not listed or not all(isinstance(n, int) and not isinstance(n, bool) for n in rows):
+        raise TypeError(f"rows: got {rows!r}, wanted a tuple of ints, the images of every rank")
+    if len(rows) != ranks or min(rows) < 0:
+        raise ValueError(f"rows: got {rows!r}, wanted the images of each of {ranks} ranks")
+    if rows[rank] != images:
+        raise ValueError(
+            f"rows: got {rows[rank]} for rank {rank}, wanted its number of images, {images}"
+        )
+    return tuple(rows)
 
 
 def check_no_mask_to_gather(mask: Any) -> None:

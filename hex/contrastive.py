@@ -7,6 +7,7 @@ state machine of the threshold is in threshold.py.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -19,9 +20,12 @@ from .checks import (
     Positives,
     Reduction,
     Variant,
+    check_flag,
+    check_gathers,
     check_temperature,
     check_threshold,
 )
+from .distributed import Meeting, Ranks
 from .problem import Problem, Rule, checked_rule
 from .threshold import ThresholdTracker
 
@@ -50,7 +54,7 @@ class ContrastiveLoss(nn.Module):
     """A loss with a threshold over training. A subclass turns its arguments into a problem.
 
     Args:
-        temperature, threshold: as in `HEXLoss`.
+        temperature, threshold, gather_distributed, process_group, check_sizes: as in `HEXLoss`.
         **options: those of `checked_rule`, which become attributes.
 
     Raises:
@@ -70,9 +74,16 @@ class ContrastiveLoss(nn.Module):
         self,
         temperature: float | Tensor,
         threshold: Threshold,
+        *,
+        gather_distributed: bool = False,
+        process_group: Any = None,
+        check_sizes: bool = True,
         **options: Any,
     ) -> None:
         super().__init__()
+        self.gather_distributed = check_flag("gather_distributed", gather_distributed)
+        self._ranks = Ranks(process_group, check_flag("check_sizes", check_sizes))
+        check_gathers(gather_distributed, process_group)
         rule = checked_rule(**options)
         for name in options:
             setattr(self, name, getattr(rule, name))
@@ -86,6 +97,34 @@ class ContrastiveLoss(nn.Module):
             # In the released form an empty H makes sense: it is decoupled InfoNCE.
             self.threshold.warn_if_never()
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def process_group(self) -> Any:
+        """The group of ranks whose batches count as one, or None for all ranks."""
+        return self._ranks.group
+
+    def meeting(self, rows: Sequence[int] | None) -> Meeting | None:
+        """The call on all ranks that this one is part of, or None if there are no others.
+
+        Args:
+            rows: as in `HEXLoss.forward`.
+        """
+        check_gathers(self.gather_distributed, None, rows)
+        if not self.gather_distributed or not self._ranks.are_several():
+            return None
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                "gather_distributed: got True under a torch.func transform, wanted False: the "
+                "ranks would have to talk to each other inside it"
+            )
+        options: tuple[Any, ...] = ()
+        tracker = self.threshold
+        if not torch.compiler.is_compiling():
+            of_loss = {name: getattr(self, name) for name in self.shown}
+            if isinstance(self.temperature, Tensor):
+                of_loss.pop("temperature", None)
+            options = type(self).__name__, of_loss, tracker and (tracker.rule, tracker.options)
+        return Meeting(self._ranks, rows, options, None if tracker is None else tracker.state)
 
     def loss_of(self, batch: Problem) -> Tensor:
         """The loss of a problem. Also makes the tracker's step and keeps the statistics."""
@@ -118,7 +157,7 @@ class ContrastiveLoss(nn.Module):
                 tracker.store(state)
         else:
             eps = self._eps(batch, tracker, learns)
-            value, hard, share = batch.loss(eps, rule)
+            value, hard, share, eps = batch.loss(eps, rule)
             transformed = transformed or is_transformed(hard, eps)  # by vmap over a guide, say
         if not transformed and not hard.is_meta:
             self._keep(batch, value, (eps, hard, share), tracker, learns, again)

@@ -1,71 +1,289 @@
 # SPDX-License-Identifier: MIT
-"""`gather_distributed=True`: the batches of all ranks of torch.distributed as one batch.
+"""What the ranks of torch.distributed tell each other for `gather_distributed=True`.
 
-Every rank gathers the rows of all ranks and computes the loss of all of them as anchors. So the
-loss is the same on every rank and so is, what HEX needs, the threshold. No gradient has to be sent
-back, because the rows of this rank get their whole gradient on this rank. That gradient is
-multiplied by the number of ranks, because data-parallel training (DDP, FSDP) divides the sum of the
-gradients of all ranks by that number.
+Communication only moves numbers and never adds them: every sum over the rows of all ranks is made
+by each rank itself, in the order of the rows, so that all ranks have the same bits. What is
+gathered when, and what is computed of it, is in sharded.py.
+
+    group   the data-parallel ranks, G of them, each with the images of its own batch
+    B       the images of all ranks, in the order of the ranks
 """
 
-from typing import Any
+import copy
+import math
+import weakref
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["gather", "gather_constant", "is_distributed"]
+from .checks import check_process_group, check_rows
+
+__all__ = ["Meeting", "Ranks", "Share"]
 
 
-def is_distributed() -> bool:
-    """Whether there is a process group with other ranks."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def gather_constant(x: Tensor) -> Tensor:
-    """The x of all ranks, without gradient.
+class Ranks:
+    """The process group of a loss. It is kept by deepcopy and refused by pickle.
 
     Args:
-        x: (B, ...), of the same shape, dtype and device type on every rank.
-
-    Returns:
-        (W B, ...), the x of the W ranks in their order, or x itself where there are no other ranks.
+        group: a ProcessGroup, or None for all ranks.
+        checks: whether the ranks compare what they bring before they gather it.
     """
-    if not is_distributed():
-        return x
-    out = x.new_empty((dist.get_world_size() * x.shape[0], *x.shape[1:]))
+
+    def __init__(self, group: Any, checks: bool) -> None:
+        check_process_group(group)
+        self.group, self.checks = group, checks
+        self.name = _name(group)
+        self.met = False  # whether the ranks have compared their thresholds on a GPU
+
+    def are_several(self) -> bool:
+        """Whether there is a process group with other ranks."""
+        return dist.is_available() and dist.is_initialized() and dist.get_world_size(self.group) > 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Ranks":
+        return copy.copy(self)
+
+    def __copy__(self) -> "Ranks":
+        return Ranks(self.group, self.checks)
+
+    def __reduce__(self) -> Any:
+        if self.group is not None:
+            raise TypeError(
+                "process_group: got a loss with a process group to pickle, wanted one without: a "
+                "group exists in this run alone. Save the loss's state_dict()"
+            )
+        return Ranks, (None, self.checks)
+
+
+class Meeting(NamedTuple):
+    """A call of a loss on all ranks, before it is known what each brings."""
+
+    ranks: Ranks
+    rows: Sequence[int] | None
+    """The images of every rank, where the caller says them."""
+    loss: tuple[Any, ...]
+    """The options of the loss, which every rank must have alike."""
+    state: Tensor | None
+    """That of the threshold, too."""
+
+    def share(self, images: int, *brought: Tensor | None) -> "Share":
+        """The place of this rank's batch among those of all.
+
+        Args:
+            images: of this rank.
+            brought: the batch's tensors, of which the ranks compare dtype and shape but the rows.
+
+        Raises:
+            ValueError: the ranks bring what does not fit. It is raised on every rank alike, and
+                before anything is gathered.
+        """
+        ranks, rows = self.ranks, self.rows
+        size, rank = dist.get_world_size(ranks.group), dist.get_rank(ranks.group)
+        if rows is not None:
+            rows = check_rows(rows, images, size, rank)
+        share = Share(ranks, tuple(rows or (images,) * size), rank, None)
+        like = next(t for t in brought if t is not None)
+        if not ranks.checks or like.is_meta:
+            return share
+        known = images if rows is None else _SAID
+        if torch.compiler.is_compiling():
+            facts = [known, 0, 0, 0, 0]
+            return share._replace(agreed=torch.ops.hex.agree(like.detach(), facts, ranks.name))
+        tensors = [None if t is None else (t.dtype, *t.shape[1:]) for t in brought]
+        facts = [known, *map(_digest, (rows, tensors, self.loss)), self._digest_of_state()]
+        if not (like.is_cuda and torch.cuda.is_current_stream_capturing()):
+            _agree(like.device, facts, ranks.group, (tensors, self.loss))
+        return share
+
+    def _digest_of_state(self) -> int:
+        """0 where it cannot be read, or not without waiting for the device."""
+        state = self.state
+        if state is None or type(state) is not Tensor or state.is_meta:
+            return 0
+        if state.is_cuda:
+            if self.ranks.met:
+                return 0
+            self.ranks.met = True
+        return zlib.crc32(state.cpu().numpy().tobytes())
+
+
+class Share(NamedTuple):
+    """This rank's images among those of all ranks."""
+
+    ranks: Ranks
+    rows: tuple[int, ...]
+    """The images of each rank."""
+    rank: int
+    agreed: Tensor | None
+    """Of a compiled graph: what its gathers wait for, the check of what the ranks bring."""
+
+    # Methods, no properties: torch 2.10 compiles none of a NamedTuple.
+
+    def size(self) -> int:
+        """G, the number of ranks."""
+        return len(self.rows)
+
+    def first(self) -> int:
+        return sum(self.rows[: self.rank])
+
+    def images(self) -> int:
+        return self.rows[self.rank]
+
+    def total(self) -> int:
+        return sum(self.rows)
+
+    def of_views(self, views: int) -> "Share":
+        """The same where every image has so many rows, one after another."""
+        return self._replace(rows=tuple(views * n for n in self.rows))
+
+    def gather(self, *tensors: Tensor | None) -> list[Any]:
+        """Of each tensor (n, ...) that of all ranks, (B, ...), in their order; without gradient.
+
+        One collective, whatever the number of tensors: they travel side by side, as bytes.
+        """
+        there = [t.detach() for t in tensors if t is not None]
+        flat = [_bytes(t) for t in there]
+        x = flat[0] if len(flat) == 1 else torch.cat(flat, 1)
+        if torch.compiler.is_compiling():
+            gathered = torch.ops.hex.gather(x, self.agreed, self.rows, self.ranks.name)
+        else:
+            gathered = _gather(x, self.rows, self.ranks.group)
+        columns = gathered.split_with_sizes([f.shape[1] for f in flat], 1)
+        parts = iter(zip(columns, there, strict=True))
+        return [None if t is None else _restore(*next(parts)) for t in tensors]
+
+
+def _bytes(t: Tensor) -> Tensor:
+    flat = t.reshape(t.shape[0], math.prod(t.shape[1:]))
+    return flat.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+
+
+def _restore(part: Tensor, like: Tensor) -> Tensor:
+    return part.contiguous().view(like.dtype).reshape(part.shape[0], *like.shape[1:])
+
+
+def _gather(x: Tensor, rows: Sequence[int], group: Any) -> Tensor:
+    """(n, ...) to (B, ...): padded to the most rows that a rank has, for a collective wants one
+    number of all."""
+    most = max(rows)
+    if x.is_meta:
+        return x.new_empty((sum(rows), *x.shape[1:]))
+    if x.shape[0] < most:
+        x = torch.cat([x, x.new_zeros((most - x.shape[0], *x.shape[1:]))])
+    out = x.new_empty((len(rows) * most, *x.shape[1:]))
     # torch 2.13 warns of the old name, all_gather_into_tensor, which is the only one in 2.10.
     gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(out, x.detach().contiguous())
-    return out
+    gather(out, x.contiguous(), group=group)
+    if min(rows) == most:
+        return out
+    return torch.cat([out[k * most : k * most + n] for k, n in enumerate(rows)])
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(z: Tensor) -> Tensor:
-        return gather_constant(z)
+# ---- whether the ranks bring what fits ----------------------------------------------------------
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.rows = inputs[0].shape[0]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        first = dist.get_rank() * ctx.rows
-        return grad[first : first + ctx.rows] * dist.get_world_size()
+_SAID = -1  # in place of a number of images, where the caller says those of every rank
 
 
-def gather(z: Tensor) -> Tensor:
-    """`gather_constant` with a gradient: that of this rank's rows, times the number of ranks.
+def _digest(x: Any) -> int:
+    return 1 + zlib.crc32(repr(x).encode())
 
-    Example:
-        >>> import torch
-        >>> from hex.distributed import gather
-        >>> z = torch.randn(4, 8, requires_grad=True)
-        >>> gather(z) is z  # there is no process group here
-        True
+
+def _agree(device: torch.device, facts: Sequence[int], group: Any, own: Any) -> None:
+    """Compares what the ranks bring: the images of each, and digests, of which 0 is not known.
+
+    Five integers a rank; on a GPU they go by the host, which no stream waits for.
+
+    Args:
+        own: what the digests of tensors and options are of.
     """
-    if not is_distributed():
-        return z
-    gathered: Tensor = _Gather.apply(z)  # type: ignore[no-untyped-call]
-    return gathered
+    group = group if device.type == "cpu" else _host_group(group)
+    mine = torch.tensor(facts, dtype=torch.int64, device="cpu")
+    every = _gather(mine[None], (1,) * dist.get_world_size(group), group)
+    if torch.equal(every, mine.expand_as(every)):
+        return
+    images, rows, tensors, options, state = every.T.tolist()
+    if _SAID in images and len(set(images)) > 1 or _differ(rows):
+        raise ValueError("rows: got different ones on the ranks, or none on some, wanted the same")
+    if len(set(images)) > 1:
+        raise ValueError(
+            f"gather_distributed: got {_list(images)} rows on ranks {_list(range(len(images)))}, "
+            "wanted the same (drop_last=True), or rows="
+        )
+    for column, what, mine_is in (
+        (tensors, "tensors", f"here dtypes and shapes are {own[0]}"),
+        (options, "options", f"here they are {own[1]}"),
+        (state, "states of the threshold", "load the same state_dict and call set_epoch on all"),
+    ):
+        if other := _differ(column):
+            raise ValueError(
+                f"gather_distributed: got different {what} on ranks 0 and {other}, wanted the same "
+                f"on all ranks: {mine_is}"
+            )
+
+
+def _differ(digests: Sequence[int]) -> int:
+    """The first rank with another than rank 0, or 0 where there is none."""
+    return next((k for k, d in enumerate(digests) if d and digests[0] and d != digests[0]), 0)
+
+
+def _list(values: Sequence[int]) -> str:
+    *rest, last = map(str, values)
+    return f"{', '.join(rest)} and {last}"
+
+
+# ---- groups -------------------------------------------------------------------------------------
+
+_groups: Any = weakref.WeakValueDictionary()  # by name, which a compiled graph can hold
+_hosts: Any = weakref.WeakKeyDictionary()
+
+
+def _name(group: Any) -> str:
+    if group is None:
+        return ""
+    name: str = group.group_name
+    _groups[name] = group
+    return name
+
+
+def _group(name: str) -> Any:
+    return _groups[name] if name else None
+
+
+def _host_group(group: Any) -> Any:
+    """A group of the same ranks for tensors of the host: itself if it has a backend for them, else
+    one that is made when it is first asked for, on all ranks at once."""
+    if "cpu" in dist.get_backend_config(group):
+        return group
+    group = group or dist.group.WORLD
+    if group not in _hosts:
+        ranks = dist.get_process_group_ranks(group)
+        _hosts[group] = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    return _hosts[group]
+
+
+# ---- in a compiled graph each is one operator ---------------------------------------------------
+
+
+@torch.library.custom_op("hex::agree", mutates_args=())
+def _agree_op(like: Tensor, facts: Sequence[int], group: str) -> Tensor:
+    _agree(like.device, facts, _group(group), ("known when it is not compiled", (like,)))
+    return like.new_empty(0)
+
+
+@_agree_op.register_fake
+def _(like: Tensor, facts: Sequence[int], group: str) -> Tensor:
+    return like.new_empty(0)
+
+
+@torch.library.custom_op("hex::gather", mutates_args=())
+def _gather_op(x: Tensor, agreed: Tensor | None, rows: Sequence[int], group: str) -> Tensor:
+    gathered = _gather(x, rows, _group(group))
+    return gathered.clone() if gathered is x else gathered
+
+
+@_gather_op.register_fake
+def _(x: Tensor, agreed: Tensor | None, rows: Sequence[int], group: str) -> Tensor:
+    return x.new_empty((sum(rows), *x.shape[1:]))

@@ -5,7 +5,8 @@ How a problem becomes a loss, with the threshold and the statistics, is the same
 is in contrastive.py. The mathematics is in the docstrings of functional.py and in docs/math.md.
 """
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from .checks import (
     Variant,
     check_flag,
     check_mode,
+    check_no_mask_to_gather,
 )
 from .contrastive import ContrastiveLoss, Statistics, Threshold
 
@@ -46,10 +48,17 @@ class HEXLoss(ContrastiveLoss):
         mode: "ntxent" (SimCLR), "query" (NNCLR, MoCo v3) or "cross" (CLIP); see `hex_loss`.
         reduction: "mean", "sum" or "none".
         gather_distributed: whether the batches of all ranks of torch.distributed count as one
-            batch. Each rank then computes the threshold and the loss of all rows, so both are the
-            same on all ranks. Its gradient is such that data-parallel training (DDP, FSDP), which
-            averages over ranks, gets that of the whole batch. Every rank must have the same number
-            of rows (`drop_last=True`). In a single process it has no effect.
+            batch. Each rank computes its own anchors against all candidates, and the ranks exchange
+            what they measured: the threshold, the loss and the statistics are those of all rows and
+            have the same bits on all ranks. The gradient is such that data-parallel training (DDP,
+            FSDP), which averages over ranks, gets that of the whole batch. With `negatives` the
+            candidates remain the rank's own. In a single process it has no effect. Every rank must
+            call the loss equally often (docs/distributed.md).
+        process_group: the data-parallel ranks, a torch.distributed.ProcessGroup, where these are
+            not all. It is kept by deepcopy and cannot be pickled.
+        check_sizes: whether the ranks compare, at each call and before they exchange anything, how
+            many rows they bring, with what dtype and options. It costs one small exchange on the
+            host.
 
     Shape:
         z0, z1: (B, D). negatives: (K, D) or (B, K, D). Each is float64, float32, bfloat16 or
@@ -99,14 +108,16 @@ class HEXLoss(ContrastiveLoss):
         mode: Mode = "ntxent",
         reduction: Reduction = "mean",
         gather_distributed: bool = False,
+        process_group: Any = None,
+        check_sizes: bool = True,
     ) -> None:
         super().__init__(
             temperature, threshold, beta=beta, tau_plus=tau_plus, variant=variant,
-            reduction=reduction,
+            reduction=reduction, gather_distributed=gather_distributed,
+            process_group=process_group, check_sizes=check_sizes,
         )  # fmt: skip
         check_mode(mode)
         self.mode: Mode = mode
-        self.gather_distributed = check_flag("gather_distributed", gather_distributed)
 
     def forward(
         self,
@@ -117,6 +128,7 @@ class HEXLoss(ContrastiveLoss):
         groups: Tensor | tuple[Tensor, Tensor] | None = None,
         guide: tuple[Tensor, ...] | None = None,
         temperature: float | Tensor | None = None,
+        rows: Sequence[int] | None = None,
     ) -> Tensor:
         """The loss of a batch. Arguments, result and errors are those of `hex_loss`.
 
@@ -133,6 +145,8 @@ class HEXLoss(ContrastiveLoss):
                 with negatives, of the shapes of the embeddings except for D. They get no gradient.
             temperature: takes the place of the module's for this call (CLIP: `1 /
                 logit_scale.exp()`).
+            rows: with `gather_distributed`, where the ranks have different numbers of images: those
+                of every rank, a tuple of ints.
 
         Example:
             >>> import torch
@@ -142,10 +156,9 @@ class HEXLoss(ContrastiveLoss):
             >>> loss = HEXLoss()(z0, z1, guide=tuple(torch.randn(2, 256, 512)))
         """
         tau = self.temperature if temperature is None else temperature
+        meeting = self.meeting(rows)
         return self.loss_of(
-            problem.of_views(
-                z0, z1, negatives, self.mode, tau, groups, guide, self.gather_distributed
-            )
+            problem.of_views(z0, z1, negatives, self.mode, tau, groups, guide, meeting)
         )
 
 
@@ -155,7 +168,8 @@ class InfoNCELoss(ContrastiveLoss):
         L_i = -l_ip + log( exp(l_ip) + sum_{negatives j} exp(l_ij) ),    l = c / tau
 
     Args:
-        temperature, mode, reduction, gather_distributed: as in `HEXLoss`.
+        temperature, mode, reduction, gather_distributed, process_group, check_sizes: as in
+            `HEXLoss`.
 
     Shape:
         As in `HEXLoss`.
@@ -184,13 +198,16 @@ class InfoNCELoss(ContrastiveLoss):
         mode: Mode = "ntxent",
         reduction: Reduction = "mean",
         gather_distributed: bool = False,
+        process_group: Any = None,
+        check_sizes: bool = True,
     ) -> None:
         super().__init__(
-            temperature, None, beta=1.0, tau_plus=0.0, variant="paper", reduction=reduction
-        )
+            temperature, None, beta=1.0, tau_plus=0.0, variant="paper", reduction=reduction,
+            gather_distributed=gather_distributed, process_group=process_group,
+            check_sizes=check_sizes,
+        )  # fmt: skip
         check_mode(mode)
         self.mode: Mode = mode
-        self.gather_distributed = check_flag("gather_distributed", gather_distributed)
 
     def forward(
         self,
@@ -199,6 +216,7 @@ class InfoNCELoss(ContrastiveLoss):
         negatives: Tensor | None = None,
         *,
         temperature: float | Tensor | None = None,
+        rows: Sequence[int] | None = None,
     ) -> Tensor:
         """The loss of a batch. Arguments, result and errors are those of `info_nce`.
 
@@ -207,11 +225,11 @@ class InfoNCELoss(ContrastiveLoss):
             negatives: None, (K, D) or (B, K, D).
             temperature: takes the place of the module's for this call (CLIP: `1 /
                 logit_scale.exp()`).
+            rows: as in `HEXLoss`.
         """
         tau = self.temperature if temperature is None else temperature
-        return self.loss_of(
-            problem.of_views(z0, z1, negatives, self.mode, tau, gathers=self.gather_distributed)
-        )
+        meeting = self.meeting(rows)
+        return self.loss_of(problem.of_views(z0, z1, negatives, self.mode, tau, meeting=meeting))
 
 
 class HEXSupConLoss(ContrastiveLoss):
@@ -228,8 +246,9 @@ class HEXSupConLoss(ContrastiveLoss):
         positives: "outside" the logarithm, which is SupCon's L_out, or "inside" it.
         base_temperature: None, or a number > 0. The loss is then multiplied by temperature /
             base_temperature (SupContrast: 0.07).
-        gather_distributed: as in `HEXLoss`. Labels, groups and guides are gathered too. Without
-            labels every image of every rank is its own class. A mask is refused.
+        gather_distributed, process_group, check_sizes: as in `HEXLoss`. Labels, groups and guides
+            are gathered too. Without labels every image of every rank is its own class. A mask is
+            refused.
 
     Shape:
         features: (B, V, D), or (N, D) with labels or a mask. labels: (B,) or (N,) integers. mask:
@@ -270,12 +289,15 @@ class HEXSupConLoss(ContrastiveLoss):
         base_temperature: float | None = None,
         reduction: Reduction = "mean",
         gather_distributed: bool = False,
+        process_group: Any = None,
+        check_sizes: bool = True,
     ) -> None:
         super().__init__(
             temperature, threshold, beta=beta, tau_plus=tau_plus, variant=variant,
             positives=positives, base_temperature=base_temperature, reduction=reduction,
+            gather_distributed=gather_distributed, process_group=process_group,
+            check_sizes=check_sizes,
         )  # fmt: skip
-        self.gather_distributed = check_flag("gather_distributed", gather_distributed)
 
     def forward(
         self,
@@ -286,6 +308,7 @@ class HEXSupConLoss(ContrastiveLoss):
         groups: Tensor | None = None,
         guide: Tensor | None = None,
         temperature: float | Tensor | None = None,
+        rows: Sequence[int] | None = None,
     ) -> Tensor:
         """The loss of a batch. Arguments, result and errors are those of `hex_sup_con`.
 
@@ -297,10 +320,14 @@ class HEXSupConLoss(ContrastiveLoss):
                 statistic eps is NaN, and the tracker does not change.
             guide: None, or other features, from whose cosines H and eps are then taken.
             temperature: takes the place of the module's for this call.
+            rows: as in `HEXLoss`.
         """
         tau = self.temperature if temperature is None else temperature
+        if self.gather_distributed:
+            check_no_mask_to_gather(mask)
+        meeting = self.meeting(rows)
         return self.loss_of(
-            problem.of_features(features, labels, mask, tau, groups, guide, self.gather_distributed)
+            problem.of_features(features, labels, mask, tau, groups, guide, meeting)
         )
 
 
@@ -318,7 +345,9 @@ class HEXCrossEntropyLoss(ContrastiveLoss):
             more element of each row for the quantile (with over="all"). The logits do not have it.
             The authors' quantile counts it. Use True for SimCLR, where the code has left out the
             diagonal or filled it with -inf. Use False for MoCo, whose rows never had it.
-        threshold, beta, tau_plus, variant, reduction: as in `HEXLoss`.
+        threshold, beta, tau_plus, variant, reduction, process_group, check_sizes: as in `HEXLoss`.
+        gather_distributed: whether the loss is the mean over the rows of all ranks, at a threshold
+            that is measured on all of them. The columns remain the rank's own. As in `HEXLoss`.
 
     Shape:
         logits: (N, C), float64, float32, bfloat16 or float16. target: (N,) integers in [0, C).
@@ -348,6 +377,7 @@ class HEXCrossEntropyLoss(ContrastiveLoss):
         "tau_plus",
         "variant",
         "reduction",
+        "gather_distributed",
     )
 
     def __init__(
@@ -360,15 +390,24 @@ class HEXCrossEntropyLoss(ContrastiveLoss):
         tau_plus: float = 0.1,
         variant: Variant = "paper",
         reduction: Reduction = "mean",
+        gather_distributed: bool = False,
+        process_group: Any = None,
+        check_sizes: bool = True,
     ) -> None:
         super().__init__(
             temperature, threshold, beta=beta, tau_plus=tau_plus, variant=variant,
-            reduction=reduction,
+            reduction=reduction, gather_distributed=gather_distributed,
+            process_group=process_group, check_sizes=check_sizes,
         )  # fmt: skip
         self.self_column = check_flag("self_column", self_column)
 
     def forward(
-        self, logits: Tensor, target: Tensor, *, temperature: float | Tensor | None = None
+        self,
+        logits: Tensor,
+        target: Tensor,
+        *,
+        temperature: float | Tensor | None = None,
+        rows: Sequence[int] | None = None,
     ) -> Tensor:
         """The loss of a batch. Arguments, result and errors are those of `hex_cross_entropy`.
 
@@ -376,6 +415,8 @@ class HEXCrossEntropyLoss(ContrastiveLoss):
             logits: (N, C), cosines / temperature.
             target: (N,) integers, the column of each row's positive.
             temperature: takes the place of the module's for this call.
+            rows: as in `HEXLoss`.
         """
         tau = self.temperature if temperature is None else temperature
-        return self.loss_of(problem.of_logits(logits, target, tau, self.self_column))
+        meeting = self.meeting(rows)
+        return self.loss_of(problem.of_logits(logits, target, tau, self.self_column, meeting))

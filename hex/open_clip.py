@@ -4,7 +4,8 @@
 open_clip itself is not imported. The mathematics is that of `HEXLoss` in mode "cross".
 """
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,8 +33,9 @@ class HEXClipLoss(HEXLoss):
     Args:
         threshold, beta, tau_plus, variant: as in `HEXLoss`.
         gather_distributed: as in `HEXLoss`, but True by default, because ClipLoss gathers as well.
-            With several ranks every rank computes the loss of all pairs, and has the gradient that
-            ClipLoss has with gather_with_grad=True and local_loss=False.
+            Value and gradient are then those of ClipLoss with gather_with_grad=True and
+            local_loss=False.
+        process_group, check_sizes: as in `HEXLoss`.
 
     Shape:
         image_features, text_features: (B, D), float64, float32, bfloat16 or float16. Rows may have
@@ -73,6 +75,8 @@ class HEXClipLoss(HEXLoss):
         tau_plus: float = 0.1,
         variant: Variant = "paper",
         gather_distributed: bool = True,
+        process_group: Any = None,
+        check_sizes: bool = True,
     ) -> None:
         super().__init__(
             threshold=threshold,
@@ -81,6 +85,8 @@ class HEXClipLoss(HEXLoss):
             variant=variant,
             mode="cross",
             gather_distributed=gather_distributed,
+            process_group=process_group,
+            check_sizes=check_sizes,
         )
 
     def forward(  # type: ignore[override]
@@ -90,6 +96,7 @@ class HEXClipLoss(HEXLoss):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
+        rows: Sequence[int] | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The loss of a batch, or {"contrastive_loss": loss} with output_dict.
 
@@ -100,10 +107,11 @@ class HEXClipLoss(HEXLoss):
                 because one number added to all logits changes no softmax. Its gradient is 0, as in
                 ClipLoss, because DDP would refuse a missing one.
             output_dict: whether to return a dict.
+            rows: as in `HEXLoss`.
         """
         check_views(image_features, text_features, ("image_features", "text_features"))
         value: Tensor = super().forward(
-            image_features, text_features, temperature=_inverse(logit_scale)
+            image_features, text_features, temperature=_inverse(logit_scale), rows=rows
         )
         if isinstance(logit_bias, Tensor):
             value = value + 0 * logit_bias.sum().to(value)

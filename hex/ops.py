@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """torch.ops.hex.* as PyTorch sees them: shapes, batching, first and second derivatives.
 
-Four operators serve every loss: forward, adaptive, backward and quantile. Their schemas and kernels
-are in csrc/; the formulas in reference.py serve every device without a kernel, and the second
-derivative everywhere. Arguments arrive checked and laid out (problem.py).
+Four operators serve every loss: forward, adaptive, backward and quantile; and for the loss of many
+ranks block_quantiles, block_forward, settle and total. Their schemas and kernels are in csrc/; the
+formulas in reference.py serve every device without a kernel, and the second derivative everywhere.
+Arguments arrive checked and laid out (problem.py).
 """
 
 import inspect
@@ -19,18 +20,31 @@ from ._load import _C, cuda_problem
 
 __all__ = [
     "COUNT",
+    "DTAU",
+    "EPS",
+    "Function",
     "MODES",
     "POSITIVES",
     "REDUCTIONS",
     "SHARE",
     "VARIANTS",
     "adaptive_loss",
+    "block_backward",
+    "block_forward",
+    "block_quantiles",
+    "block_range",
+    "compute_dtype",
     "has_adaptive",
+    "has_block",
+    "in_graph",
     "isa",
     "kept_numbers",
     "loss",
+    "plain_rows",
     "quantile",
     "row_range",
+    "settle",
+    "total",
 ]
 
 
@@ -43,7 +57,8 @@ REDUCTIONS = _codes(reference.REDUCTIONS)
 VARIANTS = _codes(reference.VARIANTS)
 POSITIVES = _codes(("one", *reference.POSITIVES))  # or several, outside the logarithm or inside
 
-COUNT, SHARE = 7, 8  # rows of stats: |H|, and the local term's share (csrc/hex.h, HEX_STAT_*)
+# Rows of stats (csrc/hex.h, HEX_STAT_*): dL/dtau, |H|, and the local term's share are the last.
+EPS, DTAU, COUNT, SHARE = 0, 6, 7, 8
 _STATS, _STATS_SEVERAL = 9, 12  # rows of one positive, and of several
 
 _INPUTS = 7  # tensors that a problem is given as: z0, z1, negatives, ids, mask, groups, guide
@@ -60,6 +75,7 @@ def _length(operator: Any, last: str) -> int:
 _RULE = _length(torch.ops.hex.forward, "keep")
 _BACKWARD_RULE = _length(torch.ops.hex.backward, "allow_tf32")
 
+_MOST_KEPT = 24 << 20  # MOST_KEPT_BYTES in csrc/cpu/cpu.h
 _KERNELS = {"cpu", "meta"}  # device types with kernels; the fakes below are those of "meta"
 
 
@@ -73,12 +89,10 @@ def isa() -> str:
 
 def _block(z: Tensor, first: int = 0, count: int = -1) -> int:
     """Rows of an input that belong to the block [first, first + count), which is within z0; z1 has
-    as many rows or none. count -1: all from first on. Without a branch on a size of z."""
-    rows: int
+    as many rows or none. (0, -1): to the whole batch. Without a branch on a size of z."""
     if isinstance(count, int) and count == -1:
-        rows = torch.sym_max(z.shape[0] - first, 0)  # type: ignore[no-untyped-call]
-    else:
-        rows = torch.sym_min(z.shape[0], count)  # type: ignore[no-untyped-call]
+        return z.shape[0]
+    rows: int = torch.sym_min(z.shape[0], count)  # type: ignore[no-untyped-call]
     return rows
 
 
@@ -87,7 +101,7 @@ def _anchors(z0: Tensor, z1: Tensor, mode: int, *block: int) -> int:
     return _block(z0, *block) + (_block(z1, *block) if both else 0)
 
 
-def _compute_dtype(z0: Tensor, z1: Tensor, negatives: Tensor, mode: int) -> torch.dtype:
+def compute_dtype(z0: Tensor, z1: Tensor, negatives: Tensor, mode: int) -> torch.dtype:
     used = (z0, z1, negatives) if mode in (MODES["unpaired"], MODES["paired"]) else (z0, z1)
     return torch.float64 if any(z.dtype == torch.float64 for z in used) else torch.float32
 
@@ -109,7 +123,7 @@ def kept_numbers(z0: Tensor, z1: Tensor, negatives: Tensor, mode: int, dtype: to
     else:
         columns = negatives.shape[0] if mode == MODES["unpaired"] else M
         tiles = ((B + block - 1) // block) * ((columns + block - 1) // block)
-    room: int = torch.sym_min(tiles * tile, (24 << 20) // item)  # type: ignore[no-untyped-call]
+    room: int = torch.sym_min(tiles * tile, _MOST_KEPT // item)  # type: ignore[no-untyped-call]
     return room
 
 
@@ -117,8 +131,8 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     z0, z1, negatives = arguments[:3]
     options = arguments[_INPUTS + 2 :]
     mode, reduction, positives = options[:3]
-    keep, _, *block = options[_RULE:]
-    rows, dtype = _anchors(z0, z1, mode, *block), _compute_dtype(z0, z1, negatives, mode)
+    keep = options[_RULE]
+    rows, dtype = _anchors(z0, z1, mode), compute_dtype(z0, z1, negatives, mode)
     loss = z0.new_empty((rows,) if reduction == REDUCTIONS["none"] else (), dtype=dtype)
     stats = z0.new_empty((_STATS_SEVERAL if positives else _STATS, rows), dtype=dtype)
     kept = kept_numbers(z0, z1, negatives, mode, dtype) if keep else 0
@@ -147,11 +161,41 @@ def _fake_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 def _fake_quantile(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     z0, z1, negatives = arguments[:3]
-    mode, _, _, _, _, _, bounds, *block = arguments[6:]
-    rows = _anchors(z0, z1, mode, *block) if bounds else 0
-    low = z0.new_empty(rows, dtype=_compute_dtype(z0, z1, negatives, mode))
+    mode, _, _, _, _, _, bounds = arguments[6:]
+    rows = _anchors(z0, z1, mode) if bounds else 0
+    low = z0.new_empty(rows, dtype=compute_dtype(z0, z1, negatives, mode))
     mean = z0.new_empty((0,) if bounds else (), dtype=torch.float64)
     return mean, low, torch.empty_like(low)
+
+
+def _fake_block_quantiles(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    z0, z1, negatives = arguments[:3]
+    mode, several, _, _, _, _, bounds, keep, *block = arguments[6:]
+    dtype = compute_dtype(z0, z1, negatives, mode)
+    rows, kept = _anchors(z0, z1, mode, *block), 0
+    if keep and z0.device.type in ("cpu", "meta") and mode < MODES["paired"]:
+        met = {"ntxent": z0.shape[0] + z1.shape[0], "unpaired": negatives.shape[0]}
+        met["unpaired"] += z1.shape[0] if several else 0
+        columns = {MODES[name]: n for name, n in met.items()}.get(mode, z1.shape[0])
+        kept = torch.sym_min(rows * columns, _MOST_KEPT // dtype.itemsize)  # type: ignore[no-untyped-call]
+    low = z0.new_empty(rows, dtype=dtype)
+    return low, z0.new_empty(rows if bounds else 0, dtype=dtype), z0.new_empty(kept, dtype=dtype)
+
+
+def _fake_block_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    z0, z1, negatives = arguments[:3]
+    mode, _, positives = arguments[_INPUTS + 3 : _INPUTS + 6]
+    rows, dtype = _anchors(z0, z1, mode, *arguments[-2:]), compute_dtype(z0, z1, negatives, mode)
+    stats = z0.new_empty((_STATS_SEVERAL if positives else _STATS, rows), dtype=dtype)
+    return z0.new_empty(rows, dtype=dtype), stats
+
+
+def _fake_settle(rows: Tensor, state: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return state.new_empty(()), torch.empty_like(state)
+
+
+def _fake_total(rows: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], dtype=torch.float64)
 
 
 def _register(name: str, fake: Callable[..., Any]) -> None:
@@ -178,6 +222,8 @@ def _register(name: str, fake: Callable[..., Any]) -> None:
             )
             for i in range(info.batch_size)
         ]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
         stacked = tuple(torch.stack(column) for column in zip(*results, strict=True))
         return stacked, (0,) * len(stacked)
 
@@ -190,6 +236,10 @@ for _name, _fake in (
     ("adaptive", _fake_adaptive),
     ("backward", _fake_backward),
     ("quantile", _fake_quantile),
+    ("block_quantiles", _fake_block_quantiles),
+    ("block_forward", _fake_block_forward),
+    ("settle", _fake_settle),
+    ("total", _fake_total),
 ):
     _register(_name, _fake)
 
@@ -199,7 +249,7 @@ for _name, _fake in (
 # a word and torch.func.grad raises; here grad and vmap are right and jvp raises.
 
 
-class _Function(torch.autograd.Function):
+class Function(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -214,7 +264,7 @@ def _differentiable(operator: Any) -> Callable[..., Any]:
     """forward or adaptive, with its first and second derivative."""
     n = _INPUTS
 
-    class Gradient(_Function):
+    class Gradient(Function):
         """The gradient as a function of its own, so that it can be differentiated again."""
 
         @staticmethod
@@ -253,9 +303,9 @@ def _differentiable(operator: Any) -> Callable[..., Any]:
             rest = [None] * (2 + len(ctx.options))
             return dgrad, dz0, dz1, dnegatives, *[None] * (n - 3), dtau, *rest
 
-    apply_gradient = _in_graph(Gradient)
+    apply_gradient = in_graph(Gradient)
 
-    class Loss(_Function):
+    class Loss(Function):
         @staticmethod
         def forward(*arguments: Any) -> tuple[Tensor, ...]:
             outputs: tuple[Tensor, ...] = operator(*arguments)
@@ -284,10 +334,10 @@ def _differentiable(operator: Any) -> Callable[..., Any]:
                     result[place] = g
             return tuple(result)
 
-    return _in_graph(Loss)
+    return in_graph(Loss)
 
 
-def _in_graph(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+def in_graph(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """`function.apply`, which torch.compile puts into its graph as it is.
 
     Looked into, it would come out wrong: inside a func transform the compiler traces the operator
@@ -438,3 +488,103 @@ def _measure(
         if bounds:
             return tau, *reference.range_of(table)
         return reference.quantile_of(table, quantile, over), tau, tau
+
+
+# ---- the loss of many ranks: each has a block of anchors, and all the numbers of all rows --------
+
+
+def block_quantiles(
+    measured: Sequence[Any], quantile: float, over: str, block: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Of each anchor of the block the quantile of its row, +inf where that has no element; and the
+    cosines for `block_forward`. No gradient. measured: as in `row_range`."""
+    low, _, kept = _measure_block(measured, quantile, over, False, block)
+    return low, kept
+
+
+def block_range(measured: Sequence[Any], block: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """`row_range` of the anchors of the block."""
+    return _measure_block(measured, 0.0, "all", True, block)[:2]
+
+
+def _measure_block(
+    measured: Sequence[Any], quantile: float, over: str, bounds: bool, block: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, mode, several, self_column = measured
+    z0, z1, tau = *tensors[:2], tensors[-1]
+    with torch.no_grad():
+        if _has_kernel(z0, not several):
+            outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.hex.block_quantiles(
+                *tensors, mode, several, _allow_tf32(z0), self_column, quantile,
+                over == "negatives", bounds, not bounds, *block,
+            )  # fmt: skip
+            return outputs
+        table = reference.problem_table(*measured)
+        if bounds:
+            low, high = (_of_block(x, z0, z1, mode, *block) for x in reference.range_of(table))
+            return low, high, tau
+        rows = reference.row_quantiles(table, quantile, over)
+        return _of_block(rows, z0, z1, mode, *block), tau, tau
+
+
+def _of_block(rows: Tensor, z0: Tensor, z1: Tensor, mode: int, first: int, count: int) -> Tensor:
+    """Those of the rows of all anchors that are of the block."""
+    both = mode in (MODES["ntxent"], MODES["cross"]) and z1.shape[0]
+    begins = (first, z0.shape[0] + first) if both else (first,)
+    return torch.cat([rows[begin : begin + count] for begin in begins])
+
+
+def has_block(inputs: tuple[Tensor, ...], positives: int) -> bool:
+    """Whether `block_forward` serves such inputs."""
+    z0, groups, guide = inputs[0], *inputs[5:7]
+    return _has_kernel(z0, z0.is_cuda and _is_of_views(positives, groups, guide))
+
+
+def block_forward(
+    inputs: tuple[Tensor, ...], eps: Tensor, tau: Tensor, kept: Tensor, rule: tuple[Any, ...],
+    block: tuple[int, int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Loss and statistics of each anchor of the block, without gradient. eps: 0-d, or theirs."""
+    with torch.no_grad():
+        outputs: tuple[Tensor, Tensor] = torch.ops.hex.block_forward(
+            *inputs, eps.to(tau.device), tau, kept, *rule, _allow_tf32(tau), *block
+        )
+    return outputs
+
+
+def block_backward(
+    grad: Tensor, inputs: tuple[Tensor, ...], tau: Tensor, stats: Tensor, kept: Tensor,
+    rule: tuple[Any, ...], needs: int, block: tuple[int, int],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """dz0, dz1 and dnegatives of the block's rows, of those whose bit is in `needs`. grad and stats
+    are of all anchors."""
+    options = rule[0], REDUCTIONS["none"], *rule[2:_BACKWARD_RULE]
+    gradients: tuple[Tensor, ...] = torch.ops.hex.backward(
+        grad, *inputs, tau, stats, kept, *options, _allow_tf32(tau), needs, *block
+    )
+    return gradients[:3]
+
+
+def plain_rows(
+    inputs: tuple[Tensor, ...], eps: Tensor, tau: Tensor, rule: tuple[Any, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, |H| and share of each anchor by the formulas, for a device without kernels."""
+    return _reference(*inputs, eps.to(tau.device), tau, rule=rule)
+
+
+def settle(rows: Tensor, state: Tensor, rule: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """eps and a tracker's new state, for the quantiles of the rows of all ranks. rule: that of
+    `ThresholdTracker.kernel_rule` from momentum on."""
+    outputs: tuple[Tensor, Tensor] = torch.ops.hex.settle(rows, state, *rule)
+    return outputs
+
+
+def total(rows: Tensor) -> Tensor:
+    """The sum of each row, (R, N) to (R,) float64, in the order of the columns: the same bits on
+    every rank."""
+    if rows.is_cuda and _cuda(rows.device.index)[0] is not None:
+        return rows.to(torch.float64).sum(1)
+    if not rows.is_cuda and rows.device.type not in _KERNELS:
+        return rows.to(torch.float64).sum(1)
+    sums: Tensor = torch.ops.hex.total(rows.detach())
+    return sums

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, sharded
 from .checks import (
     Positives,
     Reduction,
@@ -42,8 +42,6 @@ from .checks import (
     check_mask,
     check_mode,
     check_negatives,
-    check_no_mask_to_gather,
-    check_no_negatives_to_gather,
     check_number,
     check_one_decider,
     check_positives,
@@ -52,7 +50,8 @@ from .checks import (
     check_variant,
     check_views,
 )
-from .distributed import gather, gather_constant
+from .distributed import Meeting
+from .sharded import Part
 
 __all__ = [
     "Problem",
@@ -116,6 +115,8 @@ class Problem(NamedTuple):
     """In place of z0, z1 and negatives where the threshold is measured."""
     self_column: bool = False
     """Of logits: whether the anchor's own cosine, 1, is no column but counts."""
+    part: Part | None = None
+    """Where the loss is of the rows of all ranks: what of it is this rank's."""
 
     # Methods, no properties: torch 2.10 compiles none of a NamedTuple.
 
@@ -125,12 +126,17 @@ class Problem(NamedTuple):
 
     def learner(self) -> tuple[Tensor, ...]:
         """The tensors that may have a gradient."""
-        return *self.inputs[:3], self.tau
+        z = self.inputs[:3] if self.part is None else self.part.own
+        return *z, self.tau
 
-    def loss(self, eps: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
-        """The reduced loss, and of each row |H| and the local term's share (no gradient)."""
-        value, hard, share = ops.loss(self.inputs, eps, self.tau, self._options(rule))
-        return self._scaled(value, rule), hard, share
+    def loss(self, eps: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The reduced loss; |H| and the local term's share, of each row or their means, and eps (no
+        gradient)."""
+        if self.part is not None:
+            value, hard, share, eps = sharded.loss(self, eps, self._options(rule))
+        else:
+            value, hard, share = ops.loss(self.inputs, eps, self.tau, self._options(rule))
+        return self._scaled(value, rule), hard, share, eps
 
     def has_adaptive(self) -> bool:
         """Whether `adaptive_loss` serves it."""
@@ -142,20 +148,30 @@ class Problem(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """`loss` at the eps that a tracker of this state and rule gives, in one call; and eps, and
         the tracker's new state."""
-        value, hard, share, eps, state = ops.adaptive_loss(
-            self.inputs, state, self.tau, self._options(rule), (self.self_column, *tracking)
-        )
+        if self.part is not None:
+            value, hard, share, eps, state = sharded.adaptive_loss(
+                self, state, self._options(rule), tracking
+            )
+        else:
+            value, hard, share, eps, state = ops.adaptive_loss(
+                self.inputs, state, self.tau, self._options(rule), (self.self_column, *tracking)
+            )
         return self._scaled(value, rule), hard, share, eps, state
 
     def threshold(self, quantile: float, over: str) -> Tensor:
         """The mean over rows of the row's quantile; 0-d float64, no gradient."""
-        return ops.quantile(*self._measured(), quantile, over)
+        if self.part is not None:
+            return sharded.threshold(self, quantile, over)
+        return ops.quantile(*self.measured(), quantile, over)
 
     def row_range(self) -> tuple[Tensor, Tensor]:
-        """Least and largest cosine of each row; (N,) each, no gradient."""
-        return ops.row_range(*self._measured())
+        """Least and largest cosine of each row, or of this rank's; (N,) each, no gradient."""
+        if self.part is not None:
+            return sharded.row_range(self)
+        return ops.row_range(*self.measured())
 
-    def _measured(self) -> tuple[Any, ...]:
+    def measured(self) -> tuple[Any, ...]:
+        """What the threshold is measured on, as the operators take it."""
         *z, ids, mask, _, _ = self.inputs
         seen = z if self.guide is None else self.guide
         return *seen, ids, mask, self.tau, self.mode, self.several, self.self_column
@@ -193,7 +209,7 @@ def of_views(
     temperature: float | Tensor,
     groups: Any = None,
     guide: Any = None,
-    gathers: bool = False,
+    meeting: Meeting | None = None,
 ) -> Problem:
     """Two views of a batch, and negatives from outside."""
     check_mode(mode)
@@ -205,14 +221,17 @@ def of_views(
         check_one_decider(groups, guide)
         groups = None if groups is None else check_groups(groups, z0, negatives)
         guide = None if guide is None else check_guide(guide, z0, negatives)
-    if gathers:
-        check_no_negatives_to_gather(negatives)
-        z0, z1 = gather(z0), gather(z1)
-        if groups is not None:
-            groups = gather_constant(groups[0]), None
-        if guide is not None:
-            guide = gather_constant(guide[0]), gather_constant(guide[1]), None
+    share, own = None, (z0, z1)
+    if meeting is not None:
+        given = (z0, z1, negatives, *(groups or (None,)), *(guide or (None,)))
+        share = meeting.share(z0.shape[0], *given)
+        if negatives is None:
+            labels, seen = groups[:1] if groups else (None,), guide[:2] if guide else (None, None)
+            z0, z1, labels, *seen = share.gather(z0, z1, *labels, *seen)
+            groups = None if groups is None else (labels, None)
+            guide = None if guide is None else (*seen, None)
 
+    gathered = negatives is None
     images = row_length = z0.shape[0]
     anchors, has_self = images, False
     if negatives is not None:
@@ -227,15 +246,22 @@ def of_views(
     ids, mask, no_groups, no_guide = _nothing(z0)
     labels, seen, rows = no_groups, None, no_guide
     if groups is not None:
-        own, others = groups
-        labels = torch.cat([own, own] if others is None else [own, own, others.flatten()])
+        of_images, others = groups
+        both = [of_images, of_images]
+        labels = torch.cat(both if others is None else [*both, others.flatten()])
     if guide is not None:
         g0, g1, its = guide
         seen = g0, g1, g0.new_empty((0, g0.shape[1])) if its is None else its
         rows = torch.cat([g.flatten(0, -2) for g in seen])
+    part = None
+    if share is not None:
+        sides = 2 if gathered and mode != "query" else 1
+        part = Part(share, (*own, negatives), sides=sides, gathered=gathered)
+        if not gathered:
+            z0, z1, negatives, anchors = z0.detach(), z1.detach(), negatives.detach(), share.total()
     return Problem(
         (z0, z1, negatives, ids, mask, labels, rows), tau, ops.MODES[mode], False, anchors,
-        row_length, has_self, groups is not None, seen,
+        row_length, has_self, groups is not None, seen, part=part,
     )  # fmt: skip
 
 
@@ -246,9 +272,10 @@ def of_features(
     temperature: float | Tensor,
     groups: Tensor | None = None,
     guide: Tensor | None = None,
-    gathers: bool = False,
+    meeting: Meeting | None = None,
 ) -> Problem:
-    """Rows with several positives, view-major: all of the first view come first."""
+    """Rows with several positives: all of the first view come first. Those of all ranks go by
+    images, each with its views one after another, so that every rank's come together."""
     check_features(features, labels, mask)
     check_one_decider(groups, guide)
     device, images = features.device, features.shape[0]
@@ -261,35 +288,44 @@ def of_features(
     if guide is not None:
         guide = check_guide_of_features(guide, features)
     tau = _tau_tensor(temperature, features)
-    if gathers:
-        check_no_mask_to_gather(mask)
-        features = gather(features)
-        labels, groups, guide = (
-            None if x is None else gather_constant(x) for x in (labels, groups, guide)
-        )
-
     views = features.shape[1] if features.dim() > 2 else 1
+    share, own, in_rows = None, features, _view_major
+    if meeting is not None:
+        share, in_rows = meeting.share(images, features, labels, groups, guide), _image_major
+        features, labels, groups, guide = share.gather(features, labels, groups, guide)
+
     ids = torch.arange(features.shape[0], device=device) if labels is None else labels
-    x = _view_major(features)
+    x = in_rows(features)
     z1, negatives = (x.new_empty((0, x.shape[1])) for _ in range(2))
     _, no_mask, no_groups, no_guide = _nothing(x)
     seen = None
     if guide is not None:
-        g = _view_major(guide)
+        g = in_rows(guide)
         seen = g, g.new_empty((0, g.shape[1])), g.new_empty((0, g.shape[1]))
+    part = None
+    if share is not None:
+        part = Part(share, (in_rows(own), z1, negatives), views)
+        ids = ids[:, None].expand(-1, views).flatten()
+        groups = None if groups is None else groups[:, None].expand(-1, views).flatten()
+    else:
+        ids, groups = ids.repeat(views), None if groups is None else groups.repeat(views)
     inputs = (
-        x, z1, negatives, ids.repeat(views), no_mask if mask is None else positive,
-        no_groups if groups is None else groups.repeat(views),
-        no_guide if seen is None else seen[0],
+        x, z1, negatives, ids, no_mask if mask is None else positive,
+        no_groups if groups is None else groups, no_guide if seen is None else seen[0],
     )  # fmt: skip
     rows = x.shape[0]
     return Problem(
-        inputs, tau, ops.MODES["ntxent"], True, rows, rows, True, groups is not None, seen
-    )
+        inputs, tau, ops.MODES["ntxent"], True, rows, rows, True, groups is not None, seen,
+        part=part,
+    )  # fmt: skip
 
 
 def of_logits(
-    logits: Tensor, target: Tensor, temperature: float | Tensor, self_column: bool = False
+    logits: Tensor,
+    target: Tensor,
+    temperature: float | Tensor,
+    self_column: bool = False,
+    meeting: Meeting | None = None,
 ) -> Problem:
     """Given logits, cosines / temperature; self_column: the anchor's own counts in its row."""
     target = check_logits(logits, target)
@@ -297,9 +333,14 @@ def of_logits(
     rows, columns = logits.shape
     z1, negatives = (logits.new_empty((0, columns)) for _ in range(2))
     _, *none = _nothing(logits)
+    part = None
+    if meeting is not None:
+        share = meeting.share(rows, logits)
+        part = Part(share, (logits, z1, negatives), gathered=False)
+        logits, rows = logits.detach(), share.total()
     return Problem(
         (logits, z1, negatives, target, *none), tau, ops.MODES["logits"], True, rows,
-        columns + self_column, self_column, self_column=self_column,
+        columns + self_column, self_column, self_column=self_column, part=part,
     )  # fmt: skip
 
 
@@ -317,6 +358,10 @@ def _nothing(like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _view_major(z: Tensor) -> Tensor:
     return z if z.dim() == 2 else z.flatten(2).transpose(0, 1).flatten(0, 1)
+
+
+def _image_major(z: Tensor) -> Tensor:
+    return z if z.dim() == 2 else z.flatten(2).flatten(0, 1)
 
 
 # ---- numbers ------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from torch import Tensor
 
 __all__ = ["Table", "cosines", "decided_loss", "logits_table", "loss_rows", "problem_cosines",
            "problem_rows", "problem_table", "quantile_of", "range_of", "reduce", "row_loss",
-           "row_range", "threshold"]  # fmt: skip
+           "row_quantiles", "row_range", "threshold"]  # fmt: skip
 
 # The position of a name is the code that the operators take.
 MODES = ("ntxent", "query", "cross", "unpaired", "paired")
@@ -204,18 +204,25 @@ def quantile_of(table: Table, quantile: float, over: str = "all") -> Tensor:
     Raises:
         ValueError: over is unknown.
     """
+    rows = row_quantiles(table, quantile, over).to(torch.float64)
+    none = rows.isposinf()
+    return torch.where(none, 0.0, rows).sum() / (~none).sum()
+
+
+def row_quantiles(table: Table, quantile: float, over: str = "all") -> Tensor:
+    """The quantile of each row, (N,), of which `quantile_of` is the mean: +inf for a row of length
+    0, NaN for one that has a NaN."""
     _code(over, ("all", "negatives"), "over")
     c = table.values.detach()
     kept = table.negative if over == "negatives" else table.whole
     if c.numel() == 0:
-        return torch.full((), math.nan, dtype=torch.float64, device=c.device)
+        return torch.full_like(c.sum(1), math.inf)
     n = kept.sum(1)  # (N,)
     ascending = c.masked_fill(~kept, math.inf).sort(1).values  # (N, M), NaN last
     k = torch.round(quantile * (n - 1).clamp(min=0).to(torch.float64)).to(torch.int64)
     nearest = ascending.gather(1, k[:, None]).squeeze(1).clamp(-1, 1)  # (N,)
     holds_nan = (c.isnan() & table.whole).any(1)
-    value = torch.where(holds_nan, math.nan, torch.where(n > 0, nearest, 0.0)).to(torch.float64)
-    return value.sum() / ((n > 0) | holds_nan).sum()
+    return torch.where(holds_nan, math.nan, torch.where(n > 0, nearest, math.inf))
 
 
 def range_of(table: Table) -> tuple[Tensor, Tensor]:
