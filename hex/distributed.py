@@ -79,7 +79,13 @@ class Meeting(NamedTuple):
         Raises:
             ValueError: the ranks bring what does not fit. It is raised on every rank alike, and
                 before anything is gathered.
+            NotImplementedError: under a torch.func transform.
         """
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                "gather_distributed: got True under a torch.func transform, wanted False: the "
+                "ranks would have to talk to each other inside it"
+            )
         ranks, rows = self.ranks, self.rows
         size, rank = dist.get_world_size(ranks.group), dist.get_rank(ranks.group)
         if rows is not None:
