@@ -93,7 +93,7 @@ static const char *backward(const hex_problem_t *p, const hex_gradient_t *g)
     backward_context_t c = {.p = p, .g = g, .in = &in, .panels = &panels};
     scale_stats(p, g, k, &c.k);
     const bool wanted = g->dz[0] || g->dz[1] || g->dz[2];
-    const char *error = wanted && p->mode != HEX_LOGITS ? make_inputs(p, &in) : NULL;
+    const char *error = wanted && p->mode != HEX_LOGITS ? make_inputs(p, false, &in) : NULL;
     if (!error && has_dots(&in.unit))
         error = make_pairs(p, &in.unit.dots, in.unit.count, in.unit.width);
     if (!error && wanted)

@@ -312,8 +312,8 @@ static const char *for_each_row(const hex_problem_t *p, row_function_t row, void
 {
     inputs_t in = {0};
     panels_t panels = {0}, guide = {0};
-    const bool blocks = p->mode < HEX_PAIRED;
-    const char *error = p->mode == HEX_LOGITS ? NULL : make_inputs(p, &in);
+    const bool blocks = p->mode < HEX_PAIRED, at_hand = filled && p->block && p->kept;
+    const char *error = p->mode == HEX_LOGITS ? NULL : make_inputs(p, at_hand, &in);
     for (int input = 0; !error && input < 2; input++) {
         const range_t rows = block_of(p, input), met = met_by(p, input);
         rows_context_t c = {.p = p,
@@ -328,7 +328,7 @@ static const char *for_each_row(const hex_problem_t *p, row_function_t row, void
                             .context = context};
         if (input == 1 && !hex_both_anchors(p))
             break;
-        if (blocks && !(filled && p->block && p->kept))
+        if (blocks && !at_hand)
             error = make_panels(&in.unit, met.begin, met.end, &panels);
         if (!error && c.guide)
             error = make_panels(&in.guide, met.begin, met.end, &guide);
