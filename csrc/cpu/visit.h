@@ -9,12 +9,18 @@
 
 #define BLOCK (4 * MR)
 
-/* Rows of a block: as many as keep its cosines in the second-level cache, and enough blocks to
- * share out. Never a function of the number of threads. */
-static int64_t block_rows(int64_t rows, int64_t columns)
+/* Rows of a block of anchors that meet `met` rows of `width` numbers, with room for `columns` cosines
+ * each: as many as keep these in the second-level cache, and enough blocks to share out. Where the
+ * rows that are met come from memory, once for each block, blocks are larger. Never a function of
+ * the number of threads. */
+static int64_t block_rows(int64_t rows, int64_t columns, int64_t met, int64_t width)
 {
-    const int64_t fit = (1 << 20) / (int64_t)sizeof(real) / (columns + 1) / MR * MR;
-    const int64_t block = rows < 16 * BLOCK ? 2 * MR : BLOCK;
+    const int64_t item = sizeof(real);
+    const bool far = met > (8 << 20) / item / (width + 1);
+    const int64_t fit = (far ? 16 << 20 : 1 << 20) / item / (columns + 1) / MR * MR;
+    int64_t block = rows < 16 * BLOCK ? 2 * MR : BLOCK;
+    if (far && rows / 8 > block)
+        block = rows / 8 < 4 * BLOCK ? rows / 8 / MR * MR : 4 * BLOCK;
     return fit < MR ? MR : fit < block ? fit : block;
 }
 
@@ -293,7 +299,7 @@ static const char *visit_rows(rows_context_t *c)
     int64_t work = 64 * p->D; /* of a row of logits */
     c->block = 1;
     if (blocks)
-        c->block = block_rows(rows, p->G > 0 ? 2 * columns : columns);
+        c->block = block_rows(rows, p->G > 0 ? 2 * columns : columns, columns, c->in->unit.width);
     if (p->mode != HEX_LOGITS)
         work =
             2 * c->block * columns * (c->in->unit.width + (p->G > 0 ? c->in->guide.width : 0) + 32);
