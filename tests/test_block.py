@@ -52,9 +52,10 @@ def backward_of(arguments, grad, stats, kept):
     return grad, *inputs, tau, stats, kept, mode, reduction, positives, beta, False, 15
 
 
-def forward_of(arguments, kept):
+def forward_of(arguments, kept, keep=False):
     *inputs, eps, tau, mode, reduction, positives, beta, variant, tau_plus, _, _ = arguments
-    return *inputs, eps, tau, kept, mode, reduction, positives, beta, variant, tau_plus, False
+    rule = mode, reduction, positives, beta, variant, tau_plus
+    return *inputs, eps, tau, kept, *rule, keep, False
 
 
 def quantile_of(arguments, over_negatives, bounds):
@@ -84,10 +85,11 @@ def test_the_rows_of_a_block_are_those_of_the_whole(arguments, cut):
         block = dict(first=first, count=count)
         at = anchors_of(arguments, first, count)
         none, its_cosines = stats.new_empty(0), kept_of(arguments, block)
-        for kept in (none, its_cosines):
-            own, its = HEX.block_forward(*forward_of(arguments, kept), **block)
+        for given, keep in ((none, False), (none, True), (its_cosines, True)):
+            own, its, new = HEX.block_forward(*forward_of(arguments, given, keep), **block)
             assert torch.equal(own, loss[at])
             assert torch.equal(its.nan_to_num(7), stats[:, at].nan_to_num(7))
+            assert torch.equal(new, its_cosines if keep and given is none else none)
         part, again = (
             HEX.backward(*backward_of(arguments, grad, stats, kept), **block)
             for kept in (its_cosines, none)
@@ -137,7 +139,7 @@ def test_a_block_of_a_batch_that_goes_by_tiles(mode, dtype):
         for first, count in blocks(cut):
             block = dict(first=first, count=count)
             kept = stats.new_empty(0) if first == 3 else kept_of(arguments, block)
-            own, _ = HEX.block_forward(*forward_of(arguments, kept), **block)
+            own, _, _ = HEX.block_forward(*forward_of(arguments, kept), **block)
             rows[anchors_of(arguments, first, count)] = own
             gradients.append(HEX.backward(*backward_of(arguments, grad, stats, kept), **block))
         row_bits.append(rows)
@@ -161,7 +163,8 @@ def test_shapes_without_data(arguments):
         for operator, given in (
             (HEX.block_quantiles, (*quantile_of(arguments, False, True), False)),
             (HEX.block_quantiles, (*quantile_of(arguments, True, False), True)),
-            (HEX.block_forward, forward_of(arguments, kept)),
+            (HEX.block_forward, forward_of(arguments, kept, True)),
+            (HEX.block_forward, forward_of(arguments, kept[:0], True)),
             (HEX.backward, backward_of(arguments, torch.ones_like(loss), stats, kept)),
         ):
             torch.library.opcheck(operator, given, block, test_utils=FAKES)
@@ -175,17 +178,17 @@ def test_cosines_that_are_too_many_are_not_kept():
     kept = kept_of(arguments, block)
     assert kept.numel() * 4 == 24 << 20
     kept.fill_(7)
-    with_room, _ = HEX.block_forward(*forward_of(arguments, kept), **block)
-    without, _ = HEX.block_forward(*forward_of(arguments, kept.new_empty(0)), **block)
+    with_room, *_ = HEX.block_forward(*forward_of(arguments, kept), **block)
+    without, *_ = HEX.block_forward(*forward_of(arguments, kept.new_empty(0)), **block)
     assert torch.equal(with_room, without)
     p = problem("cluster", 1500, 5, "ntxent", dtype=F32)
     arguments = operators.arguments("forward", *p.raw())
     kept = kept_of(arguments, block)  # 3000 candidates: 23 MiB
     assert kept.numel() == 2000 * 3000
-    computed, _ = HEX.block_forward(*forward_of(arguments, kept.new_empty(0)), **block)
-    taken, _ = HEX.block_forward(*forward_of(arguments, kept), **block)
+    computed, *_ = HEX.block_forward(*forward_of(arguments, kept.new_empty(0)), **block)
+    taken, *_ = HEX.block_forward(*forward_of(arguments, kept), **block)
     assert torch.equal(computed, taken)
-    taken, _ = HEX.block_forward(*forward_of(arguments, kept.fill_(0.5)), **block)
+    taken, *_ = HEX.block_forward(*forward_of(arguments, kept.fill_(0.5)), **block)
     assert not torch.equal(computed, taken)
 
 

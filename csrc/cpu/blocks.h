@@ -64,7 +64,7 @@ static const char *forward_rows(const hex_problem_t *p, void *loss, void *stats)
                            allocate(rows, 1, sizeof(double))};
     if (!f.loss)
         return HEX_NO_MEMORY;
-    const char *error = for_each_row(p, forward_row, &f, p->kept);
+    const char *error = for_each_row(p, forward_row, &f);
     if (!error)
         reduce(p->reduction, f.loss, rows, loss);
     free(f.loss);

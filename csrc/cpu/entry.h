@@ -47,7 +47,7 @@ static const char *threshold(const hex_problem_t *p, double quantile, bool over_
 static const char *row_range(const hex_problem_t *p, void *low, void *high)
 {
     threshold_context_t t = {p, 0, false, true, low, high};
-    return for_each_row(p, threshold_row, &t, false);
+    return for_each_row(p, threshold_row, &t);
 }
 
 static const char *forward(const hex_problem_t *p, void *loss, void *stats)

@@ -93,7 +93,7 @@ static const char *quantiles_by_rows(const hex_problem_t *p, double quantile, bo
                                      real *rows)
 {
     threshold_context_t t = {p, quantile, over_negatives, false, rows, NULL};
-    return for_each_row(p, threshold_row, &t, false);
+    return for_each_row(p, threshold_row, &t);
 }
 
 #endif

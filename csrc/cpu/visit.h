@@ -198,7 +198,6 @@ typedef struct {
     range_t met;                    /* the candidates */
     const panels_t *panels, *guide; /* of them */
     int64_t begin, end, block;      /* anchors [begin, end), */
-    bool filled;                    /* their cosines are in p->kept */
     const int64_t *some;            /* or, if not NULL, some[begin .. end): they have no guide */
     row_function_t row;
     void *context;
@@ -237,11 +236,11 @@ static void rows_body(int64_t begin, int64_t end, void *context)
         real *kept = c->p->block && c->p->kept
                          ? (real *)c->p->kept + hex_block_place(c->p, from) * n
                          : NULL;
-        if (kept && c->filled)
+        if (kept && c->p->filled)
             copy_rows(kept, n, rows, n, t.c, ld);
         else
             cosines(c->some ? &copies : unit, c->some ? 0 : from, rows, c->panels, 0, n, t.c, ld);
-        if (kept && !c->filled)
+        if (kept && !c->p->filled)
             copy_rows(t.c, ld, rows, n, kept, n);
         if (c->guide)
             cosines(&c->in->guide, from, rows, c->guide, 0, n, t.guide, ld);
@@ -312,13 +311,11 @@ static const char *visit_rows(rows_context_t *c)
     return c->no_memory ? HEX_NO_MEMORY : NULL;
 }
 
-/* filled: the cosines of a block are in p->kept, if that is there; else they go there. */
-static const char *for_each_row(const hex_problem_t *p, row_function_t row, void *context,
-                                bool filled)
+static const char *for_each_row(const hex_problem_t *p, row_function_t row, void *context)
 {
     inputs_t in = {0};
     panels_t panels = {0}, guide = {0};
-    const bool blocks = p->mode < HEX_PAIRED, at_hand = filled && p->block && p->kept;
+    const bool blocks = p->mode < HEX_PAIRED, at_hand = p->block && p->kept && p->filled;
     const char *error = p->mode == HEX_LOGITS ? NULL : make_inputs(p, at_hand, &in);
     for (int input = 0; !error && input < 2; input++) {
         const range_t rows = block_of(p, input), met = met_by(p, input);
@@ -329,7 +326,6 @@ static const char *for_each_row(const hex_problem_t *p, row_function_t row, void
                             .guide = p->G > 0 && blocks ? &guide : NULL,
                             .begin = rows.begin,
                             .end = rows.end,
-                            .filled = filled,
                             .row = row,
                             .context = context};
         if (input == 1 && !hex_both_anchors(p))
