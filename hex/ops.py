@@ -75,7 +75,7 @@ def _length(operator: Any, last: str) -> int:
 _RULE = _length(torch.ops.hex.forward, "keep")
 _BACKWARD_RULE = _length(torch.ops.hex.backward, "allow_tf32")
 
-_MOST_KEPT = 24 << 20  # MOST_KEPT_BYTES in csrc/cpu/cpu.h
+_MOST_KEPT, _MOST_KEPT_OF_BLOCK = 24 << 20, 128 << 20  # bytes, as in csrc/cpu/cpu.h
 _KERNELS = {"cpu", "meta"}  # device types with kernels; the fakes below are those of "meta"
 
 
@@ -181,7 +181,7 @@ def _kept_of_block(
         columns = negatives.shape[0] + (columns if several else 0)
     item = compute_dtype(z0, z1, negatives, mode).itemsize
     numbers = _anchors(z0, z1, mode, *block) * columns
-    room: int = torch.sym_min(numbers, _MOST_KEPT // item)  # type: ignore[no-untyped-call]
+    room: int = torch.sym_min(numbers, _MOST_KEPT_OF_BLOCK // item)  # type: ignore[no-untyped-call]
     return room
 
 
