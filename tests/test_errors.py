@@ -126,19 +126,14 @@ ERRORS = (
         "rows: got one, wanted None without gather_distributed=True",
     ),
     (
-        lambda: checks.check_rows((2, 3.0), 2, 2, 0),
+        lambda: checks.check_rows((2, 3.0)),
         TypeError,
         "rows: got (2, 3.0), wanted a tuple of ints, the images of every rank",
     ),
     (
-        lambda: checks.check_rows((2, 3, 4), 2, 2, 0),
+        lambda: checks.check_rows_are((2, 3), 2, 2, 1),
         ValueError,
-        "rows: got (2, 3, 4), wanted the images of each of 2 ranks",
-    ),
-    (
-        lambda: checks.check_rows((2, 3), 2, 2, 1),
-        ValueError,
-        "rows: got 3 for rank 1, wanted its number of images, 2",
+        "rows: got (2, 3), wanted the images of each of 2 ranks, 2 for rank 1",
     ),
     (
         lambda: HEXLoss()(Z, Z, Z[0]),
