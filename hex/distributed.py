@@ -74,7 +74,8 @@ class Meeting(NamedTuple):
 
         Args:
             images: of this rank.
-            brought: the batch's tensors, of which the ranks compare dtype and shape but the rows.
+            brought: the batch's tensors, or None, of which the ranks compare dtype and shape but
+                the number of rows.
 
         Raises:
             ValueError: the ranks bring what does not fit. It is raised on every rank alike, and
@@ -90,12 +91,11 @@ class Meeting(NamedTuple):
         size, rank = dist.get_world_size(ranks.group), dist.get_rank(ranks.group)
         rows = None if rows is None else check_rows(rows)
         share = Share(ranks, (images,) * size if rows is None else rows, rank, None)
-        like = next(t for t in brought if t is not None)
-        captured = like.is_cuda and torch.cuda.is_current_stream_capturing()
-        if not ranks.checks or like.is_meta or captured:
+        like, compiling = next(t for t in brought if t is not None), torch.compiler.is_compiling()
+        if not ranks.checks or like.is_meta or (not compiling and _is_captured(like)):
             if rows is not None:
                 check_rows_are(rows, images, size, rank)
-        elif torch.compiler.is_compiling():
+        elif compiling:
             facts = [images, _digest_of_rows(rows), 0, 0, 0]
             agreed = torch.ops.hex.agree(like.detach(), facts, rows, ranks.name)
             share = share._replace(agreed=agreed)
@@ -191,6 +191,11 @@ def _gather(x: Tensor, rows: Sequence[int], group: Any) -> Tensor:
 
 
 # ---- whether the ranks bring what fits ----------------------------------------------------------
+
+
+def _is_captured(z: Tensor) -> bool:
+    """Whether this is the recording of a CUDA graph, in which the host has no part."""
+    return z.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _digest(x: Any) -> int:
