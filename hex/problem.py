@@ -227,9 +227,9 @@ def of_views(
         deciders = groups[0] if groups else None, *(guide[:2] if guide else (None, None))
         share = meeting.share(z0.shape[0], z0, z1, mark, *deciders)
         if gathered:
-            z0, z1, labels, *seen = share.gather(z0, z1, *deciders)
+            z0, z1, labels, *guides = share.gather(z0, z1, *deciders)
             groups = None if groups is None else (labels, None)
-            guide = None if guide is None else (*seen, None)
+            guide = None if guide is None else (*guides, None)
 
     images = row_length = z0.shape[0]
     anchors, has_self = images, False
