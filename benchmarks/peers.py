@@ -36,8 +36,10 @@ from hex import (
     hex_cross_entropy,
     hex_loss,
     hex_sup_con,
+    ops,
     reference,
 )
+from hex.state import STATE
 
 TAU, BETA, TAU_PLUS, QUANTILE = 0.1, 1.0, 0.1, 0.99
 # eps is given to labels and logits: a percent or so of the negatives is above it.
@@ -61,8 +63,17 @@ class Method(NamedTuple):
     compiled: bool = False
     most: float = math.inf
     """Rows beyond which its memory is too much."""
+    ranks: int = 1
+    """Of so many, the second's own gradient alone."""
+
+    def own(self, images: int) -> slice:
+        """The images whose gradient it computes."""
+        count = images // self.ranks
+        return slice(count, 2 * count) if self.ranks > 1 else slice(images)
 
     def step(self, batch: Batch) -> Step:
+        if self.ranks > 1:
+            return one_rank(batch, self.own(len(batch.leaves[0])))
         function = self.build(batch)
 
         def run() -> Result:
@@ -144,6 +155,7 @@ def check(method: Method, case: Case, batch: Batch, got: Result, right: Result) 
         most = {"loss_error": 1e-2, "gradient_error": 2e-1}
     elif batch.leaves[0].dtype in HALF and got[0].is_cuda:
         most = {"loss_error": 2e-3, "gradient_error": 4e-2}
+    right = right[0], *(g[method.own(len(g))] for g in right[1:])
     ours, true = (torch.cat([g.double().flatten() for g in result[1:]]) for result in (got, right))
     norms = torch.cat([z.detach().double().norm(dim=-1) for z in batch.leaves])
     size = max(true.norm().item(), 1e-2 * (1 / (TAU * norms)).norm().item() / case.rows)
@@ -276,6 +288,61 @@ def plain_sup_con(x: Tensor, ids: Tensor) -> Tensor:
     return -((log_p * positive).sum(1) / positive.sum(1)).mean()
 
 
+# ---- one rank of several -------------------------------------------------------------------------
+
+
+def one_rank(batch: Batch, own: slice) -> Step:
+    """HEXLoss of all images on the rank that has `own`: its operators, without communication.
+
+    What other ranks would send, the numbers of their rows, was computed before; what this rank
+    would send is written among them in each step.
+    """
+    z0, z1 = views = [z.detach() for z in batch.leaves]
+    empty, ids, mask = z0[:0], torch.empty(0, dtype=torch.int64), torch.empty(0, 0).bool()
+    tensors, deciders = (z0, z1, empty, ids, mask), (ids, empty)
+    tau, one = torch.tensor(TAU, dtype=torch.float64), torch.tensor(1.0)
+    state = torch.zeros(STATE, dtype=torch.float64)
+    none, mean = (ops.REDUCTIONS[name] for name in ("none", "mean"))
+    mode, positives, paper = ops.MODES["ntxent"], ops.POSITIVES["one"], ops.VARIANTS["paper"]
+    block = {"first": own.start, "count": own.stop - own.start}
+    everything = {"first": 0, "count": len(z0)}
+    hex = torch.ops.hex
+
+    def quantiles(block: dict[str, int]) -> tuple[Tensor, ...]:
+        return hex.block_quantiles(
+            *tensors, tau, mode, False, False, False, QUANTILE, True, False, True, **block
+        )
+
+    def forward(eps: Tensor, kept: Tensor, block: dict[str, int]) -> tuple[Tensor, ...]:
+        return hex.block_forward(
+            *tensors, *deciders, eps, tau, kept, mode, none, positives, BETA, paper, TAU_PLUS,
+            False, **block,
+        )  # fmt: skip
+
+    def settled(q: Tensor) -> Tensor:
+        return hex.settle(q, state, 0.0, False, False, 0, 1.0)[0]
+
+    def put(mine: Tensor, among: Tensor) -> None:
+        among.unflatten(-1, (2, -1))[..., own] = mine.unflatten(-1, (2, -1))
+
+    q, _, kept = quantiles(everything)
+    loss, stats = forward(settled(q), kept, everything)
+
+    def run() -> Result:
+        mine, _, kept = quantiles(block)
+        put(mine, q)
+        my_loss, my_stats = forward(settled(q), kept, block)
+        put(my_loss, loss), put(my_stats, stats)
+        value = hex.total(loss[None])[0] / len(loss)
+        gradients = hex.backward(
+            one, *tensors, *deciders, tau, stats, kept, mode, mean, positives, BETA, False, 3,
+            **block,
+        )  # fmt: skip
+        return value, *gradients[: len(views)]
+
+    return run
+
+
 # ---- all of them ---------------------------------------------------------------------------------
 
 
@@ -316,15 +383,16 @@ def compiled(function: Function) -> Callable[[Batch], Function]:
 
 
 def library(module: str, make: Callable[[Any], nn.Module]) -> Callable[[Batch], Function]:
-    """A loss of a library on PyPI; an ImportError means that it is not installed."""
+    """A loss of a library on PyPI."""
+    return lambda _: make(imported(module))
 
-    def build(batch: Batch) -> Function:
-        if module == "lightly.loss":  # needs torchvision, whose import the examples know to repair
-            sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-            importlib.import_module("common.vision")
-        return make(importlib.import_module(module))
 
-    return build
+def imported(module: str) -> Any:
+    """Of a library; an ImportError means that it is not installed."""
+    if module.startswith(("lightly", "open_clip")):  # torchvision, whose import is repaired there
+        sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+        importlib.import_module("common.vision")
+    return importlib.import_module(module)
 
 
 def inf_cl(batch: Batch) -> Function:
@@ -357,6 +425,7 @@ LIBRARIES = (
     Method("pytorch-metric-learning NTXentLoss", "InfoNCE", PAIRS, most=512),
     Method("info-nce-pytorch InfoNCE", "one way", ONE_WAY, most=4096),
 )
+RANKS = tuple(HEX._replace(name=f"one rank of {ranks}", ranks=ranks) for ranks in (4, 8))
 OURS = (HEX, GIVEN, INFO_NCE)
 FOUR = (HEX, PLAIN_HEX, INFO_NCE, PLAIN_INFO_NCE)
 METHODS = (
