@@ -240,6 +240,7 @@ PAGES = (
         HERE / "gpu_results.jsonl", (DOCS / "cuda.md",), DOCS / "images" / "gpu.png",
         "bfloat16, D = 128; dotted: in a CUDA graph",
     ),
+    Page(HERE / "results.jsonl", (DOCS / "distributed.md",)),
 )  # fmt: skip
 
 
