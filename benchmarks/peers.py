@@ -32,14 +32,15 @@ from torch import Tensor, nn
 from hex import (
     HEXLoss,
     InfoNCELoss,
+    ThresholdTracker,
     batch_threshold,
     hex_cross_entropy,
     hex_loss,
     hex_sup_con,
     ops,
+    problem,
     reference,
 )
-from hex.state import STATE
 
 TAU, BETA, TAU_PLUS, QUANTILE = 0.1, 1.0, 0.1, 0.99
 # eps is given to labels and logits: a percent or so of the negatives is above it.
@@ -297,48 +298,36 @@ def one_rank(batch: Batch, own: slice) -> Step:
     What other ranks would send, the numbers of their rows, was computed before; what this rank
     would send is written among them in each step.
     """
-    z0, z1 = views = [z.detach() for z in batch.leaves]
-    empty, ids, mask = z0[:0], torch.empty(0, dtype=torch.int64), torch.empty(0, 0).bool()
-    tensors, deciders = (z0, z1, empty, ids, mask), (ids, empty)
-    tau, one = torch.tensor(TAU, dtype=torch.float64), torch.tensor(1.0)
-    state = torch.zeros(STATE, dtype=torch.float64)
-    none, mean = (ops.REDUCTIONS[name] for name in ("none", "mean"))
-    mode, positives, paper = ops.MODES["ntxent"], ops.POSITIVES["one"], ops.VARIANTS["paper"]
-    block = {"first": own.start, "count": own.stop - own.start}
-    everything = {"first": 0, "count": len(z0)}
-    hex = torch.ops.hex
+    p = problem.of_views(*(z.detach() for z in batch.leaves), None, batch.mode, TAU)
+    one, paper, none = ops.POSITIVES["one"], ops.VARIANTS["paper"], ops.REDUCTIONS["none"]
+    rule = p.mode, none, one, BETA, paper, TAU_PLUS
+    tracker = ThresholdTracker.adaptive(QUANTILE)
+    grad = torch.full((p.anchors,), 1 / p.anchors, dtype=torch.float64)
+    mine = own.start, own.stop - own.start
 
-    def quantiles(block: dict[str, int]) -> tuple[Tensor, ...]:
-        return hex.block_quantiles(
-            *tensors, tau, mode, False, False, False, QUANTILE, True, False, True, **block
-        )
+    def quantiles(block: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        return ops.block_quantiles(p.measured(), QUANTILE, "negatives", block)
 
-    def forward(eps: Tensor, kept: Tensor, block: dict[str, int]) -> tuple[Tensor, ...]:
-        return hex.block_forward(
-            *tensors, *deciders, eps, tau, kept, mode, none, positives, BETA, paper, TAU_PLUS,
-            False, **block,
-        )  # fmt: skip
+    def forward(q: Tensor, kept: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        eps, _ = ops.settle(q, tracker.state, tracker.kernel_rule()[2:])
+        return ops.block_forward(p.inputs, eps, p.tau, kept, rule, block)
 
-    def settled(q: Tensor) -> Tensor:
-        return hex.settle(q, state, 0.0, False, False, 0, 1.0)[0]
+    def put(rows: Tensor, among: Tensor) -> None:
+        among.unflatten(-1, (2, -1))[..., own] = rows.unflatten(-1, (2, -1))
 
-    def put(mine: Tensor, among: Tensor) -> None:
-        among.unflatten(-1, (2, -1))[..., own] = mine.unflatten(-1, (2, -1))
-
-    q, _, kept = quantiles(everything)
-    loss, stats = forward(settled(q), kept, everything)
+    everything = 0, p.anchors // 2
+    q, kept = quantiles(everything)
+    loss, stats = forward(q, kept, everything)
 
     def run() -> Result:
-        mine, _, kept = quantiles(block)
-        put(mine, q)
-        my_loss, my_stats = forward(settled(q), kept, block)
-        put(my_loss, loss), put(my_stats, stats)
-        value = hex.total(loss[None])[0] / len(loss)
-        gradients = hex.backward(
-            one, *tensors, *deciders, tau, stats, kept, mode, mean, positives, BETA, False, 3,
-            **block,
-        )  # fmt: skip
-        return value, *gradients[: len(views)]
+        my_q, kept = quantiles(mine)
+        put(my_q, q)
+        my_loss, my_stats = forward(q, kept, mine)
+        put(my_loss, loss)
+        put(my_stats, stats)
+        value = ops.total(loss[None])[0] / p.anchors
+        gradients = ops.block_backward(grad, p.inputs, p.tau, stats, kept, rule, 0b11, mine)
+        return value, *gradients[:2]
 
     return run
 
