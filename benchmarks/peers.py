@@ -310,7 +310,7 @@ def one_rank(batch: Batch, own: slice) -> Step:
 
     def forward(q: Tensor, kept: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
         eps, _ = ops.settle(q, tracker.state, tracker.kernel_rule()[2:])
-        return ops.block_forward(p.inputs, eps, p.tau, kept, rule, block)
+        return ops.block_forward(p.inputs, eps, p.tau, kept, rule, True, block)[:2]
 
     def put(rows: Tensor, among: Tensor) -> None:
         among.unflatten(-1, (2, -1))[..., own] = rows.unflatten(-1, (2, -1))
