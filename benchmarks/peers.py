@@ -312,19 +312,17 @@ def one_rank(batch: Batch, own: slice) -> Step:
         eps, _ = ops.settle(q, tracker.state, tracker.kernel_rule()[2:])
         return ops.block_forward(p.inputs, eps, p.tau, kept, rule, True, block)[:2]
 
-    def put(rows: Tensor, among: Tensor) -> None:
-        among.unflatten(-1, (2, -1))[..., own] = rows.unflatten(-1, (2, -1))
-
     everything = 0, p.anchors // 2
     q, kept = quantiles(everything)
     loss, stats = forward(q, kept, everything)
+    my_q, my_loss, my_stats = (x.unflatten(-1, (2, -1))[..., own] for x in (q, loss, stats))
 
     def run() -> Result:
-        my_q, kept = quantiles(mine)
-        put(my_q, q)
-        my_loss, my_stats = forward(q, kept, mine)
-        put(my_loss, loss)
-        put(my_stats, stats)
+        low, kept = quantiles(mine)
+        my_q.copy_(low.view_as(my_q))
+        rows, of_rows = forward(q, kept, mine)
+        my_loss.copy_(rows.view_as(my_loss))
+        my_stats.copy_(of_rows.view_as(my_stats))
         value = ops.total(loss[None])[0] / p.anchors
         gradients = ops.block_backward(grad, p.inputs, p.tau, stats, kept, rule, 0b11, mine)
         return value, *gradients[:2]
