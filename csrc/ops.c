@@ -13,14 +13,12 @@
 #include "problem.h"
 #include "tracker.h"
 
-/* The CUDA core has kernels for whole batches of views and negatives, compared with eps themselves. */
+/* The CUDA core has kernels for views and negatives with one positive, compared with eps themselves. */
 static bool check_place(call_t *c, const hex_problem_t *p)
 {
     if (hex_place_is_cuda(&c->place) && (p->several || p->by_group || p->G > 0))
         return fail(
             c, "positives, groups, guide: expected one positive and none of the others on CUDA");
-    if (hex_place_is_cuda(&c->place) && p->block)
-        return fail(c, "first, count: expected none on CUDA");
     return true;
 }
 
