@@ -190,14 +190,14 @@ MUTANTS = {
         ("low[h] = fminf(low[h], c);", "low[h] = c;"),
         ("(lane & 3) == 0 && block.has(i)", "(lane & 3) == 0"),
         ("s.chosen[block.place(block.row0 + k)] < 0", "false"),
-        ("KIND == FINE && block.slice == 0", "KIND == FINE"),
+        ("KIND == COARSE || block.slice > 0", "KIND == COARSE"),
         ("k >= block.part.col0 && k < block.part.col1", "true"),
         ("r.unit.positive[image_of(i, p.B)] * 0 == 0", "true"),
         ("s.spoilt[block.ticket] == 0", "true"),
         ("r.counts + block.place(block.row0) * WORDS", "r.counts + block.row0 * WORDS"),
         (
-            "sum += quantile_of(p, r, s, block, i, s.chosen[block.place(i)]);",
-            "sum = quantile_of(p, r, s, block, i, s.chosen[block.place(i)]);",
+            "sum += bin_middle(s.chosen[block.place(block.row0 + row)]);",
+            "sum = bin_middle(s.chosen[block.place(block.row0 + row)]);",
         ),
     ],
     "sample.cu": [

@@ -118,24 +118,19 @@ static __device__ void look_at_columns(const hex_run &r, const selection &s, con
         atomicAdd(s.spoilt + block.ticket, 1u);
 }
 
-// By one thread: the quantile of row i, which is of this bin, goes to its place, or to the sum.
-static __device__ double quantile_of(const hex_problem_t &p, const hex_run &r, const selection &s,
-                                     const hex_block &block, int64_t i, int bin)
+// By one thread: the quantile of row i, which is of this bin, to its place.
+static __device__ void write_quantile(const hex_problem_t &p, const hex_run &r, const selection &s,
+                                      const hex_block &block, int64_t i, int bin)
 {
-    const double quantile = s.choice.rank < 0 ? (double)NAN : bin_middle(bin);
-    if (!s.choice.each)
-        return quantile;
     const bool finite = r.unit.positive[image_of(i, p.B)] * 0 == 0 && s.spoilt[block.ticket] == 0;
-    ((float *)s.choice.each)[block.place(i)] = finite ? (float)quantile : NAN;
-    return 0;
+    ((float *)s.choice.each)[block.place(i)] =
+        finite && s.choice.rank >= 0 ? (float)bin_middle(bin) : NAN;
 }
 
 // The last of the threshold: the block's sum, by one block for each block of rows, and the mean.
 static __device__ void add_up(const hex_problem_t &p, const hex_run &r, const selection &s,
                               const hex_block &block, double sum, unsigned *flag)
 {
-    if (s.choice.each)
-        return;
     // A batch that is not finite has no threshold: each block looks at its share of the unit rows.
     double *scratch = (double *)(flag + 2);
     const int64_t share = (r.unit.count + r.parts.row_blocks - 1) / r.parts.row_blocks;
@@ -153,15 +148,12 @@ static __device__ void add_up(const hex_problem_t &p, const hex_run &r, const se
 }
 
 // What a thread adds of the rows that are not left, in the order of those that are.
-static __device__ double chosen_sum(const hex_problem_t &p, const hex_run &r, const selection &s,
-                                    const hex_block &block)
+static __device__ double chosen_sum(const selection &s, const hex_block &block)
 {
     double sum = 0;
-    for (int row = (int)threadIdx.x >> 5; row < ROWS; row += WARPS) {
-        const int64_t i = block.row0 + row;
-        if ((threadIdx.x & 31) == 0 && block.has(i))
-            sum += quantile_of(p, r, s, block, i, s.chosen[block.place(i)]);
-    }
+    for (int row = (int)threadIdx.x >> 5; row < ROWS; row += WARPS)
+        if ((threadIdx.x & 31) == 0 && block.has(block.row0 + row))
+            sum += bin_middle(s.chosen[block.place(block.row0 + row)]);
     return sum;
 }
 
@@ -178,8 +170,13 @@ static __global__ void __launch_bounds__(THREADS, 4)
     if (KIND == COARSE && s.choice.each)
         look_at_columns(r, s, block);
     if (!is_left(s, block)) {
-        if (KIND == FINE && block.slice == 0)
-            add_up(p, r, s, block, chosen_sum(p, r, s, block), flag);
+        if (KIND == COARSE || block.slice > 0)
+            return;
+        const int64_t i = block.row0 + threadIdx.x;
+        if (!s.choice.each)
+            add_up(p, r, s, block, chosen_sum(s, block), flag);
+        else if (threadIdx.x < ROWS && block.has(i))
+            write_quantile(p, r, s, block, i, s.chosen[block.place(i)]);
         return;
     }
     histogram<KIND> fold;
@@ -244,6 +241,7 @@ static __global__ void __launch_bounds__(THREADS, 4)
                                                     : -1;
     }
     double sum = 0;
+    int bin_of_lane = 0; // of the warp's row of that number
     for (int n = 0; warp + WARPS * n < rows; n++) {
         const int row = warp + WARPS * n, coarse = __shfl_sync(~0u, coarse_of, n);
         if (row < skip)
@@ -258,8 +256,10 @@ static __global__ void __launch_bounds__(THREADS, 4)
                                : __ldcg(counts + 8 * lane + k);
         const int bin = pick_bin(mine, extra0, extra1, &rank);
         if (KIND == FINE) {
+            if (lane == n)
+                bin_of_lane = 256 * coarse + bin;
             if (lane == 0)
-                sum += quantile_of(p, r, s, block, i, 256 * coarse + bin);
+                sum += s.choice.rank < 0 ? (double)NAN : bin_middle(256 * coarse + bin);
         } else {
             if (lane == 0)
                 s.coarse[at] = bin, s.ranks[at] = rank;
@@ -269,7 +269,11 @@ static __global__ void __launch_bounds__(THREADS, 4)
     }
     if (KIND == COARSE)
         return;
-    add_up(p, r, s, block, sum, flag);
+    const int row = warp + WARPS * lane;
+    if (!s.choice.each)
+        add_up(p, r, s, block, sum, flag);
+    else if (row >= skip && row < rows)
+        write_quantile(p, r, s, block, block.row0 + row, bin_of_lane);
 }
 
 static __global__ void settle_alone(hex_choice choice)
