@@ -349,9 +349,12 @@ static bool read_matrix(call_t *c, AtenTensorHandle t, const char *name, int64_t
         return false;
     if ((v.dtype != HEX_F32 && v.dtype != HEX_F64) || v.dim != dim)
         return fail(c, "%s: expected float32 or float64 in %d dimensions", name, (int)dim);
-    *out = (hex_matrix_t){v.data,          v.dtype,
-                          dim == 1 ? 1 : v.size[0],   v.size[dim - 1],
-                          dim == 1 ? 0 : v.stride[0], v.stride[dim - 1]};
+    *out = (hex_matrix_t){v.data,
+                          v.dtype,
+                          dim == 1 ? 1 : v.size[0],
+                          v.size[dim - 1],
+                          dim == 1 ? 0 : v.stride[0],
+                          v.stride[dim - 1]};
     return true;
 }
 
