@@ -9,11 +9,15 @@ is compared is not the losses but what becomes of them on ranks:
     ratio     <g, g_true> / <g_true, g_true>, of the gradient g of the encoder that DDP has averaged
     residual  |g - ratio g_true| / |g_true|: what no learning rate can mend
     scale     the gradient of the learned temperature or logit scale, over the true one
+
+Beside it, what hex's comparison of the ranks' sizes takes, which it makes at each call.
 """
 
 from __future__ import annotations
 
+import statistics
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -28,11 +32,13 @@ from torch import Tensor, nn
 from worker import Record
 
 from hex import HEXLoss, InfoNCELoss
+from hex.distributed import agree
 
 IMAGES = 24  # a rank's
 FEATURES, HIDDEN, EMBEDDED = 12, 16, 8
 CLASSES = 7
 SEED = 0
+COMPARISONS = 500
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of two views and the learned scale
 
@@ -153,6 +159,19 @@ def step(method: Method, rank: int, ranks: int, views: Tensor) -> tuple[Tensor, 
     return value.detach(), gradient, model.scale.grad if method.learns else torch.tensor(0.0)
 
 
+CHECK = "check_sizes"
+
+
+def seconds_of_a_comparison() -> float:
+    """The median, of one rank."""
+    taken = []
+    for _ in range(COMPARISONS):
+        begin = time.perf_counter()
+        agree(torch.device("cpu"), [IMAGES, 1, 2, 3, 4], None, None, None)
+        taken.append(time.perf_counter() - begin)
+    return statistics.median(taken)
+
+
 def one(rank: int, ranks: int, folder: str, names: Sequence[str]) -> None:
     """A process: its results, or what kept a method from running, into the folder."""
     torch.set_num_threads(1)
@@ -160,7 +179,7 @@ def one(rank: int, ranks: int, folder: str, names: Sequence[str]) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks
     )
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = {CHECK: seconds_of_a_comparison()}
     for method in METHODS:
         if method.name in names:
             try:
@@ -194,6 +213,7 @@ def measured(names: Sequence[str], of_ranks: Sequence[int]) -> Record:
                 one, (ranks, folder, names), nprocs=ranks, start_method="spawn"
             )
             found = [torch.load(f"{folder}/{rank}.pt") for rank in range(ranks)]
+        results.append({"method": CHECK, "ranks": ranks, "seconds": max(f[CHECK] for f in found)})
         for method in METHODS:
             if method.name in names and isinstance(error := found[0][method.name], str):
                 notes.append(f"{method.name} is left out: {error}")

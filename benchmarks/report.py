@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import cost
+import ddp
 import numpy as np
 import pandas as pd
 import peers
@@ -118,14 +119,19 @@ def errors(results: pd.DataFrame) -> str:
 def under_ddp(results: Sequence[Mapping[str, Any]]) -> str:
     """What became of each method's value and gradient on ranks."""
     cells: dict[str, dict[str, str]] = {}
+    checks = {r["ranks"]: r["seconds"] for r in results if r["method"] == ddp.CHECK}
     for r in results:  # of those measured again the last
+        if r["method"] == ddp.CHECK:
+            continue
         line, ranks = cells.setdefault(r["method"], {}), f", {r['ranks']} ranks"
         line["value" + ranks] = " / ".join(f"{x:.3f}" for x in r["value"])
         line["ratio" + ranks] = f"{r['ratio']:.3f}"
         line["residual" + ranks] = f"{r['residual']:.3f}"
         line["scale" + ranks] = "" if r["scale"] is None else f"{r['scale']:.3f}"
-    packages = sorted({r["package"] for r in results})
-    return markdown("", pd.DataFrame(cells).T) + f"\n\nOf {', '.join(packages)}."
+    packages = sorted({r["package"] for r in results if "package" in r})
+    took = [f"{1e6 * seconds:.0f} µs with {ranks} ranks" for ranks, seconds in checks.items()]
+    table = markdown("", pd.DataFrame(cells).T)
+    return f"{table}\n\nOf {', '.join(packages)}. The comparison of sizes took {', '.join(took)}."
 
 
 def summary(results: pd.DataFrame) -> str:

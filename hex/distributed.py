@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .checks import check_process_group, check_rows, check_rows_are
 
-__all__ = ["Meeting", "Ranks", "Share"]
+__all__ = ["Meeting", "Ranks", "Share", "agree"]
 
 
 class Ranks:
@@ -103,7 +103,7 @@ class Meeting(NamedTuple):
             tensors = [None if t is None else (t.dtype, *t.shape[1:]) for t in brought]
             digests = [_digest_of_rows(rows), _digest(tensors), _digest(self.loss)]
             facts = [images, *digests, self._digest_of_state()]
-            _agree(like.device, facts, rows, ranks.group, (tensors, self.loss))
+            agree(like.device, facts, rows, ranks.group, (tensors, self.loss))
         return share
 
     def _digest_of_state(self) -> int:
@@ -210,7 +210,7 @@ def _digest_of_rows(rows: Sequence[int] | None) -> int:
     return digest
 
 
-def _agree(
+def agree(
     device: torch.device, facts: Sequence[int], rows: Sequence[int] | None, group: Any, own: Any
 ) -> None:
     """Compares what the ranks bring: the images of each, and digests, of which 0 is not known.
@@ -297,7 +297,7 @@ def _host_group(group: Any) -> Any:
 
 @torch.library.custom_op("hex::agree", mutates_args=())
 def _agree_op(like: Tensor, facts: Sequence[int], rows: Sequence[int] | None, group: str) -> Tensor:
-    _agree(like.device, facts, rows, _group(group), None)
+    agree(like.device, facts, rows, _group(group), None)
     return like.new_empty(0)
 
 

@@ -122,6 +122,7 @@ def test_under_ddp_hex_is_the_truth_and_a_wrong_gradient_is_seen():
     table = report.blocks([record | {"on": "", "name": "ddp"}])["ddp"]
     assert "| hex HEXLoss | 1.000 / 1.000 | 1.000 | 0.000 | 1.000 |" in table
     assert f"Of hex-ssl {hex.__version__}, open_clip_torch " in table
+    assert re.search(r"The comparison of sizes took \d+ µs with 2 ranks\.", table)
 
 
 def test_the_model_of_a_cluster_adds_up():
