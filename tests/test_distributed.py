@@ -82,7 +82,7 @@ def steps(rank: int, cuts):
     return found
 
 
-@pytest.fixture(scope="module", params=CUTS, ids="of {}".format)
+@pytest.fixture(scope="module", params=CUTS, ids="W{}".format)
 def seen(request, tmp_path_factory):
     """The cuts, and what each rank found."""
     W = request.param

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from hex import HEXLoss
+from hex.open_clip import HEXClipLoss
 
 CUT = (23, 18)
 
@@ -195,12 +196,12 @@ COMPILED = ("ntxent", "labels", "queue")
 def compiled(rank: int) -> dict[str, list[Tensor]]:
     """Values, states and gradients of three compiled steps and of three plain ones, and graphs."""
     found = {}
-    pair = dist.new_group([0, 1])
+    both = dist.new_group([0, 1])
     for name in COMPILED:
         case = CASES[name]
         for way in ("plain", "compiled"):
             encoder = Encoder()
-            group = {"process_group": pair} if name == "labels" else {}
+            group = {"process_group": both} if name == "labels" else {}
             loss = case.make(gather_distributed=True, **group)
 
             def step(part, rows, case=case, loss=loss, encoder=encoder):
@@ -208,9 +209,9 @@ def compiled(rank: int) -> dict[str, list[Tensor]]:
                 return CALLS[case.call](loss, e, temperature=e.tau, **rows)
 
             counter = CompileCounterWithBackend("aot_eager")
-            run = (
-                torch.compile(step, backend=counter, fullgraph=True) if way == "compiled" else step
-            )
+            run = step
+            if way == "compiled":
+                run = torch.compile(step, backend=counter, fullgraph=True)
             found[name, way] = []
             with torch._dynamo.config.patch(error_on_recompile=True):
                 for part, rows in parts(rank):
@@ -220,6 +221,7 @@ def compiled(rank: int) -> dict[str, list[Tensor]]:
                     found[name, way] += [value.detach(), *state]
             found[name, way] += gradients(encoder)
             found[name, way, "graphs"] = counter.frame_count
+        found[name, "uneven"] = ranks.outcome(run, part, {})  # the sizes are not told
         torch._dynamo.reset()
     return found
 
@@ -326,6 +328,12 @@ def test_compiled_it_is_one_graph_for_all_steps_and_gives_the_same(name, seen):
         assert all(x.abs().max() > 0 for x in found[name, "plain"][-4:])
 
 
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_it_still_compares_what_the_ranks_bring(name, seen):
+    for rank in seen:
+        assert "got 23 and 18 rows on ranks 0 and 1, wanted the" in rank["compiled"][name, "uneven"]
+
+
 def test_compiled_together_with_ddp_it_gives_the_same(seen):
     for rank in seen:
         assert_close(*(rank["under_ddp_compiled"][way] for way in ("compiled", "plain")))
@@ -374,6 +382,13 @@ def in_pairs(rank: int):
     assert "gather_distributed=True" in repr(twin) and criterion().process_group is None
     e = batch.part(place).encoded(Encoder())
     found["deepcopy"] = [x(e.z0, e.z1, **batch.rows()).detach() for x in (loss, twin)]
+    e = Batch((21, 21)).part(place).encoded(Encoder())
+    found["clip"] = [
+        HEXClipLoss(threshold=0.3, process_group=own)(e.z0, e.z1, 1 / e.tau),
+        HEXLoss(mode="cross", threshold=0.3, gather_distributed=True, process_group=own)(
+            e.z0, e.z1, temperature=e.tau
+        ),
+    ]
     found["errors"] = []
     for attempt in (
         lambda: pickle.dumps(loss),
@@ -411,6 +426,12 @@ def test_a_process_group_has_the_loss_of_its_ranks_alone(pairs):
         assert_close(found["group"], own)
         # The gradient is right under what averages over more ranks than the group has.
         assert_close(found["apart"], own[:2] + mean[2:])
+
+
+def test_the_loss_for_open_clip_has_a_process_group_too(pairs):
+    for found in pairs:
+        ours, cross = found["clip"]
+        torch.testing.assert_close(ours, cross, rtol=1e-12, atol=0)
 
 
 def test_a_copy_keeps_the_process_group_and_a_pickle_is_refused(pairs):
