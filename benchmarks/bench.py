@@ -17,7 +17,8 @@ have there already is not measured again, and what failed is tried again.
 
 What is compared is in peers.py, on what in batches.py, in which parts in parts.py; how time and
 memory are measured is in measure.py, how works are kept apart in worker.py, and how results are
-shown in report.py. --report shows benchmarks/results.jsonl and benchmarks/gpu_results.jsonl.
+shown in report.py. What becomes of losses under DDP is in ddp.py, a model of a cluster in cost.py.
+--report shows benchmarks/results.jsonl and benchmarks/gpu_results.jsonl.
 """
 
 from __future__ import annotations

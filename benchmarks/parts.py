@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import ddp
 import measure
 import peers
 import torch
@@ -75,6 +76,8 @@ CPU = {
         [Case(str(n), n) for n in (512, 4096, 8192)],
         (HEX, INFO_NCE, PLAIN_HEX._replace(most=4096)), threads=sorted({1, 2, CORES}),
     ),
+    "ranks": Part([Case(str(n), n) for n in (1024, 2048, 4096)], (HEX, *peers.RANKS)),
+    "ddp": None,  # of ddp.py: what is right, not what is fast
     # A process has one instruction set: HEX_ISA=base and --record FILE add another to a record.
     "isa": Part(
         [Case("512", 512), Case("4096", 4096), Case("4096 bfloat16", 4096, dtype="bfloat16")]
@@ -121,6 +124,12 @@ def works(options: Options) -> Iterator[Work]:
     known, turns = GPU if options.gpu else CPU, f"{options.repeats} turns"
     for name in dict.fromkeys(options.parts or known):
         part = known[name]
+        if part is None:
+            names = [m.name for m in ddp.METHODS if re.search(options.only, f"{name}: {m.name}")]
+            do = functools.partial(ddp.measured, names, (2,) if options.smoke else (2, 3))
+            if names:
+                yield Work(name, LIMIT, do, f"of {options.only!r}")
+            continue
         found = [
             (about, case, method, graph)
             for case, method in part.pairs(options)

@@ -32,10 +32,13 @@ from torch import Tensor, nn
 from hex import (
     HEXLoss,
     InfoNCELoss,
+    ThresholdTracker,
     batch_threshold,
     hex_cross_entropy,
     hex_loss,
     hex_sup_con,
+    ops,
+    problem,
     reference,
 )
 
@@ -61,8 +64,17 @@ class Method(NamedTuple):
     compiled: bool = False
     most: float = math.inf
     """Rows beyond which its memory is too much."""
+    ranks: int = 1
+    """Of so many, the second's own gradient alone."""
+
+    def own(self, images: int) -> slice:
+        """The images whose gradient it computes."""
+        count = images // self.ranks
+        return slice(count, 2 * count) if self.ranks > 1 else slice(images)
 
     def step(self, batch: Batch) -> Step:
+        if self.ranks > 1:
+            return one_rank(batch, self.own(len(batch.leaves[0])))
         function = self.build(batch)
 
         def run() -> Result:
@@ -144,6 +156,7 @@ def check(method: Method, case: Case, batch: Batch, got: Result, right: Result) 
         most = {"loss_error": 1e-2, "gradient_error": 2e-1}
     elif batch.leaves[0].dtype in HALF and got[0].is_cuda:
         most = {"loss_error": 2e-3, "gradient_error": 4e-2}
+    right = right[0], *(g[method.own(len(g))] for g in right[1:])
     ours, true = (torch.cat([g.double().flatten() for g in result[1:]]) for result in (got, right))
     norms = torch.cat([z.detach().double().norm(dim=-1) for z in batch.leaves])
     size = max(true.norm().item(), 1e-2 * (1 / (TAU * norms)).norm().item() / case.rows)
@@ -276,6 +289,47 @@ def plain_sup_con(x: Tensor, ids: Tensor) -> Tensor:
     return -((log_p * positive).sum(1) / positive.sum(1)).mean()
 
 
+# ---- one rank of several -------------------------------------------------------------------------
+
+
+def one_rank(batch: Batch, own: slice) -> Step:
+    """HEXLoss of all images on the rank that has `own`: its operators, without communication.
+
+    What other ranks would send, the numbers of their rows, was computed before; what this rank
+    would send is written among them in each step.
+    """
+    p = problem.of_views(*(z.detach() for z in batch.leaves), None, batch.mode, TAU)
+    one, paper, none = ops.POSITIVES["one"], ops.VARIANTS["paper"], ops.REDUCTIONS["none"]
+    rule = p.mode, none, one, BETA, paper, TAU_PLUS
+    tracker = ThresholdTracker.adaptive(QUANTILE)
+    grad = torch.full((p.anchors,), 1 / p.anchors, dtype=torch.float64)
+    mine = own.start, own.stop - own.start
+
+    def quantiles(block: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        return ops.block_quantiles(p.measured(), QUANTILE, "negatives", block)
+
+    def forward(q: Tensor, kept: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        eps, _ = ops.settle(q, tracker.state, tracker.kernel_rule()[2:])
+        return ops.block_forward(p.inputs, eps, p.tau, kept, rule, True, block)[:2]
+
+    everything = 0, p.anchors // 2
+    q, kept = quantiles(everything)
+    loss, stats = forward(q, kept, everything)
+    my_q, my_loss, my_stats = (x.unflatten(-1, (2, -1))[..., own] for x in (q, loss, stats))
+
+    def run() -> Result:
+        low, kept = quantiles(mine)
+        my_q.copy_(low.view_as(my_q))
+        rows, of_rows = forward(q, kept, mine)
+        my_loss.copy_(rows.view_as(my_loss))
+        my_stats.copy_(of_rows.view_as(my_stats))
+        value = ops.total(loss[None])[0] / p.anchors
+        gradients = ops.block_backward(grad, p.inputs, p.tau, stats, kept, rule, 0b11, mine)
+        return value, *gradients[:2]
+
+    return run
+
+
 # ---- all of them ---------------------------------------------------------------------------------
 
 
@@ -316,15 +370,16 @@ def compiled(function: Function) -> Callable[[Batch], Function]:
 
 
 def library(module: str, make: Callable[[Any], nn.Module]) -> Callable[[Batch], Function]:
-    """A loss of a library on PyPI; an ImportError means that it is not installed."""
+    """A loss of a library on PyPI."""
+    return lambda _: make(imported(module))
 
-    def build(batch: Batch) -> Function:
-        if module == "lightly.loss":  # needs torchvision, whose import the examples know to repair
-            sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-            importlib.import_module("common.vision")
-        return make(importlib.import_module(module))
 
-    return build
+def imported(module: str) -> Any:
+    """Of a library; an ImportError means that it is not installed."""
+    if module.startswith(("lightly", "open_clip")):  # torchvision, whose import is repaired there
+        sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+        importlib.import_module("common.vision")
+    return importlib.import_module(module)
 
 
 def inf_cl(batch: Batch) -> Function:
@@ -357,6 +412,7 @@ LIBRARIES = (
     Method("pytorch-metric-learning NTXentLoss", "InfoNCE", PAIRS, most=512),
     Method("info-nce-pytorch InfoNCE", "one way", ONE_WAY, most=4096),
 )
+RANKS = tuple(HEX._replace(name=f"one rank of {ranks}", ranks=ranks) for ranks in (4, 8))
 OURS = (HEX, GIVEN, INFO_NCE)
 FOUR = (HEX, PLAIN_HEX, INFO_NCE, PLAIN_INFO_NCE)
 METHODS = (

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cost
 import numpy as np
 import pandas as pd
 import peers
@@ -32,7 +33,9 @@ COLUMNS = ("on", "part", "method", "case", "rows", "features", "queue", "dtype",
            "ms", "peak_mb", "loss_error", "gradient_error")  # fmt: skip
 
 ABOUT = ("cores", "memory", "torch's SIMD", "driver", "CUDA", "nvcc")  # a machine
-TIMES_ALONE = ("threads", "isa")  # parts whose memory other parts show
+# Parts whose memory other parts show, or of which a call's memory says little.
+TIMES_ALONE = ("threads", "isa", "ranks")
+OF_RANKS = ("ranks", "ddp")  # parts that have a page of their own
 
 Tables = dict[str, pd.DataFrame]  # of texts, by title
 
@@ -82,6 +85,11 @@ def times(results: pd.DataFrame) -> Tables:
             if {slow, fast} <= {*ms.index}:
                 ratios = ms.loc[slow] / ms.loc[fast]
                 cells.loc[f"{slow} / {fast}"] = [f"{x:.1f}x" * (x == x) for x in ratios]
+        for name, ranks in ((method.name, method.ranks) for method in peers.RANKS):
+            if {name, HEX} <= {*ms.index}:
+                ratios = ms.loc[name] / ms.loc[HEX]
+                cells.loc[f"{name}, {ranks} times / {HEX}"] = [f"{x:.2f}x" for x in ratios * ranks]
+                cells.loc[f"{HEX} / {name}"] = [f"{x:.1f}x" for x in 1 / ratios]
         title = "Milliseconds" + f", {heap} heap" * bool(heap) + f", HEX_ISA={isa}" * levels
         tables[title] = cells
     if results["part"].iloc[0] not in TIMES_ALONE:
@@ -105,6 +113,19 @@ def errors(results: pd.DataFrame) -> str:
         cells = most.map(lambda x: f"{x:.1e}" if x > 0 else "0" if x == 0 else "")
         tables.append(markdown(f"Greatest relative error of the {what}, against float64", cells))
     return "\n\n".join(tables)
+
+
+def under_ddp(results: Sequence[Mapping[str, Any]]) -> str:
+    """What became of each method's value and gradient on ranks."""
+    cells: dict[str, dict[str, str]] = {}
+    for r in results:  # of those measured again the last
+        line, ranks = cells.setdefault(r["method"], {}), f", {r['ranks']} ranks"
+        line["value" + ranks] = " / ".join(f"{x:.3f}" for x in r["value"])
+        line["ratio" + ranks] = f"{r['ratio']:.3f}"
+        line["residual" + ranks] = f"{r['residual']:.3f}"
+        line["scale" + ranks] = "" if r["scale"] is None else f"{r['scale']:.3f}"
+    packages = sorted({r["package"] for r in results})
+    return markdown("", pd.DataFrame(cells).T) + f"\n\nOf {', '.join(packages)}."
 
 
 def summary(results: pd.DataFrame) -> str:
@@ -136,6 +157,10 @@ def blocks(records: Sequence[Record]) -> dict[str, str]:
         mine, of = results[(results["part"] == part) & results["ms"].notna()], []
         if len(mine):
             of += [markdown(*table) for table in times(mine).items()]
+        if gradients := [
+            row for r in records for row in r.get("results", ()) if part == r["name"] == "ddp"
+        ]:
+            of.append(under_ddp(gradients))
         for r in (r for r in records if r["name"].partition(":")[0] == part):
             of += [f"{note}." for note in r.get("notes", ()) if f"{note}." not in of]
             of += [] if r.get("ok", True) else [f"{r['name']} failed: {r['note']}."]
@@ -175,19 +200,25 @@ STYLES |= {name + peers.CAPTURED: (None, colour, ":") for name, (_, colour, _) i
 class Page(NamedTuple):
     record: Path
     documents: Sequence[Path]
-    picture: Path
-    about: str
+    picture: Path | None = None
+    about: str = ""
 
     def records(self) -> list[Record]:
-        """All but rehearsals."""
+        """All but rehearsals, and of the parts that this page shows."""
         found = read(self.record.read_text()).values()
-        return [r for r in found if not r["on"].endswith("a rehearsal")]
+        return [
+            r for r in found if not r["on"].endswith("a rehearsal")
+            and (r["name"] == "machine" or (r["name"] in OF_RANKS) == (self.picture is None))
+        ]  # fmt: skip
 
     def blocks(self) -> dict[str, str]:
         records = self.records()
         found = blocks(records)
         if self.documents[1:]:
             found["summary"] = summary(frame(records))
+        if not self.picture:
+            del found["errors"]
+            found["cost"] = cost.table()
         return found
 
     def points(self) -> pd.DataFrame:
@@ -209,6 +240,7 @@ PAGES = (
         HERE / "gpu_results.jsonl", (DOCS / "cuda.md",), DOCS / "images" / "gpu.png",
         "bfloat16, D = 128; dotted: in a CUDA graph",
     ),
+    Page(HERE / "results.jsonl", (DOCS / "distributed.md",)),
 )  # fmt: skip
 
 
@@ -228,7 +260,8 @@ def write() -> None:
         blocks = page.blocks()
         for file in page.documents:
             file.write_text(filled(file.read_text(), blocks))
-        draw(page.points(), f"{page.records()[0]['on']}; {page.about}", page.picture)
+        if page.picture:
+            draw(page.points(), f"{page.records()[0]['on']}; {page.about}", page.picture)
 
 
 def draw(points: pd.DataFrame, about: str, file: Path) -> None:

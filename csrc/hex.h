@@ -119,7 +119,8 @@ typedef struct {
     int64_t first, count; /* the block */
     hex_rows_t input[3];  /* z0, z1, negatives; or logits (B, D) in the first */
     void *kept; /* of the CPU: hex_cpu_kept() numbers, or NULL. The cosines go in them from the
-                 * forward to the backward; of a block from the quantiles to both */
+                 * forward to the backward; of a block also from the quantiles to the forward */
+    bool filled; /* they are there already; the backward's always are */
     /* sets */
     bool several;     /* positives are those of equal ids, or of the mask; else p(i) alone */
     hex_ids_t ids[3]; /* of the rows of each input; of logits the target, which is checked */

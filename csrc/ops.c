@@ -198,6 +198,7 @@ static bool read_kept(call_t *c, AtenTensorHandle t, hex_problem_t *p)
         (v.size[0] != 0 && (v.size[0] != room || (room > 1 && v.stride[0] != 1))))
         return fail(c, "kept: expected the contiguous tensor of the forward");
     p->kept = used && v.size[0] ? (void *)v.data : NULL;
+    p->filled = v.size[0] > 0;
     return true;
 }
 
@@ -312,10 +313,10 @@ static void block_quantiles(StableIValue *stack, uint64_t arguments, uint64_t ou
 }
 
 /* The loss of each anchor of the block. eps: one, or one for each of these. kept: that of
- * block_quantiles, or none. */
+ * block_quantiles; or, where it is empty and `keep` is true, the output is for the backward. */
 static const char block_forward_schema[] =
     "block_forward(" TENSORS DECIDERS "Tensor eps, Tensor tau, Tensor kept, " FORWARD_RULE
-    "bool allow_tf32, " BLOCK ") -> (Tensor loss, Tensor stats)";
+    "bool keep, bool allow_tf32, " BLOCK ") -> (Tensor loss, Tensor stats, Tensor new_kept)";
 
 static void block_forward(StableIValue *stack, uint64_t arguments, uint64_t outputs)
 {
@@ -324,15 +325,19 @@ static void block_forward(StableIValue *stack, uint64_t arguments, uint64_t outp
     const tensors_t t = next_tensors(&c, true);
     const AtenTensorHandle eps = next_tensor(&c), tau = next_tensor(&c), kept = next_tensor(&c);
     rule_t rule = next_rule(&c, true);
+    const bool keep = next_bool(&c);
     c.place.allow_tf32 = next_bool(&c);
     const block_t block = next_block(&c);
     hex_problem_t p = {0};
     void *loss, *stats;
+    void *none;
     rule.reduction = HEX_NONE;
     if (read_problem(&c, &t, &rule, block, &p) &&
         read_numbers(&c, eps, "eps", ONE | EACH_ROW, hex_block_anchors(&p), &p.eps) &&
         read_numbers(&c, tau, "tau", ONE, 0, &p.tau) && check_place(&c, &p) &&
-        read_kept(&c, kept, &p) && add_rows(&c, &p, &loss, &stats))
+        read_kept(&c, kept, &p) && add_rows(&c, &p, &loss, &stats) &&
+        (p.filled ? add_output(&c, 1, (int64_t[]){0}, compute_dtype(&p), &none)
+                  : add_kept(&c, &p, keep)))
         ok(&c, hex_run_forward(&c.place, &p, loss, stats));
     finish(&c, "block_forward");
 }

@@ -22,8 +22,8 @@ __all__ = ["Mode", "Over", "Positives", "Reduction", "Variant", "check_base_temp
            "check_guide", "check_guide_of_features", "check_labels", "check_logits", "check_mask",
            "check_mode", "check_negatives", "check_no_mask_to_gather", "check_number",
            "check_one_decider", "check_over", "check_positives", "check_process_group",
-           "check_reduction", "check_rows", "check_temperature", "check_threshold", "check_views",
-           "has_shape", "is_number"]  # fmt: skip
+           "check_reduction", "check_rows", "check_rows_are", "check_temperature",
+           "check_threshold", "check_views", "has_shape", "is_number"]  # fmt: skip
 
 Mode = Literal["ntxent", "query", "cross"]
 Variant = Literal["paper", "released"]
@@ -374,18 +374,21 @@ def check_gathers(gathers: bool, group: Any, rows: Any = None) -> None:
             raise ValueError(f"{name}: got one, wanted None without gather_distributed=True")
 
 
-def check_rows(rows: Any, images: int, ranks: int, rank: int) -> tuple[int, ...]:
-    """The images of every rank, those of this one among them."""
+def check_rows(rows: Any) -> tuple[int, ...]:
+    """Integers, the images of every rank."""
     listed = isinstance(rows, Sequence) and not isinstance(rows, str)
     if not listed or not all(isinstance(n, int) and not isinstance(n, bool) for n in rows):
         raise TypeError(f"rows: got {rows!r}, wanted a tuple of ints, the images of every rank")
-    if len(rows) != ranks or min(rows) < 0:
-        raise ValueError(f"rows: got {rows!r}, wanted the images of each of {ranks} ranks")
-    if rows[rank] != images:
-        raise ValueError(
-            f"rows: got {rows[rank]} for rank {rank}, wanted its number of images, {images}"
-        )
     return tuple(rows)
+
+
+def check_rows_are(rows: Sequence[int], images: int, ranks: int, rank: int) -> None:
+    """What a rank can tell by itself; where the ranks compare what they bring, that tells more."""
+    if len(rows) != ranks or min(rows) < 0 or rows[rank] != images:
+        raise ValueError(
+            f"rows: got {rows}, wanted the images of each of {ranks} ranks, {images} for rank "
+            f"{rank}"
+        )
 
 
 def check_no_mask_to_gather(mask: Any) -> None:

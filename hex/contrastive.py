@@ -109,14 +109,12 @@ class ContrastiveLoss(nn.Module):
         Args:
             rows: as in `HEXLoss.forward`.
         """
-        check_gathers(self.gather_distributed, None, rows)
+        if not isinstance(
+            rows, torch.fx.Proxy
+        ):  # of symbolic_trace, which check_embeddings refuses
+            check_gathers(self.gather_distributed, None, rows)
         if not self.gather_distributed or not self._ranks.are_several():
             return None
-        if torch._C._are_functorch_transforms_active():
-            raise NotImplementedError(
-                "gather_distributed: got True under a torch.func transform, wanted False: the "
-                "ranks would have to talk to each other inside it"
-            )
         options: tuple[Any, ...] = ()
         tracker = self.threshold
         if not torch.compiler.is_compiling():

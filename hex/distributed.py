@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checks import check_process_group, check_rows
+from .checks import check_process_group, check_rows, check_rows_are
 
 __all__ = ["Meeting", "Ranks", "Share"]
 
@@ -74,28 +74,36 @@ class Meeting(NamedTuple):
 
         Args:
             images: of this rank.
-            brought: the batch's tensors, of which the ranks compare dtype and shape but the rows.
+            brought: the batch's tensors, or None, of which the ranks compare dtype and shape but
+                the number of rows.
 
         Raises:
             ValueError: the ranks bring what does not fit. It is raised on every rank alike, and
                 before anything is gathered.
+            NotImplementedError: under a torch.func transform.
         """
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                "gather_distributed: got True under a torch.func transform, wanted False: the "
+                "ranks would have to talk to each other inside it"
+            )
         ranks, rows = self.ranks, self.rows
         size, rank = dist.get_world_size(ranks.group), dist.get_rank(ranks.group)
-        if rows is not None:
-            rows = check_rows(rows, images, size, rank)
-        share = Share(ranks, tuple(rows or (images,) * size), rank, None)
-        like = next(t for t in brought if t is not None)
-        if not ranks.checks or like.is_meta:
-            return share
-        known = images if rows is None else _SAID
-        if torch.compiler.is_compiling():
-            facts = [known, 0, 0, 0, 0]
-            return share._replace(agreed=torch.ops.hex.agree(like.detach(), facts, ranks.name))
-        tensors = [None if t is None else (t.dtype, *t.shape[1:]) for t in brought]
-        facts = [known, *map(_digest, (rows, tensors, self.loss)), self._digest_of_state()]
-        if not (like.is_cuda and torch.cuda.is_current_stream_capturing()):
-            _agree(like.device, facts, ranks.group, (tensors, self.loss))
+        rows = None if rows is None else check_rows(rows)
+        share = Share(ranks, (images,) * size if rows is None else rows, rank, None)
+        like, compiling = next(t for t in brought if t is not None), torch.compiler.is_compiling()
+        if not ranks.checks or like.is_meta or (not compiling and _is_captured(like)):
+            if rows is not None:
+                check_rows_are(rows, images, size, rank)
+        elif compiling:
+            facts = [images, _digest_of_rows(rows), 0, 0, 0]
+            agreed = torch.ops.hex.agree(like.detach(), facts, rows, ranks.name)
+            share = share._replace(agreed=agreed)
+        else:
+            tensors = [None if t is None else (t.dtype, *t.shape[1:]) for t in brought]
+            digests = [_digest_of_rows(rows), _digest(tensors), _digest(self.loss)]
+            facts = [images, *digests, self._digest_of_state()]
+            _agree(like.device, facts, rows, ranks.group, (tensors, self.loss))
         return share
 
     def _digest_of_state(self) -> int:
@@ -184,43 +192,63 @@ def _gather(x: Tensor, rows: Sequence[int], group: Any) -> Tensor:
 
 # ---- whether the ranks bring what fits ----------------------------------------------------------
 
-_SAID = -1  # in place of a number of images, where the caller says those of every rank
+
+def _is_captured(z: Tensor) -> bool:
+    """Whether this is the recording of a CUDA graph, in which the host has no part."""
+    return z.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _digest(x: Any) -> int:
     return 1 + zlib.crc32(repr(x).encode())
 
 
-def _agree(device: torch.device, facts: Sequence[int], group: Any, own: Any) -> None:
+def _digest_of_rows(rows: Sequence[int] | None) -> int:
+    """By arithmetic, which a compiler can follow."""
+    digest = 1 if rows is None else 2
+    for n in rows or ():
+        digest = (digest * 1000003 + n) % (1 << 61)
+    return digest
+
+
+def _agree(
+    device: torch.device, facts: Sequence[int], rows: Sequence[int] | None, group: Any, own: Any
+) -> None:
     """Compares what the ranks bring: the images of each, and digests, of which 0 is not known.
 
     Five integers a rank; on a GPU they go by the host, which no stream waits for.
 
     Args:
-        own: what the digests of tensors and options are of.
+        own: what the digests of tensors and options are of, or None without digests.
     """
     group = group if device.type == "cpu" else _host_group(group)
     mine = torch.tensor(facts, dtype=torch.int64, device="cpu")
     every = _gather(mine[None], (1,) * dist.get_world_size(group), group)
-    if torch.equal(every, mine.expand_as(every)):
+    if rows is None and torch.equal(every, mine.expand_as(every)):
         return
-    images, rows, tensors, options, state = every.T.tolist()
-    if _SAID in images and len(set(images)) > 1 or _differ(rows):
-        raise ValueError("rows: got different ones on the ranks, or none on some, wanted the same")
-    if len(set(images)) > 1:
+    images, said, tensors, options, state = every.T.tolist()
+    if other := _differ(said):
+        raise ValueError(
+            f"rows: got different ones on ranks 0 and {other}, or none on one, wanted the same on "
+            f"all ranks; here they are {rows}"
+        )
+    if rows is not None and list(rows) != images:
+        raise ValueError(
+            f"rows: got {tuple(rows)}, wanted the images of every rank, {tuple(images)}"
+        )
+    if rows is None and len(set(images)) > 1:
         raise ValueError(
             f"gather_distributed: got {_list(images)} rows on ranks {_list(range(len(images)))}, "
             "wanted the same (drop_last=True), or rows="
         )
-    for column, what, mine_is in (
-        (tensors, "tensors", f"here dtypes and shapes are {own[0]}"),
-        (options, "options", f"here they are {own[1]}"),
+    for column, what, here in (
+        (tensors, "tensors", f"their dtypes and shapes here are {own and own[0]}"),
+        (options, "options", f"here they are {own and own[1]}"),
         (state, "states of the threshold", "load the same state_dict and call set_epoch on all"),
     ):
         if other := _differ(column):
             raise ValueError(
                 f"gather_distributed: got different {what} on ranks 0 and {other}, wanted the same "
-                f"on all ranks: {mine_is}"
+                f"on all ranks; {here}"
             )
 
 
@@ -268,13 +296,13 @@ def _host_group(group: Any) -> Any:
 
 
 @torch.library.custom_op("hex::agree", mutates_args=())
-def _agree_op(like: Tensor, facts: Sequence[int], group: str) -> Tensor:
-    _agree(like.device, facts, _group(group), ("known when it is not compiled", (like,)))
+def _agree_op(like: Tensor, facts: Sequence[int], rows: Sequence[int] | None, group: str) -> Tensor:
+    _agree(like.device, facts, rows, _group(group), None)
     return like.new_empty(0)
 
 
 @_agree_op.register_fake
-def _(like: Tensor, facts: Sequence[int], group: str) -> Tensor:
+def _(like: Tensor, facts: Sequence[int], rows: Sequence[int] | None, group: str) -> Tensor:
     return like.new_empty(0)
 
 

@@ -4,7 +4,6 @@
 open_clip itself is not imported. The mathematics is that of `HEXLoss` in mode "cross".
 """
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -96,7 +95,6 @@ class HEXClipLoss(HEXLoss):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
-        rows: Sequence[int] | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The loss of a batch, or {"contrastive_loss": loss} with output_dict.
 
@@ -107,11 +105,10 @@ class HEXClipLoss(HEXLoss):
                 because one number added to all logits changes no softmax. Its gradient is 0, as in
                 ClipLoss, because DDP would refuse a missing one.
             output_dict: whether to return a dict.
-            rows: as in `HEXLoss`.
         """
         check_views(image_features, text_features, ("image_features", "text_features"))
         value: Tensor = super().forward(
-            image_features, text_features, temperature=_inverse(logit_scale), rows=rows
+            image_features, text_features, temperature=_inverse(logit_scale)
         )
         if isinstance(logit_bias, Tensor):
             value = value + 0 * logit_bias.sum().to(value)

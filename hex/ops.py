@@ -75,7 +75,7 @@ def _length(operator: Any, last: str) -> int:
 _RULE = _length(torch.ops.hex.forward, "keep")
 _BACKWARD_RULE = _length(torch.ops.hex.backward, "allow_tf32")
 
-_MOST_KEPT = 24 << 20  # MOST_KEPT_BYTES in csrc/cpu/cpu.h
+_MOST_KEPT, _MOST_KEPT_OF_BLOCK = 24 << 20, 128 << 20  # bytes, as in csrc/cpu/cpu.h
 _KERNELS = {"cpu", "meta"}  # device types with kernels; the fakes below are those of "meta"
 
 
@@ -168,26 +168,42 @@ def _fake_quantile(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return mean, low, torch.empty_like(low)
 
 
+def _kept_of_block(
+    z0: Tensor, z1: Tensor, negatives: Tensor, mode: int, several: int, *block: int
+) -> int:
+    """As `kept_numbers`, of a block: kept_room in csrc/cpu/schedule.h."""
+    if z0.device.type not in ("cpu", "meta") or mode >= MODES["paired"]:
+        return 0
+    columns = z1.shape[0]
+    if mode == MODES["ntxent"]:
+        columns += z0.shape[0]
+    elif mode == MODES["unpaired"]:
+        columns = negatives.shape[0] + (columns if several else 0)
+    item = compute_dtype(z0, z1, negatives, mode).itemsize
+    numbers = _anchors(z0, z1, mode, *block) * columns
+    room: int = torch.sym_min(numbers, _MOST_KEPT_OF_BLOCK // item)  # type: ignore[no-untyped-call]
+    return room
+
+
 def _fake_block_quantiles(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     z0, z1, negatives = arguments[:3]
     mode, several, _, _, _, _, bounds, keep, *block = arguments[6:]
-    dtype = compute_dtype(z0, z1, negatives, mode)
-    rows, kept = _anchors(z0, z1, mode, *block), 0
-    if keep and z0.device.type in ("cpu", "meta") and mode < MODES["paired"]:
-        met = {"ntxent": z0.shape[0] + z1.shape[0], "unpaired": negatives.shape[0]}
-        met["unpaired"] += z1.shape[0] if several else 0
-        columns = {MODES[name]: n for name, n in met.items()}.get(mode, z1.shape[0])
-        kept = torch.sym_min(rows * columns, _MOST_KEPT // dtype.itemsize)  # type: ignore[no-untyped-call]
+    dtype, rows = compute_dtype(z0, z1, negatives, mode), _anchors(z0, z1, mode, *block)
+    kept = _kept_of_block(z0, z1, negatives, mode, several, *block) if keep else 0
     low = z0.new_empty(rows, dtype=dtype)
     return low, z0.new_empty(rows if bounds else 0, dtype=dtype), z0.new_empty(kept, dtype=dtype)
 
 
-def _fake_block_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _fake_block_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     z0, z1, negatives = arguments[:3]
     mode, _, positives = arguments[_INPUTS + 3 : _INPUTS + 6]
-    rows, dtype = _anchors(z0, z1, mode, *arguments[-2:]), compute_dtype(z0, z1, negatives, mode)
+    given, (keep, _, *block) = arguments[_INPUTS + 2], arguments[-4:]
+    rows, dtype = _anchors(z0, z1, mode, *block), compute_dtype(z0, z1, negatives, mode)
     stats = z0.new_empty((_STATS_SEVERAL if positives else _STATS, rows), dtype=dtype)
-    return z0.new_empty(rows, dtype=dtype), stats
+    kept = _kept_of_block(*arguments[:3], mode, positives, *block) if keep else 0
+    if given.shape[0]:
+        kept = 0
+    return z0.new_empty(rows, dtype=dtype), stats, z0.new_empty(kept, dtype=dtype)
 
 
 def _fake_settle(rows: Tensor, state: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -541,15 +557,20 @@ def has_block(inputs: tuple[Tensor, ...], positives: int) -> bool:
 
 
 def block_forward(
-    inputs: tuple[Tensor, ...], eps: Tensor, tau: Tensor, kept: Tensor, rule: tuple[Any, ...],
-    block: tuple[int, int],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Loss and statistics of each anchor of the block, without gradient. eps: 0-d, or theirs."""
+    inputs: tuple[Tensor, ...], eps: Tensor, tau: Tensor, kept: Tensor | None,
+    rule: tuple[Any, ...], keep: bool, block: tuple[int, int],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Loss and statistics of each anchor of the block, without gradient, and the cosines for the
+    backward: `kept`, or where there are none and `keep` is true, its own. eps: 0-d, or theirs."""
+    z0, z1, negatives = inputs[:3]
+    given = kept
+    if given is None:
+        given = z0.new_empty(0, dtype=compute_dtype(z0, z1, negatives, rule[0]))
     with torch.no_grad():
-        outputs: tuple[Tensor, Tensor] = torch.ops.hex.block_forward(
-            *inputs, eps.to(tau.device), tau, kept, *rule, _allow_tf32(tau), *block
+        loss, stats, new = torch.ops.hex.block_forward(
+            *inputs, eps.to(tau.device), tau, given, *rule, keep, _allow_tf32(tau), *block
         )
-    return outputs
+    return loss, stats, new if kept is None else kept
 
 
 def block_backward(

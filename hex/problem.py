@@ -221,17 +221,16 @@ def of_views(
         check_one_decider(groups, guide)
         groups = None if groups is None else check_groups(groups, z0, negatives)
         guide = None if guide is None else check_guide(guide, z0, negatives)
-    share, own = None, (z0, z1)
+    share, own, gathered = None, (z0, z1), negatives is None
     if meeting is not None:
-        given = (z0, z1, negatives, *(groups or (None,)), *(guide or (None,)))
-        share = meeting.share(z0.shape[0], *given)
-        if negatives is None:
-            labels, seen = groups[:1] if groups else (None,), guide[:2] if guide else (None, None)
-            z0, z1, labels, *seen = share.gather(z0, z1, *labels, *seen)
+        mark = None if gathered else z0  # of negatives a rank may have more than another
+        deciders = groups[0] if groups else None, *(guide[:2] if guide else (None, None))
+        share = meeting.share(z0.shape[0], z0, z1, mark, *deciders)
+        if gathered:
+            z0, z1, labels, *guides = share.gather(z0, z1, *deciders)
             groups = None if groups is None else (labels, None)
-            guide = None if guide is None else (*seen, None)
+            guide = None if guide is None else (*guides, None)
 
-    gathered = negatives is None
     images = row_length = z0.shape[0]
     anchors, has_self = images, False
     if negatives is not None:
@@ -335,7 +334,7 @@ def of_logits(
     _, *none = _nothing(logits)
     part = None
     if meeting is not None:
-        share = meeting.share(rows, logits)
+        share = meeting.share(rows, logits[:, :0])
         part = Part(share, (logits, z1, negatives), gathered=False)
         logits, rows = logits.detach(), share.total()
     return Problem(

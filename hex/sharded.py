@@ -86,12 +86,12 @@ def adaptive_loss(
     if lagged:  # eps is known: the quantiles travel with the losses
         unknown = own.new_full((1,), torch.nan)
         eps, _ = ops.settle(unknown, state, tuple(step))
-        every = _forward(p, eps, kept, rule, own)
+        every, kept = _forward(p, eps, kept, rule, own)
         rows, every = every[-1], every[:-1]
         _, state = ops.settle(rows, state, tuple(step))
     else:
         eps, state = ops.settle(part.gather(own[None])[0], state, tuple(step))
-        every = _forward(p, eps, kept, rule)
+        every, kept = _forward(p, eps, kept, rule)
     value, hard, share, _ = _finish(p, every, kept, rule)
     return value, hard, share, eps, state
 
@@ -100,9 +100,7 @@ def loss(p: Problem, eps: Tensor, rule: tuple[Any, ...]) -> tuple[Tensor, Tensor
     """The loss, and the means of |H|, share and eps. eps: 0-d, or of this rank's anchors."""
     if not ops.has_block(p.inputs, rule[2]):
         return _plain_loss(p, eps, rule)
-    z0, z1, negatives = p.inputs[:3]
-    kept = z0.new_empty(0, dtype=ops.compute_dtype(z0, z1, negatives, p.mode))
-    value, hard, share, mean = _finish(p, _forward(p, eps, kept, rule), kept, rule)
+    value, hard, share, mean = _finish(p, *_forward(p, eps, None, rule), rule)
     return value, hard, share, mean if eps.dim() else eps
 
 
@@ -111,11 +109,21 @@ def _part(p: Problem) -> Part:
     return p.part
 
 
-def _forward(p: Problem, eps: Tensor, kept: Tensor, rule: tuple[Any, ...], *more: Tensor) -> Tensor:
-    """Loss and statistics, and what else there is a number of for each anchor, of all anchors."""
+def _forward(
+    p: Problem, eps: Tensor, kept: Tensor | None, rule: tuple[Any, ...], *more: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Loss and statistics, and what else there is a number of for each anchor, of all anchors; and
+    the cosines for the backward."""
     part = _part(p)
-    rows, stats = ops.block_forward(p.inputs, eps, p.tau.detach(), kept, rule, part.block())
-    return part.gather(torch.cat([rows[None], stats, *(x[None] for x in more)]))
+    rows, stats, kept = ops.block_forward(
+        p.inputs, eps, p.tau.detach(), kept, rule, _learns(p), part.block()
+    )
+    return part.gather(torch.cat([rows[None], stats, *(x[None] for x in more)])), kept
+
+
+def _learns(p: Problem) -> bool:
+    """Whether a backward may come."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in p.learner())
 
 
 def _finish(
@@ -127,7 +135,7 @@ def _finish(
     named = [rows, stats[ops.COUNT], stats[ops.SHARE], stats[ops.EPS]]
     sums = ops.total(torch.stack(named))
     value, means = _reduce(rows, sums[0], reduction), sums / max(rows.shape[0], 1)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (*part.own, p.tau)):
+    if _learns(p):
         own = stats
         if not part.gathered:
             at, count = part.share.first(), part.share.images()

@@ -21,6 +21,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import batches  # noqa: E402
 import bench  # noqa: E402
+import cost  # noqa: E402
 import measure  # noqa: E402
 import parts  # noqa: E402
 import peers  # noqa: E402
@@ -29,6 +30,7 @@ import worker  # noqa: E402
 from batches import Case  # noqa: E402
 from test_benchmark_gpu import alive  # noqa: E402
 
+import hex  # noqa: E402
 from hex import HEXLoss, ThresholdTracker, hex_cross_entropy, hex_sup_con  # noqa: E402
 
 
@@ -87,7 +89,7 @@ def test_the_benchmark_prints_tables_and_records_its_samples(tmp_path, capsys):
 
 @own_memory
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # a library's
-@pytest.mark.parametrize("part", sorted(set(parts.CPU) - {"sizes"}))
+@pytest.mark.parametrize("part", sorted(set(parts.CPU) - {"sizes", "ddp"}))
 def test_a_part_gives_results_and_a_table(part, monkeypatch):
     monkeypatch.setattr(measure, "retain_heap", lambda: None)  # for good: not in this process
     monkeypatch.setattr(measure, "TURN_S", 1e-3)
@@ -101,7 +103,43 @@ def test_a_part_gives_results_and_a_table(part, monkeypatch):
     assert {*shown} - {"Memory at the peak, MB"} == titles
 
 
-@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.record.stem)
+def test_under_ddp_hex_is_the_truth_and_a_wrong_gradient_is_seen():
+    for library in ("open_clip", "pytorch_metric_learning"):
+        pytest.importorskip(library)
+    wanted = "(hex|False, gather_with_grad=False|local_loss=True|efficient=True)"
+    (work,) = parts.works(bench.parse(["ddp", "--smoke", "--only", wanted]))
+    record = json.loads(json.dumps(work.do()))
+    found = {r["method"].split()[-1]: r for r in record["results"]}
+    for name in ("HEXLoss", "InfoNCELoss"):
+        assert [*found[name]["value"], found[name]["ratio"]] == pytest.approx([1, 1, 1], abs=1e-11)
+        assert found[name]["scale"] == pytest.approx(1, abs=1e-11)
+        assert found[name]["residual"] < 1e-11
+    clip = [r for r in record["results"] if "ClipLoss" in r["method"]]
+    assert [r["ratio"] for r in clip] == pytest.approx([0.5, 0.47, 1], abs=0.01)
+    assert [r["residual"] > 0.1 for r in clip] == [False, True, False]
+    assert clip[1]["value"] == clip[2]["value"] != [1, 1]
+    assert found["efficient=True"]["residual"] > 0.1 and found["efficient=True"]["scale"] is None
+    table = report.blocks([record | {"on": "", "name": "ddp"}])["ddp"]
+    assert "| hex HEXLoss | 1.000 / 1.000 | 1.000 | 0.000 | 1.000 |" in table
+    assert f"Of hex-ssl {hex.__version__}, open_clip_torch " in table
+
+
+def test_the_model_of_a_cluster_adds_up():
+    head, _, *lines = [line[2:-2].split(" | ") for line in cost.table().splitlines()]
+    assert len(lines) == len(cost.SIZES) * len(cost.RANKS)
+    names = list(cost.step(256, 128, 8))
+    for cells in (dict(zip(head, line, strict=True)) for line in lines):
+        images, features, ranks = (int(cells[name]) for name in ("images a GPU", "D", "GPUs"))
+        assert int(cells["N"]) == 2 * images * ranks
+        whole = sum(float(cells[name]) for name in names)
+        assert float(cells["sharded"]) == pytest.approx(whole, rel=0.1)
+    small = cost.step(256, 128, 8)
+    assert small["products"] == pytest.approx(10 * 4096 * 512 * 128 / cost.RATE)
+    assert small["gather z"] == pytest.approx(4096 * 128 * 2 * 7 / 8 / cost.LINK + cost.LATENCY)
+    assert cost.operations(512) == 16 * 512  # of four chunks: the statistics are read once for each
+
+
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.documents[0].stem)
 def test_the_documents_have_the_tables_of_the_recorded_results(page):
     blocks, named = page.blocks(), set()
     for file in page.documents:
@@ -109,8 +147,9 @@ def test_the_documents_have_the_tables_of_the_recorded_results(page):
         assert report.filled(text, blocks) == text, f"{file.name}: run bench.py --report"
         named |= set(re.findall(r"<!-- (\w+) -->", text)) - {"end"}
     assert named == {*blocks}
-    with pictures.open(page.picture) as picture:
-        assert picture.info["Figures"] == report.checksum(page.points()), "run bench.py --report"
+    if page.picture:
+        with pictures.open(page.picture) as picture:
+            assert picture.info["Figures"] == report.checksum(page.points()), "run --report"
     records = page.records()
     machines = {r["on"]: r for r in records if r["name"] == "machine"}
     for on in {r["on"] for r in records if "results" in r}:
@@ -121,15 +160,16 @@ def test_the_documents_have_the_tables_of_the_recorded_results(page):
         assert len(records) == len(page.record.read_text().splitlines())
     with pytest.raises(ValueError, match="the record has no 'other', which a document shows"):
         report.filled("<!-- other -->\n<!-- end -->", blocks)
-    typed = "<!-- sizes -->\n| 1.00 |\n<!-- end -->"
-    assert report.filled(typed, blocks) == f"<!-- sizes -->\n{blocks['sizes']}\n<!-- end -->"
+    part = next(iter(named - {"machine"}))
+    typed = f"<!-- {part} -->\n| 1.00 |\n<!-- end -->"
+    assert report.filled(typed, blocks) == f"<!-- {part} -->\n{blocks[part]}\n<!-- end -->"
     assert len({re.split(", HEX_ISA|, torch", r["on"])[0] for r in page.records()}) == 1
     assert not re.search(r'[" ]/\w|uuid|pci', page.record.read_text())  # no place of the machine
 
 
 def test_the_report_makes_documents_and_pictures(tmp_path, monkeypatch):
     pages = []
-    for page in report.PAGES:
+    for page in (page for page in report.PAGES if page.picture):
         file = tmp_path / f"{page.record.stem}.md"
         file.write_text("before\n<!-- sizes -->\nold\n<!-- end -->\nafter\n")
         pages.append(page._replace(documents=[file], picture=file.with_suffix(".png")))
@@ -182,7 +222,7 @@ def test_a_table_is_markdown():
     ids=lambda case: f"{case.mode} {case.kind} {case.dtype}",
 )
 def test_every_method_is_right_and_the_other_loss_is_refused(case):
-    symmetric = () if case.mode != "ntxent" else peers.LIBRARIES
+    symmetric = () if case.mode != "ntxent" else (*peers.LIBRARIES, *peers.RANKS)
     released = (peers.AUTHORS,) if case.kind == "clusters" else ()  # else decided by rounding
     methods = (*peers.OURS, peers.PLAIN_HEX, peers.PLAIN_INFO_NCE, *symmetric, *released)
     of_mode = {"labels": peers.LABELS, "logits": peers.LOGITS}

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""A block of anchors, rows [first, first + count) of a batch: the operators give for it what they
-give for those rows of the whole."""
+"""A block of anchors, rows [first, first + count) of a batch: its operators give for it what those
+of the whole batch give for these rows. And the sums over the rows of all blocks."""
+
+import math
 
 import labelled_problems
 import operators
@@ -9,9 +11,11 @@ import torch
 from conftest import problem
 
 from hex import ops
+from hex import state as states
 
 HEX = torch.ops.hex
 CUTS = ((0, 7, 13), (0, 1, 1, 13), (0, 13))  # blocks begin and end there; one is empty
+STEP = (0.0, False, False, 0, math.inf)  # a tracker's rule, without memory
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 
 
@@ -48,10 +52,22 @@ def backward_of(arguments, grad, stats, kept):
     return grad, *inputs, tau, stats, kept, mode, reduction, positives, beta, False, 15
 
 
+def forward_of(arguments, kept, keep=False):
+    *inputs, eps, tau, mode, reduction, positives, beta, variant, tau_plus, _, _ = arguments
+    rule = mode, reduction, positives, beta, variant, tau_plus
+    return *inputs, eps, tau, kept, *rule, keep, False
+
+
 def quantile_of(arguments, over_negatives, bounds):
     *inputs, _, tau, mode, _, positives, _, _, _, _, _ = arguments
     logits = mode == ops.MODES["logits"]
     return *inputs[:5], tau, mode, positives > 0, False, logits, 0.9, over_negatives, bounds
+
+
+def kept_of(arguments, block):
+    """The cosines of a block that its quantiles leave; None where its rows are not among those of
+    the whole, as of a guide's threshold."""
+    return HEX.block_quantiles(*quantile_of(arguments, True, False), True, **block)[2]
 
 
 def blocks(cut):
@@ -66,13 +82,20 @@ def test_the_rows_of_a_block_are_those_of_the_whole(arguments, cut):
     whole = HEX.backward(*backward_of(arguments, grad, stats, kept))
     parts = []
     for first, count in blocks(cut):
+        block = dict(first=first, count=count)
         at = anchors_of(arguments, first, count)
-        own, its, none = HEX.forward(*arguments, first=first, count=count)
-        assert torch.equal(own, loss[at]) and not none.numel()
-        assert torch.equal(its.nan_to_num(7), stats[:, at].nan_to_num(7))
-        parts.append(
-            HEX.backward(*backward_of(arguments, grad, stats, kept), first=first, count=count)
+        none, its_cosines = stats.new_empty(0), kept_of(arguments, block)
+        for given, keep in ((none, False), (none, True), (its_cosines, True)):
+            own, its, new = HEX.block_forward(*forward_of(arguments, given, keep), **block)
+            assert torch.equal(own, loss[at])
+            assert torch.equal(its.nan_to_num(7), stats[:, at].nan_to_num(7))
+            assert torch.equal(new, its_cosines if keep and given is none else none)
+        part, again = (
+            HEX.backward(*backward_of(arguments, grad, stats, kept), **block)
+            for kept in (its_cosines, none)
         )
+        assert all(map(torch.equal, part, again))
+        parts.append(part)
     for k, gradient in enumerate(whole[:3]):
         of_rows = k < 2 or gradient.dim() == 3
         got = [part[k] for part in parts]
@@ -85,16 +108,20 @@ def test_the_quantiles_of_a_block_are_those_of_its_rows(arguments):
     _, low, high = HEX.quantile(*quantile_of(arguments, False, True))
     for over_negatives in (False, True):
         mean, _, _ = HEX.quantile(*quantile_of(arguments, over_negatives, False))
-        total, rows = 0.0, 0
-        for first, count in ((0, 7), (7, 6)):
+        quantiles = torch.full_like(low, 7)
+        for first, count in ((0, 7), (7, 0), (7, 6)):
             at = anchors_of(arguments, first, count)
             block = dict(first=first, count=count)
-            _, *bounds = HEX.quantile(*quantile_of(arguments, False, True), **block)
+            *bounds, none = HEX.block_quantiles(
+                *quantile_of(arguments, False, True), False, **block
+            )
             assert torch.equal(torch.stack(bounds), torch.stack([low[at], high[at]]))
-            part, _, _ = HEX.quantile(*quantile_of(arguments, over_negatives, False), **block)
-            total, rows = total + part * len(at), rows + len(at)
-        # sums of some tens of numbers up to 1 in another order
-        assert abs(total / rows - mean) < 1e-14
+            quantiles[at], high_of, kept = HEX.block_quantiles(
+                *quantile_of(arguments, over_negatives, False), True, **block
+            )
+            assert not none.numel() and not high_of.numel()
+        eps, state = HEX.settle(quantiles, torch.zeros(11, dtype=F64), *STEP)
+        assert eps == mean == state[states.CANDIDATE]  # the same sum
 
 
 @pytest.mark.parametrize("mode", ["ntxent", "query", "cross", "unpaired"])
@@ -111,7 +138,9 @@ def test_a_block_of_a_batch_that_goes_by_tiles(mode, dtype):
         rows, gradients = torch.empty_like(loss), []
         for first, count in blocks(cut):
             block = dict(first=first, count=count)
-            rows[anchors_of(arguments, first, count)] = HEX.forward(*arguments, **block)[0]
+            kept = stats.new_empty(0) if first == 3 else kept_of(arguments, block)
+            own, _, _ = HEX.block_forward(*forward_of(arguments, kept), **block)
+            rows[anchors_of(arguments, first, count)] = own
             gradients.append(HEX.backward(*backward_of(arguments, grad, stats, kept), **block))
         row_bits.append(rows)
         gradient_bits.append(torch.cat([g[0] for g in gradients]))
@@ -127,14 +156,71 @@ FAKES = "test_schema", "test_faketensor"  # the whole batch has the others, in t
 
 @every
 def test_shapes_without_data(arguments):
-    loss, stats, kept = HEX.forward(*arguments)
-    for block in (dict(first=4, count=8), dict(first=3), dict(first=13), dict(count=0)):
+    loss, stats, _ = HEX.forward(*arguments)
+    for first, count in ((4, 8), (0, 13), (13, 0)):
+        block = dict(first=first, count=count)
+        kept = kept_of(arguments, block)
         for operator, given in (
-            (HEX.forward, arguments),
+            (HEX.block_quantiles, (*quantile_of(arguments, False, True), False)),
+            (HEX.block_quantiles, (*quantile_of(arguments, True, False), True)),
+            (HEX.block_forward, forward_of(arguments, kept, True)),
+            (HEX.block_forward, forward_of(arguments, kept[:0], True)),
             (HEX.backward, backward_of(arguments, torch.ones_like(loss), stats, kept)),
-            (HEX.quantile, quantile_of(arguments, False, True)),
         ):
             torch.library.opcheck(operator, given, block, test_utils=FAKES)
+
+
+def test_cosines_that_are_too_many_are_not_kept():
+    """Of more than 128 MiB the room is there, untouched, and the operators compute again."""
+    p = problem("cluster", 4300, 5, "ntxent", dtype=F32)
+    arguments = operators.arguments("forward", *p.raw())
+    block = dict(first=0, count=2000)  # 4000 anchors, 8600 candidates: 131 MiB
+    kept = kept_of(arguments, block)
+    assert kept.numel() * 4 == 128 << 20
+    kept.fill_(7)
+    with_room, *_ = HEX.block_forward(*forward_of(arguments, kept), **block)
+    without, *_ = HEX.block_forward(*forward_of(arguments, kept.new_empty(0)), **block)
+    assert torch.equal(with_room, without)
+    p = problem("cluster", 1500, 5, "ntxent", dtype=F32)
+    arguments = operators.arguments("forward", *p.raw())
+    block = dict(first=0, count=1000)
+    kept = kept_of(arguments, block)
+    assert kept.numel() == 2000 * 3000
+    computed, *_ = HEX.block_forward(*forward_of(arguments, kept.new_empty(0)), **block)
+    taken, *_ = HEX.block_forward(*forward_of(arguments, kept), **block)
+    assert torch.equal(computed, taken)
+    taken, *_ = HEX.block_forward(*forward_of(arguments, kept.fill_(0.5)), **block)
+    assert not torch.equal(computed, taken)
+
+
+def test_sums_are_those_of_python_in_the_order_of_the_rows():
+    x = torch.randn(3, 1001, dtype=F64, generator=torch.Generator().manual_seed(2))
+    for rows in (x, x.T.contiguous().T, x[:, ::7], x.float(), x[:0], x[:, :0]):
+        want = []
+        for row in rows.tolist():
+            total = 0.0
+            for number in row:
+                total += number
+            want.append(total)
+        got = HEX.total(rows)
+        assert got.dtype == F64 and got.tolist() == want
+        torch.library.opcheck(HEX.total, (rows,), test_utils=FAKES)
+
+
+@pytest.mark.parametrize("lagged", [False, True])
+@pytest.mark.parametrize("rows", [[0.5, 0.25], [0.5, math.inf, 0.75], [0.5, math.nan], [math.inf]])
+def test_settle_is_a_step_of_the_tracker(rows, lagged):
+    state = torch.zeros(11, dtype=F64)
+    rule = (0.9, True, lagged, 0, math.inf)
+    for dtype in (F32, F64):
+        q = torch.tensor(rows, dtype=dtype)
+        there = [x for x in rows if x != math.inf]
+        mean = torch.tensor(sum(there) / len(there) if there else math.nan, dtype=F64)
+        eps, new = HEX.settle(q, state, *rule)
+        wanted, theirs = states.step(state, mean, len(rows), *rule)
+        assert torch.equal(eps, wanted) and torch.equal(new, theirs)
+        torch.library.opcheck(HEX.settle, (q, state, *rule), test_utils=FAKES)
+        state = new
 
 
 def test_the_block_of_a_compiled_graph_may_have_any_size():
@@ -145,18 +231,21 @@ def test_the_block_of_a_compiled_graph_may_have_any_size():
     @torch.compile(backend="aot_eager", dynamic=True, fullgraph=True)
     def rows_of(z0, z1, own):
         count = own.shape[0]
-        return HEX.forward(z0, z1, *rest, first=z0.shape[0] - count, count=count)[0]
+        block = dict(first=z0.shape[0] - count, count=count)
+        kept = kept_of((z0, z1, *rest), block)
+        return HEX.block_forward(*forward_of((z0, z1, *rest), kept), **block)[0]
 
+    loss, _, _ = HEX.forward(z0, z1, *rest)
     for count in (4, 6):
-        want = HEX.forward(z0, z1, *rest, first=13 - count, count=count)[0]
-        assert torch.equal(rows_of(z0, z1, z0[:count]), want)
+        at = anchors_of((z0, z1, *rest), 13 - count, count)
+        assert torch.equal(rows_of(z0, z1, z0[:count]), loss[at])
 
 
 @pytest.mark.parametrize(
     "block, error",
     [
         ((-1, 3), "first, count: expected a block of 13 rows, got -1, 3"),
-        ((14, -1), "first, count: expected a block of 13 rows, got 14, -1"),
+        ((14, 0), "first, count: expected a block of 13 rows, got 14, 0"),
         ((0, 14), "first, count: expected a block of 13 rows, got 0, 14"),
         ((9, 5), "first, count: expected a block of 13 rows, got 9, 5"),
         ((0, -2), "first, count: expected a block of 13 rows, got 0, -2"),
@@ -166,13 +255,21 @@ def test_the_block_of_a_compiled_graph_may_have_any_size():
 )
 def test_a_block_outside_the_batch_is_refused(block, error):
     arguments = CASES["ntxent torch.float32"]
-    with pytest.raises(RuntimeError, match=error):
-        HEX.forward(*arguments, first=block[0], count=block[1])
+    _, stats, kept = HEX.forward(*arguments)
+    grad = torch.ones(stats.shape[1])
+    for operator, given in (
+        (HEX.block_forward, forward_of(arguments, kept[:0])),
+        (HEX.backward, backward_of(arguments, grad, stats, kept[:0])),
+    ):
+        with pytest.raises(RuntimeError, match=error):
+            operator(*given, first=block[0], count=block[1])
 
 
 def test_views_of_different_sizes_have_no_block():
     arguments = labelled_problems.labelled(13, 7, "pair", M=17).forward()[1]
     assert HEX.forward(*arguments)[0].shape == (13,)
     for count in (12, 13):  # whose rows of z1 nobody knows
-        with pytest.raises(RuntimeError, match="first, count: expected all rows of z0, for z1 has"):
-            HEX.forward(*arguments, first=0, count=count)
+        with pytest.raises(RuntimeError, match="first, count: expected none, for z1 has another"):
+            HEX.block_forward(
+                *forward_of(arguments, torch.empty(0, dtype=F64)), first=0, count=count
+            )

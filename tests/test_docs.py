@@ -3,8 +3,11 @@
 
 import doctest
 import importlib
+import os
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +59,17 @@ def test_python_in_the_documents_runs(path):
     names = {}
     for source in blocks(path.read_text(), "python"):
         exec(compile(source, str(path), "exec"), names)
+
+
+def test_the_script_for_several_devices_runs_on_two_processes(tmp_path):
+    (source,) = blocks((ROOT / "docs" / "distributed.md").read_text(), "py")
+    script = tmp_path / "train.py"
+    script.write_text(source)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    printed = subprocess.check_output([*run, str(script)], text=True, env=environment)
+    losses = [float(line.split()[1]) for line in printed.splitlines()]
+    assert len(losses) == 2 and losses[1] < losses[0]
 
 
 def test_the_readme_has_python_to_run():

@@ -36,6 +36,15 @@ from hex import (
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
 Z, X, ONES = torch.ones(4, 3), torch.ones(4, 2, 3), torch.ones(4, dtype=torch.int64)
+
+
+class Sharded(torch.Tensor):
+    """Like a DTensor, which only a process group has."""
+
+    def to_local(self):
+        raise AssertionError
+
+
 ERRORS = (
     # (call, type, text)
     (lambda: hex_loss([1], Z, eps=0), TypeError, "z0: got list, wanted a torch.Tensor"),
@@ -100,11 +109,31 @@ ERRORS = (
         "negatives: got shape (5, 4, 3), wanted (K, 3) or (4, K, 3)",
     ),
     (
-        lambda: HEXLoss(gather_distributed=True)(Z, Z, Z),
+        lambda: HEXLoss()(Z.as_subclass(Sharded), Z),
+        TypeError,
+        "z0: got DTensor, wanted a plain tensor; call .to_local()",
+    ),
+    # ranks
+    (
+        lambda: HEXLoss(gather_distributed=True, process_group="dp"),
+        TypeError,
+        "process_group: got str, wanted a torch.distributed.ProcessGroup that this rank belongs "
+        "to, or None",
+    ),
+    (
+        lambda: HEXLoss()(Z, Z, rows=(4,)),
         ValueError,
-        "gather_distributed: got True with negatives, wanted False: the anchors are compared with "
-        "negatives only, not with rows of other ranks. Gather the keys that go into the queue "
-        "instead",
+        "rows: got one, wanted None without gather_distributed=True",
+    ),
+    (
+        lambda: checks.check_rows((2, 3.0)),
+        TypeError,
+        "rows: got (2, 3.0), wanted a tuple of ints, the images of every rank",
+    ),
+    (
+        lambda: checks.check_rows_are((2, 3), 2, 2, 1),
+        ValueError,
+        "rows: got (2, 3), wanted the images of each of 2 ranks, 2 for rank 1",
     ),
     (
         lambda: HEXLoss()(Z, Z, Z[0]),

@@ -64,7 +64,7 @@ static const char *forward_rows(const hex_problem_t *p, void *loss, void *stats)
                            allocate(rows, 1, sizeof(double))};
     if (!f.loss)
         return HEX_NO_MEMORY;
-    const char *error = for_each_row(p, forward_row, &f, p->kept);
+    const char *error = for_each_row(p, forward_row, &f);
     if (!error)
         reduce(p->reduction, f.loss, rows, loss);
     free(f.loss);
@@ -263,8 +263,10 @@ static const char *backward_rows(backward_context_t *c, panels_t *panels)
             continue;
         c->owners = block_of(p, own ? 0 : c->input);
         c->met = met_by(p, c->input);
-        c->block =
-            own || p->mode == HEX_LOGITS ? 1 : block_rows(c->owners.end - c->owners.begin, 0);
+        c->block = own || p->mode == HEX_LOGITS
+                       ? 1
+                       : block_rows(c->owners.end - c->owners.begin, COLUMNS,
+                                    c->met.end - c->met.begin, c->in->unit.width);
         if (p->mode != HEX_LOGITS && !kept_rows(c)) /* else no cosine is computed again */
             error = make_panels(&c->in->unit, c->met.begin, c->met.end, panels);
         if (!error && blocks && p->G > 0) {

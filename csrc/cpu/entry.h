@@ -6,32 +6,48 @@
 
 #include "onepass.h"
 
-static const char *threshold(const hex_problem_t *p, double quantile, bool over_negatives,
-                             double *mean)
+/* The quantile of each row; the same bits whichever way. */
+static const char *row_quantiles(const hex_problem_t *p, double quantile, bool over_negatives,
+                                 void *rows)
 {
     double share;
     const int64_t k = rank_above(p, quantile, over_negatives, &share);
     const int64_t capacity = list_capacity(columns_of(p), share);
-    if (p->several || !enough(p) || columns_of(p) < FEWEST_LISTED || !capacity)
-        return threshold_rows(p, quantile, over_negatives, mean);
+    hex_problem_t all = *p; /* of a block with all rows, whose cosines are not kept, too */
+    if (p->count == p->B && !p->kept)
+        all.block = false;
+    if (p->several || !enough(&all) || columns_of(p) < FEWEST_LISTED || !capacity)
+        return quantiles_by_rows(p, quantile, over_negatives, rows);
     batch_t s = {0};
     selection_t q = {0};
-    const char *error = make_batch(p, &s);
+    const char *error = make_batch(&all, &s);
     if (!error)
         error = make_bound(&s, share, false);
     if (!error)
-        error = make_selection(&s, quantile, over_negatives, k, &q);
+        error = make_selection(&s, quantile, over_negatives, k, rows, &q);
     for (int side = 0; !error && side < count_sides(p); side++)
         error = list_side(&q, side, capacity);
-    error = end_selection(&q, error, mean);
+    error = end_selection(&q, error);
     free_batch(&s);
+    return error;
+}
+
+static const char *threshold(const hex_problem_t *p, double quantile, bool over_negatives,
+                             double *mean)
+{
+    const int64_t n = hex_anchors(p);
+    real *rows = allocate(n, 1, sizeof(real));
+    const char *error = rows ? row_quantiles(p, quantile, over_negatives, rows) : HEX_NO_MEMORY;
+    if (!error)
+        *mean = mean_of(p, rows, n);
+    free(rows);
     return error;
 }
 
 static const char *row_range(const hex_problem_t *p, void *low, void *high)
 {
     threshold_context_t t = {p, 0, false, true, low, high};
-    return for_each_row(p, threshold_row, &t, false);
+    return for_each_row(p, threshold_row, &t);
 }
 
 static const char *forward(const hex_problem_t *p, void *loss, void *stats)
@@ -93,7 +109,7 @@ static const char *backward(const hex_problem_t *p, const hex_gradient_t *g)
     backward_context_t c = {.p = p, .g = g, .in = &in, .panels = &panels};
     scale_stats(p, g, k, &c.k);
     const bool wanted = g->dz[0] || g->dz[1] || g->dz[2];
-    const char *error = wanted && p->mode != HEX_LOGITS ? make_inputs(p, &in) : NULL;
+    const char *error = wanted && p->mode != HEX_LOGITS ? make_inputs(p, false, &in) : NULL;
     if (!error && has_dots(&in.unit))
         error = make_pairs(p, &in.unit.dots, in.unit.count, in.unit.width);
     if (!error && wanted)

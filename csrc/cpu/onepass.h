@@ -92,12 +92,19 @@ static void select_body(int64_t begin, int64_t end, void *context)
 static const char *select_threshold(batch_t *s, const hex_tracker_t *t, int64_t k, double *mean)
 {
     selection_t q = {0};
-    const char *error = make_selection(s, t->quantile, t->over_negatives, k, &q);
+    real *rows = allocate(s->rows, 1, sizeof(real));
+    const char *error = rows ? NULL : HEX_NO_MEMORY;
+    if (!error)
+        error = make_selection(s, t->quantile, t->over_negatives, k, rows, &q);
     if (!error)
         error = sum_batch(s);
     if (!error && !hex_parallel_for(s->rows, 16 * s->pass.capacity, select_body, &q))
         error = HEX_NO_THREADS;
-    return end_selection(&q, error, mean);
+    error = end_selection(&q, error);
+    if (!error)
+        *mean = mean_of(s->p, rows, s->rows);
+    free(rows);
+    return error;
 }
 
 /* ---- split ---- */

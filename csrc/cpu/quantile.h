@@ -87,7 +87,7 @@ static const char *make_batch(const hex_problem_t *p, batch_t *s)
 {
     s->p = p;
     s->field = field_of(p);
-    const char *error = make_inputs(p, &s->in);
+    const char *error = make_inputs(p, false, &s->in);
     if (!error)
         error = make_panels(&s->in.unit, s->field.candidates.begin, s->field.candidates.end,
                             &s->panels);
@@ -303,28 +303,25 @@ static const char *visit_again(batch_t *s, const bool *again, row_function_t row
     return error;
 }
 
+/* rows: where each row's quantile goes. */
 static const char *make_selection(batch_t *s, double quantile, bool over_negatives, int64_t k,
-                                  selection_t *q)
+                                  real *rows, selection_t *q)
 {
     q->s = s;
     q->k = k;
     q->again = allocate(s->rows, 1, sizeof(bool));
-    q->threshold = (threshold_context_t){
-        s->p, quantile, over_negatives, false, allocate(s->rows, 1, sizeof(real)), NULL};
-    return q->again && q->threshold.low ? NULL : HEX_NO_MEMORY;
+    q->threshold = (threshold_context_t){s->p, quantile, over_negatives, false, rows, NULL};
+    return q->again ? NULL : HEX_NO_MEMORY;
 }
 
-/* The mean, after the rows that are left have been done whole; frees the selection. */
-static const char *end_selection(selection_t *q, const char *error, double *mean)
+/* Does the rows that are left whole; frees the selection. */
+static const char *end_selection(selection_t *q, const char *error)
 {
     if (!error && q->no_memory)
         error = HEX_NO_MEMORY;
     if (!error)
         error = visit_again(q->s, q->again, threshold_row, &q->threshold);
-    if (!error)
-        *mean = mean_of(q->s->p, q->threshold.low, q->s->rows);
     free(q->again);
-    free(q->threshold.low);
     return error;
 }
 

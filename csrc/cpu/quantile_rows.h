@@ -89,25 +89,11 @@ static void threshold_row(void *context, int64_t i, row_t *r, int64_t first, int
         t->low[at] = cosine(row_select(r->v, n, rank(t->quantile, n)));
 }
 
-static const char *row_quantiles(const hex_problem_t *p, double quantile, bool over_negatives,
-                                 void *rows)
+static const char *quantiles_by_rows(const hex_problem_t *p, double quantile, bool over_negatives,
+                                     real *rows)
 {
     threshold_context_t t = {p, quantile, over_negatives, false, rows, NULL};
-    return for_each_row(p, threshold_row, &t, false);
-}
-
-static const char *threshold_rows(const hex_problem_t *p, double quantile, bool over_negatives,
-                                  double *mean)
-{
-    const int64_t rows = hex_anchors(p);
-    real *q = allocate(rows, 1, sizeof(real));
-    if (!q)
-        return HEX_NO_MEMORY;
-    const char *error = row_quantiles(p, quantile, over_negatives, q);
-    if (!error)
-        *mean = mean_of(p, q, rows);
-    free(q);
-    return error;
+    return for_each_row(p, threshold_row, &t);
 }
 
 #endif

@@ -176,6 +176,7 @@ typedef struct {
     const hex_problem_t *p;
     const hex_rows_t *input; /* its own, or the guide's */
     int64_t D;
+    bool own; /* the block's rows of z0 and z1 alone */
     unit_t *unit;
 } unit_context_t;
 
@@ -193,7 +194,10 @@ static void unit_body(int64_t begin, int64_t end, void *context)
     const int64_t D = c->D, stride = c->unit->stride;
     for (int64_t i = begin; i < end; i++) {
         int64_t row;
-        const hex_rows_t *x = &c->input[source(c->p, i, &row)];
+        const int input = source(c->p, i, &row);
+        const hex_rows_t *x = &c->input[input];
+        if (c->own && (input == 2 || row < c->p->first || row >= c->p->first + c->p->count))
+            continue;
         real *u = c->unit->u + i * stride;
         load(x, row, D, u);
         c->unit->inverse[i] = normalize(u, D);
@@ -205,15 +209,15 @@ static void unit_body(int64_t begin, int64_t end, void *context)
 }
 
 /* All unit rows of the problem, or of its guide, but negatives of each anchor's own, which are many
- * and used once each. */
+ * and used once each; or, with `own`, those of the block alone. */
 static const char *make_unit(const hex_problem_t *p, const hex_rows_t input[3], int64_t D,
-                             bool dots, unit_t *unit)
+                             bool dots, bool own, unit_t *unit)
 {
     const int64_t count = rows_of(p, 2).end;
     unit->inverse = allocate(count, 1, sizeof(double));
     if (!unit->inverse || !allocate_rows(unit, count, round_up(D, NR), dots))
         return HEX_NO_MEMORY;
-    unit_context_t c = {p, input, D, unit};
+    unit_context_t c = {p, input, D, own, unit};
     return hex_parallel_for(unit->count, 8 * unit->width, unit_body, &c) ? NULL : HEX_NO_THREADS;
 }
 

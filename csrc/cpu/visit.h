@@ -9,12 +9,18 @@
 
 #define BLOCK (4 * MR)
 
-/* Rows of a block: as many as keep its cosines in the second-level cache, and enough blocks to
- * share out. Never a function of the number of threads. */
-static int64_t block_rows(int64_t rows, int64_t columns)
+/* Rows of a block of anchors that meet `met` rows of `width` numbers, with room for `columns` cosines
+ * each: as many as keep these in the second-level cache, and enough blocks to share out. Where the
+ * rows that are met come from memory, once for each block, blocks are larger. Never a function of
+ * the number of threads. */
+static int64_t block_rows(int64_t rows, int64_t columns, int64_t met, int64_t width)
 {
-    const int64_t fit = (1 << 20) / (int64_t)sizeof(real) / (columns + 1) / MR * MR;
-    const int64_t block = rows < 16 * BLOCK ? 2 * MR : BLOCK;
+    const int64_t item = sizeof(real);
+    const bool far = met > (8 << 20) / item / (width + 1);
+    const int64_t fit = (far ? 16 << 20 : 1 << 20) / item / (columns + 1) / MR * MR;
+    int64_t block = rows < 16 * BLOCK ? 2 * MR : BLOCK;
+    if (far && rows / 8 > block)
+        block = rows / 8 < 4 * BLOCK ? rows / 8 / MR * MR : 4 * BLOCK;
     return fit < MR ? MR : fit < block ? fit : block;
 }
 
@@ -192,7 +198,6 @@ typedef struct {
     range_t met;                    /* the candidates */
     const panels_t *panels, *guide; /* of them */
     int64_t begin, end, block;      /* anchors [begin, end), */
-    bool filled;                    /* their cosines are in p->kept */
     const int64_t *some;            /* or, if not NULL, some[begin .. end): they have no guide */
     row_function_t row;
     void *context;
@@ -231,11 +236,11 @@ static void rows_body(int64_t begin, int64_t end, void *context)
         real *kept = c->p->block && c->p->kept
                          ? (real *)c->p->kept + hex_block_place(c->p, from) * n
                          : NULL;
-        if (kept && c->filled)
+        if (kept && c->p->filled)
             copy_rows(kept, n, rows, n, t.c, ld);
         else
             cosines(c->some ? &copies : unit, c->some ? 0 : from, rows, c->panels, 0, n, t.c, ld);
-        if (kept && !c->filled)
+        if (kept && !c->p->filled)
             copy_rows(t.c, ld, rows, n, kept, n);
         if (c->guide)
             cosines(&c->in->guide, from, rows, c->guide, 0, n, t.guide, ld);
@@ -293,7 +298,7 @@ static const char *visit_rows(rows_context_t *c)
     int64_t work = 64 * p->D; /* of a row of logits */
     c->block = 1;
     if (blocks)
-        c->block = block_rows(rows, p->G > 0 ? 2 * columns : columns);
+        c->block = block_rows(rows, p->G > 0 ? 2 * columns : columns, columns, c->in->unit.width);
     if (p->mode != HEX_LOGITS)
         work =
             2 * c->block * columns * (c->in->unit.width + (p->G > 0 ? c->in->guide.width : 0) + 32);
@@ -306,14 +311,12 @@ static const char *visit_rows(rows_context_t *c)
     return c->no_memory ? HEX_NO_MEMORY : NULL;
 }
 
-/* filled: the cosines of a block are in p->kept, if that is there; else they go there. */
-static const char *for_each_row(const hex_problem_t *p, row_function_t row, void *context,
-                                bool filled)
+static const char *for_each_row(const hex_problem_t *p, row_function_t row, void *context)
 {
     inputs_t in = {0};
     panels_t panels = {0}, guide = {0};
-    const bool blocks = p->mode < HEX_PAIRED;
-    const char *error = p->mode == HEX_LOGITS ? NULL : make_inputs(p, &in);
+    const bool blocks = p->mode < HEX_PAIRED, at_hand = p->block && p->kept && p->filled;
+    const char *error = p->mode == HEX_LOGITS ? NULL : make_inputs(p, at_hand, &in);
     for (int input = 0; !error && input < 2; input++) {
         const range_t rows = block_of(p, input), met = met_by(p, input);
         rows_context_t c = {.p = p,
@@ -323,12 +326,11 @@ static const char *for_each_row(const hex_problem_t *p, row_function_t row, void
                             .guide = p->G > 0 && blocks ? &guide : NULL,
                             .begin = rows.begin,
                             .end = rows.end,
-                            .filled = filled,
                             .row = row,
                             .context = context};
         if (input == 1 && !hex_both_anchors(p))
             break;
-        if (blocks && !(filled && p->block && p->kept))
+        if (blocks && !at_hand)
             error = make_panels(&in.unit, met.begin, met.end, &panels);
         if (!error && c.guide)
             error = make_panels(&in.guide, met.begin, met.end, &guide);

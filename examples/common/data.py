@@ -5,6 +5,12 @@ A split has `labels` (int64), `classes` (the names of the labels), `batches(batc
 one epoch of random views and their labels in random order, and `images(batch_size)`, the unchanged
 images in order. Images are float (B, 3, size, size) in [-1, 1] on the device. augment.py makes the
 views.
+
+Where a sampler decides which images a process sees, there is torch's DataLoader instead of
+`batches`. A split has the dataset and the options for it, and makes of its items what a model gets:
+
+    for items in DataLoader(split.dataset(), batch_size, sampler=sampler, **split.loading):
+        views, labels = split.prepare(items)
 """
 
 import signal
@@ -32,6 +38,10 @@ Batch = tuple[list[Tensor], Tensor]  # two views, then the small crops; (B,) lab
 class DataError(Exception):
     """The data is missing or is not what it should be. The text is meant for the user."""
 
+    def __init__(self, text: str) -> None:
+        # DataLoader raises an error of a worker again, with the worker's traceback before the text.
+        super().__init__(text.strip().rpartition("DataError: ")[2])
+
 
 class MemorySplit:
     """uint8 images (N, 1 or 3, H, W) in the device's memory, augmented by whole batches."""
@@ -44,6 +54,7 @@ class MemorySplit:
         self.labels = labels
         self.classes = list(classes)
         self.size = images.shape[-1]
+        self.loading = {"collate_fn": _as_it_is}  # options of DataLoader
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -52,7 +63,17 @@ class MemorySplit:
         """Views and labels of all images. The rest, which fills no batch, is left out."""
         order = torch.randperm(len(self))
         for index in order.split(batch_size)[: len(self) // batch_size]:
-            yield self.views(index), self.labels[index].to(self._images.device)
+            yield self.batch(index)
+
+    def dataset(self) -> Dataset:
+        return _InMemory(self)
+
+    def prepare(self, items: Batch) -> Batch:
+        return items
+
+    def batch(self, index: Tensor) -> Batch:
+        """Views and labels of the images at `index`."""
+        return self.views(index), self.labels[index].to(self._images.device)
 
     def views(self, index: Tensor) -> list[Tensor]:
         """Random views of each of the images at `index`."""
@@ -85,16 +106,30 @@ class FolderSplit:
         self.classes = self._folder.classes
         self.size, self._device = size, device
         self._augmentations = _one_a_view(partial(augment.photograph, size), local_views)
-        self._loading = {"num_workers": workers, "pin_memory": device.type == "cuda"}
+        self.loading = {  # options of DataLoader
+            "num_workers": workers,
+            "pin_memory": device.type == "cuda",
+            "worker_init_fn": _leave_ctrl_c_to_the_parent,
+        }
 
     def __len__(self) -> int:
         return len(self._folder)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        pictures = _Pictures(self._folder, self._augmentations)
-        for batch in self._load(pictures, batch_size=batch_size, shuffle=True, drop_last=True):
-            *views, labels = batch
-            yield [self._prepare(view) for view in views], labels.to(self._device)
+        # New workers start in each epoch, seeded from torch's generator. Persistent workers would
+        # have a state that no checkpoint holds.
+        loader = DataLoader(
+            self.dataset(), batch_size, shuffle=True, drop_last=True, **self.loading
+        )
+        yield from map(self.prepare, loader)
+
+    def dataset(self) -> Dataset:
+        return _Pictures(self._folder, self._augmentations)
+
+    def prepare(self, items: list[Tensor]) -> Batch:
+        """What a model gets, of uint8 views and labels."""
+        *views, labels = items
+        return [self._prepare(view) for view in views], labels.to(self._device)
 
     def images(self, batch_size: int = 256) -> Iterator[Tensor]:
         whole = v2.Compose([
@@ -103,18 +138,8 @@ class FolderSplit:
         pictures = _Pictures(self._folder, [whole])
         # A generator of its own, because looking at the images must not change later views.
         aside = torch.Generator()
-        for images, _ in self._load(pictures, batch_size=batch_size, generator=aside):
-            yield self._prepare(images)
-
-    def _load(self, dataset: Dataset, **options) -> Iterator[list[Tensor]]:
-        # New workers start in each epoch, seeded from torch's generator. Persistent workers would
-        # have a state that no checkpoint holds.
-        try:
-            yield from DataLoader(
-                dataset, worker_init_fn=_leave_ctrl_c_to_the_parent, **self._loading, **options
-            )
-        except DataError as error:  # the text of one from a worker begins with a traceback
-            raise DataError(str(error).strip().rpartition("DataError: ")[2]) from None
+        loader = DataLoader(pictures, batch_size, generator=aside, **self.loading)
+        yield from (self._prepare(images) for images, _ in loader)
 
     def _prepare(self, images: Tensor) -> Tensor:
         return _centre(images.to(self._device, non_blocking=True).float() / 255)
@@ -280,6 +305,23 @@ def _check_classes(root: Path, train: list[str], test: list[str]) -> None:
             f"--root {root}: train/ has {len(train)} classes and {_parts(root)[1].name}/ has "
             f"{len(test)}, or their names differ"
         )
+
+
+class _InMemory(Dataset):
+    """The images of a MemorySplit, for a DataLoader: the items of a batch are made together."""
+
+    def __init__(self, split: MemorySplit) -> None:
+        self._split = split
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def __getitems__(self, index: list[int]) -> Batch:
+        return self._split.batch(torch.tensor(index))
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
 
 
 class _Pictures(Dataset):

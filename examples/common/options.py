@@ -17,11 +17,7 @@ AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_parser(
-    script: str,
-    description: str,
-    losses: dict[str, str],
-    resumable: bool = True,
-    **defaults: object,
+    script: str, description: str, losses: dict[str, str], **defaults: object
 ) -> argparse.ArgumentParser:
     """All options of a method script.
 
@@ -29,7 +25,6 @@ def make_parser(
         script: the script's name, which becomes part of the name of a run's folder.
         description: what --help says first.
         losses: what --loss base and --loss hex mean for this method.
-        resumable: whether a run can be stopped and resumed, as `training.Run` can.
         defaults: the method's own defaults of options that all methods have.
     """
     parser = argparse.ArgumentParser(
@@ -84,7 +79,12 @@ def make_parser(
     add("--backbone", default="small", help="small, a model of torchvision, or timm:NAME")
     add("--features", type=positive, default=128, help="size of the projection")
     add("--epochs", type=positive, default=40)
-    add("--batch-size", type=positive, default=256, help="images; the loss sees two views of each")
+    add(
+        "--batch-size",
+        type=positive,
+        default=256,
+        help="images, of all devices together; the loss sees two views of each",
+    )
     add("--lr", type=above_zero, default=3e-3, help="greatest learning rate of AdamW")
     add("--amp", choices=AMP, default="off", help="mixed precision")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -92,25 +92,24 @@ def make_parser(
 
     add = parser.add_argument_group("run").add_argument
     add("--out", help="the run's folder; by default runs/ and a name with the time")
-    if resumable:
-        add(
-            "--resume",
-            type=Path,
-            metavar="RUN",
-            help="continue a run, given by its folder or checkpoint",
-        )
-        add(
-            "--stop-after",
-            type=positive,
-            metavar="EPOCHS",
-            help="stop after so many, for --resume to continue",
-        )
-        add(
-            "--knn-every",
-            type=natural,
-            default=10,
-            help="epochs from one k-NN test to the next; 0: only at the end",
-        )
+    add(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="continue a run, given by its folder or checkpoint",
+    )
+    add(
+        "--stop-after",
+        type=positive,
+        metavar="EPOCHS",
+        help="stop after so many, for --resume to continue",
+    )
+    add(
+        "--knn-every",
+        type=natural,
+        default=10,
+        help="epochs from one k-NN test to the next; 0: only at the end",
+    )
     parser.set_defaults(script=script, **defaults)
     return parser
 
@@ -219,8 +218,8 @@ def make_folder(options: argparse.Namespace) -> Path:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         options.out = f"runs/{options.script}-{options.data}-{options.loss}-{stamp}"
     out = Path(options.out)
-    resume = getattr(options, "resume", None)
-    if resume is None and any((out / name).exists() for name in ("last.pt", "result.json")):
+    made = "last.pt", "checkpoints", "result.json"
+    if options.resume is None and any((out / name).exists() for name in made):
         raise ValueError(f"--out {out}: there is a run already; --resume {out} continues it")
     out.mkdir(parents=True, exist_ok=True)
     return out

@@ -196,8 +196,6 @@ class Run:
         start = time.perf_counter()
         log.add_scalar("train/lr", self.scheduler.get_last_lr()[0], epoch * self.steps)
         self.model.set_epoch(epoch)
-        criterion = self.model.criterion
-        names = "loss", "eps", "hard", "share"  # without a criterion there is the loss alone
         rows = []  # one for each step, read when the epoch is over, so that no step waits
         losses = train_epoch(
             self.model,
@@ -210,19 +208,12 @@ class Run:
         )
         with progress() as bars:
             for loss in bars.track(losses, self.steps, description=f"epoch {epoch + 1}"):
-                values = loss, *(() if criterion is None else criterion.last)
-                rows.append(torch.stack([x.double() for x in values]))
+                rows.append(figures(loss, self.model.criterion))
                 let_ctrl_c()
         table = torch.stack(rows).cpu()
-        for step, row in enumerate(table.tolist(), epoch * self.steps):
-            for name, value in zip(names, row, strict=False):
-                log.add_scalar(f"train/{name}", value, step)
+        line = log_epoch(log, epoch, table)
         scaled = self.scaler.is_enabled()
         check_finite(self.model, self.optimizer, epoch, table[:, 0].tolist(), self.images, scaled)
-        means = dict(zip(names, table.mean(0).tolist(), strict=False))
-        line = f"epoch {epoch + 1:3}  loss {means['loss']:.4f}"
-        if math.isfinite(means.get("eps", math.inf)):
-            line += f"  eps {means['eps']:.3f}  mean |H| {means['hard']:.2f}"
         line += f"  {time.perf_counter() - start:.1f} s"
         every = self.options.knn_every
         if every and (epoch + 1) % every == 0:
@@ -293,6 +284,37 @@ def train_epoch(
         scheduler.step()
         method.after_step(scheduler.last_epoch, steps)
         yield loss.detach()
+
+
+FIGURES = "loss", "eps", "hard", "share"  # without a criterion there is the loss alone
+
+
+def figures(loss: Tensor, criterion: nn.Module | None) -> Tensor:
+    """FIGURES of a step, float64, on the device."""
+    values = loss.detach(), *(() if criterion is None else criterion.last)
+    return torch.stack([x.double() for x in values])
+
+
+def log_epoch(log: SummaryWriter, epoch: int, table: Tensor) -> str:
+    """Logs the figures of an epoch, (steps, 1 or 4). Returns a line with their means."""
+    for step, row in enumerate(table.tolist(), epoch * len(table)):
+        for name, value in zip(FIGURES, row, strict=False):
+            log.add_scalar(f"train/{name}", value, step)
+    means = dict(zip(FIGURES, table.mean(0).tolist(), strict=False))
+    line = f"epoch {epoch + 1:3}  loss {means['loss']:.4f}"
+    if math.isfinite(means.get("eps", math.inf)):
+        line += f"  eps {means['eps']:.3f}  mean |H| {means['hard']:.2f}"
+    return line
+
+
+def seed_epoch(seed: int, epoch: int, rank: int) -> None:
+    """Seeds torch's generator for an epoch, so that each rank of a distributed run has other views.
+
+    A resumed run then has the views that it would have had without the break, on every rank,
+    although its checkpoint has the generator of one rank only.
+    """
+    mixed = np.random.SeedSequence([seed, epoch, rank]).generate_state(1, np.uint64)
+    torch.manual_seed(int(mixed[0]))
 
 
 def check_finite(
@@ -424,7 +446,23 @@ def parse(
         return options, None
     file = options.resume / "last.pt" if options.resume.is_dir() else options.resume
     state = checkpoint.load(file)
-    saved = state["values"]["options"]
+    options = resumed(parser, script, arguments, file, state["values"]["options"])
+    options.out = str(file.parent)
+    return options, state
+
+
+def resumed(
+    parser: argparse.ArgumentParser,
+    script: str,
+    arguments: list[str] | None,
+    file: Path,
+    saved: dict[str, Any],
+) -> argparse.Namespace:
+    """The options of a run that goes on from a checkpoint, `file`, with options that were `saved`.
+
+    Raises:
+        CheckpointError, ValueError: it cannot go on with them. The text is meant for the user.
+    """
     if saved.get("script") != script:
         raise checkpoint.CheckpointError(f"{file}: wanted a run of {script}.py")
     # Options that are not on the command line are as they were when the run began.
@@ -434,5 +472,4 @@ def parse(
     for name in ("lr", "seed"):  # the checkpoint's state follows from these
         if (wanted := getattr(options, name)) != saved[name]:
             raise ValueError(f"--{name}: got {wanted} with --resume, of a run with {saved[name]}")
-    options.out = str(file.parent)
-    return options, state
+    return options
