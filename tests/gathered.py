@@ -38,6 +38,11 @@ class Case(NamedTuple):
         return self.loss(**made, **more)
 
 
+def criterion(**options) -> HEXLoss:
+    """A threshold with a momentum, so that each step shows in the next."""
+    return HEXLoss(threshold=adaptive(momentum=0.5), gather_distributed=True, **options)
+
+
 class Encoded(NamedTuple):
     """What a loss is given."""
 
@@ -246,6 +251,16 @@ def statistics(loss: Any) -> dict[str, Tensor]:
     """Of the last batch, and the threshold's state where there is one."""
     found = loss.last._asdict()
     return found if loss.threshold is None else found | {"state": loss.threshold.state.clone()}
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def assert_close(ours: Iterable[Tensor], wanted: Iterable[Tensor]) -> None:
+    """The numbers of two steps in float64."""
+    for a, b in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-11, atol=1e-13)
 
 
 def assert_equal(one: dict[str, Tensor], two: dict[str, Tensor], about: object) -> None:
