@@ -306,7 +306,7 @@ def one_rank(batch: Batch, own: slice) -> Step:
     mine = own.start, own.stop - own.start
 
     def quantiles(block: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        return ops.block_quantiles(p.measured(), QUANTILE, "negatives", block)
+        return ops.block_quantiles(p.measured(), QUANTILE, "negatives", True, block)
 
     def forward(q: Tensor, kept: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
         eps, _ = ops.settle(q, tracker.state, tracker.kernel_rule()[2:])

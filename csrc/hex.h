@@ -118,7 +118,7 @@ typedef struct {
     bool block;           /* a block of anchors alone, else the whole batch: (0, B) */
     int64_t first, count; /* the block */
     hex_rows_t input[3];  /* z0, z1, negatives; or logits (B, D) in the first */
-    void *kept; /* of the CPU: hex_cpu_kept() numbers, or NULL. The cosines go in them from the
+    void *kept;  /* of the CPU: hex_cpu_kept() numbers, or NULL. The cosines go in them from the
                  * forward to the backward; of a block also from the quantiles to the forward */
     bool filled; /* they are there already; the backward's always are */
     /* sets */

@@ -13,14 +13,12 @@
 #include "problem.h"
 #include "tracker.h"
 
-/* The CUDA core has kernels for whole batches of views and negatives, compared with eps themselves. */
+/* The CUDA core has kernels for views and negatives with one positive, compared with eps themselves. */
 static bool check_place(call_t *c, const hex_problem_t *p)
 {
     if (hex_place_is_cuda(&c->place) && (p->several || p->by_group || p->G > 0))
         return fail(
             c, "positives, groups, guide: expected one positive and none of the others on CUDA");
-    if (hex_place_is_cuda(&c->place) && p->block)
-        return fail(c, "first, count: expected none on CUDA");
     return true;
 }
 
@@ -351,9 +349,12 @@ static bool read_matrix(call_t *c, AtenTensorHandle t, const char *name, int64_t
         return false;
     if ((v.dtype != HEX_F32 && v.dtype != HEX_F64) || v.dim != dim)
         return fail(c, "%s: expected float32 or float64 in %d dimensions", name, (int)dim);
-    *out = (hex_matrix_t){v.data,          v.dtype,
-                          dim == 1 ? 1 : v.size[0],   v.size[dim - 1],
-                          dim == 1 ? 0 : v.stride[0], v.stride[dim - 1]};
+    *out = (hex_matrix_t){v.data,
+                          v.dtype,
+                          dim == 1 ? 1 : v.size[0],
+                          v.size[dim - 1],
+                          dim == 1 ? 0 : v.stride[0],
+                          v.stride[dim - 1]};
     return true;
 }
 

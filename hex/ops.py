@@ -510,29 +510,31 @@ def _measure(
 
 
 def block_quantiles(
-    measured: Sequence[Any], quantile: float, over: str, block: tuple[int, int]
+    measured: Sequence[Any], quantile: float, over: str, keep: bool, block: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Of each anchor of the block the quantile of its row, +inf where that has no element; and the
-    cosines for `block_forward`. No gradient. measured: as in `row_range`."""
-    low, _, kept = _measure_block(measured, quantile, over, False, block)
+    """Of each anchor of the block the quantile of its row, +inf where that has no element; and, if
+    they are to be kept, the cosines for `block_forward`. No gradient. measured: as in `row_range`.
+    """
+    low, _, kept = _measure_block(measured, quantile, over, False, keep, block)
     return low, kept
 
 
 def block_range(measured: Sequence[Any], block: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """`row_range` of the anchors of the block."""
-    return _measure_block(measured, 0.0, "all", True, block)[:2]
+    return _measure_block(measured, 0.0, "all", True, False, block)[:2]
 
 
 def _measure_block(
-    measured: Sequence[Any], quantile: float, over: str, bounds: bool, block: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor]:
+    measured: Sequence[Any], quantile: float, over: str, bounds: bool, keep: bool,
+    block: tuple[int, int],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     *tensors, mode, several, self_column = measured
     z0, z1, tau = *tensors[:2], tensors[-1]
     with torch.no_grad():
         if _has_kernel(z0, not several):
             outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.hex.block_quantiles(
                 *tensors, mode, several, _allow_tf32(z0), self_column, quantile,
-                over == "negatives", bounds, not bounds, *block,
+                over == "negatives", bounds, keep, *block,
             )  # fmt: skip
             return outputs
         table = reference.problem_table(*measured)

@@ -62,7 +62,7 @@ class Part(NamedTuple):
 def threshold(p: Problem, quantile: float, over: str) -> Tensor:
     """The mean over all anchors of the row's quantile; 0-d float64."""
     part = _part(p)
-    own, _ = ops.block_quantiles(p.measured(), quantile, over, part.block())
+    own, _ = ops.block_quantiles(p.measured(), quantile, over, False, part.block())
     rows = part.gather(own[None])
     none = rows.isposinf()
     sums = ops.total(torch.cat([torch.where(none, 0.0, rows), (~none).to(rows)]))
@@ -82,7 +82,7 @@ def adaptive_loss(
     quantile, over_negatives, *step = tracking
     lagged = step[2]
     over = "negatives" if over_negatives else "all"
-    own, kept = ops.block_quantiles(p.measured(), quantile, over, part.block())
+    own, kept = ops.block_quantiles(p.measured(), quantile, over, True, part.block())
     if lagged:  # eps is known: the quantiles travel with the losses
         unknown = own.new_full((1,), torch.nan)
         eps, _ = ops.settle(unknown, state, tuple(step))

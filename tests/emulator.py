@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import math
 import os
@@ -14,6 +15,7 @@ import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import conftest
 import operators
@@ -25,6 +27,7 @@ from torch import Tensor
 from hex import ThresholdTracker, ops, reference
 from hex._load import _C
 
+HEX = torch.ops.hex
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "csrc/cuda"
 # Some kinds of error show only where the warps' order is one way or the other: see cuda_emu.h.
@@ -274,7 +277,14 @@ def battery_of_brackets(library: Emulator) -> None:
         ),
     ):
         assert_one_pass_is_two(library, p, left, *rule)
-    library.device(8, 64 * 1024)  # short lists, and slices
+    b = in_blocks(conftest.problem("gauss", 160, 9, "cross", dtype=half), 0, 30, 160)
+    two = b.quantiles(0.98, "all")
+    for device in ((132, 227 * 1024), (8, 64 * 1024)):  # the latter has short lists, and slices
+        library.device(*device)
+        before = library.launches
+        with library.brackets():
+            assert torch.equal(b.quantiles(0.98, "all"), two)
+        assert library.launches == before + 2 * 5
     assert_one_pass_is_two(library, lopsided(120, 1300, 9), True, 0.9692, "negatives")
 
 
@@ -351,6 +361,122 @@ def assert_conforms(path: Path, device: str = "cpu") -> None:
     assert torch.equal(lanes[3], v.bfloat16().double())
 
 
+# ---- blocks of anchors --------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class InBlocks(Problem):
+    """A problem that is solved a block of anchors after another; they begin and end at `cut`."""
+
+    cut: tuple[int, ...] = ()
+
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        """(first, count) of each."""
+        return [(a, b - a) for a, b in zip(self.cut, self.cut[1:], strict=False)]
+
+    def anchors(self, first: int, count: int) -> Tensor:
+        """Their places among all anchors."""
+        B = self.inputs[0].shape[0]
+        rows = torch.arange(first, first + count, device=self.inputs[0].device)
+        return torch.cat([rows, B + rows]) if self.rows > B else rows
+
+    def _gather(self, of_block: Callable[[int, int], Tensor]) -> Tensor:
+        """What `of_block` gives for the anchors of each block (..., n), of all (..., N)."""
+        columns = torch.cat([self.anchors(*block) for block in self.blocks])
+        return torch.cat([of_block(*block) for block in self.blocks], -1)[..., columns.argsort()]
+
+    def quantiles(self, quantile: float, over: str) -> Tensor:
+        rule = (ops.MODES[self.mode], quantile, over == "negatives")
+        arguments = operators.arguments("threshold", *self.raw()[:3], *rule)
+        return self._gather(lambda *block: HEX.block_quantiles(*arguments, False, *block)[0])
+
+    def bounds(self) -> Tensor:
+        """Least and greatest cosine of each row, (2, N)."""
+        arguments = operators.arguments("row_range", *self.raw()[:3], ops.MODES[self.mode])
+        return self._gather(
+            lambda *block: torch.stack(HEX.block_quantiles(*arguments, False, *block)[:2])
+        )
+
+    def statistics(self, allow_tf32: bool = False) -> tuple[Tensor, Tensor]:
+        """Loss (N,) and statistics (9, N) of all rows."""
+        *inputs, eps, tau, mode, _, positives, beta, variant, tau_plus, _, tf32 = (
+            operators.arguments("forward", *self.raw(), allow_tf32=allow_tf32)
+        )
+
+        def of_block(first: int, count: int) -> Tensor:
+            at = self.anchors(first, count)
+            its = eps[at] if eps.dim() else eps
+            loss, stats, _ = HEX.block_forward(
+                *inputs, its, tau, eps.new_empty(0, dtype=self.dtype), mode, 0, positives, beta,
+                variant, tau_plus, False, tf32, first, count,
+            )  # fmt: skip
+            assert loss.shape == (len(at),)
+            return torch.cat([loss[None], stats])
+
+        rows = self._gather(of_block)
+        return rows[0], rows[1:].contiguous()
+
+    def ours(self, grad: Tensor | None = None) -> conftest.Result:
+        loss, stats = self.statistics()
+        return conftest.Result(loss, self.gradients(stats, grad))
+
+    def backward(
+        self, stats: Tensor, grad: Tensor | None = None, reduction: str = "none"
+    ) -> list[tuple[Tensor, ...]]:
+        """Of each block the gradients, from the statistics of all rows."""
+        z0, z1, negatives, _, tau, mode, *_ = self.raw()
+        grad = (self.grad_output() if grad is None else grad).to(self.dtype)
+        arguments = operators.arguments(
+            "backward", grad, z0, z1, negatives, tau, stats, grad.new_empty(0), mode,
+            ops.REDUCTIONS[reduction], self.beta, 15,
+        )  # fmt: skip
+        return [HEX.backward(*arguments, *block) for block in self.blocks]
+
+    def gradients(self, *of: Any) -> dict[str, Tensor]:
+        """The same of the whole inputs."""
+        found = {}
+        for name, parts in zip(conftest.NAMES, zip(*self.backward(*of), strict=True), strict=True):
+            if name in ("z0", "z1") or (name == "negatives" and self.mode == "paired"):
+                found[name] = torch.cat(parts)
+            else:  # of all anchors, in every block
+                found[name] = parts[0]
+                assert all(torch.equal(x.nan_to_num(7), parts[0].nan_to_num(7)) for x in parts)
+        return {name: found[name] for name in self.names}
+
+
+def in_blocks(p: Problem, *cut: int) -> InBlocks:
+    return InBlocks(*(getattr(p, field.name) for field in dataclasses.fields(p)), cut=cut)
+
+
+def row_quantiles(p: Problem, quantile: float, over: str) -> Tensor:
+    """By plain PyTorch in float64."""
+    padded = (*(z.double() for z in p.inputs), None)[:3]
+    return reference.row_quantiles(reference._table_of_views(*padded, p.mode), quantile, over)
+
+
+def assert_blocks_are_right(p: Problem, *cut: int) -> None:
+    """Loss, gradients, quantiles and bounds of all rows, a block after another."""
+    b = in_blocks(p, *cut)
+    narrow = all(z.element_size() == 2 for z in p.inputs) and p.mode != "paired"
+    if narrow:
+        assert_half_is_right(b)
+    else:
+        check(b)  # whose loss is of the whole batch
+        loss, stats = b.statistics()
+        whole, of_whole, _ = operators.forward(*p.raw())
+        assert torch.equal(stats[ops.COUNT], of_whole[ops.COUNT]), b
+        # Of rows' sums in other slices: some roundings of the terms.
+        close = 1e-13 if p.dtype == torch.float64 else 4e-6
+        torch.testing.assert_close(loss, whole, rtol=close, atol=close)
+    cosine = 2 * 2**-11 if narrow else 1e-6
+    for over, quantile in (("all", 0.9), ("negatives", 0.6)):
+        got, want = b.quantiles(quantile, over), row_quantiles(p, quantile, over)
+        assert (got.double() - want).abs().max() <= BIN + cosine, (over, quantile, b)
+    whole = operators.row_range(*p.raw()[:3], ops.MODES[p.mode])
+    assert torch.equal(b.bounds(), torch.stack(whole)), b
+
+
 def battery(device: str = "cpu") -> None:
     """A few problems that between them go through every line of the kernels."""
     single = torch.float32
@@ -398,3 +524,31 @@ def battery(device: str = "cpu") -> None:
     ):
         check(p)
         assert_threshold_is_right(p)
+
+
+def battery_of_blocks(device: str = "cpu") -> None:
+    """A few problems in blocks of anchors, and the sums over the rows of all ranks."""
+    single, half = torch.float32, torch.bfloat16
+    problem = functools.partial(conftest.problem, device=device)
+    for p, cut in (
+        (problem("cluster", 70, 20, dtype=half), (0, 5, 69, 70)),
+        (eps_of_each_row(problem("cluster", 40, 9, "cross", dtype=single)), (0, 7, 7, 40)),
+        (problem("cluster", 13, 140, "unpaired", K=150, dtype=single), (0, 6, 13)),
+        (problem("cluster", 9, 37, "paired", K=20, dtype=single), (0, 4, 9)),
+        (problem("cluster", 9, 7, dtype=torch.float64), (0, 2, 9)),
+    ):
+        assert_blocks_are_right(p, *cut)
+    for k, row in ((0, 39), (0, 2), (1, 3)):  # in the first tile of the other's columns; not there
+        p = problem("gauss", 40, 9, "query", dtype=half)
+        p.inputs[k][row, 3] = math.nan
+        got, want = in_blocks(p, 0, 17, 40).quantiles(0.9, "all"), row_quantiles(p, 0.9, "all")
+        assert torch.equal(got.isnan(), want.isnan()), (k, row)
+    x = torch.randn(3, 2500, generator=torch.Generator().manual_seed(0)).to(device)
+    for rows in (x, x.T[:10], x[:, ::2].double()):
+        torch.testing.assert_close(HEX.total(rows), rows.double().sum(1), rtol=1e-13, atol=1e-11)
+    tracker = ThresholdTracker.adaptive().to(device)
+    x[0, 3] = math.inf  # of a row that has no element
+    for rows, mean in ((x[0], x[0, x[0] < math.inf].double().mean()), (x[0, 3:4], math.nan)):
+        eps, state = HEX.settle(rows, tracker.state, *tracker.kernel_rule()[2:])
+        assert abs(eps - mean) < 1e-14 or (eps.isposinf() and math.isnan(mean))
+        assert state[4] == math.isnan(mean)  # HEX_STATE_SKIPPED

@@ -118,6 +118,8 @@ MUTANTS = {
         ("ticket += parts.part[i].row_blocks;", ""),
         ("i >= part.row0 && i < part.row1", "i < part.row1"),
         ("i >= part.row0 && i < part.row1", "i >= part.row0"),
+        ("part.first_row + i - part.row0", "i - part.row0"),
+        ("part.first_row + i - part.row0", "i"),
         ("__syncthreads(); // the shared memory is free again", ";"),
     ],
     "forward.cu": [
@@ -158,6 +160,7 @@ MUTANTS = {
         ("65535.f", "65536.f"),
         ("lane >= k ? other : 0", "other"),
         ("upto > *rank", "upto >= *rank"),
+        ("parts.part[k].row0 + n", "n"),
     ],
     "../tracker.h": [
         ("t->momentum > 0", "false"),
@@ -186,11 +189,15 @@ MUTANTS = {
         ("finite[h] += c * 0;", ""),
         ("low[h] = fminf(low[h], c);", "low[h] = c;"),
         ("(lane & 3) == 0 && block.has(i)", "(lane & 3) == 0"),
-        ("s.chosen[block.row0 + k] < 0", "false"),
-        ("KIND == FINE && block.slice == 0", "KIND == FINE"),
+        ("s.chosen[block.place(block.row0 + k)] < 0", "false"),
+        ("KIND == COARSE || block.slice > 0", "KIND == COARSE"),
+        ("k >= block.part.col0 && k < block.part.col1", "true"),
+        ("r.unit.positive[image_of(i, p.B)] * 0 == 0", "true"),
+        ("s.spoilt[block.ticket] == 0", "true"),
+        ("r.counts + block.place(block.row0) * WORDS", "r.counts + block.row0 * WORDS"),
         (
-            "sum += bin_middle(s.chosen[block.row0 + row]);",
-            "sum = bin_middle(s.chosen[block.row0 + row]);",
+            "sum += bin_middle(s.chosen[block.place(block.row0 + row)]);",
+            "sum = bin_middle(s.chosen[block.place(block.row0 + row)]);",
         ),
     ],
     "sample.cu": [
@@ -223,7 +230,8 @@ MUTANTS = {
         ("extra[k] < first || extra[k] > last", "false"),
         ("to = __shfl_sync(~0u, to, 0);", ""),
         ("to += in.count[t];", ""),
-        ("atomicAdd(counts + 2 * i + 1, in.above);", ""),
+        ("atomicAdd(counts + 2 * at + 1, in.above);", ""),
+        ("in.global = lists + at * most;", "in.global = lists + i * most;"),
         ("in.fits ? in.all : (uint32_t)most + 1", "in.all"),
     ],
     "backward.cu": [
@@ -280,9 +288,9 @@ MUTANTS = {
         ("(du(d) - along * u)", "du(d)"),
         ("slice * own.step + d", "slice + d"),
         ("own.partial[d] = (real)sum;", ""),
-        ("row0 + block * (THREADS / 32)", "block * (THREADS / 32)"),
-        ("from < first ? from : first", "from"),
-        ("end = to;", "end = from;"),
+        ("input < 2 ? p.first : 0", "0"),
+        ("rows.rows += both.end - both.begin;", "rows.rows = both.end - both.begin;"),
+        ("p.B + p.first", "p.first"),
         ("n < left", "true"),
         ("partial += step", "partial += 1"),
         ("weight * over_length((number)y[k], theirs)", "weight * (number)y[k]"),
@@ -291,7 +299,12 @@ MUTANTS = {
     "launch.cu": [
         ("r.tickets += tickets;", ""),
         ("r.partial = r.counts;", "r.partial = r.tickets;"),
-        ("hex_project(*p, r, rest, first, end)", "hex_project(*p, r, rest, first, end - 1)"),
+        (
+            "hex_project(*p, r, rest, band)",
+            "hex_project(*p, r, rest, {band.begin, band.end - 1})",
+        ),
+        ("n + 2 * p->B - views", "n"),
+        ("add_part(parts, B + p.first, B + end, col0, col1);", ";"),
         (
             "part.row_blocks = cut(part.row1 - part.row0 / TILE * TILE, rows);",
             "part.row_blocks = cut(part.row1 - part.row0, rows);",
@@ -316,9 +329,16 @@ MUTANTS = {
         ("exp2(p.beta * x)", "exp2(x)"),
     ],
     "plain.cu": [
-        ("lane == 0 && (pass == 0 || at >> 8 == coarse)", "pass == 0 || at >> 8 == coarse"),
+        ("lane == 0 && (pass == 0 || in >> 8 == coarse)", "pass == 0 || in >> 8 == coarse"),
+        ("(i - p->first) * p->K + j", "i * p->K + j"),
+        ("p.first + blockIdx.x / blocks", "blockIdx.x / blocks"),
         ("j != i", "true"),
         ("__syncthreads(); // w is free again", ";"),
+    ],
+    "total.cu": [
+        ("i * x.row + j * x.col", "i * x.columns + j"),
+        ("there ? x : 0", "x"),
+        ("count += there;", "count += 1;"),
     ],
 }
 # What is there on Hopper alone, by bulk copies and warpgroup products.
@@ -440,6 +460,7 @@ def finds_nothing(mutants, devices, file=""):
         try:
             if file not in ("sample.cu", "bracket.cu"):
                 emulator.battery()
+                emulator.battery_of_blocks()
             emulator.battery_of_brackets(mutants)
         except (AssertionError, RuntimeError):
             return False

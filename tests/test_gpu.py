@@ -38,6 +38,10 @@ def test_the_battery_is_right():
     emulator.battery("cuda")
 
 
+def test_the_battery_of_blocks_is_right():
+    emulator.battery_of_blocks("cuda")
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_is_right_at_the_sizes_of_training(mode):
     for B, D, K in ((128, 128, 256), (1024, 128, 4096), (513, 500, 100)):

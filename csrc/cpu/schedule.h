@@ -109,8 +109,7 @@ static int64_t tile_numbers(const field_t *f, int64_t most)
  * *used: whether the core has a use for it, with a problem large enough and not too large. */
 static int64_t kept_room(const hex_problem_t *p, bool *used)
 {
-    const int64_t most =
-        (p->block ? MOST_KEPT_OF_BLOCK : MOST_KEPT_BYTES) / (int64_t)sizeof(real);
+    const int64_t most = (p->block ? MOST_KEPT_OF_BLOCK : MOST_KEPT_BYTES) / (int64_t)sizeof(real);
     *used = false;
     if (p->mode >= HEX_PAIRED)
         return 0;

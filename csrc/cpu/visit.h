@@ -233,9 +233,8 @@ static void rows_body(int64_t begin, int64_t end, void *context)
         const int64_t rows = c->end - from < c->block ? c->end - from : c->block;
         for (int64_t i = 0; c->some && i < c->block; i++) /* whole register tiles of them */
             copy_row(unit, c->some[i < rows ? from + i : from], &copies, i);
-        real *kept = c->p->block && c->p->kept
-                         ? (real *)c->p->kept + hex_block_place(c->p, from) * n
-                         : NULL;
+        real *kept =
+            c->p->block && c->p->kept ? (real *)c->p->kept + hex_block_place(c->p, from) * n : NULL;
         if (kept && c->p->filled)
             copy_rows(kept, n, rows, n, t.c, ld);
         else

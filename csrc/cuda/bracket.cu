@@ -186,7 +186,7 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
     fold.list = (uint16_t *)(more + 8 * THREADS * sizeof(float2)) + threadIdx.x;
     for (int h = 0; h < 2; h++) {
         const int64_t i = mine + 8 * h;
-        const uint32_t bracket = block.has(i) ? brackets[i] : 0;
+        const uint32_t bracket = block.has(i) ? brackets[block.place(i)] : 0;
         const float first = (float)(bracket & 0xffff), last = (float)(bracket >> 16);
         // Half a bin lower, and more than above_bin0 and this round.
         fold.low[h] = block.has(i) ? (first - 0.5f) / 32767.5f - 1 - 1e-6f : INFINITY;
@@ -206,17 +206,18 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
         const int64_t i = block.row0 + warp * 16 + row;
         if (!block.has(i))
             continue;
+        const int64_t at = block.place(i);
         const entries in = fold.of_row(row);
         uint32_t to = 0;
         if (lane == 0) {
-            to = atomicAdd(counts + 2 * i, in.fits ? in.all : (uint32_t)most + 1);
-            atomicAdd(counts + 2 * i + 1, in.above);
+            to = atomicAdd(counts + 2 * at, in.fits ? in.all : (uint32_t)most + 1);
+            atomicAdd(counts + 2 * at + 1, in.above);
         }
         to = __shfl_sync(~0u, to, 0);
         for (int t = 0; t < 4; t++) {
             for (uint32_t k = (uint32_t)lane; in.fits && k < in.count[t]; k += 32)
                 if (to + k < most)
-                    lists[i * most + to + k] = in.shared[k * THREADS + t];
+                    lists[at * most + to + k] = in.shared[k * THREADS + t];
             to += in.count[t];
         }
     }
@@ -226,15 +227,16 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
         const int64_t i = block.row0 + warp * 16 + row;
         if (!block.has(i))
             continue;
+        const int64_t at = block.place(i);
         entries in = fold.of_row(row);
         if (sliced) {
-            in.global = lists + i * most;
-            in.all = __ldcg(counts + 2 * i), in.above = __ldcg(counts + 2 * i + 1);
+            in.global = lists + at * most;
+            in.all = __ldcg(counts + 2 * at), in.above = __ldcg(counts + 2 * at + 1);
             in.fits = in.all <= most;
         }
-        const int bin = find_bin(p, r, choice, i, brackets[i], in, bins);
+        const int bin = find_bin(p, r, choice, i, brackets[at], in, bins);
         if (lane == 0)
-            chosen[i] = bin;
+            chosen[at] = bin;
     }
 }
 
@@ -275,7 +277,7 @@ hex_bracket hex_plan_bracket(const hex_problem_t &p, const hex_run &r, const hex
                                                             : p.mode == HEX_NTXENT ? 2
                                                                                    : 1;
     const int64_t above = columns + extras - 1 - choice.rank;
-    if (choice.rank < 0 || anchors_of(p) * columns < least_cosines || columns > 250000 ||
+    if (choice.rank < 0 || r.parts.rows * columns < least_cosines || columns > 250000 ||
         above * 20 > columns + 19 * extras)
         return plan;
     for (int warps = 8; warps >= 4; warps -= 4) {
@@ -322,7 +324,7 @@ const char *hex_bracket_tiles(const hex_problem_t &p, const hex_run &r, const he
                                     : launch<4, PANELS>(p, r, choice, brackets, chosen, lists);
     });
 #ifdef HEX_EMULATION
-    for (int64_t i = rows_left = 0; i < anchors_of(p); i++)
+    for (int64_t i = rows_left = 0; i < r.parts.rows; i++)
         rows_left += chosen[i] < 0;
 #endif
     return error;

@@ -27,13 +27,21 @@ struct hex_unit {         // rows of length one; see ../hex.h for their order
 // Of so many rows each the backward has one part of dL/dtau, in the place of the positives.
 #define HEX_SUMMED 128
 
+struct hex_span { // of unit rows
+    int64_t begin, end;
+};
+static inline hex_span common(hex_span a, hex_span b)
+{
+    return {a.begin > b.begin ? a.begin : b.begin, a.end < b.end ? a.end : b.end};
+}
+
 // A rectangle of cosines, rows [row0, row1) against columns [col0, col1), cut in blocks of rows and
 // slices of `tiles` tiles of columns. Its CUDA blocks are numbered from first_block on, the slices
 // of one block of rows row_blocks apart.
 struct hex_part {
     int64_t row0, row1, col0, col1;
     int64_t first_block, row_blocks, slices, tiles;
-    int64_t first_row; // of its rows among those of all parts
+    int64_t first_row; // of its rows among those of all parts: where they stand in memory by row
 };
 struct hex_parts {
     hex_part part[3];
@@ -86,12 +94,13 @@ struct hex_run {
     hex_bracket bracket;
 };
 
-// What is chosen of each row, and what becomes of the rows' mean.
+// What is chosen of each row, and what becomes of it.
 struct hex_choice {
     int64_t rank; // -1: the rows are empty
     bool negatives;
     hex_tracker_t rule;
-    hex_device_state_t to; // without state: eps is the mean itself
+    hex_device_state_t to; // what becomes of the mean; without state: eps is the mean itself
+    void *each;            // or, of a block of anchors, no mean: each row's, compute type
 };
 
 const char *hex_launched(const char *kernel);
@@ -111,7 +120,9 @@ const char *hex_threshold_of_nothing(const hex_run &r, const hex_choice &choice)
 const char *hex_tile_range(const hex_problem_t &p, const hex_run &r, void *low, void *high);
 const char *hex_tile_gather(const hex_problem_t &p, const hex_run &r);
 const char *hex_project(const hex_problem_t &p, const hex_run &r, const hex_gradient_t &g,
-                        int64_t row0, int64_t row1);
+                        hex_span band);
+const char *hex_settle_rows(cudaStream_t stream, const hex_matrix_t &q, const hex_choice &choice);
+const char *hex_sum_matrix(cudaStream_t stream, const hex_matrix_t &x, double *sums);
 cudaError_t hex_find_code(void); // of one kernel, and so of all, on the current device
 const char *hex_plain_forward(const hex_problem_t &p, const hex_run &r, double *rows, void *loss,
                               void *stats);
@@ -140,11 +151,11 @@ SHARED_DEVICE double read_vector(const hex_vector_t &v, int64_t i)
                               : (double)((const float *)v.data)[i * v.stride];
 }
 
-// The threshold of row i as the compute type compares with it: H is empty from 1 on and holds all
-// below -1, though rounding takes some cosines past either.
-template <class real> SHARED_DEVICE real row_threshold(const hex_problem_t &p, int64_t i)
+// The threshold of the row in this place as the compute type compares with it: H is empty from 1 on
+// and holds all below -1, though rounding takes some cosines past either.
+template <class real> SHARED_DEVICE real row_threshold(const hex_problem_t &p, int64_t at)
 {
-    const double eps = read_vector(p.eps, i);
+    const double eps = read_vector(p.eps, at);
     const double reach = eps >= 1 && eps < (double)INFINITY ? 2 : eps < -1 ? -2 : eps;
     const real rounded = (real)reach;
     return (double)rounded > reach ? (real)nextafterf((float)rounded, -INFINITY) : rounded;
@@ -284,6 +295,15 @@ SHARED_DEVICE int part_of_block(const hex_parts &parts, int64_t block)
     return k;
 }
 
+// The n-th of the rows of all parts, as a unit row.
+SHARED_DEVICE int64_t nth_row(const hex_parts &parts, int64_t n)
+{
+    int k = 0;
+    while (n >= parts.part[k].row1 - parts.part[k].row0)
+        n -= parts.part[k].row1 - parts.part[k].row0, k++;
+    return parts.part[k].row0 + n;
+}
+
 // ---- the sums of a row ----
 
 // With t = (c - largest) log2(e) / tau, e = 2^t, b = 2^(beta t): over G of e and t e, over H the
@@ -362,10 +382,10 @@ template <class real> struct hex_sums {
     }
 };
 
-// From the sums of row i to its loss, returned, and its statistics. n negatives, cp the positive,
-// scale the log2(e) / tau that the sums were taken with.
+// From the sums of a row to its loss, returned, and its statistics, which stand in place `at` of
+// `rows`. n negatives, cp the positive, scale the log2(e) / tau that the sums were taken with.
 template <class real>
-SHARED_DEVICE double finish_row(const hex_problem_t &p, int64_t i, int64_t n, double cp, real eps,
+SHARED_DEVICE double finish_row(const hex_problem_t &p, int64_t at, int64_t n, double cp, real eps,
                                 const hex_sums<double> &s, double scale, real *stats, int64_t rows)
 {
     const double tau = read_vector(p.tau, 0), count = s.v[SUM_COUNT];
@@ -427,7 +447,7 @@ SHARED_DEVICE double finish_row(const hex_problem_t &p, int64_t i, int64_t n, do
         }
     }
     for (int k = 0; k < HEX_STATS; k++)
-        stats[k * rows + i] = (real)out[k];
+        stats[k * rows + at] = (real)out[k];
     return loss;
 }
 
@@ -445,6 +465,7 @@ SHARED_DEVICE __host__ int64_t negatives_of_a_row(const hex_problem_t &p)
 {
     return p.mode == HEX_NTXENT ? 2 * p.B - 2 : p.mode < HEX_UNPAIRED ? p.B - 1 : p.K;
 }
+// All of the batch; those of the call are the rows of its parts.
 SHARED_DEVICE __host__ int64_t anchors_of(const hex_problem_t &p)
 {
     return p.mode == HEX_NTXENT || p.mode == HEX_CROSS ? 2 * p.B : p.B;

@@ -165,12 +165,12 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) // 128 register
         s.top[h] = s.shared_shift ? 1.f : HEX_LOWEST;
         s.rest[h] = s.rest_t[h] = 0;
         const int64_t i = mine + 8 * h;
-        s.eps[h] = block.has(i) ? row_threshold<float>(p, i) : INFINITY;
+        s.eps[h] = block.has(i) ? row_threshold<float>(p, block.place(i)) : INFINITY;
     }
     for_each_tile<WARPS, SPLIT, PANELS>(block, r.unit, p.B, fit, shared, s);
     s.add_lists();
 
-    const int64_t anchors = anchors_of(p);
+    const int64_t anchors = r.parts.rows;
     float *partial = (float *)r.partial;
     for (int h = 0; h < 2; h++) { // the four threads of a row
         hex_sums<float> row = s.sums(h);
@@ -183,14 +183,14 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) // 128 register
         const int64_t i = mine + 8 * h;
         if ((lane & 3) == 0 && block.has(i))
             for (int n = 0; n < SUMS; n++)
-                partial[(block.slice * SUMS + n) * anchors + i] = row.v[n];
+                partial[(block.slice * SUMS + n) * anchors + block.place(i)] = row.v[n];
     }
 
     __syncthreads(); // what follows uses the place of the sums
     unsigned *flag = (unsigned *)shared;
     if (!last_to_arrive(r.tickets + block.ticket, block.part.slices, flag))
         return;
-    const int64_t i = block.row0 + threadIdx.x;
+    const int64_t i = block.row0 + threadIdx.x, at = block.place(i);
     double value = 0;
     if (threadIdx.x < ROWS && block.has(i)) {
         // Two passes: the largest of the shifts first, so that each slice is rescaled once. Reads
@@ -198,9 +198,9 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) // 128 register
         float top = HEX_LOWEST, hard_top = HEX_LOWEST;
 #pragma unroll 8
         for (int64_t slice = 0; slice < block.part.slices; slice++) {
-            top = fmaxf(top, __ldcg(partial + (slice * SUMS + SUM_TOP) * anchors + i));
+            top = fmaxf(top, __ldcg(partial + (slice * SUMS + SUM_TOP) * anchors + at));
             hard_top =
-                fmaxf(hard_top, __ldcg(partial + (slice * SUMS + SUM_HARD_TOP) * anchors + i));
+                fmaxf(hard_top, __ldcg(partial + (slice * SUMS + SUM_HARD_TOP) * anchors + at));
         }
         hex_sums<double> all;
         all.clear();
@@ -208,17 +208,17 @@ static __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) // 128 register
         for (int64_t slice = 0; slice < block.part.slices; slice++) {
             hex_sums<float> other;
             for (int n = 0; n < SUMS; n++)
-                other.v[n] = __ldcg(partial + (slice * SUMS + n) * anchors + i);
+                other.v[n] = __ldcg(partial + (slice * SUMS + n) * anchors + at);
             other.raise_rest(top, s.scale);
             other.raise_hard(hard_top, s.scale, s.beta);
             for (int n = 0; n < SUMS; n++)
                 all.v[n] += (double)other.v[n];
         }
         all.v[SUM_TOP] = (double)top, all.v[SUM_HARD_TOP] = (double)hard_top;
-        value = finish_row(p, i, negatives_of_a_row(p), r.unit.positive[image_of(i, p.B)],
-                           row_threshold<float>(p, i), all, (double)s.scale, stats, anchors);
+        value = finish_row(p, at, negatives_of_a_row(p), r.unit.positive[image_of(i, p.B)],
+                           row_threshold<float>(p, at), all, (double)s.scale, stats, anchors);
         if (p.reduction == HEX_NONE)
-            ((float *)loss)[i] = (float)value;
+            ((float *)loss)[at] = (float)value;
     }
     if (p.reduction == HEX_NONE)
         return;

@@ -3,14 +3,19 @@
 // waits for the device, none depends on what is in device memory, so all can be captured in a
 // graph.
 //
-//     threshold   unit rows, coarse histogram, fine histogram                        3 kernels
-//     forward     unit rows, forward statistics                                      2
-//     adaptive    unit rows, coarse histogram, fine histogram, forward statistics    4
-//     row_range   unit rows, row bounds                                              2
-//     backward    unit rows, backward gather, backward projection                    3
+//     threshold       unit rows, coarse histogram, fine histogram                        3 kernels
+//     row_quantiles   the same                                                           3
+//     forward         unit rows, forward statistics                                      2
+//     adaptive        unit rows, coarse histogram, fine histogram, forward statistics    4
+//     row_range       unit rows, row bounds                                              2
+//     backward        unit rows, backward gather, backward projection                    3
+//     settle, total   one each                                                           1
 //
-// (for per-anchor negatives one more: their norms, or two: their gradient; for the threshold of a
+// (for per-anchor negatives one more: their norms, or two: their gradient; for the quantiles of a
 // large batch in 16 bits two more, before the coarse histogram: sample histogram, brackets).
+//
+// A block of anchors has unit rows of the whole batch, for all are candidates, and parts, memory by
+// row and outputs of its own rows alone.
 #include <stdio.h>
 
 #include "core.cuh"
@@ -42,6 +47,12 @@ static void add_part(hex_parts &parts, int64_t row0, int64_t row1, int64_t col0,
         parts.part[parts.count++] = {row0, row1, col0, col1, 0, 0, 0, 0, 0};
 }
 
+// In the place of `places` below, for a block of anchors: slices that depend on the columns alone,
+// not on how many rows there are, so that the bits of a row do not depend on the cut of the batch.
+// A rank may have few rows, so that they are many, of two tiles at least.
+#define ANY_ROWS (-1)
+#define ANY_SLICES 32
+
 // Blocks of rows, and slices of at most `most` tiles; both begin at a multiple of TILE. `places` is
 // how many blocks the device runs at a time: the slices are as many as leave the fewest of them
 // idle at the end, and no more than `limit`.
@@ -57,7 +68,7 @@ static void slice_parts(hex_parts &parts, int64_t rows, int64_t most, int64_t pl
     }
     // Rounds of blocks times the tiles of each, and a little for the start of a block.
     int64_t wanted = 1, least = INT64_MAX;
-    for (int64_t n = 1; places && n <= limit && n <= longest; n++) {
+    for (int64_t n = 1; places > 0 && n <= limit && n <= longest; n++) {
         const int64_t cost = cut(blocks * n, places) * (8 * cut(longest, n) + 8);
         if (cost < least)
             wanted = n, least = cost;
@@ -67,6 +78,8 @@ static void slice_parts(hex_parts &parts, int64_t rows, int64_t most, int64_t pl
         hex_part &part = parts.part[k];
         const int64_t tiles = cut(part.col1 - part.col0 / TILE * TILE, TILE);
         const int64_t fewest = cut(tiles, most);
+        if (places == ANY_ROWS)
+            wanted = cut(tiles, 2) < ANY_SLICES ? cut(tiles, 2) : ANY_SLICES;
         const int64_t slices = wanted > fewest ? wanted : fewest;
         part.tiles = slices < tiles ? cut(tiles, slices) : 1;
         part.slices = tiles > 0 ? cut(tiles, part.tiles) : 1;
@@ -87,19 +100,39 @@ static int64_t most_slices(const hex_parts &parts)
     return most;
 }
 
+// The block's rows of z0 against some columns, and of z1; where that is all rows, they are one part.
+static void add_views(const hex_problem_t &p, hex_parts &parts, bool z0, bool z1, int64_t col0,
+                      int64_t col1)
+{
+    const int64_t B = p.B, end = p.first + p.count;
+    if (z0 && z1 && p.count == B)
+        return add_part(parts, 0, 2 * B, col0, col1);
+    if (z0)
+        add_part(parts, p.first, end, col0, col1);
+    if (z1)
+        add_part(parts, B + p.first, B + end, col0, col1);
+}
+
 // The anchors and their candidates.
 static void anchor_parts(const hex_problem_t &p, hex_parts &parts)
 {
-    const int64_t B = p.B, end = 2 * B + (p.mode == HEX_UNPAIRED ? p.K : 0);
-    if (p.mode == HEX_NTXENT)
-        add_part(parts, 0, 2 * B, 0, 2 * B);
-    else if (p.mode == HEX_PAIRED)
-        add_part(parts, 0, B, 0, 0);
-    else
-        add_part(parts, 0, B, p.mode == HEX_UNPAIRED ? 2 * B : B,
-                 p.mode == HEX_UNPAIRED ? end : 2 * B);
-    if (p.mode == HEX_CROSS)
-        add_part(parts, B, 2 * B, 0, B);
+    const int64_t B = p.B;
+    switch (p.mode) {
+    case HEX_NTXENT:
+        add_views(p, parts, true, true, 0, 2 * B);
+        break;
+    case HEX_QUERY:
+    case HEX_CROSS:
+        add_views(p, parts, true, false, B, 2 * B);
+        if (p.mode == HEX_CROSS)
+            add_views(p, parts, false, true, 0, B);
+        break;
+    case HEX_UNPAIRED:
+        add_views(p, parts, true, false, 2 * B, 2 * B + p.K);
+        break;
+    default:
+        add_views(p, parts, true, false, 0, 0);
+    }
 }
 
 // The rows whose gradient is wanted, and those they meet as an anchor or as a candidate.
@@ -108,25 +141,20 @@ static void owner_parts(const hex_problem_t &p, const hex_gradient_t &g, hex_par
     const int64_t B = p.B;
     switch (p.mode) {
     case HEX_NTXENT:
-        if (g.dz[0] || g.dz[1])
-            add_part(parts, g.dz[0] ? 0 : B, g.dz[1] ? 2 * B : B, 0, 2 * B);
+        add_views(p, parts, g.dz[0], g.dz[1], 0, 2 * B);
         break;
     case HEX_QUERY:
     case HEX_CROSS:
-        if (g.dz[0])
-            add_part(parts, 0, B, B, 2 * B);
-        if (g.dz[1])
-            add_part(parts, B, 2 * B, 0, B);
+        add_views(p, parts, g.dz[0], false, B, 2 * B);
+        add_views(p, parts, false, g.dz[1], 0, B);
         break;
     case HEX_UNPAIRED:
-        if (g.dz[0])
-            add_part(parts, 0, B, 2 * B, 2 * B + p.K);
-        if (g.dz[2])
+        add_views(p, parts, g.dz[0], false, 2 * B, 2 * B + p.K);
+        if (g.dz[2]) // which all anchors meet, those of the other ranks too
             add_part(parts, 2 * B, 2 * B + p.K, 0, B);
         break;
     default:
-        if (g.dz[0])
-            add_part(parts, 0, B, 0, 0);
+        add_views(p, parts, g.dz[0], false, 0, 0);
     }
 }
 
@@ -163,7 +191,7 @@ static void lay_out(const hex_problem_t &p, plan &plan, const wants &w, bool spl
 {
     hex_run &r = plan.run;
     hex_unit &u = r.unit;
-    const int64_t real = p.compute_f64 ? 8 : 4, own = p.mode == HEX_PAIRED ? p.B * p.K : 0;
+    const int64_t real = p.compute_f64 ? 8 : 4, own = p.mode == HEX_PAIRED ? p.count * p.K : 0;
     // tickets and counts stand together: they are set to 0 in one go
     const int64_t tickets = cut(w.tickets, 64) * 64;
     const int64_t later = cut(w.later, sizeof(unsigned));
@@ -172,7 +200,7 @@ static void lay_out(const hex_problem_t &p, plan &plan, const wants &w, bool spl
     r.counts = r.tickets ? r.tickets + tickets : NULL;
     u.inverse = space.take<double>(u.count + own);
     u.positive = space.take<double>(p.B);
-    plan.rows = space.take<double>(anchors_of(p));
+    plan.rows = space.take<double>(hex_block_anchors(&p));
     if (plan.plain)
         u.plain = space.take<char>(u.count * u.width * real);
     else {
@@ -251,21 +279,22 @@ static const char *of_anchors(hex_problem_t p, const hex_device &d, const hex_ch
 {
     plan plan = {};
     hex_run &r = plan.run;
-    const int64_t anchors = anchors_of(p);
+    const int64_t anchors = hex_block_anchors(&p);
     start(p, d, plan);
     if (plan.error)
         return plan.error;
     if (anchors == 0) { // the threshold of nothing is NaN, its sum is 0
         if (loss && p.reduction != HEX_NONE)
             cudaMemsetAsync(loss, 0, p.compute_f64 ? 8 : 4, r.stream);
-        return choice ? hex_threshold_of_nothing(r, *choice) : hex_launched("(memset)");
+        return choice && choice->to.eps ? hex_threshold_of_nothing(r, *choice)
+                                        : hex_launched("(memset)");
     }
     wants w = {};
     anchor_parts(p, r.parts);
     hex_parts counted = r.parts;
     if (choice) { // 16-bit counts: at most 32768 columns a block
         slice_parts(counted, 64, 512, 3 * r.processors);
-        w.tickets = 2 * counted.row_blocks + 2;
+        w.tickets = 3 * counted.row_blocks + 2;
         r.narrow = negatives_of_a_row(p) <= 0xffff;
         w.counts = plan.plain ? 0 : anchors * (r.narrow ? HEX_BINS / 2 : HEX_BINS);
         w.partial = anchors * (int64_t)(sizeof(int64_t) + sizeof(int));
@@ -281,8 +310,9 @@ static const char *of_anchors(hex_problem_t p, const hex_device &d, const hex_ch
         const bool many = anchors >= 128 * (int64_t)r.processors && r.shared_limit >= 120 * 1024;
         const bool one = r.unit.width <= 2 * TILE && allow_tf32(p, d);
         r.block_rows = r.hopper && one && anchors >= 16 * r.processors ? 256 : many ? 128 : 64;
-        slice_parts(r.parts, r.block_rows, r.block_rows / 2 > 64 ? r.block_rows / 2 : 64,
-                    512 / (2 * r.block_rows) * r.processors);
+        const int64_t most = p.block || r.block_rows < 128 ? 64 : r.block_rows / 2;
+        slice_parts(r.parts, r.block_rows, most,
+                    p.block ? ANY_ROWS : 512 / (2 * r.block_rows) * r.processors);
         const int64_t sums = most_slices(r.parts) * 9 * anchors * (int64_t)sizeof(float);
         w.tickets += r.parts.row_blocks + 1;
         (choice ? w.later : w.partial) = sums;
@@ -293,7 +323,7 @@ static const char *of_anchors(hex_problem_t p, const hex_device &d, const hex_ch
     if (choice && !plan.error) {
         hex_run counting = r;
         counting.parts = counted;
-        counting.bracket.tickets = r.tickets + 2 * counted.row_blocks + 2;
+        counting.bracket.tickets = r.tickets + 3 * counted.row_blocks + 2;
         plan.error = (plan.plain ? hex_plain_threshold : hex_tile_threshold)(p, counting, *choice,
                                                                              plan.rows);
         r.tickets += tickets;
@@ -322,7 +352,14 @@ static const char *threshold(const hex_problem_t *p, const hex_device *d, double
                              bool over_negatives, double *mean)
 {
     const int64_t rank = rank_of(*p, quantile, over_negatives);
-    const hex_choice choice = {rank, over_negatives, {}, {NULL, 0, NULL, mean}};
+    const hex_choice choice = {rank, over_negatives, {}, {NULL, 0, NULL, mean}, NULL};
+    return of_anchors(*p, *d, &choice, NULL, NULL);
+}
+
+static const char *row_quantiles(const hex_problem_t *p, const hex_device *d, double quantile,
+                                 bool over_negatives, void *rows)
+{
+    const hex_choice choice = {rank_of(*p, quantile, over_negatives), over_negatives, {}, {}, rows};
     return of_anchors(*p, *d, &choice, NULL, NULL);
 }
 
@@ -330,19 +367,18 @@ static const char *adaptive(const hex_problem_t *p, const hex_device *d, const h
                             const hex_device_state_t *s, void *loss, void *stats)
 {
     const int64_t rank = rank_of(*p, t->quantile, t->over_negatives);
-    const hex_choice choice = {rank, t->over_negatives, *t, *s};
+    const hex_choice choice = {rank, t->over_negatives, *t, *s, NULL};
     return of_anchors(*p, *d, &choice, loss, stats);
 }
 
-// Of all parts what lies in rows [first, end).
-static hex_parts band_of(const hex_parts &all, int64_t first, int64_t end)
+// Of all parts what lies in some rows.
+static hex_parts band_of(const hex_parts &all, hex_span rows)
 {
     hex_parts band = {};
     for (int k = 0; k < all.count; k++) {
         const hex_part &part = all.part[k];
-        const int64_t row0 = part.row0 > first ? part.row0 : first;
-        const int64_t row1 = part.row1 < end ? part.row1 : end;
-        add_part(band, row0, row1, part.col0, part.col1);
+        const hex_span both = common({part.row0, part.row1}, rows);
+        add_part(band, both.begin, both.end, part.col0, part.col1);
     }
     return band;
 }
@@ -365,24 +401,44 @@ static const char *backward(const hex_problem_t *p, const hex_device *d, const h
     const int64_t enough = 2 * r.processors > chunks ? 2 * r.processors / chunks : 1;
     // Blocks of rows begin at multiples of TILE, so that each part but the first may take one more.
     const int64_t most = r.block_rows * (enough < all.count ? 1 : enough - all.count + 1);
+    // Of a block of anchors its own rows are counted, views and then negatives; of a whole batch
+    // these are the unit rows.
+    const int64_t views = 2 * p->count, own = views + r.unit.count - 2 * p->B;
+    auto unit_row = [&](int64_t n) {
+        return n < p->count ? p->first + n
+               : n < views  ? p->first + n + p->B - p->count
+                            : n + 2 * p->B - views;
+    };
+    hex_span band = {}; // of unit rows
+    auto take = [&](int64_t first, int64_t end) {
+        band = {unit_row(first), unit_row(end - 1) + 1};
+        r.parts = band_of(all, band);
+        // The sums of a band's slices take no more memory than a whole band; of a batch that is one
+        // band, twice as much.
+        const int64_t rows = end - first, alone = rows == own ? 2 : 1;
+        const int64_t limit = alone * r.block_rows * enough / rows;
+        slice_parts(r.parts, r.block_rows, (int64_t)1 << 40,
+                    plan.plain ? 0
+                    : p->block ? ANY_ROWS
+                               : cut(r.processors, chunks),
+                    limit < 128 ? limit : 128);
+        return end;
+    };
     auto band_from = [&](int64_t first) { // its parts become r.parts, its end is returned
-        int64_t end = r.unit.count;
+        int64_t end = own;
         if (!plan.plain) {
-            const int64_t queue = p->mode == HEX_UNPAIRED && first < 2 * p->B ? 2 * p->B : end;
+            const int64_t queue = p->mode == HEX_UNPAIRED && first < views ? views : end;
             end = queue < end ? queue : end;
             end = end - first > most ? first + most : end;
         }
-        r.parts = band_of(all, first, end);
-        // The sums of a band's slices take no more memory than a whole band; of a batch that is one
-        // band, twice as much.
-        const int64_t rows = end - first, alone = rows == r.unit.count ? 2 : 1;
-        const int64_t limit = alone * r.block_rows * enough / rows;
-        slice_parts(r.parts, r.block_rows, (int64_t)1 << 40,
-                    plan.plain ? 0 : cut(r.processors, chunks), limit < 128 ? limit : 128);
-        return end;
+        take(first, end);
+        // The slices of a block of anchors are given, so that its bands have fewer rows.
+        const int64_t slices = p->block && !plan.plain ? most_slices(r.parts) : 0;
+        const int64_t rows = slices ? cut(2 * most / slices, r.block_rows) * r.block_rows : own;
+        return end - first > rows ? take(first, first + rows) : end;
     };
     int64_t gradients = 0;
-    for (int64_t first = 0; first < r.unit.count;) {
+    for (int64_t first = 0; first < own;) {
         first = band_from(first);
         const int64_t n = most_slices(r.parts) * r.parts.rows * r.unit.width;
         gradients = n > gradients ? n : gradients;
@@ -391,15 +447,15 @@ static const char *backward(const hex_problem_t *p, const hex_device *d, const h
     if (!plan.error)
         plan.error = hex_unit_rows(*p, r, plan.zeros, g);
     hex_gradient_t rest = *g;
-    for (int64_t first = 0, end; first < r.unit.count && !plan.error; first = end) {
-        end = band_from(first);
+    for (int64_t first = 0; first < own && !plan.error;) {
+        first = band_from(first);
         plan.error = plan.plain ? hex_plain_gather(*p, r, rest) : hex_tile_gather(*p, r);
         if (!plan.error)
-            plan.error = hex_project(*p, r, rest, first, end);
+            plan.error = hex_project(*p, r, rest, band);
         rest.dtau = NULL; // is there
     }
-    if (!plan.error && r.unit.count == 0)
-        plan.error = hex_project(*p, r, rest, 0, 0);
+    if (!plan.error && own == 0)
+        plan.error = hex_project(*p, r, rest, {});
     return plan.error;
 }
 
@@ -408,17 +464,28 @@ static const char *row_range(const hex_problem_t *p, const hex_device *d, void *
     plan plan = {};
     hex_run &r = plan.run;
     start(*p, *d, plan);
-    if (plan.error || anchors_of(*p) == 0)
+    if (plan.error || hex_block_anchors(p) == 0)
         return plan.error;
     anchor_parts(*p, r.parts);
     slice_parts(r.parts, 64, (int64_t)1 << 40, 2 * r.processors);
-    const int64_t bounds = most_slices(r.parts) * 3 * anchors_of(*p) * (int64_t)sizeof(float);
+    const int64_t bounds = most_slices(r.parts) * 3 * r.parts.rows * (int64_t)sizeof(float);
     prepare(*p, *d, {r.parts.row_blocks, 0, bounds, 0, false}, plan);
     if (!plan.error)
         plan.error = hex_unit_rows(*p, r, plan.zeros, NULL);
     if (!plan.error)
         plan.error = (plan.plain ? hex_plain_range : hex_tile_range)(*p, r, low, high);
     return plan.error;
+}
+
+static const char *settle(const hex_device *d, const hex_matrix_t *q, const hex_tracker_t *t,
+                          const hex_device_state_t *s)
+{
+    return hex_settle_rows((cudaStream_t)d->stream, *q, {0, false, *t, *s, NULL});
+}
+
+static const char *total(const hex_device *d, const hex_matrix_t *x, double *sums)
+{
+    return hex_sum_matrix((cudaStream_t)d->stream, *x, sums);
 }
 
 static int driver(void)
@@ -451,4 +518,5 @@ static int probe(int device)
 #define EMULATED false
 #endif
 extern "C" __attribute__((visibility("default"))) const hex_cuda_table hex_cuda_core = {
-    HEX_CUDA_VERSION, EMULATED, forward, backward, threshold, adaptive, row_range, driver, probe};
+    HEX_CUDA_VERSION, EMULATED,      forward, backward, threshold, adaptive,
+    row_range,        row_quantiles, settle,  total,    driver,    probe};

@@ -17,7 +17,7 @@ static inline __host__ __device__ int64_t own_blocks(int64_t K) { return (K + WA
 template <class real> struct columns {
     const hex_problem_t *p;
     const hex_unit *unit;
-    const double *inverse; // of all per-anchor negatives
+    const double *inverse; // of the per-anchor negatives
     const real *u;         // the row
     int64_t i, col0, col1;
 
@@ -40,7 +40,7 @@ template <class real> struct columns {
         if (p->mode != HEX_PAIRED)
             return ((const real *)unit->plain)[j * unit->width + d];
         const hex_rows_t &x = p->input[2];
-        const int64_t n = i * p->K + j;
+        const int64_t n = (i - p->first) * p->K + j;
         return (real)(read_number(x.data, x.dtype, row_start(x, j, i) + d * x.col) * inverse[n]);
     }
     // By a warp, the same on every lane.
@@ -55,13 +55,13 @@ template <class real> struct columns {
 
 // ---- the per-anchor negatives, a warp each ----
 
-// Negative j of anchor i, and its place among all; false past an anchor's last.
+// Negative j of anchor i, and its place among those of the call; false past an anchor's last.
 static __device__ bool own_place(const hex_problem_t &p, int64_t *i, int64_t *j, int64_t *n)
 {
     const unsigned blocks = (unsigned)own_blocks(p.K); // a grid has less than 2^31
-    *i = blockIdx.x / blocks;
+    *i = p.first + blockIdx.x / blocks;
     *j = blockIdx.x % blocks * (int64_t)WARPS + (threadIdx.x >> 5);
-    *n = *i * p.K + *j;
+    *n = (*i - p.first) * p.K + *j;
     return *j < p.K;
 }
 
@@ -79,7 +79,7 @@ static __global__ void __launch_bounds__(THREADS, 1) own_norms(hex_problem_t p, 
 // The norms, where there are per-anchor negatives.
 static const char *prepare(const hex_problem_t &p, const hex_run &r)
 {
-    const int64_t blocks = p.B * own_blocks(p.K);
+    const int64_t blocks = p.count * own_blocks(p.K);
     if (p.mode != HEX_PAIRED || blocks == 0)
         return NULL;
     HEX_LAUNCH(own_norms, dim3((unsigned)blocks), dim3(THREADS), 0, r.stream, p, r.unit);
@@ -95,9 +95,9 @@ static __global__ void __launch_bounds__(THREADS, 1)
     HEX_SHARED_MEMORY(shared);
     hex_sums<real> *parts = (hex_sums<real> *)shared, s;
     const int warp = (int)threadIdx.x >> 5;
-    const int64_t i = blockIdx.x, anchors = anchors_of(p);
+    const int64_t at = blockIdx.x, i = nth_row(r.parts, at), anchors = r.parts.rows;
     const real scale = (real)(HEX_LOG2E / read_vector(p.tau, 0)), beta = (real)p.beta;
-    const real eps = row_threshold<real>(p, i);
+    const real eps = row_threshold<real>(p, at);
     columns<real> c;
     c.start(p, r, i);
     s.clear();
@@ -122,10 +122,10 @@ static __global__ void __launch_bounds__(THREADS, 1)
                 other.v[n] = (double)parts[k].v[n];
             all.merge(other, (double)scale, p.beta);
         }
-        rows[i] = finish_row(p, i, negatives_of_a_row(p), r.unit.positive[image_of(i, p.B)], eps,
-                             all, (double)scale, stats, anchors);
+        rows[at] = finish_row(p, at, negatives_of_a_row(p), r.unit.positive[image_of(i, p.B)], eps,
+                              all, (double)scale, stats, anchors);
         if (p.reduction == HEX_NONE)
-            ((real *)loss)[i] = (real)rows[i];
+            ((real *)loss)[at] = (real)rows[at];
     }
     if (p.reduction == HEX_NONE || !last_to_arrive(r.tickets, anchors, (unsigned *)(parts + WARPS)))
         return;
@@ -151,7 +151,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
     double *scratch = (double *)(counts + HEX_BINS);
     int *picked = (int *)(scratch + 3 * WARPS);
     const int warp = (int)threadIdx.x >> 5, lane = (int)threadIdx.x & 31;
-    const int64_t i = blockIdx.x, anchors = anchors_of(p);
+    const int64_t at = blockIdx.x, i = nth_row(r.parts, at), anchors = r.parts.rows;
     const double self = r.unit.inverse[i] == 0 ? 0 : 1,
                  positive = r.unit.positive[image_of(i, p.B)];
     columns<real> c;
@@ -168,9 +168,9 @@ static __global__ void __launch_bounds__(THREADS, 1)
                 continue;
             const double x = (double)c.cosine(j);
             least = fmin(least, x), most = fmax(most, x), finite += x * 0;
-            const int at = bin_of((float)x);
-            if (lane == 0 && (pass == 0 || at >> 8 == coarse))
-                atomicAdd(counts + (pass == 0 ? at >> 8 : at & 255), 1u);
+            const int in = bin_of((float)x);
+            if (lane == 0 && (pass == 0 || in >> 8 == coarse))
+                atomicAdd(counts + (pass == 0 ? in >> 8 : in & 255), 1u);
         }
         __syncthreads();
         int extra[2] = {-1, -1};
@@ -204,15 +204,18 @@ static __global__ void __launch_bounds__(THREADS, 1)
         if (p.mode == HEX_NTXENT)
             least = fmin(least, self), most = fmax(most, self);
         if (threadIdx.x == 0) {
-            ((real *)choice.low)[i] = (real)(finite == 0 ? fmax(fmin(least, 1.0), -1.0) : NAN);
-            ((real *)choice.high)[i] = (real)(finite == 0 ? fmax(fmin(most, 1.0), -1.0) : NAN);
+            ((real *)choice.low)[at] = (real)(finite == 0 ? fmax(fmin(least, 1.0), -1.0) : NAN);
+            ((real *)choice.high)[at] = (real)(finite == 0 ? fmax(fmin(most, 1.0), -1.0) : NAN);
         }
         return;
     }
-    if (threadIdx.x == 0)
-        choice.rows[i] =
-            finite == 0 && choice.of.rank >= 0 ? bin_middle(256 * coarse + bin) : (double)NAN;
-    if (!last_to_arrive(r.tickets, anchors, (unsigned *)picked))
+    const double quantile =
+        finite == 0 && choice.of.rank >= 0 ? bin_middle(256 * coarse + bin) : (double)NAN;
+    if (threadIdx.x == 0 && choice.of.each)
+        ((real *)choice.of.each)[at] = (real)quantile;
+    else if (threadIdx.x == 0)
+        choice.rows[at] = quantile;
+    if (choice.of.each || !last_to_arrive(r.tickets, anchors, (unsigned *)picked))
         return;
     const double sum = block_sum_of(choice.rows, anchors, (double *)shared);
     if (threadIdx.x == 0)
@@ -229,11 +232,7 @@ static __global__ void __launch_bounds__(THREADS, 1) gather_rows(hex_problem_t p
     HEX_SHARED_MEMORY(shared);
     real *w = (real *)shared;
     const int warp = (int)threadIdx.x >> 5, lane = (int)threadIdx.x & 31;
-    int part = 0;
-    int64_t row = blockIdx.x;
-    while (row >= r.parts.part[part].row1 - r.parts.part[part].row0)
-        row -= r.parts.part[part].row1 - r.parts.part[part].row0, part++;
-    const int64_t o = r.parts.part[part].row0 + row;
+    const int64_t o = nth_row(r.parts, blockIdx.x);
     const real scale = (real)(HEX_LOG2E / read_vector(p.tau, 0)), beta = (real)p.beta;
     const real *k = (const real *)r.coefficients;
     real *du = (real *)r.partial + blockIdx.x * r.unit.width;
@@ -297,7 +296,7 @@ static const char *forward(const hex_problem_t &p, const hex_run &r, double *row
                            void *stats)
 {
     const int bytes = (WARPS * SUMS + 1) * (int)sizeof(double);
-    HEX_LAUNCH(forward_rows<real>, dim3((unsigned)anchors_of(p)), dim3(THREADS), bytes, r.stream, p,
+    HEX_LAUNCH(forward_rows<real>, dim3((unsigned)r.parts.rows), dim3(THREADS), bytes, r.stream, p,
                r, rows, loss, (real *)stats);
     return hex_launched("forward rows");
 }
@@ -318,11 +317,11 @@ static const char *choose(const hex_problem_t &p, const hex_run &r, const row_ch
     if (error)
         return error;
     if (p.compute_f64)
-        HEX_LAUNCH(choose_rows<double>, dim3((unsigned)anchors_of(p)), dim3(THREADS), bytes,
+        HEX_LAUNCH(choose_rows<double>, dim3((unsigned)r.parts.rows), dim3(THREADS), bytes,
                    r.stream, p, r, choice);
     else
-        HEX_LAUNCH(choose_rows<float>, dim3((unsigned)anchors_of(p)), dim3(THREADS), bytes,
-                   r.stream, p, r, choice);
+        HEX_LAUNCH(choose_rows<float>, dim3((unsigned)r.parts.rows), dim3(THREADS), bytes, r.stream,
+                   p, r, choice);
     return hex_launched("row quantiles");
 }
 
@@ -347,7 +346,7 @@ static const char *gather(const hex_problem_t &p, const hex_run &r, const hex_gr
         if (error)
             return error;
     }
-    const int64_t blocks = p.B * own_blocks(p.K);
+    const int64_t blocks = p.count * own_blocks(p.K);
     if (p.mode != HEX_PAIRED || !g.dz[2] || blocks == 0)
         return NULL;
     HEX_LAUNCH(own_gradients<real>, dim3((unsigned)blocks), dim3(THREADS), 0, r.stream, p, r,

@@ -12,7 +12,7 @@
 
 // What a row is made of. The reads here do not wait for one another.
 template <class real> struct owner {
-    void *dz; // NULL: there is nothing to do
+    void *dz;
     const hex_rows_t *x, *y;
     int64_t at, there, to;  // where the row, its partner and its gradient start
     double inverse, theirs; // 1 / |z|, the partner's: 0 without
@@ -27,7 +27,7 @@ template <class real> struct owner {
         dz = input == 0 ? g.dz[0] : input == 1 ? g.dz[1] : g.dz[2]; // no index: no local memory
         x = &p.input[input], y = &p.input[input < 2 ? 1 - input : 2];
         at = row_start(*x, o - input * p.B);
-        to = (o - input * p.B) * p.D;
+        to = (o - input * p.B - (input < 2 ? p.first : 0)) * p.D;
         inverse = r.unit.inverse[o];
         there = 0, theirs = 0, given = taken = 0;
         if (input < 2) {
@@ -105,7 +105,7 @@ static __device__ __forceinline__ void add_slices(number (&sum)[QUADS][4], const
 // du stays in registers.
 template <int LANES, int QUADS, class number>
 static __global__ void __launch_bounds__(THREADS, QUADS > 2 ? 3 : 4)
-    project_fours(hex_problem_t p, hex_run r, hex_gradient_t g, int64_t row0, int64_t row1)
+    project_fours(hex_problem_t p, hex_run r, hex_gradient_t g, hex_parts rows)
 {
     constexpr int BATCH = QUADS > 2 ? 2 : sizeof(number) > 4 ? 4 : 8; // as registers allow
     HEX_SHARED_MEMORY(shared);
@@ -114,11 +114,10 @@ static __global__ void __launch_bounds__(THREADS, QUADS > 2 ? 3 : 4)
         sum_dtau(p, r, g, (double *)shared);
         return;
     }
-    const int64_t row = row0 + block * (THREADS / LANES) + threadIdx.x / LANES;
-    const int64_t o = row < row1 ? row : row1 - 1; // all lanes of a warp add up together
+    const int64_t row = block * (THREADS / LANES) + threadIdx.x / LANES;
+    const bool there = row < rows.rows; // all lanes of a warp add up together
+    const int64_t o = nth_row(rows, there ? row : rows.rows - 1);
     owner<float> own(p, r, g, o);
-    if (!__any_sync(~0u, own.dz != NULL))
-        return;
     const hex_dtype_t dtype = own.x->dtype, other = own.y->dtype;
     const int first = 4 * ((int)threadIdx.x % LANES), features = (int)p.D - first;
     const bool partners = o < 2 * p.B;
@@ -126,10 +125,10 @@ static __global__ void __launch_bounds__(THREADS, QUADS > 2 ? 3 : 4)
 #pragma unroll
     for (int q = 0; q < QUADS; q++) {
         const int64_t d = first + 4 * LANES * q;
-        const bool there = 4 * LANES * q < features;
-        mine[q] = there ? load_four(own.x->data, dtype, own.at + d) : make_uint4(0, 0, 0, 0);
-        partner[q] = partners && there ? load_four(own.y->data, other, own.there + d)
-                                       : make_uint4(0, 0, 0, 0);
+        const bool some = 4 * LANES * q < features;
+        mine[q] = some ? load_four(own.x->data, dtype, own.at + d) : make_uint4(0, 0, 0, 0);
+        partner[q] = partners && some ? load_four(own.y->data, other, own.there + d)
+                                      : make_uint4(0, 0, 0, 0);
     }
     own.find_slices(r, o);
     const int slices = (int)own.slices;
@@ -165,7 +164,7 @@ static __global__ void __launch_bounds__(THREADS, QUADS > 2 ? 3 : 4)
 #pragma unroll
         for (int k = 0; k < 4; k++)
             out[k] = own.inverse == 0 ? 0 : (float)over_length(du[q][k] - along * u[q][k], by);
-        if (own.dz && row < row1 && 4 * LANES * q < features)
+        if (there && 4 * LANES * q < features)
             store_four(own.dz, dtype, own.to + first + 4 * LANES * q, out);
     }
 }
@@ -174,7 +173,7 @@ static __global__ void __launch_bounds__(THREADS, QUADS > 2 ? 3 : 4)
 
 template <class real>
 static __global__ void __launch_bounds__(THREADS, 1)
-    project_rows(hex_problem_t p, hex_run r, hex_gradient_t g, int64_t row0, int64_t row1)
+    project_rows(hex_problem_t p, hex_run r, hex_gradient_t g, hex_parts rows)
 {
     HEX_SHARED_MEMORY(shared);
     const int lane = (int)threadIdx.x & 31;
@@ -183,12 +182,11 @@ static __global__ void __launch_bounds__(THREADS, 1)
         sum_dtau(p, r, g, (double *)shared);
         return;
     }
-    const int64_t o = row0 + block * (THREADS / 32) + (threadIdx.x >> 5);
-    if (o >= row1)
+    const int64_t row = block * (THREADS / 32) + (threadIdx.x >> 5);
+    if (row >= rows.rows)
         return;
+    const int64_t o = nth_row(rows, row);
     owner<real> own(p, r, g, o);
-    if (!own.dz)
-        return;
     own.find_slices(r, o);
     const hex_rows_t &x = *own.x, &y = *own.y;
     const double weight = ((double)own.given + (double)own.taken) * own.theirs;
@@ -217,36 +215,32 @@ static __global__ void __launch_bounds__(THREADS, 1)
 // ---- launching ----
 
 const char *hex_project(const hex_problem_t &p, const hex_run &r, const hex_gradient_t &g,
-                        int64_t row0, int64_t row1)
+                        hex_span band)
 {
-    hex_gradient_t wanted = g;
-    if (p.mode != HEX_UNPAIRED)
-        wanted.dz[2] = NULL;
-    // Of the band's rows those from the first to the last that is wanted.
-    const int64_t input[] = {0, p.B, 2 * p.B, r.unit.count};
-    int64_t first = row1, end = row0;
+    // Of the band's rows those whose gradient is wanted.
+    const int64_t z0 = p.first, z1 = p.B + p.first;
+    const hex_span own[] = {{z0, z0 + p.count}, {z1, z1 + p.count}, {2 * p.B, r.unit.count}};
+    hex_parts rows = {};
     for (int k = 0; k < 3; k++) {
-        const int64_t from = input[k] > row0 ? input[k] : row0;
-        const int64_t to = input[k + 1] < row1 ? input[k + 1] : row1;
-        if (!wanted.dz[k] || from >= to)
+        const hex_span both = common(own[k], band);
+        if (!g.dz[k] || both.begin >= both.end)
             continue;
-        first = from < first ? from : first;
-        end = to;
+        hex_part &part = rows.part[rows.count++];
+        part.row0 = both.begin, part.row1 = both.end;
+        rows.rows += both.end - both.begin;
     }
-    const int64_t count = first < end ? end - first : 0;
-    if (count == 0 && !g.dtau)
+    if (rows.rows == 0 && !g.dtau)
         return NULL;
     const int bytes = THREADS / 32 * (int)sizeof(double);
     bool fours = hex_in_fours(p), narrow = true;
     for (int k = 0; k < (p.mode == HEX_UNPAIRED ? 3 : 2); k++) {
-        fours &= (uintptr_t)wanted.dz[k] % 16 == 0;
+        fours &= (uintptr_t)g.dz[k] % 16 == 0;
         narrow &= p.input[k].dtype != HEX_F32;
     }
     auto launch = [&](auto kernel, int lanes) {
         const int64_t a_block = THREADS / lanes;
-        const int64_t blocks = (count + a_block - 1) / a_block + (g.dtau ? 1 : 0);
-        HEX_LAUNCH(kernel, dim3((unsigned)blocks), dim3(THREADS), bytes, r.stream, p, r, wanted,
-                   first, end);
+        const int64_t blocks = (rows.rows + a_block - 1) / a_block + (g.dtau ? 1 : 0);
+        HEX_LAUNCH(kernel, dim3((unsigned)blocks), dim3(THREADS), bytes, r.stream, p, r, g, rows);
     };
     if (!fours && p.compute_f64)
         launch(project_rows<double>, 32);

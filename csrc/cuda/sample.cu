@@ -223,7 +223,7 @@ static __global__ void __launch_bounds__(32 * WARPS, THREADS_OF_A_PROCESSOR / (3
     // Slices add their counts to the row's.
     const int64_t ends = block.part.row1 - block.row0, begins = block.part.row0 - block.row0;
     const int rows = ends < ROWS ? (int)ends : ROWS, skip = begins > 0 ? (int)begins : 0;
-    uint32_t *counts = r.counts + block.row0 * BINS;
+    uint32_t *counts = r.counts + block.place(block.row0) * BINS;
     if (block.part.slices > 1) {
         for (int k = (int)threadIdx.x + skip * BINS; k < rows * BINS; k += THREADS)
             if (const uint32_t word = words[k / BINS * PITCH + k % BINS])
@@ -250,7 +250,7 @@ static __global__ void __launch_bounds__(32 * WARPS, THREADS_OF_A_PROCESSOR / (3
             mine[k] = lane < BINS / 8 ? words[row * PITCH + 8 * lane + k] : 0;
         const uint32_t bracket = bracket_of(mine, bins[row], share, above, extras);
         if (lane == 0)
-            brackets[block.row0 + row] = bracket;
+            brackets[block.place(block.row0 + row)] = bracket;
     }
 }
 

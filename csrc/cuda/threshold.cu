@@ -90,9 +90,10 @@ struct bounds {
 
 struct selection {
     hex_choice choice;
-    int *coarse;    // of each row
-    int64_t *ranks; // left within the coarse bin
-    double *sums;   // of each block of rows
+    int *coarse;      // of each row
+    int64_t *ranks;   // left within the coarse bin
+    double *sums;     // of each block of rows
+    unsigned *spoilt; // of each block of rows: some of its columns are not finite, if not 0
     int *chosen; // each row's bin as bracket.cu found it, -1 where it did not; NULL: nobody looked
 };
 
@@ -101,8 +102,29 @@ static __device__ bool is_left(const selection &s, const hex_block &block)
 {
     bool left = false;
     for (int k = (int)threadIdx.x & 31; s.chosen && k < ROWS; k += 32)
-        left |= block.has(block.row0 + k) && s.chosen[block.row0 + k] < 0;
+        left |= block.has(block.row0 + k) && s.chosen[block.place(block.row0 + k)] < 0;
     return !s.chosen || __any_sync(~0u, left);
+}
+
+// Where each row has its quantile: whether any of the block's columns is not finite. A row is not
+// where one of its columns is not, and no histogram has a bin for that.
+static __device__ void look_at_columns(const hex_run &r, const selection &s, const hex_block &block)
+{
+    bool spoilt = false;
+    for (int64_t k = block.tile0 * BN + (int)threadIdx.x; k < block.tile1 * BN; k += THREADS)
+        if (k >= block.part.col0 && k < block.part.col1)
+            spoilt |= !(r.unit.inverse[k] * 0 == 0);
+    if (__any_sync(~0u, spoilt) && (threadIdx.x & 31) == 0)
+        atomicAdd(s.spoilt + block.ticket, 1u);
+}
+
+// By one thread: the quantile of row i, which is of this bin, to its place.
+static __device__ void write_quantile(const hex_problem_t &p, const hex_run &r, const selection &s,
+                                      const hex_block &block, int64_t i, int bin)
+{
+    const bool finite = r.unit.positive[image_of(i, p.B)] * 0 == 0 && s.spoilt[block.ticket] == 0;
+    ((float *)s.choice.each)[block.place(i)] =
+        finite && s.choice.rank >= 0 ? (float)bin_middle(bin) : NAN;
 }
 
 // The last of the threshold: the block's sum, by one block for each block of rows, and the mean.
@@ -131,7 +153,7 @@ static __device__ double chosen_sum(const selection &s, const hex_block &block)
     double sum = 0;
     for (int row = (int)threadIdx.x >> 5; row < ROWS; row += WARPS)
         if ((threadIdx.x & 31) == 0 && block.has(block.row0 + row))
-            sum += bin_middle(s.chosen[block.row0 + row]);
+            sum += bin_middle(s.chosen[block.place(block.row0 + row)]);
     return sum;
 }
 
@@ -145,9 +167,16 @@ static __global__ void __launch_bounds__(THREADS, 4)
     hex_block block;
     block.start(r.parts, ROWS, blockIdx.x);
     unsigned *flag = (unsigned *)(shared + fit.at.ring); // the counts may lie at the beginning
+    if (KIND == COARSE && s.choice.each)
+        look_at_columns(r, s, block);
     if (!is_left(s, block)) {
-        if (KIND == FINE && block.slice == 0)
+        if (KIND == COARSE || block.slice > 0)
+            return;
+        const int64_t i = block.row0 + threadIdx.x;
+        if (!s.choice.each)
             add_up(p, r, s, block, chosen_sum(s, block), flag);
+        else if (threadIdx.x < ROWS && block.has(i))
+            write_quantile(p, r, s, block, i, s.chosen[block.place(i)]);
         return;
     }
     histogram<KIND> fold;
@@ -155,8 +184,9 @@ static __global__ void __launch_bounds__(THREADS, 4)
     for (int h = 0; h < 2; h++) {
         const int row = warp * 16 + (lane >> 2) + 8 * h;
         fold.words[h] = words + row * PITCH;
-        fold.coarse[h] =
-            KIND == FINE && block.has(block.row0 + row) ? s.coarse[block.row0 + row] : 0;
+        fold.coarse[h] = KIND == FINE && block.has(block.row0 + row)
+                             ? s.coarse[block.place(block.row0 + row)]
+                             : 0;
     }
     for_each_tile<WARPS, SPLIT, PANELS>(block, r.unit, p.B, fit, shared, fold); // has barriers
     const int pitch = r.narrow ? HEX_BINS / 2 : HEX_BINS;
@@ -165,7 +195,7 @@ static __global__ void __launch_bounds__(THREADS, 4)
         const uint32_t word = words[row * PITCH + pair];
         if (word == 0 || !block.has(block.row0 + row))
             continue;
-        uint32_t *to = r.counts + (block.row0 + row) * pitch;
+        uint32_t *to = r.counts + block.place(block.row0 + row) * pitch;
         if (r.narrow)
             atomicAdd(to + pair, word);
         else {
@@ -181,7 +211,7 @@ static __global__ void __launch_bounds__(THREADS, 4)
     // All that a row needs is read for all rows at once: one after the other would wait for each.
     if (r.narrow) {
         constexpr int WORDS = HEX_BINS / 2;
-        uint32_t *from = r.counts + block.row0 * WORDS;
+        uint32_t *from = r.counts + block.place(block.row0) * WORDS;
 #pragma unroll 4
         for (int k = 4 * (int)threadIdx.x + skip * WORDS; k < rows * WORDS; k += 4 * THREADS) {
             const uint4 v = __ldcg((const uint4 *)(from + k));
@@ -198,7 +228,7 @@ static __global__ void __launch_bounds__(THREADS, 4)
     if (warp + WARPS * lane >= skip && warp + WARPS * lane < rows) {
         const int64_t i = block.row0 + warp + WARPS * lane;
         if (KIND == FINE)
-            coarse_of = s.coarse[i], rank_of = s.ranks[i];
+            coarse_of = s.coarse[block.place(i)], rank_of = s.ranks[block.place(i)];
         if (!s.choice.negatives) {
             extra[0] = bin_of((float)r.unit.positive[image_of(i, p.B)]);
             if (p.mode == HEX_NTXENT)
@@ -211,32 +241,39 @@ static __global__ void __launch_bounds__(THREADS, 4)
                                                     : -1;
     }
     double sum = 0;
+    int bin_of_lane = 0; // of the warp's row of that number
     for (int n = 0; warp + WARPS * n < rows; n++) {
         const int row = warp + WARPS * n, coarse = __shfl_sync(~0u, coarse_of, n);
         if (row < skip)
             continue;
         const int extra0 = __shfl_sync(~0u, extra[0], n), extra1 = __shfl_sync(~0u, extra[1], n);
-        const int64_t i = block.row0 + row;
+        const int64_t i = block.row0 + row, at = block.place(i);
         int64_t rank = __shfl_sync(~0u, rank_of, n);
-        uint32_t *counts = r.counts + i * pitch;
+        uint32_t *counts = r.counts + at * pitch;
         uint32_t mine[8]; // counts of the lane's bins
         for (int k = 0; k < 8; k++)
             mine[k] = r.narrow ? words[row * PITCH + 4 * lane + k / 2] >> 16 * (k & 1) & 0xffff
                                : __ldcg(counts + 8 * lane + k);
         const int bin = pick_bin(mine, extra0, extra1, &rank);
         if (KIND == FINE) {
+            if (lane == n)
+                bin_of_lane = 256 * coarse + bin;
             if (lane == 0)
                 sum += s.choice.rank < 0 ? (double)NAN : bin_middle(256 * coarse + bin);
         } else {
             if (lane == 0)
-                s.coarse[i] = bin, s.ranks[i] = rank;
+                s.coarse[at] = bin, s.ranks[at] = rank;
             for (int k = lane; k < pitch; k += 32)
                 counts[k] = 0;
         }
     }
     if (KIND == COARSE)
         return;
-    add_up(p, r, s, block, sum, flag);
+    const int row = warp + WARPS * lane;
+    if (!s.choice.each)
+        add_up(p, r, s, block, sum, flag);
+    else if (row >= skip && row < rows)
+        write_quantile(p, r, s, block, block.row0 + row, bin_of_lane);
 }
 
 static __global__ void settle_alone(hex_choice choice)
@@ -249,7 +286,7 @@ static __global__ void __launch_bounds__(THREADS, 3)
     bound_tiles(hex_problem_t p, hex_run r, hex_fit fit, float *low, float *high)
 {
     HEX_SHARED_MEMORY(shared);
-    const int64_t anchors = anchors_of(p);
+    const int64_t anchors = r.parts.rows;
     float *partial = (float *)r.partial;
     const int lane = (int)threadIdx.x & 31;
     hex_block block;
@@ -264,13 +301,13 @@ static __global__ void __launch_bounds__(THREADS, 3)
         }
         const int64_t i = block.row0 + (threadIdx.x >> 5) * 16 + (lane >> 2) + 8 * h;
         if ((lane & 3) == 0 && block.has(i)) {
-            float *to = partial + block.slice * 3 * anchors + i;
+            float *to = partial + block.slice * 3 * anchors + block.place(i);
             to[0] = fold.low[h], to[anchors] = fold.high[h], to[2 * anchors] = fold.finite[h];
         }
     }
     if (!last_to_arrive(r.tickets + block.ticket, block.part.slices, (unsigned *)shared))
         return;
-    const int64_t i = block.row0 + threadIdx.x;
+    const int64_t i = block.row0 + threadIdx.x, at = block.place(i);
     if (threadIdx.x >= ROWS || !block.has(i))
         return;
     const float positive = (float)r.unit.positive[image_of(i, p.B)];
@@ -280,12 +317,12 @@ static __global__ void __launch_bounds__(THREADS, 3)
         least = fminf(least, self), most = fmaxf(most, self);
     }
     for (int64_t slice = 0; slice < block.part.slices; slice++) {
-        const float *from = partial + slice * 3 * anchors + i;
+        const float *from = partial + slice * 3 * anchors + at;
         least = fminf(least, __ldcg(from)), most = fmaxf(most, __ldcg(from + anchors));
         finite += __ldcg(from + 2 * anchors);
     }
-    low[i] = finite == 0 ? fmaxf(fminf(least, 1.f), -1.f) : NAN;
-    high[i] = finite == 0 ? fmaxf(fminf(most, 1.f), -1.f) : NAN;
+    low[at] = finite == 0 ? fmaxf(fminf(least, 1.f), -1.f) : NAN;
+    high[at] = finite == 0 ? fmaxf(fminf(most, 1.f), -1.f) : NAN;
 }
 
 // Both kinds of kernel: `more` bytes of shared memory beside the panels.
@@ -309,9 +346,9 @@ const char *hex_threshold_of_nothing(const hex_run &r, const hex_choice &choice)
 const char *hex_tile_threshold(const hex_problem_t &p, const hex_run &r, const hex_choice &choice,
                                double *rows)
 {
-    const int64_t anchors = anchors_of(p), words = ROWS * PITCH * (int64_t)sizeof(uint32_t);
-    selection s = {choice, (int *)((int64_t *)r.partial + anchors), (int64_t *)r.partial, rows,
-                   NULL};
+    const int64_t anchors = r.parts.rows, words = ROWS * PITCH * (int64_t)sizeof(uint32_t);
+    selection s = {choice, (int *)((int64_t *)r.partial + anchors), (int64_t *)r.partial,
+                   rows,   r.tickets + 2 * r.parts.row_blocks + 2,  NULL};
     if (r.bracket.warps) {
         uint32_t *brackets = (uint32_t *)s.coarse;
         int *chosen = s.coarse + anchors;

@@ -545,8 +545,12 @@ struct hex_block {
         for (int i = 0; i < k; i++)
             ticket += parts.part[i].row_blocks;
     }
-    // Whether the block has to do with a row.
+    // Whether the block has to do with a row, and where that stands in memory by row.
     __device__ __forceinline__ bool has(int64_t i) const { return i >= part.row0 && i < part.row1; }
+    __device__ __forceinline__ int64_t place(int64_t i) const
+    {
+        return part.first_row + i - part.row0;
+    }
 };
 
 template <int WARPS, bool SPLIT, int PANELS, class Fold>
