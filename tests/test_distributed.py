@@ -23,7 +23,7 @@ CUTS = {
     3: ((29, 29, 29), (1, 47, 38)),
     4: ((23, 23, 23, 23), (19, 1, 40, 34)),
 }
-# The whole goes by tiles from 192 rows on.
+# Of some 400 rows, which go by tiles.
 LONG = {2: (101, 101), 3: (1, 130, 71)}
 LONG_CASES = ("ntxent", "cross", "query", "groups", "guide", "labels", "three views", "queue")
 
