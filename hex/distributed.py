@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .checks import check_process_group, check_rows, check_rows_are
 
@@ -91,11 +93,12 @@ class Meeting(NamedTuple):
         size, rank = dist.get_world_size(ranks.group), dist.get_rank(ranks.group)
         rows = None if rows is None else check_rows(rows)
         share = Share(ranks, (images,) * size if rows is None else rows, rank, None)
-        like, compiling = next(t for t in brought if t is not None), torch.compiler.is_compiling()
-        if not ranks.checks or like.is_meta or (not compiling and _is_captured(like)):
+        like = next(t for t in brought if t is not None)
+        traced = _is_traced(like)
+        if not ranks.checks or like.is_meta or (not traced and _is_captured(like)):
             if rows is not None:
                 check_rows_are(rows, images, size, rank)
-        elif compiling:
+        elif traced:
             facts = [images, _digest_of_rows(rows), 0, 0, 0]
             agreed = torch.ops.hex.agree(like.detach(), facts, rows, ranks.name)
             share = share._replace(agreed=agreed)
@@ -126,7 +129,7 @@ class Share(NamedTuple):
     """The images of each rank."""
     rank: int
     agreed: Tensor | None
-    """Of a compiled graph: what its gathers wait for, the check of what the ranks bring."""
+    """Of a graph: what its gathers wait for, the check of what the ranks bring."""
 
     # Methods, no properties: torch 2.10 compiles none of a NamedTuple.
 
@@ -155,7 +158,7 @@ class Share(NamedTuple):
         there = [t.detach() for t in tensors if t is not None]
         flat = [_bytes(t) for t in there]
         x = flat[0] if len(flat) == 1 else torch.cat(flat, 1)
-        if torch.compiler.is_compiling():
+        if _is_traced(x):
             gathered = torch.ops.hex.gather(x, self.agreed, self.rows, self.ranks.name)
         else:
             gathered = _gather(x, self.rows, self.ranks.group)
@@ -170,7 +173,8 @@ def _bytes(t: Tensor) -> Tensor:
 
 
 def _restore(part: Tensor, like: Tensor) -> Tensor:
-    return part.contiguous().view(like.dtype).reshape(part.shape[0], *like.shape[1:])
+    aligned = part.clone(memory_format=torch.contiguous_format)  # also of one row, or none
+    return aligned.view(like.dtype).reshape(part.shape[0], *like.shape[1:])
 
 
 def _gather(x: Tensor, rows: Sequence[int], group: Any) -> Tensor:
@@ -196,6 +200,9 @@ def _gather(x: Tensor, rows: Sequence[int], group: Any) -> Tensor:
 def _is_captured(z: Tensor) -> bool:
     """Whether this is the recording of a CUDA graph, in which the host has no part."""
     return z.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+_MOST_NAMED = 8  # ranks in an error
 
 
 def _digest(x: Any) -> int:
@@ -236,9 +243,10 @@ def agree(
             f"rows: got {tuple(rows)}, wanted the images of every rank, {tuple(images)}"
         )
     if rows is None and len(set(images)) > 1:
+        named = [0, _differ(images)] if len(images) > _MOST_NAMED else range(len(images))
         raise ValueError(
-            f"gather_distributed: got {_list(images)} rows on ranks {_list(range(len(images)))}, "
-            "wanted the same (drop_last=True), or rows="
+            f"gather_distributed: got {_list([images[k] for k in named])} rows on ranks "
+            f"{_list(named)}, wanted the same (drop_last=True), or rows="
         )
     for column, what, here in (
         (tensors, "tensors", f"their dtypes and shapes here are {own and own[0]}"),
@@ -252,9 +260,10 @@ def agree(
             )
 
 
-def _differ(digests: Sequence[int]) -> int:
-    """The first rank with another than rank 0, or 0 where there is none."""
-    return next((k for k, d in enumerate(digests) if d and digests[0] and d != digests[0]), 0)
+def _differ(column: Sequence[int]) -> int:
+    """The first rank with another number than rank 0, or 0 where there is none; of digests 0 is
+    like all others."""
+    return next((k for k, d in enumerate(column) if d and column[0] and d != column[0]), 0)
 
 
 def _list(values: Sequence[int]) -> str:
@@ -292,7 +301,14 @@ def _host_group(group: Any) -> Any:
     return _hosts[group]
 
 
-# ---- in a compiled graph each is one operator ---------------------------------------------------
+# ---- in a graph each is one operator ------------------------------------------------------------
+
+
+def _is_traced(z: Tensor) -> bool:
+    """Whether the call becomes a graph, or is for the shapes alone."""
+    if torch.compiler.is_compiling():
+        return True
+    return isinstance(z, FakeTensor) or get_proxy_mode() is not None
 
 
 @torch.library.custom_op("hex::agree", mutates_args=())

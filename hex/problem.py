@@ -223,7 +223,8 @@ def of_views(
         guide = None if guide is None else check_guide(guide, z0, negatives)
     share, own, gathered = None, (z0, z1), negatives is None
     if meeting is not None:
-        mark = None if gathered else z0  # of negatives a rank may have more than another
+        # Of negatives a rank may have more than another.
+        mark = None if negatives is None else z0.new_empty(0, dtype=negatives.dtype)
         deciders = groups[0] if groups else None, *(guide[:2] if guide else (None, None))
         share = meeting.share(z0.shape[0], z0, z1, mark, *deciders)
         if gathered:

@@ -203,8 +203,9 @@ class _Attach(ops.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        *own, tau = ctx.saved_tensors[:4]
-        *inputs, stats, dtau, kept = ctx.saved_tensors[4:]
+        saved = ctx.saved_tensors  # read once, for a checkpoint unpacks them once
+        *own, tau = saved[:4]
+        *inputs, stats, dtau, kept = saved[4:]
         rule, block, ranks, first = ctx.options
         go = grad.to(torch.float64)
         if rule[1] == ops.REDUCTIONS["mean"]:

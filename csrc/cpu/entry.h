@@ -39,7 +39,7 @@ static const char *threshold(const hex_problem_t *p, double quantile, bool over_
     real *rows = allocate(n, 1, sizeof(real));
     const char *error = rows ? row_quantiles(p, quantile, over_negatives, rows) : HEX_NO_MEMORY;
     if (!error)
-        *mean = mean_of(p, rows, n);
+        *mean = mean_of(rows, n);
     free(rows);
     return error;
 }

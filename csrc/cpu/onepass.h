@@ -102,7 +102,7 @@ static const char *select_threshold(batch_t *s, const hex_tracker_t *t, int64_t 
         error = HEX_NO_THREADS;
     error = end_selection(&q, error);
     if (!error)
-        *mean = mean_of(s->p, rows, s->rows);
+        *mean = mean_of(rows, s->rows);
     free(rows);
     return error;
 }

@@ -18,12 +18,12 @@ typedef struct {
     real *low, *high; /* of each row its quantile in low, or its bounds */
 } threshold_context_t;
 
-/* One thread, in order. Where positives are several a row may have no element, and holds +Inf. */
-static double mean_of(const hex_problem_t *p, const real *x, int64_t n)
+/* One thread, in order. A row without an element holds +Inf. */
+static double mean_of(const real *x, int64_t n)
 {
     double sum = 0, count = 0;
     for (int64_t i = 0; i < n; i++) {
-        const bool there = !p->several || x[i] != (real)INFINITY;
+        const bool there = x[i] != (real)INFINITY;
         sum += there ? (double)x[i] : 0;
         count += there;
     }
@@ -83,7 +83,7 @@ static void threshold_row(void *context, int64_t i, row_t *r, int64_t first, int
             t->high[at] = (real)NAN;
     } else if (finite != 0)
         t->low[at] = (real)NAN;
-    else if (n == 0 && t->p->several)
+    else if (n == 0)
         t->low[at] = (real)INFINITY;
     else
         t->low[at] = cosine(row_select(r->v, n, rank(t->quantile, n)));

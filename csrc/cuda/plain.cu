@@ -209,8 +209,10 @@ static __global__ void __launch_bounds__(THREADS, 1)
         }
         return;
     }
-    const double quantile =
-        finite == 0 && choice.of.rank >= 0 ? bin_middle(256 * coarse + bin) : (double)NAN;
+    const double none = choice.of.each ? (double)INFINITY : (double)NAN; // of a row that is empty
+    const double quantile = finite != 0           ? (double)NAN
+                            : choice.of.rank >= 0 ? bin_middle(256 * coarse + bin)
+                                                  : none;
     if (threadIdx.x == 0 && choice.of.each)
         ((real *)choice.of.each)[at] = (real)quantile;
     else if (threadIdx.x == 0)

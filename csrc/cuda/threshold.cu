@@ -118,13 +118,14 @@ static __device__ void look_at_columns(const hex_run &r, const selection &s, con
         atomicAdd(s.spoilt + block.ticket, 1u);
 }
 
-// By one thread: the quantile of row i, which is of this bin, to its place.
+// By one thread: the quantile of row i, which is of this bin, to its place; +Inf of an empty row.
 static __device__ void write_quantile(const hex_problem_t &p, const hex_run &r, const selection &s,
                                       const hex_block &block, int64_t i, int bin)
 {
     const bool finite = r.unit.positive[image_of(i, p.B)] * 0 == 0 && s.spoilt[block.ticket] == 0;
-    ((float *)s.choice.each)[block.place(i)] =
-        finite && s.choice.rank >= 0 ? (float)bin_middle(bin) : NAN;
+    ((float *)s.choice.each)[block.place(i)] = !finite              ? NAN
+                                               : s.choice.rank >= 0 ? (float)bin_middle(bin)
+                                                                    : INFINITY;
 }
 
 // The last of the threshold: the block's sum, by one block for each block of rows, and the mean.
