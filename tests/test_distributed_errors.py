@@ -118,6 +118,12 @@ COMPARED = {
         DIFFERENT + "tensors",
     ),
     "dtypes": (wrong_dtype, DIFFERENT + "tensors"),
+    "dtypes of queues": (
+        lambda rank, e: hex_loss()(
+            *first(e, 18)[:2], e.queue.float() if rank else e.queue.double()
+        ),
+        DIFFERENT + "tensors",
+    ),
     "a guide on one": (
         lambda rank, e: good(
             hex_loss(), first(e, 18), guide=first(e, 18).guide() if rank else None
