@@ -243,7 +243,8 @@ def agree(
             f"rows: got {tuple(rows)}, wanted the images of every rank, {tuple(images)}"
         )
     if rows is None and len(set(images)) > 1:
-        named = [0, _differ(images)] if len(images) > _MOST_NAMED else range(len(images))
+        other = next(k for k, n in enumerate(images) if n != images[0])
+        named = [0, other] if len(images) > _MOST_NAMED else range(len(images))
         raise ValueError(
             f"gather_distributed: got {_list([images[k] for k in named])} rows on ranks "
             f"{_list(named)}, wanted the same (drop_last=True), or rows="
@@ -260,10 +261,9 @@ def agree(
             )
 
 
-def _differ(column: Sequence[int]) -> int:
-    """The first rank with another number than rank 0, or 0 where there is none; of digests 0 is
-    like all others."""
-    return next((k for k, d in enumerate(column) if d and column[0] and d != column[0]), 0)
+def _differ(digests: Sequence[int]) -> int:
+    """The first rank with another digest than rank 0, or 0 where there is none."""
+    return next((k for k, d in enumerate(digests) if d and digests[0] and d != digests[0]), 0)
 
 
 def _list(values: Sequence[int]) -> str:
