@@ -156,15 +156,19 @@ class Share(NamedTuple):
         One collective, whatever the number of tensors: they travel side by side, as bytes.
         """
         there = [t.detach() for t in tensors if t is not None]
-        flat = [_bytes(t) for t in there]
-        x = flat[0] if len(flat) == 1 else torch.cat(flat, 1)
-        if _is_traced(x):
-            gathered = torch.ops.hex.gather(x, self.agreed, self.rows, self.ranks.name)
+        if _is_traced(there[0]):
+            gathered = torch.ops.hex.gather(there, self.agreed, self.rows, self.ranks.name)
         else:
-            gathered = _gather(x, self.rows, self.ranks.group)
-        columns = gathered.split_with_sizes([f.shape[1] for f in flat], 1)
-        parts = iter(zip(columns, there, strict=True))
-        return [None if t is None else _restore(*next(parts)) for t in tensors]
+            gathered = _gather_together(there, self.rows, self.ranks.group)
+        every = iter(gathered)
+        return [None if t is None else next(every) for t in tensors]
+
+
+def _gather_together(tensors: Sequence[Tensor], rows: Sequence[int], group: Any) -> list[Tensor]:
+    flat = [_bytes(t) for t in tensors]
+    x = _gather(flat[0] if len(flat) == 1 else torch.cat(flat, 1), rows, group)
+    parts = x.split_with_sizes([f.shape[1] for f in flat], 1)
+    return [_restore(part, t) for part, t in zip(parts, tensors, strict=True)]
 
 
 def _bytes(t: Tensor) -> Tensor:
@@ -323,11 +327,14 @@ def _(like: Tensor, facts: Sequence[int], rows: Sequence[int] | None, group: str
 
 
 @torch.library.custom_op("hex::gather", mutates_args=())
-def _gather_op(x: Tensor, agreed: Tensor | None, rows: Sequence[int], group: str) -> Tensor:
-    gathered = _gather(x, rows, _group(group))
-    return gathered.clone() if gathered is x else gathered
+def _gather_op(
+    tensors: Sequence[Tensor], agreed: Tensor | None, rows: Sequence[int], group: str
+) -> list[Tensor]:
+    return _gather_together(tensors, rows, _group(group))
 
 
 @_gather_op.register_fake
-def _(x: Tensor, agreed: Tensor | None, rows: Sequence[int], group: str) -> Tensor:
-    return x.new_empty((sum(rows), *x.shape[1:]))
+def _(
+    tensors: Sequence[Tensor], agreed: Tensor | None, rows: Sequence[int], group: str
+) -> list[Tensor]:
+    return [t.new_empty((sum(rows), *t.shape[1:])) for t in tensors]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Corners of `gather_distributed`: ranks with next to nothing, calls without data, and ranks whose
-group has no backend for tensors of the host."""
+"""Corners of `gather_distributed`: ranks with next to nothing, calls without data, graphs of
+torch.compile's own backend, and ranks whose group has no backend for tensors of the host."""
 
 from unittest import mock
 
@@ -92,6 +92,23 @@ def on_the_host(rank: int) -> tuple[list[str], int]:
     return said, new_group.call_count
 
 
+def compiled(rank: int) -> list[bool]:
+    """Whether the numbers of two steps compiled by torch's own backend are those of plain ones."""
+    steps = []
+    for own in (False, True):
+        loss = HEXLoss(threshold=over_negatives(), gather_distributed=True)
+        run = torch.compile(loss, fullgraph=True) if own else loss
+        for n in (6, 6):
+            z0, z1 = (rows(n, 4, seed + rank).requires_grad_() for seed in (5, 7))
+            value = run(z0, z1)
+            value.backward()
+            steps.append((value.detach(), z0.grad, z1.grad, loss.last.eps))
+    half = len(steps) // 2
+    plain, made = steps[:half], steps[half:]
+    return [torch.equal(a, b) for p, m in zip(plain, made, strict=True)
+            for a, b in zip(p, m, strict=True)]  # fmt: skip
+
+
 def everything(rank: int):
     torch.manual_seed(0)
     return {
@@ -99,6 +116,7 @@ def everything(rank: int):
         "empty queue": empty_queue(rank),
         "without data": without_data(rank),
         "on the host": on_the_host(rank),
+        "compiled": compiled(rank),
     }
 
 
@@ -136,6 +154,10 @@ def test_without_data_a_gathering_loss_has_its_shape_and_its_graph(seen):
             "hex.agree", "hex.gather", "hex.block_quantiles", "hex.gather", "hex.settle",
             "hex.block_forward", "hex.gather", "hex.total",
         ]  # fmt: skip
+
+
+def test_compiled_by_torchs_own_backend_it_has_the_same_bits(seen):
+    assert all(result["compiled"] == [True] * 8 for result in seen)
 
 
 def test_ranks_of_a_group_for_gpus_compare_on_the_host(seen):
