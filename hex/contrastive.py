@@ -22,6 +22,7 @@ from .checks import (
     Variant,
     check_flag,
     check_gathers,
+    check_rows,
     check_temperature,
     check_threshold,
 )
@@ -113,15 +114,15 @@ class ContrastiveLoss(nn.Module):
             rows, torch.fx.Proxy
         ):  # of symbolic_trace, which check_embeddings refuses
             check_gathers(self.gather_distributed, None, rows)
+            rows = None if rows is None else check_rows(rows)
         if not self.gather_distributed or not self._ranks.are_several():
             return None
         options: tuple[Any, ...] = ()
         tracker = self.threshold
         if not torch.compiler.is_compiling():
-            of_loss = {name: getattr(self, name) for name in self.shown}
-            if isinstance(self.temperature, Tensor):
-                of_loss.pop("temperature", None)
-            options = type(self).__name__, of_loss, tracker and (tracker.rule, tracker.options)
+            of_loss = {name: getattr(self, name) for name in self.shown if name != "temperature"}
+            of_tracker = tracker and (tracker.rule, tracker.options)
+            options = type(self).__name__, of_loss | {"training": self.training}, of_tracker
         return Meeting(self._ranks, rows, options, None if tracker is None else tracker.state)
 
     def loss_of(self, batch: Problem) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from .checks import check_process_group, check_rows, check_rows_are
+from .checks import check_process_group, check_rows_are
 
 __all__ = ["Meeting", "Ranks", "Share", "agree"]
 
@@ -71,11 +71,12 @@ class Meeting(NamedTuple):
     state: Tensor | None
     """That of the threshold, too."""
 
-    def share(self, images: int, *brought: Tensor | None) -> "Share":
+    def share(self, images: int, tau: Tensor, *brought: Tensor | None) -> "Share":
         """The place of this rank's batch among those of all.
 
         Args:
             images: of this rank.
+            tau: the temperature, which the ranks compare where that needs no waiting.
             brought: the batch's tensors, or None, of which the ranks compare dtype and shape but
                 the number of rows.
 
@@ -91,8 +92,7 @@ class Meeting(NamedTuple):
             )
         ranks, rows = self.ranks, self.rows
         size, rank = dist.get_world_size(ranks.group), dist.get_rank(ranks.group)
-        rows = None if rows is None else check_rows(rows)
-        share = Share(ranks, (images,) * size if rows is None else rows, rank, None)
+        share = Share(ranks, (images,) * size if rows is None else tuple(rows), rank, None)
         like = next(t for t in brought if t is not None)
         traced = _is_traced(like)
         if not ranks.checks or like.is_meta or (not traced and _is_captured(like)):
@@ -104,15 +104,21 @@ class Meeting(NamedTuple):
             share = share._replace(agreed=agreed)
         else:
             tensors = [None if t is None else (t.dtype, *t.shape[1:]) for t in brought]
-            digests = [_digest_of_rows(rows), _digest(tensors), _digest(self.loss)]
+            # Of a call that learns on one rank alone the thresholds would part.
+            learns = torch.is_grad_enabled() and any(
+                t is not None and t.requires_grad for t in brought
+            )
+            known = tau.item() if tau.is_cpu and type(tau) in _PLAIN else None
+            options = (*self.loss, {"temperature": known, "needs a gradient": learns})
+            digests = [_digest_of_rows(rows), _digest(tensors), _digest(options)]
             facts = [images, *digests, self._digest_of_state()]
-            agree(like.device, facts, rows, ranks.group, (tensors, self.loss))
+            agree(like.device, facts, rows, ranks.group, (tensors, options))
         return share
 
     def _digest_of_state(self) -> int:
         """0 where it cannot be read, or not without waiting for the device."""
         state = self.state
-        if state is None or type(state) is not Tensor or state.is_meta:
+        if state is None or type(state) not in _PLAIN or state.is_meta:
             return 0
         if state.is_cuda:
             if self.ranks.met:
@@ -207,6 +213,7 @@ def _is_captured(z: Tensor) -> bool:
 
 
 _MOST_NAMED = 8  # ranks in an error
+_PLAIN = (Tensor, torch.nn.Parameter)  # which have a number to read
 
 
 def _digest(x: Any) -> int:

@@ -226,7 +226,7 @@ def of_views(
         # Of negatives a rank may have more than another.
         mark = None if negatives is None else z0.new_empty(0, dtype=negatives.dtype)
         deciders = groups[0] if groups else None, *(guide[:2] if guide else (None, None))
-        share = meeting.share(z0.shape[0], z0, z1, mark, *deciders)
+        share = meeting.share(z0.shape[0], tau, z0, z1, mark, *deciders)
         if gathered:
             z0, z1, labels, *guides = share.gather(z0, z1, *deciders)
             groups = None if groups is None else (labels, None)
@@ -291,7 +291,7 @@ def of_features(
     views = features.shape[1] if features.dim() > 2 else 1
     share, own, in_rows = None, features, _view_major
     if meeting is not None:
-        share, in_rows = meeting.share(images, features, labels, groups, guide), _image_major
+        share, in_rows = meeting.share(images, tau, features, labels, groups, guide), _image_major
         features, labels, groups, guide = share.gather(features, labels, groups, guide)
 
     ids = torch.arange(features.shape[0], device=device) if labels is None else labels
@@ -335,7 +335,7 @@ def of_logits(
     _, *none = _nothing(logits)
     part = None
     if meeting is not None:
-        share = meeting.share(rows, logits[:, :0])
+        share = meeting.share(rows, tau, logits[:, :0])
         part = Part(share, (logits, z1, negatives), gathered=False)
         logits, rows = logits.detach(), share.total()
     return Problem(

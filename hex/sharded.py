@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops
 from .distributed import Share
@@ -122,7 +123,9 @@ def _forward(
 
 
 def _learns(p: Problem) -> bool:
-    """Whether a backward may come."""
+    """Whether a backward may come; or a forward-mode derivative, which is then refused."""
+    if forward_ad._current_level >= 0:
+        return True
     return torch.is_grad_enabled() and any(t.requires_grad for t in p.learner())
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from gathered import CALLS, CASES, TAU, Batch, Encoded, adaptive, leaves, statistics
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -146,6 +147,19 @@ COMPARED = {
         ),
         DIFFERENT + "options",
     ),
+    "temperatures": (
+        lambda rank, e: good(hex_loss(), first(e, 18), temperature=torch.tensor(0.1 + 0.1 * rank)),
+        DIFFERENT + "options",
+    ),
+    "training": (
+        lambda rank, e: good(hex_loss().train(bool(rank)), first(e, 18)), DIFFERENT + "options"
+    ),
+    "gradients": (
+        lambda rank, e: hex_loss()(
+            *(z.detach().requires_grad_(bool(rank)) for z in first(e, 18)[:2])
+        ),
+        DIFFERENT + "options",
+    ),
     "states": (of_state, DIFFERENT + "states"),
     "rows of the ranks": (
         lambda rank, e: good(hex_loss(), e, rows=(22, 18 + (not rank))), ROWS + "different"
@@ -164,6 +178,12 @@ def twice(rank: int, e: Encoded) -> Tensor:
     e = first(e, 18)
     (dz,) = torch.autograd.grad(good(hex_loss(), e), e.z0, create_graph=True)
     return torch.autograd.grad(dz.square().sum(), e.z0)[0]
+
+
+def forward_mode(rank: int, e: Encoded) -> Tensor:
+    z0 = first(e, 18).z0.detach()
+    with forward_ad.dual_level():
+        return hex_loss()(forward_ad.make_dual(z0, torch.ones_like(z0)), z0)
 
 
 def under_func(transform: Callable[..., Any], of: Callable[[Encoded], Tensor]):
@@ -205,6 +225,9 @@ OWN = {
         "NotImplementedError: gather_distributed: ",
     ),
     "a second derivative": (twice, "RuntimeError: "),
+    "a forward-mode derivative": (
+        forward_mode, "NotImplementedError: hex-ssl: a loss has no forward-mode derivative"
+    ),
 }  # fmt: skip
 
 

@@ -19,8 +19,8 @@ static int64_t block_rows(int64_t rows, int64_t columns, int64_t met, int64_t wi
     const bool far = met > (8 << 20) / item / (width + 1);
     const int64_t fit = (far ? 16 << 20 : 1 << 20) / item / (columns + 1) / MR * MR;
     int64_t block = rows < 16 * BLOCK ? 2 * MR : BLOCK;
-    if (far && rows / 8 > block)
-        block = rows / 8 < 4 * BLOCK ? rows / 8 / MR * MR : 4 * BLOCK;
+    if (far && rows / 16 > block)
+        block = rows / 16 < 4 * BLOCK ? rows / 16 / MR * MR : 4 * BLOCK;
     return fit < MR ? MR : fit < block ? fit : block;
 }
 
