@@ -11,6 +11,7 @@ gathered when, and what is computed of it, is in sharded.py.
 
 import copy
 import math
+import struct
 import weakref
 import zlib
 from collections.abc import Sequence
@@ -99,7 +100,7 @@ class Meeting(NamedTuple):
             if rows is not None:
                 check_rows_are(rows, images, size, rank)
         elif traced:
-            facts = [images, _digest_of_rows(rows), 0, 0, 0]
+            facts = [images, _digest_of_rows(rows), 0, 0, 0, 0]
             agreed = torch.ops.hex.agree(like.detach(), facts, rows, ranks.name)
             share = share._replace(agreed=agreed)
         else:
@@ -108,10 +109,9 @@ class Meeting(NamedTuple):
             learns = torch.is_grad_enabled() and any(
                 t is not None and t.requires_grad for t in brought
             )
-            known = tau.item() if tau.is_cpu and type(tau) in _PLAIN else None
-            options = (*self.loss, {"temperature": known, "needs a gradient": learns})
+            options = (*self.loss, {"needs a gradient": learns})
             digests = [_digest_of_rows(rows), _digest(tensors), _digest(options)]
-            facts = [images, *digests, self._digest_of_state()]
+            facts = [images, *digests, self._digest_of_state(), _bits_of(tau)]
             agree(like.device, facts, rows, ranks.group, (tensors, options))
         return share
 
@@ -231,9 +231,10 @@ def _digest_of_rows(rows: Sequence[int] | None) -> int:
 def agree(
     device: torch.device, facts: Sequence[int], rows: Sequence[int] | None, group: Any, own: Any
 ) -> None:
-    """Compares what the ranks bring: the images of each, and digests, of which 0 is not known.
+    """Compares what the ranks bring: the images of each; digests, of which 0 is not known; and the
+    bits of the temperature, which may differ by rounding.
 
-    Five integers a rank; on a GPU they go by the host, which no stream waits for.
+    Six integers a rank; on a GPU they go by the host, which no stream waits for.
 
     Args:
         own: what the digests of tensors and options are of, or None without digests.
@@ -243,7 +244,7 @@ def agree(
     every = _gather(mine[None], (1,) * dist.get_world_size(group), group)
     if rows is None and torch.equal(every, mine.expand_as(every)):
         return
-    images, said, tensors, options, state = every.T.tolist()
+    images, said, tensors, options, state, tau = every.T.tolist()
     if other := _differ(said):
         raise ValueError(
             f"rows: got different ones on ranks 0 and {other}, or none on one, wanted the same on "
@@ -270,6 +271,24 @@ def agree(
                 f"gather_distributed: got different {what} on ranks 0 and {other}, wanted the same "
                 f"on all ranks; {here}"
             )
+
+    temperatures = [_number_of(bits) for bits in tau if bits]
+    low, high = min(temperatures, default=1.0), max(temperatures, default=1.0)
+    if high - low > 1e-3 * abs(high):
+        raise ValueError(f"temperature: got {low:g} to {high:g} on the ranks, wanted the same")
+
+
+def _bits_of(tau: Tensor) -> int:
+    """0 where it cannot be read without waiting for the device, or is not finite."""
+    if not tau.is_cpu or type(tau) not in _PLAIN or not math.isfinite(tau.item()):
+        return 0
+    bits: int = struct.unpack("<q", struct.pack("<d", tau.item()))[0]
+    return bits
+
+
+def _number_of(bits: int) -> float:
+    number: float = struct.unpack("<d", struct.pack("<q", bits))[0]
+    return number
 
 
 def _differ(digests: Sequence[int]) -> int:

@@ -87,7 +87,7 @@ def on_the_host(rank: int) -> tuple[list[str], int]:
         said = []
         for of in (None, group):
             for images in (3, 3, 3 + rank):
-                facts = [images, 1, 2, 3, 4]
+                facts = [images, 1, 2, 3, 4, 5]
                 said.append(str(ranks.outcome(distributed.agree, gpu, facts, None, of, None)))
     return said, new_group.call_count
 
