@@ -180,7 +180,8 @@ def _kept_of_block(
     elif mode == MODES["unpaired"]:
         columns = negatives.shape[0] + (columns if several else 0)
     item = compute_dtype(z0, z1, negatives, mode).itemsize
-    numbers = _anchors(z0, z1, mode, *block) * columns
+    stride = (columns + 31) // 32 * 32 + 64 // item
+    numbers = (_anchors(z0, z1, mode, *block) + 12) * stride
     room: int = torch.sym_min(numbers, _MOST_KEPT_OF_BLOCK // item)  # type: ignore[no-untyped-call]
     return room
 

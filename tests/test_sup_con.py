@@ -465,7 +465,8 @@ def test_a_guide_takes_no_gradient_and_hexloss_agrees_with_two_views():
     value.backward()
     assert guide.grad is None
     other = HEXLoss(threshold=0.2)(x[:, 0], x[:, 1], guide=(guide[:, 0], guide[:, 1]))
-    assert torch.equal(value, other)
+    # the one takes the positive's cosine from the product, the other from a sum of its own
+    torch.testing.assert_close(value, other, rtol=1e-14, atol=0)
 
 
 class Named(torch.Tensor):

@@ -53,11 +53,17 @@ PLANTED = {
     "row by row, the cosines are made twice":
         ("visit.h", r"(?=cosines\(c->some \?)", TWICE),
     "row by row, a row's quantile is selected twice":
-        ("quantile_rows.h", r"(?=t->low\[at\] = cosine\(row_select\()", TWICE),
+        ("quantile_rows.h", r"(?=t->low\[at\] = cosine\(select_near\()", TWICE),
     "row by row, the gradient gathers twice":
         ("blocks.h", r"(?=accumulate\(unit, slice\.begin)", TWICE),
     "row by row, entries are made twice":
         ("blocks.h", r"(?=row_entries\(r\.v, r\.s, columns)", TWICE),
+    "a block's cosines are made again for its gradient":
+        ("blocks.h", r"return (?=c->p->block && c->p->kept)", "return false && "),
+    "a block's rows have a list each of a limit of their own":
+        ("select.h", r"(?=if \(near->limit != near->limit\))", "near->limit = (real)NAN; "),
+    "of a block, an exponential for the row and one for the column":
+        ("blocks.h", r"c->one_shift = one_shift", "c->one_shift = false"),
     "an anchor's own negatives are multiplied twice":
         ("visit.h", r"(?=own->c\[j\] = \(real\)dot_product\()", TWICE),
     "row by row, the guide's cosines are made twice":
@@ -79,6 +85,7 @@ def is_found(core) -> bool:
             (test_work.test_a_loss_that_finds_its_threshold, mode, sizes, "gauss", 0, 0),
             (test_work.test_a_loss_that_finds_its_threshold, mode, sizes, "tight", 0, 1),
         ]
+    attempts += [(test_work.test_a_block_takes_its_share_of_the_work, "ntxent")]
     for mode, guided in itertools.product(("ntxent", "query"), (False, True)):
         attempts.append((test_work.test_a_labelled_loss, mode, guided, 0))
     try:

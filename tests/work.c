@@ -51,13 +51,13 @@ bool hex_parallel_for(int64_t n, int64_t work, hex_body_t body, void *context)
 
 /* ---- problems, as test_work.py writes them ---- */
 
-/* What is wanted of the forward: the loss at the eps given, or at the batch's; or that alone, or
- * the rows' bounds alone, and then no backward. */
-enum { GIVEN, ADAPTIVE, THRESHOLD, ROW_RANGE };
+/* What is wanted of the forward: the loss at the eps given, or at the batch's, or of a block with its
+ * quantiles; or that alone, or the rows' bounds alone, and then no backward. */
+enum { GIVEN, ADAPTIVE, BLOCK, THRESHOLD, ROW_RANGE };
 
 typedef struct {
     int64_t what, mode, several, positives, dtype, over_negatives, B, M, K, D, guide_D, threads,
-        keep, dz[3];
+        keep, first, images, dz[3]; /* images: of BLOCK, from the first on */
     double eps, tau, beta, tau_plus, quantile;
     const void *z[3], *guide[2];
     const int64_t *ids[2], *groups[2]; /* of the anchors, and of z1's rows */
@@ -122,6 +122,16 @@ static hex_problem_t problem(const request *r)
     return p;
 }
 
+/* The quantiles of a block's anchors, and their loss at the eps given. */
+static const char *block_forward(const hex_cpu_entry_t *level, const request *r, hex_problem_t *p,
+                                 double *rows, void *stats)
+{
+    p->reduction = HEX_NONE;
+    const char *error = level->row_quantiles(p, r->quantile, r->over_negatives, rows);
+    p->filled = true;
+    return error ? error : level->forward(p, rows, stats);
+}
+
 /* Fills counts[0] of the forward and counts[1] of the backward. Returns NULL, or an error. */
 PUBLIC const char *count(const request *r, int64_t counts[2][WORK_KINDS])
 {
@@ -138,23 +148,32 @@ PUBLIC const char *count(const request *r, int64_t counts[2][WORK_KINDS])
         g.dz[k] = r->dz[k] && r->z[k] ? dz[k] : NULL;
     }
     threads = r->threads;
+    double value, *bounds = allocate(2, anchors, sizeof(double));
+    void *of_block = allocate(hex_stats(&p), anchors, (size_t)size);
+    const char *error = NULL;
+    if (r->what == BLOCK) { /* the backward wants the statistics of all */
+        error = level->forward(&p, &value, stats);
+        p.block = true, p.first = r->first, p.count = r->images;
+    }
     bool used = false;
     const int64_t room = r->keep ? level->kept(&p, &used) : 0;
     p.kept = used ? allocate(room, 1, (size_t)size) : NULL;
-    double value, *bounds = allocate(2, anchors, sizeof(double));
     take(counts[0]);
-    const char *error = r->what == ADAPTIVE ? level->adaptive(&p, &t, &value, stats)
-                        : r->what == THRESHOLD
-                            ? level->threshold(&p, r->quantile, r->over_negatives, &value)
-                        : r->what == ROW_RANGE ? level->row_range(&p, bounds, bounds + anchors)
-                                               : level->forward(&p, &value, stats);
+    if (!error)
+        error = r->what == ADAPTIVE ? level->adaptive(&p, &t, &value, stats)
+                : r->what == BLOCK  ? block_forward(level, r, &p, bounds, of_block)
+                : r->what == THRESHOLD
+                    ? level->threshold(&p, r->quantile, r->over_negatives, &value)
+                : r->what == ROW_RANGE ? level->row_range(&p, bounds, bounds + anchors)
+                                       : level->forward(&p, &value, stats);
     take(counts[0]);
-    if (!error && r->what <= ADAPTIVE)
+    if (!error && r->what <= BLOCK)
         error = level->backward(&p, &g);
     take(counts[1]);
     for (int k = 0; k < 3; k++)
         free(dz[k]);
     free(stats);
+    free(of_block);
     free(p.kept);
     free(bounds);
     return error;

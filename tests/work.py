@@ -21,7 +21,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
 COUNTS = "products dots rows exponentials compared selected listed again".split()
-GIVEN, ADAPTIVE, THRESHOLD, ROW_RANGE = range(4)
+GIVEN, ADAPTIVE, BLOCK, THRESHOLD, ROW_RANGE = range(5)
 F32, F64, _, BF16 = range(4)
 
 integer, real, pointer = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
@@ -35,6 +35,7 @@ def structure(name: str, *fields: tuple[str, Any]) -> Any:
 Request = structure(
     "Request",
     ("what mode several positives dtype over_negatives B M K D guide_D threads keep", integer),
+    ("first images", integer),
     ("dz", integer * 3), ("eps tau beta tau_plus quantile", real),
     ("z", pointer * 3), ("guide ids groups", pointer * 2),
 )  # fmt: skip

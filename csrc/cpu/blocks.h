@@ -33,8 +33,10 @@ static void write_stats(const hex_problem_t *p, const double *of, int64_t i, int
         stats[k * rows + i] = (real)of[k];
 }
 
-static void forward_row(void *context, int64_t i, row_t *r, int64_t first, int64_t second)
+static void forward_row(void *context, int64_t i, row_t *r, int64_t first, int64_t second,
+                        near_t *near)
 {
+    (void)near;
     const forward_context_t *f = context;
     double stats[HEX_STATS_SEVERAL];
     if (!r->kind)
@@ -105,13 +107,13 @@ static void finish_row(const backward_context_t *c, int64_t o, real *du)
           dot_product(du, u, p->D), unit->inverse[o]);
 }
 
-/* A block's cosines, if they were kept and the owners are anchors. */
-static const real *kept_rows(const backward_context_t *c)
+/* Whether the owners are anchors whose cosines were kept. */
+static bool at_hand(const backward_context_t *c)
 {
-    const hex_problem_t *p = c->p;
-    return p->block && c->owners.begin < hex_anchors(p) ? p->kept : NULL;
+    return c->p->block && c->p->kept && c->owners.begin < hex_anchors(c->p);
 }
 
+/* Register tiles of owners [begin, end). */
 static void backward_body(int64_t begin, int64_t end, void *context)
 {
     backward_context_t *c = context;
@@ -119,25 +121,30 @@ static void backward_body(int64_t begin, int64_t end, void *context)
     const unit_t *unit = &c->in->unit;
     const int64_t width = unit->width, n = c->met.end - c->met.begin, anchors = hex_anchors(p);
     const bool column_terms = c->met.begin < anchors, row_terms = c->owners.begin < anchors;
-    const real *kept = kept_rows(c);
+    const bool kept = at_hand(c);
     table_t t = {0};
     real *du = allocate(c->block, width, sizeof(real));
-    const bool ready = make_table(p, c->block, COLUMNS, &t) && du;
-    for (int64_t block = begin; ready && block < end; block++) {
-        const int64_t from = c->owners.begin + block * c->block;
-        const int64_t rows = c->owners.end - from < c->block ? c->owners.end - from : c->block;
+    const bool ready = make_table(p, c->block, c->block, COLUMNS, &t) && du;
+    const int64_t first_row = c->owners.begin + begin * MR, after = c->owners.begin + end * MR;
+    const int64_t last = after < c->owners.end ? after : c->owners.end;
+    for (int64_t from = first_row; ready && from < last; from += c->block) {
+        const int64_t rows = last - from < c->block ? last - from : c->block;
         memset(du, 0, (size_t)(c->block * width) * sizeof(real));
         for (int64_t at = 0; at < n; at += COLUMNS) {
             const int64_t columns = n - at < COLUMNS ? n - at : COLUMNS;
             const range_t slice = {c->met.begin + at, c->met.begin + at + columns};
-            if (kept)
-                copy_rows(kept + hex_block_place(p, from) * n + at, n, rows, columns, t.c, COLUMNS);
+            if (kept) /* rows that fill the last register tile: of any numbers, but of fast ones */
+                memset(t.c + rows * COLUMNS, 0,
+                       (size_t)((round_up(rows, MR) - rows) * COLUMNS) * sizeof(real));
             else
                 cosines(unit, from, rows, c->panels, at, columns, t.c, COLUMNS);
             if (c->guide)
                 cosines(&c->in->guide, from, rows, c->guide, at, columns, t.guide, COLUMNS);
             for (int64_t o = from; o < from + rows; o++) {
-                const row_t r = table_row(p, c->in, &t, o - from, o, slice, row_terms);
+                real *v = t.c + (o - from) * COLUMNS;
+                if (kept)
+                    memcpy(v, kept_row(p, o, n) + at, (size_t)columns * sizeof(real));
+                const row_t r = table_row(p, c->in, &t, o - from, o, slice, row_terms, v);
                 terms_t of = {row_terms ? o : -1, column_terms ? slice.begin : -1, r.kind, r.kind};
                 if (p->mask.data && row_terms && column_terms) { /* it need not be symmetric */
                     fill_kinds(p, c->in, o, slice, false, t.column_kind);
@@ -227,7 +234,7 @@ static void scale_stats(const hex_problem_t *p, const hex_gradient_t *g, real *o
     const int64_t rows = hex_anchors(p);
     const real *stats = g->stats;
     double dtau = 0;
-    bool local = false;
+    bool local = false, one_shift = true;
     for (int64_t i = 0; i < rows; i++) {
         double go = read_vector(g->grad, i);
         if (p->reduction == HEX_MEAN)
@@ -239,6 +246,7 @@ static void scale_stats(const hex_problem_t *p, const hex_gradient_t *g, real *o
             out[k * rows + i] = (real)(itself ? s : go * s);
         }
         local |= stats[HEX_STAT_HARD_E * rows + i] != 0;
+        one_shift &= stats[HEX_STAT_SHIFT * rows + i] == 1;
         dtau += go * (double)stats[HEX_STAT_DTAU * rows + i];
     }
     if (g->dtau)
@@ -246,6 +254,7 @@ static void scale_stats(const hex_problem_t *p, const hex_gradient_t *g, real *o
     for (int k = 0; k < HEX_STATS_SEVERAL; k++) /* of one positive the last are not looked at */
         c->k[k] = out + (k < hex_stats(p) ? k : HEX_STAT_EPS) * rows;
     c->scale = (real)(M_LOG2E / (p->mode == HEX_LOGITS ? 1 : read_vector(p->tau, 0)));
+    c->one_shift = one_shift;
     c->beta = local ? p->beta : 0; /* InfoNCE has one path, whatever beta would have been */
 }
 
@@ -263,20 +272,19 @@ static const char *backward_rows(backward_context_t *c, panels_t *panels)
             continue;
         c->owners = block_of(p, own ? 0 : c->input);
         c->met = met_by(p, c->input);
-        c->block = own || p->mode == HEX_LOGITS
-                       ? 1
-                       : block_rows(c->owners.end - c->owners.begin, COLUMNS,
-                                    c->met.end - c->met.begin, c->in->unit.width);
-        if (p->mode != HEX_LOGITS && !kept_rows(c)) /* else no cosine is computed again */
+        c->block = block_rows(COLUMNS, c->met.end - c->met.begin, c->in->unit.width);
+        if (p->mode != HEX_LOGITS && !at_hand(c)) /* else no cosine is computed again */
             error = make_panels(&c->in->unit, c->met.begin, c->met.end, panels);
         if (!error && blocks && p->G > 0) {
             error = make_panels(&c->in->guide, c->met.begin, c->met.end, &guide);
             c->guide = &guide;
         }
-        const int64_t count = (c->owners.end - c->owners.begin + c->block - 1) / c->block;
+        const int64_t share =
+            own || p->mode == HEX_LOGITS ? 1 : MR; /* rows that go to one thread */
+        const int64_t count = (c->owners.end - c->owners.begin + share - 1) / share;
         const int64_t columns = own ? p->K : c->met.end - c->met.begin + 1; /* + 1: the partner */
         const int64_t width = c->in->unit.width + (p->G > 0 ? c->in->guide.width : 0) + 32;
-        const int64_t work = p->mode == HEX_LOGITS ? 64 * p->D : 4 * c->block * columns * width;
+        const int64_t work = p->mode == HEX_LOGITS ? 64 * p->D : 4 * share * columns * width;
         if (!error && !hex_parallel_for(count, work,
                                         own                     ? paired_backward_body
                                         : p->mode == HEX_LOGITS ? logits_backward_body

@@ -184,8 +184,10 @@ static void split_body(int64_t begin, int64_t end, void *context)
 }
 
 /* A row function, of rows without classes. */
-static void split_row(void *context, int64_t i, row_t *r, int64_t first, int64_t second)
+static void split_row(void *context, int64_t i, row_t *r, int64_t first, int64_t second,
+                      near_t *near)
 {
+    (void)near;
     const splitting_t *f = context;
     r->n = drop(r->v, r->n, first, second);
     write_row(f, i,

@@ -67,9 +67,18 @@ static void panel_body(int64_t begin, int64_t end, void *context)
                       (uint32_t *)c->panels->data + q * NR * width / 2);
             continue;
         }
-        for (int64_t k = 0; k < width; k++)
-            for (int64_t j = 0; j < NR; j++)
-                out[k * NR + j] = j < present ? u[j * stride + k] : 0;
+        for (int64_t k = 0; k < width; k += LANES)
+            for (int64_t side = 0; side < NR; side += LANES) {
+                vec_t square[LANES] = {{0}};
+#pragma GCC unroll 16
+                for (int64_t j = 0; j < LANES; j++)
+                    if (side + j < present)
+                        square[j] = *(const vec_t *)(u + (side + j) * stride + k);
+                transpose(square);
+#pragma GCC unroll 16
+                for (int64_t j = 0; j < LANES; j++)
+                    *(vec_t *)(out + (k + j) * NR + side) = square[j];
+            }
     }
 }
 

@@ -26,9 +26,6 @@
 #define SIGMA_CAPACITY 11.0
 #define SIGMA_EPS 1.5
 
-/* Lists longer than this share of a row are no gain over a pass of its own. */
-#define LONGEST_LIST 0.25
-
 /* Where one row in so many has its limit many times, that is counted for all. */
 #define FEW_TIES 16
 
@@ -125,18 +122,6 @@ typedef struct {
     real *low, *guess;                   /* the lowest limit, the low estimate of the quantile */
     atomic_bool no_memory;
 } bound_t;
-
-/* The rank'th from above of c[0..n) and of infinitely many `rest` below them. Writes up to LANES of
- * those behind c, for whole vectors. */
-static real select_above(real *c, int64_t n, int64_t rank, real rest)
-{
-    const int64_t whole = round_up(n, LANES);
-    if (rank > n)
-        return rest;
-    for (int64_t k = n; k < whole; k++)
-        c[k] = rest;
-    return row_select(c, whole, whole - rank);
-}
 
 static void bound_body(int64_t begin, int64_t end, void *context)
 {
@@ -335,32 +320,6 @@ typedef struct {
     const panels_t *panels;
     int64_t capacity;
 } listing_t;
-
-/* What of c[0..n), whole vectors, is above a row's limit goes to its list, as far as there is room.
- * Returns how many were, and adds what equals the limit, and everything. */
-static int64_t list_above(const real *c, int64_t n, real limit, real *list, int64_t length,
-                          int64_t capacity, int64_t *ties, real *all)
-{
-    COUNT(WORK_COMPARED, n);
-    const vec_t one = 1 - (vec_t){0};
-    vec_t sum = {0}, equal = {0};
-    for (int64_t from = 0; from < n; from += 64) {
-        const int64_t to = n - from < 64 ? n : from + 64;
-        uint64_t above = 0;
-        for (int64_t j = from; j < to; j += LANES) {
-            const vec_t x = *(const vec_t *)(c + j);
-            sum += x;
-            equal += where(x == limit, one);
-            above |= (uint64_t)bits(x > limit) << (j - from);
-        }
-        for (; above; above &= above - 1, length++)
-            if (length < capacity)
-                list[length] = c[from + __builtin_ctzll(above)];
-    }
-    *ties += (int64_t)vec_sum(equal);
-    *all += vec_sum(sum);
-    return length;
-}
 
 static void listing_body(int64_t begin, int64_t end, void *context)
 {

@@ -67,7 +67,8 @@ static int64_t keep_elements(const threshold_context_t *t, int64_t i, row_t *r, 
     return at == r->n ? r->n + 1 : r->n;
 }
 
-static void threshold_row(void *context, int64_t i, row_t *r, int64_t first, int64_t second)
+static void threshold_row(void *context, int64_t i, row_t *r, int64_t first, int64_t second,
+                          near_t *near)
 {
     const threshold_context_t *t = context;
     const int64_t at = hex_block_place(t->p, i);
@@ -86,7 +87,7 @@ static void threshold_row(void *context, int64_t i, row_t *r, int64_t first, int
     else if (n == 0)
         t->low[at] = (real)INFINITY;
     else
-        t->low[at] = cosine(row_select(r->v, n, rank(t->quantile, n)));
+        t->low[at] = cosine(select_near(r->v, n, rank(t->quantile, n), near));
 }
 
 static const char *quantiles_by_rows(const hex_problem_t *p, double quantile, bool over_negatives,

@@ -79,6 +79,7 @@ static int64_t stride_of(int64_t width)
 /* ---- vectors ---- */
 
 typedef real vec_t __attribute__((vector_size(VEC_BYTES), aligned(sizeof(real)), may_alias));
+typedef word words_t __attribute__((vector_size(VEC_BYTES)));
 typedef __typeof__((vec_t){0} < (vec_t){0}) mask_t;
 
 INLINE vec_t where(mask_t m, vec_t x) { return (vec_t)((mask_t)x & m); }
@@ -98,14 +99,6 @@ INLINE vec_t read_vec(const real *x, int64_t n, real rest)
     return v;
 }
 
-static real vec_sum(vec_t v)
-{
-    real sum = 0;
-    for (int l = 0; l < LANES; l++)
-        sum += v[l];
-    return sum;
-}
-
 /* The largest and the least lane that is no NaN. */
 static real vec_largest(vec_t v)
 {
@@ -123,6 +116,65 @@ static real vec_least(vec_t v)
     return least;
 }
 
+/* The first n lanes, or all. */
+INLINE mask_t lanes_below(int64_t n)
+{
+    vec_t place;
+    for (int l = 0; l < LANES; l++)
+        place[l] = (real)l;
+    return n >= LANES ? place == place : place < (real)n;
+}
+
+/* Those of a, or of b as a second half, that the places name. */
+INLINE vec_t shuffle(vec_t a, vec_t b, words_t places)
+{
+#ifdef __clang__ /* which makes one instruction of this */
+    vec_t x;
+    for (int l = 0; l < LANES; l++)
+        x[l] = places[l] < LANES ? a[places[l] % LANES] : b[places[l] % LANES];
+    return x;
+#else
+    return __builtin_shuffle(a, b, places);
+#endif
+}
+
+/* By halves. */
+INLINE real vec_sum(vec_t v)
+{
+#pragma GCC unroll 4
+    for (int step = 0; step < 4; step++) {
+        const int half = LANES >> (step + 1);
+        words_t other = {0};
+        for (int l = 0; l < LANES; l++)
+            other[l] = (word)(l ^ half);
+        if (half)
+            v += shuffle(v, v, other);
+    }
+    return v[0];
+}
+
+/* LANES vectors, whose lanes become the vectors. */
+INLINE void transpose(vec_t *v)
+{
+#pragma GCC unroll 4
+    for (int step = 0; step < 4; step++) {
+        const int half = LANES >> (step + 1); /* of a square block, whose corners change places */
+        words_t left = {0}, right = {0};
+        for (int l = 0; l < LANES; l++) {
+            left[l] = (word)(l & half ? LANES + l - half : l);
+            right[l] = (word)(l & half ? LANES + l : l + half);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) {
+            if (i & half || !half)
+                continue;
+            const vec_t a = v[i], b = v[i + half];
+            v[i] = shuffle(a, b, left);
+            v[i + half] = shuffle(a, b, right);
+        }
+    }
+}
+
 /* A bit for each lane of a comparison. */
 INLINE uint32_t bits(mask_t m)
 {
@@ -135,6 +187,8 @@ INLINE uint32_t bits(mask_t m)
     return bits;
 #endif
 }
+
+INLINE bool any(mask_t m) { return bits(m) != 0; }
 
 /* ---- 2^x ---- */
 
@@ -165,17 +219,27 @@ static inline real exp2_of(real x)
     return y * (t * power) + power;
 }
 
-typedef word words_t __attribute__((vector_size(VEC_BYTES)));
-
-/* The same of a vector whose lanes are in range already. */
-INLINE vec_t exp2_vec(vec_t x)
+/* The same of a vector whose lanes are in range already; and of any. */
+INLINE vec_t exp2_lanes(vec_t x)
 {
-    COUNT(WORK_EXPONENTIALS, LANES);
     const vec_t shifted = x + EXP2_ROUND, t = x - (shifted - EXP2_ROUND);
     vec_t y = EXP2_LAST - (vec_t){0};
     EXP2_HORNER(y, t)
     const vec_t power = (vec_t)((words_t)shifted << EXP2_MANTISSA);
     return y * (t * power) + power;
+}
+
+INLINE vec_t exp2_vec(vec_t x)
+{
+    COUNT(WORK_EXPONENTIALS, LANES);
+    return exp2_lanes(x);
+}
+
+INLINE vec_t exp2_below(vec_t x)
+{
+    const vec_t zero = {0};
+    x = pick(x > zero, zero, x);
+    return exp2_lanes(pick(x < EXP2_LOWEST, EXP2_LOWEST - zero, x));
 }
 
 #endif

@@ -115,43 +115,84 @@ typedef struct {
     double rest, rest_x, count, b, be, bx, bex, e, x, ex;
 } sums_t;
 
+enum {
+    ADD_REST,
+    ADD_REST_X,
+    ADD_COUNT,
+    ADD_B,
+    ADD_BE,
+    ADD_BX,
+    ADD_BEX,
+    ADD_E,
+    ADD_X,
+    ADD_EX,
+    ADDENDS
+};
+
+/* Adds the first `left` entries from v on, no more than a vector. Of most vectors none is in H, and
+ * none is a positive. */
+INLINE void add_vector(const real *v, const real *s, const real *kind, int64_t left, real shift,
+                       real positive, real eps, real scale, real beta, hex_power_t power,
+                       bool classed, vec_t *sum)
+{
+    COUNT(WORK_EXPONENTIALS, left);
+    const vec_t zero = {0}, one = 1 - zero, value = read_vec(v, left, -(real)INFINITY);
+    const vec_t class = classed ? read_vec(kind, left, LEFT_OUT) : zero;
+    const mask_t is_p = class == POSITIVE, is_n = classed ? class == NEGATIVE : lanes_below(left);
+    const vec_t score = classed ? read_vec(s, left, 0) : value;
+    const mask_t hard = is_n & (score > eps), in = classed ? is_p | is_n : is_n;
+    const vec_t largest = shift - zero,
+                by = classed ? pick(is_p, positive - zero, largest) : largest;
+    /* what is left out may be infinite, and 0 times that is not 0 */
+    const vec_t x = where(in, value - by), t = x * scale, e = exp2_below(t);
+    const vec_t rest = where(is_n & ~hard, e);
+    sum[ADD_REST] += rest;
+    sum[ADD_REST_X] += x * rest;
+    if (any(hard)) {
+        const vec_t weight = power == POWER_0 ? one : power == POWER_1 ? e : exp2_below(beta * t);
+        COUNT(WORK_EXPONENTIALS, power == POWER_ANY ? left : 0);
+        const vec_t b = where(hard, weight);
+        sum[ADD_COUNT] += where(hard, one);
+        sum[ADD_B] += b;
+        sum[ADD_BE] += b * e;
+        sum[ADD_BX] += x * b;
+        sum[ADD_BEX] += x * b * e;
+    }
+    if (classed && any(is_p)) {
+        const vec_t p = where(is_p, e);
+        sum[ADD_E] += p;
+        sum[ADD_X] += where(is_p, x);
+        sum[ADD_EX] += x * p;
+    }
+}
+
 INLINE void add_sums(const row_t *r, real shift, real positive, real eps, real scale, real beta,
                      hex_power_t power, bool classed, sums_t *out)
 {
     const int64_t n = r->n;
-    const real *restrict v = r->v, *restrict s = classed ? r->s : r->v, *restrict kind = r->kind;
+    const real *v = r->v, *s = r->s, *kind = r->kind;
     for (int64_t from = 0; from < n; from += SLICE) {
         const int64_t to = n - from < SLICE ? n : from + SLICE;
-        real rest = 0, rest_x = 0, count = 0, sb = 0, sbe = 0, sbx = 0, sbex = 0, pe = 0, px = 0,
-             pex = 0;
-#pragma omp simd reduction(+ : rest, rest_x, count, sb, sbe, sbx, sbex, pe, px, pex)
-        for (int64_t j = from; j < to; j++) {
-            const bool is_p = classed && kind[j] == POSITIVE,
-                       is_n = !classed || kind[j] == NEGATIVE, hard = is_n & (s[j] > eps),
-                       other = is_n & !hard;
-            /* what is left out may be infinite, and 0 times that is not 0 */
-            const real x = (is_p | is_n) ? v[j] - (is_p ? positive : shift) : 0;
-            const real t = x * scale, e = exp2_of(t);
-            const real g = other ? e : 0, b = hard ? weight(power, t, e, beta) : 0;
-            rest += g;
-            rest_x += x * g;
-            count += hard ? (real)1 : (real)0;
-            sb += b;
-            sbe += b * e;
-            sbx += x * b;
-            sbex += x * b * e;
-            if (classed) {
-                const real p = is_p ? e : 0;
-                pe += p;
-                px += is_p ? x : 0;
-                pex += x * p;
-            }
+        vec_t sum[ADDENDS] = {{0}};
+        int64_t j = from;
+        for (; j + LANES <= to; j += LANES)
+            add_vector(v + j, s + j, kind + j, LANES, shift, positive, eps, scale, beta, power,
+                       classed, sum);
+        if (j < to)
+            add_vector(v + j, s + j, kind + j, to - j, shift, positive, eps, scale, beta, power,
+                       classed, sum);
+        out->rest += (double)vec_sum(sum[ADD_REST]);
+        out->rest_x += (double)vec_sum(sum[ADD_REST_X]);
+        out->count += (double)vec_sum(sum[ADD_COUNT]);
+        out->b += (double)vec_sum(sum[ADD_B]);
+        out->be += (double)vec_sum(sum[ADD_BE]);
+        out->bx += (double)vec_sum(sum[ADD_BX]);
+        out->bex += (double)vec_sum(sum[ADD_BEX]);
+        if (classed) {
+            out->e += (double)vec_sum(sum[ADD_E]);
+            out->x += (double)vec_sum(sum[ADD_X]);
+            out->ex += (double)vec_sum(sum[ADD_EX]);
         }
-        out->rest += (double)rest, out->rest_x += (double)rest_x, out->count += (double)count,
-            out->b += (double)sb;
-        out->be += (double)sbe, out->bx += (double)sbx, out->bex += (double)sbex;
-        if (classed)
-            out->e += (double)pe, out->x += (double)px, out->ex += (double)pex;
     }
 }
 
@@ -194,6 +235,19 @@ static inline real row_eps(const hex_problem_t *p, double eps)
 {
     return p->by_group ? (real)0.5 : round_down(eps);
 }
+
+/* Whether no exponential of (c - 1) / tau, or product of two, is near the bounds of exp2. Then 1, the
+ * largest cosine there can be, may be the shift of every row without classes, and one exponential
+ * serves both rows of a pair. A row of few candidates keeps its own: a loss near 0 is more exact. */
+static bool may_have_one_shift(const hex_problem_t *p)
+{
+    const double tau =
+        read_vector(p->tau, 0); /* from 1e30 on a hole of tiles.h would be infinite */
+    return p->mode != HEX_LOGITS && p->beta <= 1 && tau > 0 && tau < 1e30 &&
+           2 * M_LOG2E / tau <= -(double)EXP2_LOWEST - 2;
+}
+
+#define ENOUGH 192 /* candidates */
 
 static inline bool is_released(const hex_problem_t *p, real eps)
 {
@@ -369,9 +423,10 @@ static double row_forward(const hex_problem_t *p, const row_t *r, double eps_giv
     const real scale = (real)(M_LOG2E / (p->mode == HEX_LOGITS ? 1 : tau));
     if (!r->kind) {
         const sets_t of = {.positives = 1, .negatives = (double)r->n, .sum = r->cp};
-        const real shift = row_largest(r->v, r->n, released ? eps : (real)INFINITY);
+        const bool one = r->n > ENOUGH && may_have_one_shift(p);
+        const real shift = one ? 1 : row_largest(r->v, r->n, released ? eps : (real)INFINITY);
         const sums_t s = plain_sums(r->v, r->n, (double)shift, eps, scale, p->beta);
-        return plain_scalars(p, s, &of, r, (double)shift, eps, tau, out);
+        return plain_scalars(p, s, &of, one ? NULL : r, (double)shift, eps, tau, out);
     }
     double hard, unknown;
     const sets_t of = row_sets(r, eps, &hard, &unknown);

@@ -12,6 +12,7 @@ typedef struct {
     const real *k[HEX_STATS_SEVERAL];
     real scale; /* log2(e) / t */
     double beta;
+    bool one_shift; /* 1, of every row */
 } coefficients_t;
 
 /* Those of one row. */
@@ -33,6 +34,11 @@ static inline coefficient_t coefficient_of(const coefficients_t *c, int64_t i, b
                            classed ? k[HEX_STAT_POSITIVE][i] : 0};
 }
 
+INLINE real negative_entry(real e, real b, real s, coefficient_t k)
+{
+    return s > k.eps ? b * (k.hard_e * e - k.hard) : k.rest * e;
+}
+
 /* dL_i / dv of an entry, with e = exp((v - shift) / t) and b = e^beta:
  *
  *     rest e                          on G(i)
@@ -45,8 +51,7 @@ INLINE real entry(real v, real s, real kind, coefficient_t k, real scale, real b
     const bool is_p = classed && kind == POSITIVE, in = !classed || kind != LEFT_OUT;
     const real x = in ? v - (is_p ? k.shift_p : k.shift) : 0;
     const real t = x * scale, e = exp2_of(t);
-    const real negative =
-        s > k.eps ? weight(power, t, e, beta) * (k.hard_e * e - k.hard) : k.rest * e;
+    const real negative = negative_entry(e, weight(power, t, e, beta), s, k);
     if (!classed)
         return negative;
     return in ? is_p ? k.pos_e * (e - k.mean) + k.positive : negative : 0;
@@ -64,7 +69,7 @@ typedef struct {
  * is an anchor, plus dL_j / dv_ji where the others are. */
 INLINE void any_entries(real *restrict v, const real *s, int64_t n, const coefficients_t *c,
                         terms_t of, real beta, hex_power_t power, bool rows, bool columns,
-                        bool classed)
+                        bool classed, bool one_shift)
 {
     const int64_t at = columns ? of.column : 0;
     const real *restrict eps = c->k[HEX_STAT_EPS] + at, *restrict shift = c->k[HEX_STAT_SHIFT] + at,
@@ -82,6 +87,13 @@ INLINE void any_entries(real *restrict v, const real *s, int64_t n, const coeffi
     for (int64_t j = 0; j < n; j++) {
         const real x = v[j], score = classed ? s[j] : x;
         real row_term = 0, column_term = 0;
+        if (one_shift) {
+            const coefficient_t k = {
+                .eps = eps[j], .rest = rest[j], .hard_e = hard_e[j], .hard = hard[j]};
+            const real t = (x - 1) * scale, e = exp2_of(t), b = weight(power, t, e, beta);
+            v[j] = negative_entry(e, b, x, own) + negative_entry(e, b, x, k);
+            continue;
+        }
         if (rows)
             row_term = entry(x, score, classed ? kind[j] : 0, own, scale, beta, power, classed);
         if (columns) {
@@ -106,17 +118,19 @@ INLINE void choose_entries(real *v, const real *s, int64_t n, const coefficients
 {
     const bool rows = of.row >= 0, columns = of.column >= 0;
     if (of.kind && rows && columns)
-        any_entries(v, s, n, c, of, beta, power, true, true, true);
+        any_entries(v, s, n, c, of, beta, power, true, true, true, false);
     else if (of.kind && rows)
-        any_entries(v, s, n, c, of, beta, power, true, false, true);
+        any_entries(v, s, n, c, of, beta, power, true, false, true, false);
     else if (of.kind)
-        any_entries(v, s, n, c, of, beta, power, false, true, true);
+        any_entries(v, s, n, c, of, beta, power, false, true, true, false);
+    else if (rows && columns && c->one_shift)
+        any_entries(v, s, n, c, of, beta, power, true, true, false, true);
     else if (rows && columns)
-        any_entries(v, s, n, c, of, beta, power, true, true, false);
+        any_entries(v, s, n, c, of, beta, power, true, true, false, false);
     else if (rows)
-        any_entries(v, s, n, c, of, beta, power, true, false, false);
+        any_entries(v, s, n, c, of, beta, power, true, false, false, false);
     else
-        any_entries(v, s, n, c, of, beta, power, false, true, false);
+        any_entries(v, s, n, c, of, beta, power, false, true, false, false);
 }
 
 static void row_entries(real *v, const real *s, int64_t n, const coefficients_t *c, terms_t of)

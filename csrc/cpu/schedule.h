@@ -55,20 +55,16 @@ static int64_t not_negatives(const hex_problem_t *p)
 
 static bool enough(const hex_problem_t *p)
 {
-    return p->mode < HEX_PAIRED && !p->block && p->B >= 16 && columns_of(p) >= 192;
+    return p->mode < HEX_PAIRED && !p->block && p->B >= 16 && columns_of(p) >= ENOUGH;
 }
 
-/* Whether a problem is done this way: enough cosines, sets that a tile can tell from codes, and no
- * exponential of (c - 1) / tau or product of two near the bounds of exp2. Then the shift of every row
- * is 1, the largest cosine there can be, instead of its own, and one exponential serves both rows of
- * a pair. */
+/* Whether a problem is done this way: enough cosines, sets that a tile can tell from codes, and the
+ * shift of every row 1. */
 static bool by_tiles(const hex_problem_t *p)
 {
-    const double tau = read_vector(p->tau, 0); /* from 1e30 on the hole would be infinite */
     const bool by_codes = !p->mask.data && p->G == 0 && !(p->several && p->by_group) &&
                           !(p->several && p->mode == HEX_UNPAIRED);
-    return enough(p) && by_codes && p->beta <= 1 && tau > 0 && tau < 1e30 &&
-           2 * M_LOG2E / tau <= -(double)EXP2_LOWEST - 2;
+    return enough(p) && by_codes && may_have_one_shift(p);
 }
 
 static void count_blocks(const field_t *f, int64_t *blocks)
@@ -115,7 +111,8 @@ static int64_t kept_room(const hex_problem_t *p, bool *used)
         return 0;
     if (p->block) { /* rows as they are; see blocks.h */
         const range_t met = met_by(p, 0);
-        const int64_t numbers = hex_block_anchors(p) * (met.end - met.begin);
+        const int64_t numbers =
+            (hex_block_anchors(p) + KEPT_ROWS) * kept_stride(met.end - met.begin);
         *used = numbers <= most;
         return numbers < most ? numbers : most;
     }

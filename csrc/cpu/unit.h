@@ -133,14 +133,12 @@ static void load(const hex_rows_t *x, int64_t r, int64_t D, real *restrict out)
 }
 #undef LOAD
 
-static double sum_of_squares(const real *x, int64_t D, double scale)
+static double sum_of_squares(const real *x, int64_t D)
 {
     double sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t k = 0; k < D; k++) {
-        const double a = (double)x[k] * scale;
-        sum += a * a;
-    }
+    for (int64_t k = 0; k < D; k++)
+        sum += (double)x[k] * (double)x[k];
     return sum;
 }
 
@@ -148,7 +146,7 @@ static double sum_of_squares(const real *x, int64_t D, double scale)
 static double normalize(real *restrict x, int64_t D)
 {
     COUNT(WORK_ROWS, 1);
-    double scale = 1, sum = sum_of_squares(x, D, 1);
+    double scale = 1, sum = sum_of_squares(x, D);
     if (!(sum > 1e-200 && sum < 1e200)) { /* of finite floats, a row of zeros only */
         double largest = 0, finite = 0;
         for (int64_t k = 0; k < D; k++) {
@@ -164,11 +162,13 @@ static double normalize(real *restrict x, int64_t D)
         int exponent;
         frexp(largest, &exponent);
         scale = ldexp(1, exponent > -1000 ? -exponent : 1000); /* largest scale < 1 */
-        sum = sum_of_squares(x, D, scale);
+        for (int64_t k = 0; k < D; k++)
+            x[k] = (real)((double)x[k] * scale);
+        sum = sum_of_squares(x, D);
     }
     const double inverse = 1 / sqrt(sum);
     for (int64_t k = 0; k < D; k++)
-        x[k] = (real)((double)x[k] * scale * inverse);
+        x[k] = (real)((double)x[k] * inverse);
     return scale * inverse;
 }
 

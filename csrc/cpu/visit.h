@@ -7,21 +7,34 @@
 
 #include "sets.h"
 
-#define BLOCK (4 * MR)
-
-/* Rows of a block of anchors that meet `met` rows of `width` numbers, with room for `columns` cosines
- * each: as many as keep these in the second-level cache, and enough blocks to share out. Where the
- * rows that are met come from memory, once for each block, blocks are larger. Never a function of
- * the number of threads. */
-static int64_t block_rows(int64_t rows, int64_t columns, int64_t met, int64_t width)
+/* Rows that are multiplied at once by the `met` rows of `width` numbers that they meet, with
+ * `columns` cosines each in scratch: as many as keep these in the second-level cache, or, where the
+ * rows that are met come from memory, once for each block, in the third. A multiple of MR, by which
+ * threads share the rows. */
+static int64_t block_rows(int64_t columns, int64_t met, int64_t width)
 {
     const int64_t item = sizeof(real);
     const bool far = met > (8 << 20) / item / (width + 1);
-    const int64_t fit = (far ? 16 << 20 : 1 << 20) / item / (columns + 1) / MR * MR;
-    int64_t block = rows < 16 * BLOCK ? 2 * MR : BLOCK;
-    if (far && rows / 16 > block)
-        block = rows / 16 < 4 * BLOCK ? rows / 16 / MR * MR : 4 * BLOCK;
-    return fit < MR ? MR : fit < block ? fit : block;
+    const int64_t fit = (far ? 16 << 20 : 1 << 20) / item / (columns + 1), most = far ? 192 : 96;
+    return fit < MR ? MR : (fit < most ? fit : most) / MR * MR;
+}
+
+/* The cosines of a block of anchors are kept as they are, row after row: from row to row room for
+ * whole register tiles of any level, and an odd number of cache lines, see stride_of. */
+#define KEPT_COLUMNS 32 /* a multiple of every NR */
+#define KEPT_ROWS 12    /* and of every MR: as many more may be written after the last */
+
+static int64_t kept_stride(int64_t columns)
+{
+    return round_up(columns, KEPT_COLUMNS) + 64 / (int64_t)sizeof(real);
+}
+
+/* Those of anchor i with `columns` candidates; NULL: they are not kept. */
+static real *kept_row(const hex_problem_t *p, int64_t i, int64_t columns)
+{
+    if (!p->block || !p->kept)
+        return NULL;
+    return (real *)p->kept + hex_block_place(p, i) * kept_stride(columns);
 }
 
 /* Drops the elements with the (up to two, ascending, -1: none) indices and returns the new length.
@@ -47,17 +60,17 @@ static void places_of(const hex_problem_t *p, int64_t i, range_t among, int64_t 
 
 /* ---- scratch of a thread ---- */
 
-/* `block` rows of cosines and of the guide's, `ld` apart; of one row the scores by groups, and its
- * classes, as an anchor and as a candidate of the others. */
+/* Rows of cosines, and `block` rows of the guide's, `ld` apart; of one row the scores by groups, and
+ * its classes, as an anchor and as a candidate of the others. */
 typedef struct {
     int64_t ld;
     real *c, *guide, *group, *kind, *column_kind;
 } table_t;
 
-static bool make_table(const hex_problem_t *p, int64_t block, int64_t ld, table_t *t)
+static bool make_table(const hex_problem_t *p, int64_t rows, int64_t block, int64_t ld, table_t *t)
 {
     t->ld = ld;
-    t->c = allocate(block, ld, sizeof(real));
+    t->c = allocate(rows, ld, sizeof(real));
     t->guide = allocate(p->G > 0 ? block : 0, ld, sizeof(real));
     t->group = allocate(is_classed(p) ? 3 : 0, ld, sizeof(real));
     if (!t->c || !t->guide || !t->group)
@@ -74,12 +87,12 @@ static void free_table(table_t *t)
     free(t->group);
 }
 
-/* Row k of the table, of the unit row o with those it meets; it has its classes where it has any. */
+/* The row of cosines v, of the unit row o with those it meets, k-th of a block: it has its classes
+ * where it has any. */
 static row_t table_row(const hex_problem_t *p, const inputs_t *in, const table_t *t, int64_t k,
-                       int64_t o, range_t met, bool anchor)
+                       int64_t o, range_t met, bool anchor, real *v)
 {
     const int64_t n = met.end - met.begin;
-    real *v = t->c + k * t->ld;
     row_t r = {.v = v, .s = v, .n = n, .apart = !p->several};
     if (!is_classed(p))
         return r;
@@ -139,7 +152,7 @@ static bool make_anchor(const hex_problem_t *p, const inputs_t *in, anchor_t *a)
 {
     return make_paired(p, in->unit.width, &a->own) &&
            (p->G == 0 || make_paired(p, in->guide.width, &a->guide)) &&
-           (!is_classed(p) || make_table(p, 0, p->K + 1, &a->table));
+           (!is_classed(p) || make_table(p, 0, 0, p->K + 1, &a->table));
 }
 
 static void free_anchor(anchor_t *a)
@@ -189,15 +202,16 @@ static row_t logits_row(const hex_problem_t *p, int64_t i, real tau, real *scrat
 
 /* r: the row's candidates, in scratch it may change, with room for two more. Where it has no classes,
  * the positive and the row itself stand at r->v[first] and r->v[second] if they are among them (-1:
- * not). */
-typedef void (*row_function_t)(void *context, int64_t i, row_t *r, int64_t first, int64_t second);
+ * not). near: of the thread's rows so far. */
+typedef void (*row_function_t)(void *context, int64_t i, row_t *r, int64_t first, int64_t second,
+                               near_t *near);
 
 typedef struct {
     const hex_problem_t *p;
     const inputs_t *in;
     range_t met;                    /* the candidates */
     const panels_t *panels, *guide; /* of them */
-    int64_t begin, end, block;      /* anchors [begin, end), */
+    int64_t begin, end, block;      /* anchors [begin, end), a block at once, */
     const int64_t *some;            /* or, if not NULL, some[begin .. end): they have no guide */
     row_function_t row;
     void *context;
@@ -210,51 +224,49 @@ static real positive_cosine(const hex_problem_t *p, const unit_t *unit, int64_t 
                              p->D);
 }
 
-static void copy_rows(const real *from, int64_t from_ld, int64_t rows, int64_t columns, real *to,
-                      int64_t to_ld)
-{
-    for (int64_t i = 0; i < rows; i++)
-        memcpy(to + i * to_ld, from + i * from_ld, (size_t)columns * sizeof(real));
-}
-
+/* Register tiles of rows [begin, end). */
 static void rows_body(int64_t begin, int64_t end, void *context)
 {
     rows_context_t *c = context;
+    const hex_problem_t *p = c->p;
     const unit_t *unit = &c->in->unit;
     const range_t met = c->met;
     const int64_t n = met.end - met.begin, ld = round_up(n, NR) + NR;
+    const bool keeps = p->block && p->kept;
     table_t t = {0};
+    near_t near = {0};
     unit_t copies = {0};
-    if (!make_table(c->p, c->block, ld, &t) ||
+    if (!make_table(p, keeps ? 1 : c->block, c->block, ld, &t) || !make_near(&near, n) ||
         (c->some && !allocate_rows(&copies, c->block, unit->width, has_dots(unit))))
         c->no_memory = true;
-    for (int64_t q = begin; q < end && !c->no_memory; q++) {
-        const int64_t from = c->begin + q * c->block;
-        const int64_t rows = c->end - from < c->block ? c->end - from : c->block;
-        for (int64_t i = 0; c->some && i < c->block; i++) /* whole register tiles of them */
+    const int64_t last = c->begin + end * MR < c->end ? c->begin + end * MR : c->end;
+    for (int64_t from = c->begin + begin * MR; from < last && !c->no_memory; from += c->block) {
+        const int64_t rows = last - from < c->block ? last - from : c->block;
+        for (int64_t i = 0; c->some && i < round_up(rows, MR); i++)
             copy_row(unit, c->some[i < rows ? from + i : from], &copies, i);
-        real *kept =
-            c->p->block && c->p->kept ? (real *)c->p->kept + hex_block_place(c->p, from) * n : NULL;
-        if (kept && c->p->filled)
-            copy_rows(kept, n, rows, n, t.c, ld);
-        else
-            cosines(c->some ? &copies : unit, c->some ? 0 : from, rows, c->panels, 0, n, t.c, ld);
-        if (kept && !c->p->filled)
-            copy_rows(t.c, ld, rows, n, kept, n);
+        real *kept = kept_row(p, from, n), *table = keeps ? kept : t.c;
+        const int64_t stride = keeps ? kept_stride(n) : ld;
+        if (!keeps || !p->filled)
+            cosines(c->some ? &copies : unit, c->some ? 0 : from, rows, c->panels, 0, n, table,
+                    stride);
         if (c->guide)
             cosines(&c->in->guide, from, rows, c->guide, 0, n, t.guide, ld);
         for (int64_t k = 0; k < rows; k++) {
             const int64_t i = c->some ? c->some[from + k] : from + k;
             int64_t first = -1, second = -1;
-            row_t r = table_row(c->p, c->in, &t, k, i, met, true);
+            real *v = table + k * stride;
+            if (keeps) /* what is kept stays as it is */
+                v = memcpy(t.c, v, (size_t)n * sizeof(real));
+            row_t r = table_row(p, c->in, &t, k, i, met, true, v);
             if (r.apart) {
-                r.cp = (double)positive_cosine(c->p, unit, i);
-                places_of(c->p, i, met, &first, &second);
+                r.cp = (double)positive_cosine(p, unit, i);
+                places_of(p, i, met, &first, &second);
             }
-            c->row(c->context, i, &r, first, second);
+            c->row(c->context, i, &r, first, second, &near);
         }
     }
     free_table(&t);
+    free(near.list);
     free_unit(&copies);
 }
 
@@ -262,15 +274,17 @@ static void paired_rows_body(int64_t begin, int64_t end, void *context)
 {
     rows_context_t *c = context;
     anchor_t a = {0};
-    if (make_anchor(c->p, c->in, &a))
+    near_t near = {0};
+    if (make_anchor(c->p, c->in, &a) && make_near(&near, c->p->K))
         for (int64_t i = c->begin + begin; i < c->begin + end; i++) {
             row_t r = anchor_row(c->p, c->in, i, &a);
             r.cp = (double)positive_cosine(c->p, &c->in->unit, i);
-            c->row(c->context, i, &r, -1, -1);
+            c->row(c->context, i, &r, -1, -1, &near);
         }
     else
         c->no_memory = true;
     free_anchor(&a);
+    free(near.list);
 }
 
 static void logits_rows_body(int64_t begin, int64_t end, void *context)
@@ -278,13 +292,15 @@ static void logits_rows_body(int64_t begin, int64_t end, void *context)
     rows_context_t *c = context;
     const real tau = (real)read_vector(c->p->tau, 0);
     real *scratch = allocate(c->p->D + 1, 3, sizeof(real));
-    if (!scratch)
+    near_t near = {0};
+    if (!make_near(&near, c->p->D) || !scratch)
         c->no_memory = true;
-    for (int64_t i = c->begin + begin; scratch && i < c->begin + end; i++) {
+    for (int64_t i = c->begin + begin; i < c->begin + end && !c->no_memory; i++) {
         row_t r = logits_row(c->p, i, tau, scratch);
-        c->row(c->context, i, &r, -1, -1);
+        c->row(c->context, i, &r, -1, -1, &near);
     }
     free(scratch);
+    free(near.list);
 }
 
 /* The rows of a context, all but the block of which is set. */
@@ -294,14 +310,13 @@ static const char *visit_rows(rows_context_t *c)
     const bool blocks = p->mode < HEX_PAIRED;
     const int64_t rows = c->end - c->begin;
     const int64_t columns = blocks ? c->met.end - c->met.begin : p->K;
-    int64_t work = 64 * p->D; /* of a row of logits */
-    c->block = 1;
+    const int64_t share = blocks ? MR : 1; /* rows that go to one thread */
+    int64_t work = 64 * p->D;              /* of a row of logits */
     if (blocks)
-        c->block = block_rows(rows, p->G > 0 ? 2 * columns : columns, columns, c->in->unit.width);
+        c->block = block_rows(p->G > 0 ? 2 * columns : columns, columns, c->in->unit.width);
     if (p->mode != HEX_LOGITS)
-        work =
-            2 * c->block * columns * (c->in->unit.width + (p->G > 0 ? c->in->guide.width : 0) + 32);
-    if (!hex_parallel_for((rows + c->block - 1) / c->block, work,
+        work = 2 * share * columns * (c->in->unit.width + (p->G > 0 ? c->in->guide.width : 0) + 32);
+    if (!hex_parallel_for((rows + share - 1) / share, work,
                           blocks                  ? rows_body
                           : p->mode == HEX_PAIRED ? paired_rows_body
                                                   : logits_rows_body,
