@@ -242,34 +242,60 @@ static void backward(StableIValue *stack, uint64_t arguments, uint64_t outputs)
     finish(&c, "backward");
 }
 
-/* The mean over rows of the row's quantile; or, with `bounds`, each row's least and greatest cosine.
- * What is not asked for is empty. */
+/* What is measured of a batch: its rows' quantiles; or, with `bounds`, each row's least and greatest
+ * cosine. */
+#define MEASURED                                                                                   \
+    TENSORS "Tensor tau, int mode, bool several, bool allow_tf32, bool self_column, "              \
+            "float quantile, bool over_negatives, bool bounds"
+
+typedef struct {
+    tensors_t tensors;
+    AtenTensorHandle tau;
+    int64_t mode;
+    bool several, over_negatives, bounds;
+    double quantile;
+} measured_t;
+
+static measured_t next_measured(call_t *c, hex_problem_t *p)
+{
+    measured_t m = {.tensors = next_tensors(c, false)};
+    m.tau = next_tensor(c);
+    m.mode = next_int(c);
+    m.several = next_bool(c);
+    c->place.allow_tf32 = next_bool(c);
+    p->self_column = next_bool(c);
+    m.quantile = next_float(c);
+    m.over_negatives = next_bool(c);
+    m.bounds = next_bool(c);
+    return m;
+}
+
+/* block: NULL of all anchors. */
+static bool read_measured(call_t *c, const measured_t *m, const block_t *block, hex_problem_t *p)
+{
+    return check_quantile(c, m->quantile) && read_inputs(c, &m->tensors, m->mode, m->several, p) &&
+           (!block || read_block(c, *block, p)) && read_positives(c, &m->tensors, p) &&
+           read_numbers(c, m->tau, "tau", ONE, 0, &p->tau) && check_place(c, p);
+}
+
+/* The mean of the quantiles, or the bounds. What is not asked for is empty. */
 static const char quantile_schema[] =
-    "quantile(" TENSORS "Tensor tau, int mode, bool several, bool allow_tf32, bool self_column, "
-    "float quantile, bool over_negatives, bool bounds) -> (Tensor mean, Tensor low, Tensor high)";
+    "quantile(" MEASURED ") -> (Tensor mean, Tensor low, Tensor high)";
 
 static void quantile(StableIValue *stack, uint64_t arguments, uint64_t outputs)
 {
     (void)arguments, (void)outputs;
     call_t c = begin(stack, 6);
-    const tensors_t t = next_tensors(&c, false);
-    const AtenTensorHandle tau = next_tensor(&c);
-    const int64_t mode = next_int(&c);
-    const bool several = next_bool(&c);
-    c.place.allow_tf32 = next_bool(&c);
-    hex_problem_t p = {.self_column = next_bool(&c)};
-    const double q = next_float(&c);
-    const bool over_negatives = next_bool(&c), bounds = next_bool(&c);
+    hex_problem_t p = {0};
+    const measured_t m = next_measured(&c, &p);
     void *mean, *low, *high;
-    if (check_quantile(&c, q) && read_inputs(&c, &t, mode, several, &p) &&
-        read_positives(&c, &t, &p) && read_numbers(&c, tau, "tau", ONE, 0, &p.tau) &&
-        check_place(&c, &p)) {
-        const int64_t rows = bounds ? hex_anchors(&p) : 0;
-        if (add_output(&c, bounds, (int64_t[]){0}, HEX_F64, &mean) &&
+    if (read_measured(&c, &m, NULL, &p)) {
+        const int64_t rows = m.bounds ? hex_anchors(&p) : 0;
+        if (add_output(&c, m.bounds, (int64_t[]){0}, HEX_F64, &mean) &&
             add_output(&c, 1, &rows, compute_dtype(&p), &low) &&
             add_output(&c, 1, &rows, compute_dtype(&p), &high))
-            ok(&c, bounds ? hex_run_row_range(&c.place, &p, low, high)
-                          : hex_run_threshold(&c.place, &p, q, over_negatives, mean));
+            ok(&c, m.bounds ? hex_run_row_range(&c.place, &p, low, high)
+                            : hex_run_threshold(&c.place, &p, m.quantile, m.over_negatives, mean));
     }
     finish(&c, "quantile");
 }
@@ -279,33 +305,25 @@ static void quantile(StableIValue *stack, uint64_t arguments, uint64_t outputs)
 /* low: of each anchor of the block the quantile of its row, +inf where that has no element; or, with
  * `bounds`, low and high as in quantile. keep: whether its cosines are to be kept, if there is room. */
 static const char block_quantiles_schema[] =
-    "block_quantiles(" TENSORS "Tensor tau, int mode, bool several, bool allow_tf32, "
-    "bool self_column, float quantile, bool over_negatives, bool bounds, bool keep, " BLOCK
-    ") -> (Tensor low, Tensor high, Tensor kept)";
+    "block_quantiles(" MEASURED ", bool keep, " BLOCK ") -> (Tensor low, Tensor high, Tensor kept)";
 
 static void block_quantiles(StableIValue *stack, uint64_t arguments, uint64_t outputs)
 {
     (void)arguments, (void)outputs;
     call_t c = begin(stack, 6);
-    const tensors_t t = next_tensors(&c, false);
-    const AtenTensorHandle tau = next_tensor(&c);
-    const int64_t mode = next_int(&c);
-    const bool several = next_bool(&c);
-    c.place.allow_tf32 = next_bool(&c);
-    hex_problem_t p = {.self_column = next_bool(&c)};
-    const double q = next_float(&c);
-    const bool over_negatives = next_bool(&c), bounds = next_bool(&c), keep = next_bool(&c);
+    hex_problem_t p = {0};
+    const measured_t m = next_measured(&c, &p);
+    const bool keep = next_bool(&c);
     const block_t block = next_block(&c);
     void *low, *high;
-    if (check_quantile(&c, q) && read_inputs(&c, &t, mode, several, &p) &&
-        read_block(&c, block, &p) && read_positives(&c, &t, &p) &&
-        read_numbers(&c, tau, "tau", ONE, 0, &p.tau) && check_place(&c, &p)) {
+    if (read_measured(&c, &m, &block, &p)) {
         const int64_t rows = hex_block_anchors(&p), none = 0;
         if (add_output(&c, 1, &rows, compute_dtype(&p), &low) &&
-            add_output(&c, 1, bounds ? &rows : &none, compute_dtype(&p), &high) &&
+            add_output(&c, 1, m.bounds ? &rows : &none, compute_dtype(&p), &high) &&
             add_kept(&c, &p, keep))
-            ok(&c, bounds ? hex_run_row_range(&c.place, &p, low, high)
-                          : hex_run_row_quantiles(&c.place, &p, q, over_negatives, low));
+            ok(&c, m.bounds
+                       ? hex_run_row_range(&c.place, &p, low, high)
+                       : hex_run_row_quantiles(&c.place, &p, m.quantile, m.over_negatives, low));
     }
     finish(&c, "block_quantiles");
 }
@@ -327,8 +345,7 @@ static void block_forward(StableIValue *stack, uint64_t arguments, uint64_t outp
     c.place.allow_tf32 = next_bool(&c);
     const block_t block = next_block(&c);
     hex_problem_t p = {0};
-    void *loss, *stats;
-    void *none;
+    void *loss, *stats, *none;
     rule.reduction = HEX_NONE;
     if (read_problem(&c, &t, &rule, block, &p) &&
         read_numbers(&c, eps, "eps", ONE | EACH_ROW, hex_block_anchors(&p), &p.eps) &&

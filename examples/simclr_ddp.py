@@ -266,6 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     finally:
         if dist.is_initialized():
+            run = None  # DDP's hold on the group goes first, or gloo's threads may end the process
             dist.destroy_process_group()
     return 0
 

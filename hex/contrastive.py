@@ -110,9 +110,7 @@ class ContrastiveLoss(nn.Module):
         Args:
             rows: as in `HEXLoss.forward`.
         """
-        if not isinstance(
-            rows, torch.fx.Proxy
-        ):  # of symbolic_trace, which check_embeddings refuses
+        if not isinstance(rows, torch.fx.Proxy):  # one is refused with the embeddings
             check_gathers(self.gather_distributed, None, rows)
             rows = None if rows is None else check_rows(rows)
         if not self.gather_distributed or not self._ranks.are_several():

@@ -57,7 +57,7 @@ REDUCTIONS = _codes(reference.REDUCTIONS)
 VARIANTS = _codes(reference.VARIANTS)
 POSITIVES = _codes(("one", *reference.POSITIVES))  # or several, outside the logarithm or inside
 
-# Rows of stats (csrc/hex.h, HEX_STAT_*): dL/dtau, |H|, and the local term's share are the last.
+# Rows of stats (csrc/hex.h, HEX_STAT_*): eps, dL/dtau, |H|, and the local term's share.
 EPS, DTAU, COUNT, SHARE = 0, 6, 7, 8
 _STATS, _STATS_SEVERAL = 9, 12  # rows of one positive, and of several
 
@@ -606,9 +606,8 @@ def settle(rows: Tensor, state: Tensor, rule: tuple[Any, ...]) -> tuple[Tensor, 
 def total(rows: Tensor) -> Tensor:
     """The sum of each row, (R, N) to (R,) float64, in the order of the columns: the same bits on
     every rank."""
-    if rows.is_cuda and _cuda(rows.device.index)[0] is not None:
-        return rows.to(torch.float64).sum(1)
-    if not rows.is_cuda and rows.device.type not in _KERNELS:
+    on_cuda = rows.is_cuda and _cuda(rows.device.index)[0] is None
+    if not on_cuda and rows.device.type not in _KERNELS:
         return rows.to(torch.float64).sum(1)
     sums: Tensor = torch.ops.hex.total(rows.detach())
     return sums

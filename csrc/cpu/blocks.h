@@ -272,7 +272,8 @@ static const char *backward_rows(backward_context_t *c, panels_t *panels)
             continue;
         c->owners = block_of(p, own ? 0 : c->input);
         c->met = met_by(p, c->input);
-        c->block = block_rows(COLUMNS, c->met.end - c->met.begin, c->in->unit.width);
+        c->block = block_rows(c->owners.end - c->owners.begin, COLUMNS, c->met.end - c->met.begin,
+                              c->in->unit.width);
         if (p->mode != HEX_LOGITS && !at_hand(c)) /* else no cosine is computed again */
             error = make_panels(&c->in->unit, c->met.begin, c->met.end, panels);
         if (!error && blocks && p->G > 0) {

@@ -3,7 +3,7 @@
  * Notation and formulas: ../hex.h. No threads, no allocation.
  *
  * Exponentials are taken of (v - shift) / t <= 0 with shift the largest value of the row that counts,
- * in the compute type; positives, where they are several, have a shift of their own, so that neither
+ * or 1 (may_have_one_shift), in the compute type; positives, where they are several, have a shift of their own, so that neither
  * underflows beside the other. The row's scalars are then put on one scale in double. Sums run in the
  * compute type over SLICE elements and in double beyond, so their error does not grow with the number
  * of candidates.

@@ -131,7 +131,7 @@ static real select_above(real *c, int64_t n, int64_t rank, real rest)
 
 /* A limit that goes with a thread from row to row, and room for a list. */
 typedef struct {
-    real limit; /* NaN: of none */
+    real limit; /* NaN: there is none yet */
     real *list;
     int64_t capacity;
 } near_t;
@@ -144,27 +144,27 @@ static bool make_near(near_t *near, int64_t n)
     return near->list;
 }
 
-/* row_select, of a row that is like the one before: what is above a limit that served that holds
- * the element, most often, and is short. One pass where row_select makes a dozen. */
+/* row_select, of a row that is like the one before: what is above a limit that served that one holds
+ * the element, most often, and is short. One pass where row_select makes a dozen. Where it does not
+ * serve, a limit of this row's own does. */
 static real select_near(const real *c, int64_t n, int64_t rank, near_t *near)
 {
     const int64_t k = n - rank, wanted = 2 * k + 32; /* from above */
     if (2 * wanted > near->capacity)
         return row_select(c, n, rank);
-    for (int turn = 0; turn < 2; turn++) {
+    for (;;) {
         if (near->limit != near->limit)
             near->limit = row_select(c, n, n - wanted);
         int64_t ties = 0;
         real all = 0;
         const int64_t length =
             list_above(c, n, near->limit, near->list, 0, near->capacity, &ties, &all);
-        if (all != all)
+        if (all * 0 != 0)
             return (real)NAN;
         if (length <= near->capacity && length + ties >= k)
             return select_above(near->list, length, k, near->limit);
         near->limit = (real)NAN;
     }
-    return row_select(c, n, rank);
 }
 
 /* ---- what it is taken over ---- */

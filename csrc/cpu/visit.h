@@ -1,21 +1,22 @@
 /* SPDX-License-Identifier: MIT */
-/* Every row of a problem's block, handed to a function: a block of anchors against all their candidates,
- * cosines in scratch of block x N, then row after row. Negatives of each anchor's own are multiplied
- * by it alone, and of logits a row is read. Nothing is N x N. */
+/* Every row of a problem, or of its block of anchors, handed to a function: some anchors at once
+ * against all their candidates, cosines in scratch, or where they are kept, then row after row.
+ * Negatives of each anchor's own are multiplied by it alone, and of logits a row is read. */
 #ifndef HEX_VISIT_H
 #define HEX_VISIT_H
 
 #include "sets.h"
 
-/* Rows that are multiplied at once by the `met` rows of `width` numbers that they meet, with
- * `columns` cosines each in scratch: as many as keep these in the second-level cache, or, where the
- * rows that are met come from memory, once for each block, in the third. A multiple of MR, by which
- * threads share the rows. */
-static int64_t block_rows(int64_t columns, int64_t met, int64_t width)
+/* How many of `rows` rows are multiplied at once by the `met` rows of `width` numbers that they meet,
+ * with `columns` cosines each in scratch: as many as keep these in the second-level cache, or, where
+ * the rows that are met come from memory, once for each block, in the third. A multiple of MR, by
+ * which threads share the rows. */
+static int64_t block_rows(int64_t rows, int64_t columns, int64_t met, int64_t width)
 {
     const int64_t item = sizeof(real);
     const bool far = met > (8 << 20) / item / (width + 1);
-    const int64_t fit = (far ? 16 << 20 : 1 << 20) / item / (columns + 1), most = far ? 192 : 96;
+    const int64_t fit = (far ? 16 << 20 : 1 << 20) / item / (columns + 1), some = far ? 192 : 96;
+    const int64_t most = round_up(rows, MR) < some ? round_up(rows, MR) : some;
     return fit < MR ? MR : (fit < most ? fit : most) / MR * MR;
 }
 
@@ -313,7 +314,7 @@ static const char *visit_rows(rows_context_t *c)
     const int64_t share = blocks ? MR : 1; /* rows that go to one thread */
     int64_t work = 64 * p->D;              /* of a row of logits */
     if (blocks)
-        c->block = block_rows(p->G > 0 ? 2 * columns : columns, columns, c->in->unit.width);
+        c->block = block_rows(rows, p->G > 0 ? 2 * columns : columns, columns, c->in->unit.width);
     if (p->mode != HEX_LOGITS)
         work = 2 * share * columns * (c->in->unit.width + (p->G > 0 ? c->in->guide.width : 0) + 32);
     if (!hex_parallel_for((rows + share - 1) / share, work,
