@@ -3,10 +3,10 @@
  * Notation and formulas: ../hex.h. No threads, no allocation.
  *
  * Exponentials are taken of (v - shift) / t <= 0 with shift the largest value of the row that counts,
- * or 1 (may_have_one_shift), in the compute type; positives, where they are several, have a shift of their own, so that neither
- * underflows beside the other. The row's scalars are then put on one scale in double. Sums run in the
- * compute type over SLICE elements and in double beyond, so their error does not grow with the number
- * of candidates.
+ * or 1 (may_have_one_shift), in the compute type; positives, where they are several, have a shift of
+ * their own, so that neither underflows beside the other. The row's scalars are then put on one scale
+ * in double. Sums run in the compute type over SLICE elements and in double beyond, so their error
+ * does not grow with the number of candidates.
  *
  * Most rows have one positive and all of their entries are negatives, compared with eps themselves.
  * For these `classed` is false, a constant that the compiler folds; there is no second formula. */
@@ -238,7 +238,8 @@ static inline real row_eps(const hex_problem_t *p, double eps)
 
 /* Whether no exponential of (c - 1) / tau, or product of two, is near the bounds of exp2. Then 1, the
  * largest cosine there can be, may be the shift of every row without classes, and one exponential
- * serves both rows of a pair. A row of few candidates keeps its own: a loss near 0 is more exact. */
+ * serves both rows of a pair. Row by row, one of few candidates keeps its own: a loss near 0 is more
+ * exact. */
 static bool may_have_one_shift(const hex_problem_t *p)
 {
     const double tau =

@@ -109,7 +109,7 @@ static int64_t kept_room(const hex_problem_t *p, bool *used)
     *used = false;
     if (p->mode >= HEX_PAIRED)
         return 0;
-    if (p->block) { /* rows as they are; see blocks.h */
+    if (p->block) { /* row after row; see visit.h */
         const range_t met = met_by(p, 0);
         const int64_t numbers =
             (hex_block_anchors(p) + KEPT_ROWS) * kept_stride(met.end - met.begin);

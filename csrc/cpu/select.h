@@ -1,12 +1,13 @@
 /* SPDX-License-Identifier: MIT */
-/* A row's quantile, exactly, and its least and largest value. No threads, no allocation. */
+/* A row's quantile, exactly, and its least and largest value. No threads. */
 #ifndef HEX_SELECT_H
 #define HEX_SELECT_H
 
 #include "row_gradient.h"
 
-/* Without what rounding took past 1; NaN stays. */
-static inline real cosine(real c) { return c > 1 ? 1 : c < -1 ? -1 : c; }
+/* Without what rounding took past 1, and without the sign of a zero, of which equal elements may have
+ * either; NaN stays. */
+static inline real cosine(real c) { return c > 1 ? 1 : c < -1 ? -1 : c + 0; }
 
 #define BELOW_COSINES ((real) - 2)
 
