@@ -212,10 +212,12 @@ class Page(NamedTuple):
     def records(self) -> list[Record]:
         """All but rehearsals, and of the parts that this page shows."""
         found = read(self.record.read_text()).values()
-        return [
+        parts = [
             r for r in found if not r["on"].endswith("a rehearsal")
-            and (r["name"] == "machine" or (r["name"] in OF_RANKS) == (self.picture is None))
+            and r["name"] != "machine" and (r["name"] in OF_RANKS) == (self.picture is None)
         ]  # fmt: skip
+        machines = {r["on"] for r in parts}
+        return [r for r in found if r in parts or (r["name"] == "machine" and r["on"] in machines)]
 
     def blocks(self) -> dict[str, str]:
         records = self.records()
