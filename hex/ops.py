@@ -180,8 +180,9 @@ def _kept_of_block(
     elif mode == MODES["unpaired"]:
         columns = negatives.shape[0] + (columns if several else 0)
     item = compute_dtype(z0, z1, negatives, mode).itemsize
-    stride = (columns + 31) // 32 * 32 + 64 // item
-    numbers = (_anchors(z0, z1, mode, *block) + 12) * stride
+    wide, high = 32, 12  # KEPT_COLUMNS and KEPT_ROWS in csrc/cpu/visit.h
+    stride = (columns + wide - 1) // wide * wide + 64 // item
+    numbers = (_anchors(z0, z1, mode, *block) + high) * stride
     room: int = torch.sym_min(numbers, _MOST_KEPT_OF_BLOCK // item)  # type: ignore[no-untyped-call]
     return room
 

@@ -59,7 +59,7 @@ PLANTED = {
     "row by row, entries are made twice":
         ("blocks.h", r"(?=row_entries\(r\.v, r\.s, columns)", TWICE),
     "a block's cosines are made again for its gradient":
-        ("blocks.h", r"return (?=c->p->block && c->p->kept)", "return false && "),
+        ("blocks.h", r"return (?=keeps_cosines\(c->p\))", "return false && "),
     "a block's rows have a list each of a limit of their own":
         ("select.h", r"(?=if \(near->limit != near->limit\))", "near->limit = (real)NAN; "),
     "of a block, an exponential for the row and one for the column":

@@ -110,7 +110,7 @@ static void finish_row(const backward_context_t *c, int64_t o, real *du)
 /* Whether the owners are anchors whose cosines were kept. */
 static bool at_hand(const backward_context_t *c)
 {
-    return c->p->block && c->p->kept && c->owners.begin < hex_anchors(c->p);
+    return keeps_cosines(c->p) && c->owners.begin < hex_anchors(c->p);
 }
 
 /* Register tiles of owners [begin, end). */

@@ -30,11 +30,11 @@ static int64_t kept_stride(int64_t columns)
     return round_up(columns, KEPT_COLUMNS) + 64 / (int64_t)sizeof(real);
 }
 
-/* Those of anchor i with `columns` candidates; NULL: they are not kept. */
+static bool keeps_cosines(const hex_problem_t *p) { return p->block && p->kept; }
+
+/* Those that are kept of anchor i with `columns` candidates. */
 static real *kept_row(const hex_problem_t *p, int64_t i, int64_t columns)
 {
-    if (!p->block || !p->kept)
-        return NULL;
     return (real *)p->kept + hex_block_place(p, i) * kept_stride(columns);
 }
 
@@ -233,7 +233,7 @@ static void rows_body(int64_t begin, int64_t end, void *context)
     const unit_t *unit = &c->in->unit;
     const range_t met = c->met;
     const int64_t n = met.end - met.begin, ld = round_up(n, NR) + NR;
-    const bool keeps = p->block && p->kept;
+    const bool keeps = keeps_cosines(p);
     table_t t = {0};
     near_t near = {0};
     unit_t copies = {0};
@@ -245,7 +245,7 @@ static void rows_body(int64_t begin, int64_t end, void *context)
         const int64_t rows = last - from < c->block ? last - from : c->block;
         for (int64_t i = 0; c->some && i < round_up(rows, MR); i++)
             copy_row(unit, c->some[i < rows ? from + i : from], &copies, i);
-        real *kept = kept_row(p, from, n), *table = keeps ? kept : t.c;
+        real *table = keeps ? kept_row(p, from, n) : t.c;
         const int64_t stride = keeps ? kept_stride(n) : ld;
         if (!keeps || !p->filled)
             cosines(c->some ? &copies : unit, c->some ? 0 : from, rows, c->panels, 0, n, table,
@@ -330,7 +330,7 @@ static const char *for_each_row(const hex_problem_t *p, row_function_t row, void
 {
     inputs_t in = {0};
     panels_t panels = {0}, guide = {0};
-    const bool blocks = p->mode < HEX_PAIRED, at_hand = p->block && p->kept && p->filled;
+    const bool blocks = p->mode < HEX_PAIRED, at_hand = keeps_cosines(p) && p->filled;
     const char *error = p->mode == HEX_LOGITS ? NULL : make_inputs(p, at_hand, &in);
     for (int input = 0; !error && input < 2; input++) {
         const range_t rows = block_of(p, input), met = met_by(p, input);
