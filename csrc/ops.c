@@ -13,15 +13,6 @@
 #include "problem.h"
 #include "tracker.h"
 
-/* The CUDA core has kernels for views and negatives with one positive, compared with eps themselves. */
-static bool check_place(call_t *c, const hex_problem_t *p)
-{
-    if (hex_place_is_cuda(&c->place) && (p->several || p->by_group || p->G > 0))
-        return fail(
-            c, "positives, groups, guide: expected one positive and none of the others on CUDA");
-    return true;
-}
-
 /* ---- outputs ---- */
 
 static hex_dtype_t compute_dtype(const hex_problem_t *p)
@@ -89,8 +80,8 @@ static void forward(StableIValue *stack, uint64_t arguments, uint64_t outputs)
     void *loss, *stats;
     if (read_problem(&c, &t, &rule, whole, &p) &&
         read_numbers(&c, eps, "eps", ONE | EACH_ROW, hex_anchors(&p), &p.eps) &&
-        read_numbers(&c, tau, "tau", ONE, 0, &p.tau) && check_place(&c, &p) &&
-        add_rows(&c, &p, &loss, &stats) && add_kept(&c, &p, keep))
+        read_numbers(&c, tau, "tau", ONE, 0, &p.tau) && add_rows(&c, &p, &loss, &stats) &&
+        add_kept(&c, &p, keep))
         ok(&c, hex_run_forward(&c.place, &p, loss, stats));
     finish(&c, "forward");
 }
@@ -155,9 +146,8 @@ static void adaptive(StableIValue *stack, uint64_t arguments, uint64_t outputs)
     view_t v;
     if (check_quantile(&c, tracker.quantile) && read_problem(&c, &t, &rule, whole, &p) &&
         check_no_decider(&c, &p) && read_state(&c, old, &v) &&
-        read_numbers(&c, tau, "tau", ONE, 0, &p.tau) && check_place(&c, &p) &&
-        add_rows(&c, &p, &loss, &stats) && add_kept(&c, &p, keep) &&
-        add_output(&c, 0, NULL, HEX_F64, &eps) &&
+        read_numbers(&c, tau, "tau", ONE, 0, &p.tau) && add_rows(&c, &p, &loss, &stats) &&
+        add_kept(&c, &p, keep) && add_output(&c, 0, NULL, HEX_F64, &eps) &&
         add_output(&c, 1, (int64_t[]){HEX_STATE}, HEX_F64, &state)) {
         const hex_device_state_t on_device = {v.data, v.stride[0], state, eps};
         if (hex_place_is_cuda(&c.place))
@@ -224,10 +214,9 @@ static void backward(StableIValue *stack, uint64_t arguments, uint64_t outputs)
     if (read_problem(&c, &t, &rule, block, &p) &&
         read_numbers(&c, grad, "grad", p.reduction == HEX_NONE ? EACH_ROW : ONE, hex_anchors(&p),
                      &g.grad) &&
-        read_numbers(&c, tau, "tau", ONE, 0, &p.tau) && check_place(&c, &p) &&
-        read_stats(&c, stats, &p, &g) && read_kept(&c, kept, &p) &&
-        add_gradient(&c, &p, 0, needs & 1, &g) && add_gradient(&c, &p, 1, needs & 2, &g) &&
-        add_gradient(&c, &p, 2, needs & 4, &g) &&
+        read_numbers(&c, tau, "tau", ONE, 0, &p.tau) && read_stats(&c, stats, &p, &g) &&
+        read_kept(&c, kept, &p) && add_gradient(&c, &p, 0, needs & 1, &g) &&
+        add_gradient(&c, &p, 1, needs & 2, &g) && add_gradient(&c, &p, 2, needs & 4, &g) &&
         add_output(&c, needs & 8 ? 0 : 1, (int64_t[]){0}, p.tau.dtype, &out)) {
         const bool cuda = hex_place_is_cuda(&c.place), wanted = needs & 8;
         double dtau = 0;
@@ -275,7 +264,7 @@ static bool read_measured(call_t *c, const measured_t *m, const block_t *block, 
 {
     return check_quantile(c, m->quantile) && read_inputs(c, &m->tensors, m->mode, m->several, p) &&
            (!block || read_block(c, *block, p)) && read_positives(c, &m->tensors, p) &&
-           read_numbers(c, m->tau, "tau", ONE, 0, &p->tau) && check_place(c, p);
+           read_numbers(c, m->tau, "tau", ONE, 0, &p->tau);
 }
 
 /* The mean of the quantiles, or the bounds. What is not asked for is empty. */
@@ -349,8 +338,8 @@ static void block_forward(StableIValue *stack, uint64_t arguments, uint64_t outp
     rule.reduction = HEX_NONE;
     if (read_problem(&c, &t, &rule, block, &p) &&
         read_numbers(&c, eps, "eps", ONE | EACH_ROW, hex_block_anchors(&p), &p.eps) &&
-        read_numbers(&c, tau, "tau", ONE, 0, &p.tau) && check_place(&c, &p) &&
-        read_kept(&c, kept, &p) && add_rows(&c, &p, &loss, &stats) &&
+        read_numbers(&c, tau, "tau", ONE, 0, &p.tau) && read_kept(&c, kept, &p) &&
+        add_rows(&c, &p, &loss, &stats) &&
         (p.filled ? add_output(&c, 1, (int64_t[]){0}, compute_dtype(&p), &none)
                   : add_kept(&c, &p, keep)))
         ok(&c, hex_run_forward(&c.place, &p, loss, stats));

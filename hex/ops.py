@@ -391,25 +391,20 @@ def _cuda(index: int) -> tuple[str | None, bool]:
     return cuda_problem(index), rounded
 
 
-def _has_kernel(z: Tensor, of_views: bool) -> bool:
-    """of_views: one positive, no groups and no guide; the only problems with kernels on CUDA."""
-    device, what, why = z.device.type, "", ""
+def _has_kernel(z: Tensor) -> bool:
+    device, why = z.device.type, ""
     if device in _KERNELS:
         return True
     if device == "cuda":
         problem = _cuda(z.device.index)[0]
-        if problem is None and of_views:
-            return True
-        device = f"cuda:{z.device.index}"
         if problem is None:
-            what = "labels, groups, guides and logits on "
-        else:
-            why = f" ({problem})"
-    if what + device not in _warned and not torch.compiler.is_compiling():
-        _warned.add(what + device)
+            return True
+        device, why = f"cuda:{z.device.index}", f" ({problem})"
+    if device not in _warned and not torch.compiler.is_compiling():
+        _warned.add(device)
         warn(
-            f"hex-ssl has no kernels for {what}device '{device}'{why}: its formulas run as plain "
-            "PyTorch operators there, correct but with N x N memory",
+            f"hex-ssl has no kernels for device '{device}'{why}: its formulas run as plain PyTorch "
+            "operators there, correct but with N x N memory",
             RuntimeWarning,
         )
     return False
@@ -426,10 +421,6 @@ def _learns(z0: Tensor, z1: Tensor, negatives: Tensor) -> bool:
     return torch.is_grad_enabled() and learns
 
 
-def _is_of_views(positives: int, groups: Tensor, guide: Tensor) -> bool:
-    return not positives and not groups.numel() and not guide.numel()
-
-
 def _reference(*tensors: Tensor, rule: tuple[Any, ...]) -> reference.Rows:
     mode, _, *rest = rule
     arguments: tuple[Any, ...] = (*tensors, mode, *rest)
@@ -440,13 +431,12 @@ def loss(
     inputs: tuple[Tensor, ...], eps: Tensor, tau: Tensor, rule: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The reduced loss, and of each row |H| and the local term's share (no gradient)."""
-    z0, z1, negatives, _, _, groups, guide = inputs
-    reduction, positives = rule[1:3]
+    z0, z1, negatives = inputs[:3]
     if eps.device != z0.device:  # of a tracker that was not moved: right, though it waits
         eps = eps.to(z0.device)
-    if not _has_kernel(z0, z0.is_cuda and _is_of_views(positives, groups, guide)):
+    if not _has_kernel(z0):
         rows, hard, share = _reference(*inputs, eps, tau, rule=rule)
-        return reference.reduce(rows, reduction), hard, share
+        return reference.reduce(rows, rule[1]), hard, share
     value, stats, _ = _apply_loss(
         *inputs, eps, tau, *rule, _learns(z0, z1, negatives), _allow_tf32(z0)
     )
@@ -466,11 +456,11 @@ def adaptive_loss(
     return value, stats[COUNT], stats[SHARE], eps, state
 
 
-def has_adaptive(z: Tensor, of_views: bool) -> bool:
+def has_adaptive(z: Tensor) -> bool:
     """Whether `adaptive_loss` serves such inputs, without groups and a guide. It does not under
     func transforms, where nothing is stored: the caller looks."""
     if z.is_cuda:
-        return of_views and _cuda(z.device.index)[0] is None
+        return _cuda(z.device.index)[0] is None
     return z.is_cpu and "cpu" in _KERNELS
 
 
@@ -496,7 +486,7 @@ def _measure(
     *tensors, mode, several, self_column = measured
     z0, tau = tensors[0], tensors[-1]
     with torch.no_grad():
-        if _has_kernel(z0, not several):
+        if _has_kernel(z0):
             outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.hex.quantile(
                 *tensors, mode, several, _allow_tf32(z0), self_column, quantile,
                 over == "negatives", bounds,
@@ -533,7 +523,7 @@ def _measure_block(
     *tensors, mode, several, self_column = measured
     z0, z1, tau = *tensors[:2], tensors[-1]
     with torch.no_grad():
-        if _has_kernel(z0, not several):
+        if _has_kernel(z0):
             outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.hex.block_quantiles(
                 *tensors, mode, several, _allow_tf32(z0), self_column, quantile,
                 over == "negatives", bounds, keep, *block,
@@ -554,10 +544,9 @@ def _of_block(rows: Tensor, z0: Tensor, z1: Tensor, mode: int, first: int, count
     return torch.cat([rows[begin : begin + count] for begin in begins])
 
 
-def has_block(inputs: tuple[Tensor, ...], positives: int) -> bool:
+def has_block(z: Tensor) -> bool:
     """Whether `block_forward` serves such inputs."""
-    z0, groups, guide = inputs[0], *inputs[5:7]
-    return _has_kernel(z0, z0.is_cuda and _is_of_views(positives, groups, guide))
+    return _has_kernel(z)
 
 
 def block_forward(

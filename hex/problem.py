@@ -141,7 +141,7 @@ class Problem(NamedTuple):
     def has_adaptive(self) -> bool:
         """Whether `adaptive_loss` serves it."""
         decided = self.h_is_given or self.guide is not None
-        return not decided and ops.has_adaptive(self.inputs[0], not self.several)
+        return not decided and ops.has_adaptive(self.inputs[0])
 
     def adaptive_loss(
         self, state: Tensor, rule: Rule, tracking: tuple[Any, ...]

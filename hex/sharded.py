@@ -99,7 +99,7 @@ def adaptive_loss(
 
 def loss(p: Problem, eps: Tensor, rule: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, and the means of |H|, share and eps. eps: 0-d, or of this rank's anchors."""
-    if not ops.has_block(p.inputs, rule[2]):
+    if not ops.has_block(p.inputs[0]):
         return _plain_loss(p, eps, rule)
     value, hard, share, mean = _finish(p, *_forward(p, eps, None, rule), rule)
     return value, hard, share, mean if eps.dim() else eps

@@ -21,6 +21,7 @@
 // Up to 128 features the second product reads the panels of the first, and a tile is loaded once.
 // More features are cut in chunks of VALUES panels, each with CUDA blocks of its own, which compute
 // the cosines again.
+#include "row.cuh"
 #include "tile.cuh"
 
 #define SIDE_BYTES (K_ROWS * BN * (int)sizeof(float)) // of the coefficients of a tile's columns
@@ -178,7 +179,7 @@ static __global__ void __launch_bounds__(32 * WARPS, 1)
         const int end = block.tile1 - tile > MOST_TILES ? tile + MOST_TILES : block.tile1;
         for (; tile < end; tile++) {
             float acc[8][4], top[2];
-            const int slot = stream.cosines(acc);
+            const int slot = stream.cosines(acc, stream.panels());
             w.column = (const float *)stream.side_of_tile();
             w.tile(acc, places, places.enter(tile, col0, col1), top);
 

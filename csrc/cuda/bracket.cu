@@ -10,6 +10,7 @@
 //
 // A row whose rank is not in its bracket, or whose list was too short, is left: -1 instead of its
 // bin. threshold.cu is launched behind this and counts such rows as ever.
+#include "bins.cuh"
 #include "tile.cuh"
 
 // What is kept of a row: a list in four parts, of its threads, or one that is in global memory.
@@ -318,7 +319,7 @@ static const char *launch(const hex_problem_t &p, const hex_run &r, const hex_ch
 const char *hex_bracket_tiles(const hex_problem_t &p, const hex_run &r, const hex_choice &choice,
                               const uint32_t *brackets, int *chosen, uint16_t *lists)
 {
-    const char *error = with_kind(r.unit, [&](auto, auto panels) {
+    const char *error = with_kind(r.unit, false, [&](auto, auto panels, auto) {
         constexpr int PANELS = decltype(panels)::value;
         return r.bracket.warps == 8 ? launch<8, PANELS>(p, r, choice, brackets, chosen, lists)
                                     : launch<4, PANELS>(p, r, choice, brackets, chosen, lists);

@@ -1,10 +1,7 @@
 // SPDX-License-Identifier: MIT
-// What the kernels share beside the tiles: how the work is cut, unit rows, the sums of a row and
-// what becomes of them. Notation: ../hex.h; the formulas are those of ../cpu/row.h.
-//
-// The sums over G and over H each have a shift of their own, the largest cosine of the set, and are
-// rescaled when a larger one comes. So one pass is right at every temperature; in particular a row
-// whose local term is at its floor need not sum G again.
+// What all kernels share: how the work is cut, what a launch is given, unit rows, numbers of any
+// dtype, sums over a block and over blocks. Notation: ../hex.h. The mathematics of a row is in
+// row.cuh, the bins of the threshold in bins.cuh, tiles of cosines in tile.cuh.
 #pragma once
 #include <float.h>
 #include <math.h>
@@ -17,10 +14,12 @@
 
 struct hex_unit {         // rows of length one; see ../hex.h for their order
     int64_t count, width; // width = D rounded up to 64
+    int first, panels;    // of the panels of 64 rows: the first of these, how many there are in all
     uint16_t *tiles;      // fp16, laid out by place_of; rows up to a multiple of 64 are zeros
     bool split;           // with the low parts too: for three products
     void *plain;          // instead, for plain.cu: float or double, width = D
     double *inverse;      // 1 / |z|; 0 for a row of zeros, NaN for one that is not finite
+    double *own;          // the same of each anchor's own negatives
     double *positive;     // cosine of image b's two views; in the backward see HEX_SUMMED
 };
 
@@ -63,6 +62,9 @@ enum {
     K_ROWS,
     K_COMMON = K_REST0 - K_REST,
     K_POSITIVE = K_ROWS,
+    K_POS_SHIFT, // these three where positives may be several, else 0
+    K_POS_MEAN,
+    K_POS_E,
     K_ALL
 };
 
@@ -82,9 +84,10 @@ struct hex_bracket {
 struct hex_run {
     cudaStream_t stream;
     int processors, shared_limit;
-    bool hopper;    // compute capability 9.0: kernels with more warps, and more shared memory
-    int block_rows; // a multiple of 64
-    hex_unit unit;
+    bool hopper;          // compute capability 9.0: kernels with more warps, and more shared memory
+    int block_rows;       // a multiple of 64
+    hex_unit unit, guide; // the guide's rows; width 0: there is none
+    int64_t *ids, *groups; // see sets.cuh; NULL: there are none
     hex_parts parts;
     unsigned *tickets;  // one a block of rows and one more, 0
     void *coefficients; // of 64 rows K_ALL x 64, compute type; rows up to a multiple of 64
@@ -96,7 +99,8 @@ struct hex_run {
 
 // What is chosen of each row, and what becomes of it.
 struct hex_choice {
-    int64_t rank; // -1: the rows are empty
+    double quantile;
+    int64_t rank; // that of a row whose length is known; -1: the rows are empty
     bool negatives;
     hex_tracker_t rule;
     hex_device_state_t to; // what becomes of the mean; without state: eps is the mean itself
@@ -130,6 +134,13 @@ const char *hex_plain_threshold(const hex_problem_t &p, const hex_run &r, const 
                                 double *rows);
 const char *hex_plain_range(const hex_problem_t &p, const hex_run &r, void *low, void *high);
 const char *hex_plain_gather(const hex_problem_t &p, const hex_run &r, const hex_gradient_t &g);
+const char *hex_logits_forward(const hex_problem_t &p, const hex_run &r, double *rows, void *loss,
+                               void *stats);
+const char *hex_logits_threshold(const hex_problem_t &p, const hex_run &r, const hex_choice &choice,
+                                 double *rows);
+const char *hex_logits_range(const hex_problem_t &p, const hex_run &r, void *low, void *high);
+const char *hex_logits_backward(const hex_problem_t &p, cudaStream_t stream,
+                                const hex_gradient_t &g);
 
 // ---- numbers ----
 
@@ -192,7 +203,7 @@ SHARED_DEVICE int swizzle(int row, int chunk) { return row * 64 + (((chunk ^ row
 // 64 rows follow one another.
 SHARED_DEVICE int64_t place_of(const hex_unit &u, int64_t i, int64_t d)
 {
-    const int64_t panel = (i >> 6) * (u.width >> 6) + (d >> 6);
+    const int64_t panel = (i >> 6) * u.panels + u.first + (d >> 6);
     return (panel << (u.split ? 13 : 12)) + swizzle((int)i & 63, (int)(d & 63) >> 3) + (d & 7);
 }
 
@@ -208,6 +219,18 @@ SHARED_DEVICE int64_t coefficient(int k, int64_t i)
 SHARED_DEVICE int64_t row_start(const hex_rows_t &x, int64_t j, int64_t i = 0)
 {
     return i * x.outer + j * x.row;
+}
+
+// The input that unit row i is of, and which row of it.
+struct hex_origin {
+    int input;
+    int64_t row;
+};
+SHARED_DEVICE hex_origin origin_of(const hex_problem_t &p, int64_t i)
+{
+    return i < p.B         ? hex_origin{0, i}
+           : i < p.B + p.M ? hex_origin{1, i - p.B}
+                           : hex_origin{2, i - p.B - p.M};
 }
 
 SHARED_DEVICE __host__ int64_t partner_of(int64_t i, int64_t B) { return i < B ? i + B : i - B; }
@@ -304,233 +327,21 @@ SHARED_DEVICE int64_t nth_row(const hex_parts &parts, int64_t n)
     return parts.part[k].row0 + n;
 }
 
-// ---- the sums of a row ----
-
-// With t = (c - largest) log2(e) / tau, e = 2^t, b = 2^(beta t): over G of e and t e, over H the
-// count, b, b e, t b and t b e.
-enum {
-    SUM_TOP,
-    SUM_REST,
-    SUM_REST_T,
-    SUM_HARD_TOP,
-    SUM_COUNT,
-    SUM_B,
-    SUM_BE,
-    SUM_BT,
-    SUM_BET,
-    SUMS
-};
-
-template <class real> struct hex_sums {
-    real v[SUMS];
-
-    __device__ __forceinline__ void clear()
-    {
-        for (int k = 0; k < SUMS; k++)
-            v[k] = 0;
-        v[SUM_TOP] = v[SUM_HARD_TOP] = HEX_LOWEST;
-    }
-
-    __device__ __forceinline__ void raise_rest(real top, real scale)
-    {
-        const real d = (v[SUM_TOP] - top) * scale, f = pow2(d);
-        v[SUM_REST_T] = f * (v[SUM_REST_T] + d * v[SUM_REST]);
-        v[SUM_REST] *= f;
-        v[SUM_TOP] = top;
-    }
-
-    __device__ __forceinline__ void raise_hard(real top, real scale, real beta)
-    {
-        const real d = (v[SUM_HARD_TOP] - top) * scale, fb = pow2(beta * d), fbe = fb * pow2(d);
-        v[SUM_BT] = fb * (v[SUM_BT] + d * v[SUM_B]);
-        v[SUM_BET] = fbe * (v[SUM_BET] + d * v[SUM_BE]);
-        v[SUM_B] *= fb;
-        v[SUM_BE] *= fbe;
-        v[SUM_HARD_TOP] = top;
-    }
-
-    __device__ __forceinline__ void add_rest(real c, real scale)
-    {
-        if (c > v[SUM_TOP])
-            raise_rest(c, scale);
-        const real t = (c - v[SUM_TOP]) * scale, e = pow2(t);
-        v[SUM_REST] += e;
-        v[SUM_REST_T] += t * e;
-    }
-
-    __device__ __forceinline__ void add_hard(real c, real scale, real beta)
-    {
-        if (c > v[SUM_HARD_TOP])
-            raise_hard(c, scale, beta);
-        const real t = (c - v[SUM_HARD_TOP]) * scale, b = pow2(beta * t), be = b * pow2(t);
-        v[SUM_COUNT] += 1;
-        v[SUM_B] += b;
-        v[SUM_BE] += be;
-        v[SUM_BT] += t * b;
-        v[SUM_BET] += t * be;
-    }
-
-    __device__ __forceinline__ void merge(hex_sums o, real scale, real beta)
-    {
-        const real top = larger(v[SUM_TOP], o.v[SUM_TOP]);
-        const real hard = larger(v[SUM_HARD_TOP], o.v[SUM_HARD_TOP]);
-        raise_rest(top, scale), o.raise_rest(top, scale);
-        raise_hard(hard, scale, beta), o.raise_hard(hard, scale, beta);
-        for (int k = 0; k < SUMS; k++)
-            if (k != SUM_TOP && k != SUM_HARD_TOP)
-                v[k] += o.v[k];
-    }
-};
-
-// From the sums of a row to its loss, returned, and its statistics, which stand in place `at` of
-// `rows`. n negatives, cp the positive, scale the log2(e) / tau that the sums were taken with.
-template <class real>
-SHARED_DEVICE double finish_row(const hex_problem_t &p, int64_t at, int64_t n, double cp, real eps,
-                                const hex_sums<double> &s, double scale, real *stats, int64_t rows)
-{
-    const double tau = read_vector(p.tau, 0), count = s.v[SUM_COUNT];
-    const bool released = p.variant == HEX_RELEASED && eps != (real)INFINITY;
-    double out[HEX_STATS] = {(double)eps}, loss;
-    if (!(tau > 0) || eps != eps) {
-        for (int k = 1; k < HEX_STATS; k++)
-            out[k] = (double)NAN;
-        loss = (double)NAN;
-    } else if (count == (double)n && (released || n == 0)) { // nothing to repel
-        out[HEX_STAT_COUNT] = count;
-        loss = cp - cp;
-    } else {
-        const bool some = count < (double)n; // G holds some
-        const double rest_top = s.v[SUM_TOP], hard_top = s.v[SUM_HARD_TOP];
-        const double rest_x = s.v[SUM_REST_T] / scale;
-        double shift = count > 0 && !released ? hard_top : rest_top;
-        out[HEX_STAT_COUNT] = count;
-        if (released) {
-            const double constant = (double)n * exp(-1 / tau), rest = s.v[SUM_REST];
-            out[HEX_STAT_SHIFT] = shift;
-            out[HEX_STAT_REST] = 1 / (tau * rest);
-            out[HEX_STAT_POSITIVE] = -1 / tau;
-            out[HEX_STAT_DTAU] = (cp - shift - rest_x / rest + constant) / (tau * tau);
-            loss = (shift - cp) / tau + log(rest) + constant;
-        } else {
-            const double m = fmax((shift - cp) / tau, 0.0), e0 = exp(-m);
-            const double rest_unit = some ? exp((rest_top - cp) / tau - m) : 0;
-            const double hard_unit = exp((hard_top - cp) / tau - m);
-            double local = 0, r = 0, floor_ = 0;
-            bool clamped = false;
-            if (count > 0) {
-                r = hard_unit * s.v[SUM_BE] / s.v[SUM_B];
-                local = count * (r - p.tau_plus * e0) / (1 - p.tau_plus);
-                floor_ = count * exp(-(1 + cp) / tau - m);
-                clamped = local < floor_;
-                local = clamped ? floor_ : local;
-                if (clamped && some)
-                    shift = rest_top;
-            }
-            const double rest = rest_unit * s.v[SUM_REST], S = local + rest;
-            const double k = 1 / (tau * (e0 + S)), x = m + log(S);
-            out[HEX_STAT_SHIFT] = shift;
-            out[HEX_STAT_REST] = k * exp((shift - cp) / tau - m);
-            out[HEX_STAT_POSITIVE] = -k * S;
-            out[HEX_STAT_SHARE] = local / (e0 + S);
-            double moment = k * rest_unit * (rest_x + (rest_top - cp) * s.v[SUM_REST]);
-            if (count > 0 && !clamped) {
-                const double above = hard_top - cp, h = k * count / ((1 - p.tau_plus) * s.v[SUM_B]);
-                const double hard_e = h * (1 + p.beta) * hard_unit, hard = h * p.beta * r;
-                out[HEX_STAT_HARD_E] = hard_e;
-                out[HEX_STAT_HARD] = hard;
-                out[HEX_STAT_POSITIVE] -= k * count * p.tau_plus * e0 / (1 - p.tau_plus);
-                moment += hard_e * (s.v[SUM_BET] / scale + above * s.v[SUM_BE]) -
-                          hard * (s.v[SUM_BT] / scale + above * s.v[SUM_B]);
-            }
-            out[HEX_STAT_DTAU] = ((clamped ? k * floor_ * (1 + cp) : 0) - moment) / tau;
-            loss = x <= 0 ? log1p(exp(x)) : x + log1p(exp(-x));
-        }
-    }
-    for (int k = 0; k < HEX_STATS; k++)
-        stats[k * rows + at] = (real)out[k];
-    return loss;
-}
-
-// One row's part of a gradient entry, dL_i / dc_ij: see HEX_STAT_*.
-template <class real>
-SHARED_DEVICE real row_entry(real c, real eps, real shift, real rest, real hard_e, real hard,
-                             real scale, real beta)
-{
-    const real x = (c - shift) * scale, t = x > 0 ? 0 : x, e = pow2(t); // a NaN stays
-    return c > eps ? pow2(beta * t) * (hard_e * e - hard) : rest * e;
-}
-
 // The negatives of each anchor.
 SHARED_DEVICE __host__ int64_t negatives_of_a_row(const hex_problem_t &p)
 {
     return p.mode == HEX_NTXENT ? 2 * p.B - 2 : p.mode < HEX_UNPAIRED ? p.B - 1 : p.K;
 }
+// The most columns that a histogram counts of a row.
+SHARED_DEVICE __host__ int64_t columns_of_a_row(const hex_problem_t &p)
+{
+    return !p.several              ? negatives_of_a_row(p)
+           : p.mode == HEX_NTXENT  ? p.B + p.M
+           : p.mode < HEX_UNPAIRED ? p.M
+                                   : p.M + p.K;
+}
 // All of the batch; those of the call are the rows of its parts.
 SHARED_DEVICE __host__ int64_t anchors_of(const hex_problem_t &p)
 {
-    return p.mode == HEX_NTXENT || p.mode == HEX_CROSS ? 2 * p.B : p.B;
-}
-
-// ---- the threshold ----
-
-// By one thread: a step of ../tracker.h, or the mean itself.
-SHARED_DEVICE void settle(const hex_choice &choice, double candidate, int64_t anchors)
-{
-    const hex_device_state_t &to = choice.to;
-    if (!to.state) {
-        *to.eps = candidate;
-        return;
-    }
-    hex_tracker_t t = choice.rule;
-    for (int k = 0; k < HEX_STATE; k++)
-        t.state[k] = to.state[k * to.stride];
-    hex_track(&t, candidate, anchors);
-    for (int k = 0; k < HEX_STATE; k++)
-        to.next[k] = t.state[k];
-    *to.eps = t.eps;
-}
-
-// Cosines in 65536 bins around k / 32767.5 - 1: -1 and 1 are the middle of the first and the last,
-// no cosine is further than 1.5e-5 from its bin's middle. The high byte is the coarse bin.
-#define HEX_BINS 256
-#define HEX_BIN0 8388608.f // adding 2^23 rounds to an integer, which then stands in the low bits
-SHARED_DEVICE float above_bin0(float c)
-{
-    return __saturatef(c * 0.5f + 0.5f) * 65535.f + HEX_BIN0;
-}
-SHARED_DEVICE int bin_of(float c)
-{
-    return (int)(__float_as_uint(above_bin0(c)) & 0xffff);
-} // NaN: 0
-SHARED_DEVICE double bin_middle(int bin) { return bin / 32767.5 - 1; }
-
-// By one warp, whose lane holds the counts of bins 8 lane to 8 lane + 7: the bin, of 256, that has
-// the element of rank *rank, and its rank among those of the bin. The extra elements count as well.
-SHARED_DEVICE int pick_bin(uint32_t (&count)[8], int extra0, int extra1, int64_t *rank)
-{
-    const int lane = (int)threadIdx.x & 31;
-    uint32_t sum = 0;
-    for (int k = 0; k < 8; k++) {
-        const int bin = 8 * lane + k;
-        count[k] += (bin == extra0) + (bin == extra1);
-        sum += count[k];
-    }
-    uint32_t upto = sum; // no row has 2^32 columns
-    for (int k = 1; k < 32; k <<= 1) {
-        const uint32_t other = __shfl_up_sync(~0u, upto, k);
-        upto += lane >= k ? other : 0;
-    }
-    const unsigned reached = __ballot_sync(~0u, (int64_t)upto > *rank);
-    const int owner = reached ? __ffs((int)reached) - 1 : 31;
-    int bin = 7;
-    int64_t left = *rank - (int64_t)(upto - sum);
-    for (int k = 0; k < 7; k++) {
-        if (left < (int64_t)count[k]) {
-            bin = k;
-            break;
-        }
-        left -= count[k];
-    }
-    *rank = __shfl_sync(~0u, left, owner);
-    return __shfl_sync(~0u, 8 * lane + bin, owner);
+    return p.mode == HEX_NTXENT || p.mode == HEX_CROSS ? p.B + p.M : p.B;
 }

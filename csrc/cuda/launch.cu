@@ -11,14 +11,18 @@
 //     backward        unit rows, backward gather, backward projection                    3
 //     settle, total   one each                                                           1
 //
-// (for per-anchor negatives one more: their norms, or two: their gradient; for the quantiles of a
-// large batch in 16 bits two more, before the coarse histogram: sample histogram, brackets).
+// (for per-anchor negatives one more: their norms, or two: their gradient; for labels or groups one
+// more, and one for the rows of a guide; for the quantiles of a large batch in 16 bits two more,
+// before the coarse histogram: sample histogram, brackets. Given logits have no unit rows: one
+// kernel each.)
 //
 // A block of anchors has unit rows of the whole batch, for all are candidates, and parts, memory by
 // row and outputs of its own rows alone.
 #include <stdio.h>
 
-#include "core.cuh"
+#include "bins.cuh"
+#include "row.cuh"
+#include "sets.cuh"
 
 #define TILE 64
 #ifndef HOPPER_GATHER
@@ -105,53 +109,57 @@ static void add_views(const hex_problem_t &p, hex_parts &parts, bool z0, bool z1
                       int64_t col1)
 {
     const int64_t B = p.B, end = p.first + p.count;
+    const int64_t end1 = p.first + hex_block_rows(&p, 1); // of z1 there may be other numbers
     if (z0 && z1 && p.count == B)
-        return add_part(parts, 0, 2 * B, col0, col1);
+        return add_part(parts, 0, B + p.M, col0, col1);
     if (z0)
         add_part(parts, p.first, end, col0, col1);
     if (z1)
-        add_part(parts, B + p.first, B + end, col0, col1);
+        add_part(parts, B + p.first, B + end1, col0, col1);
 }
 
 // The anchors and their candidates.
 static void anchor_parts(const hex_problem_t &p, hex_parts &parts)
 {
-    const int64_t B = p.B;
+    const int64_t B = p.B, views = p.B + p.M;
     switch (p.mode) {
     case HEX_NTXENT:
-        add_views(p, parts, true, true, 0, 2 * B);
+        add_views(p, parts, true, true, 0, views);
         break;
     case HEX_QUERY:
     case HEX_CROSS:
-        add_views(p, parts, true, false, B, 2 * B);
+        add_views(p, parts, true, false, B, views);
         if (p.mode == HEX_CROSS)
             add_views(p, parts, false, true, 0, B);
         break;
-    case HEX_UNPAIRED:
-        add_views(p, parts, true, false, 2 * B, 2 * B + p.K);
+    case HEX_UNPAIRED: // rows of z1 are seen only where positives are several
+        add_views(p, parts, true, false, p.several ? B : views, views + p.K);
         break;
     default:
         add_views(p, parts, true, false, 0, 0);
     }
 }
 
-// The rows whose gradient is wanted, and those they meet as an anchor or as a candidate.
+// The rows whose gradient is wanted, and those they meet as an anchor or as a candidate. A queue is
+// met by all anchors, those of the other ranks too.
 static void owner_parts(const hex_problem_t &p, const hex_gradient_t &g, hex_parts &parts)
 {
-    const int64_t B = p.B;
+    const int64_t B = p.B, views = p.B + p.M;
     switch (p.mode) {
     case HEX_NTXENT:
-        add_views(p, parts, g.dz[0], g.dz[1], 0, 2 * B);
+        add_views(p, parts, g.dz[0], g.dz[1], 0, views);
         break;
     case HEX_QUERY:
     case HEX_CROSS:
-        add_views(p, parts, g.dz[0], false, B, 2 * B);
+        add_views(p, parts, g.dz[0], false, B, views);
         add_views(p, parts, false, g.dz[1], 0, B);
         break;
     case HEX_UNPAIRED:
-        add_views(p, parts, g.dz[0], false, 2 * B, 2 * B + p.K);
-        if (g.dz[2]) // which all anchors meet, those of the other ranks too
-            add_part(parts, 2 * B, 2 * B + p.K, 0, B);
+        add_views(p, parts, g.dz[0], false, p.several ? B : views, views + p.K);
+        if (p.several)
+            add_views(p, parts, false, g.dz[1], 0, B);
+        if (g.dz[2])
+            add_part(parts, views, views + p.K, 0, B);
         break;
     default:
         add_views(p, parts, g.dz[0], false, 0, 0);
@@ -192,23 +200,37 @@ static void lay_out(const hex_problem_t &p, plan &plan, const wants &w, bool spl
     hex_run &r = plan.run;
     hex_unit &u = r.unit;
     const int64_t real = p.compute_f64 ? 8 : 4, own = p.mode == HEX_PAIRED ? p.count * p.K : 0;
+    const int64_t rows = padded(u.count);
     // tickets and counts stand together: they are set to 0 in one go
     const int64_t tickets = cut(w.tickets, 64) * 64;
     const int64_t later = cut(w.later, sizeof(unsigned));
     plan.zeros = tickets + w.counts;
     r.tickets = space.take<unsigned>(tickets + (later > w.counts ? later : w.counts));
     r.counts = r.tickets ? r.tickets + tickets : NULL;
-    u.inverse = space.take<double>(u.count + own);
+    const bool guided = r.guide.width > 0;
+    u.inverse = space.take<double>(u.count);
+    u.own = space.take<double>(own);
     u.positive = space.take<double>(p.B);
     plan.rows = space.take<double>(hex_block_anchors(&p));
-    if (plan.plain)
-        u.plain = space.take<char>(u.count * u.width * real);
-    else {
-        u.split = split;
-        u.tiles = space.take<uint16_t>(padded(u.count) * u.width * (split ? 2 : 1));
+    if (guided) {
+        r.guide.inverse = space.take<double>(u.count);
+        r.guide.own = space.take<double>(own);
     }
+    if (plan.plain) {
+        u.plain = space.take<char>(u.count * u.width * real);
+        if (guided)
+            r.guide.plain = space.take<char>(u.count * r.guide.width * real);
+    } else {
+        u.split = r.guide.split = split;
+        u.tiles = space.take<uint16_t>(rows * u.panels * TILE * (split ? 2 : 1));
+        r.guide.tiles = u.tiles; // its panels stand before the others
+    }
+    if (p.several && p.mode != HEX_LOGITS)
+        r.ids = space.take<int64_t>(rows);
+    if (p.by_group)
+        r.groups = space.take<int64_t>(rows);
     if (w.coefficients)
-        r.coefficients = space.take<char>(K_ALL * padded(u.count) * real);
+        r.coefficients = space.take<char>(K_ALL * rows * real);
     r.partial = space.take<char>(w.partial);
 }
 
@@ -218,6 +240,8 @@ static bool allow_tf32(const hex_problem_t &p, const hex_device &d)
     bool narrow = true;
     for (int k = 0; k < (p.mode >= HEX_UNPAIRED ? 3 : 2); k++)
         narrow &= p.input[k].dtype == HEX_F16 || p.input[k].dtype == HEX_BF16;
+    if (p.G > 0)
+        narrow &= p.guide[0].dtype == HEX_F16 || p.guide[0].dtype == HEX_BF16;
     return narrow || d.allow_tf32;
 }
 
@@ -234,14 +258,21 @@ static void prepare(const hex_problem_t &p, const hex_device &d, const wants &w,
 }
 
 // The device, and the size of the unit rows.
-static void start(const hex_problem_t &p, const hex_device &d, plan &plan)
+static void start(const hex_problem_t &p, const hex_device &d, plan &plan, bool plain = false)
 {
     hex_run &r = plan.run;
     int device = 0, major = 0;
     r.stream = (cudaStream_t)d.stream;
-    plan.plain = p.compute_f64 || p.mode == HEX_PAIRED;
-    r.unit.count = 2 * p.B + (p.mode == HEX_UNPAIRED ? p.K : 0);
-    r.unit.width = plan.plain ? p.D : p.D > 0 ? cut(p.D, TILE) * TILE : TILE;
+    plan.plain = plain || p.compute_f64 || p.mode >= HEX_PAIRED;
+    const auto width = [&](int64_t D) {
+        return plan.plain ? D : D > 0 ? cut(D, TILE) * TILE : TILE;
+    };
+    r.unit.count = p.mode == HEX_LOGITS ? 0 : p.B + p.M + (p.mode == HEX_UNPAIRED ? p.K : 0);
+    r.unit.width = width(p.D);
+    r.guide.count = r.unit.count;
+    r.guide.width = p.G > 0 ? width(p.G) : 0;
+    r.unit.first = (int)(r.guide.width / TILE);
+    r.unit.panels = r.guide.panels = r.unit.first + (int)(r.unit.width / TILE);
     if (cudaGetDevice(&device) != cudaSuccess ||
         cudaDeviceGetAttribute(&r.processors, cudaDevAttrMultiProcessorCount, device) !=
             cudaSuccess ||
@@ -294,11 +325,11 @@ static const char *of_anchors(hex_problem_t p, const hex_device &d, const hex_ch
     hex_parts counted = r.parts;
     if (choice) { // 16-bit counts: at most 32768 columns a block
         slice_parts(counted, 64, 512, 3 * r.processors);
-        w.tickets = 3 * counted.row_blocks + 2;
-        r.narrow = negatives_of_a_row(p) <= 0xffff;
+        w.tickets = 3 * counted.row_blocks + 2 + (p.several ? anchors : 0);
+        r.narrow = columns_of_a_row(p) <= 0xffff;
         w.counts = plan.plain ? 0 : anchors * (r.narrow ? HEX_BINS / 2 : HEX_BINS);
         w.partial = anchors * (int64_t)(sizeof(int64_t) + sizeof(int));
-        if (!plan.plain && allow_tf32(p, d))
+        if (!plan.plain && allow_tf32(p, d) && !p.several)
             r.bracket = hex_plan_bracket(p, r, *choice);
         if (r.bracket.warps)
             bracket_parts(r, anchors, counted, w);
@@ -308,12 +339,13 @@ static const char *of_anchors(hex_problem_t p, const hex_device &d, const hex_ch
         // A block with more warps reads the columns less often; four warps give a small batch more
         // blocks, and need less shared memory. 512 threads a processor in any case.
         const bool many = anchors >= 128 * (int64_t)r.processors && r.shared_limit >= 120 * 1024;
-        const bool one = r.unit.width <= 2 * TILE && allow_tf32(p, d);
+        const bool one = r.unit.width <= 2 * TILE && allow_tf32(p, d) && !has_sets(p);
         r.block_rows = r.hopper && one && anchors >= 16 * r.processors ? 256 : many ? 128 : 64;
         const int64_t most = p.block || r.block_rows < 128 ? 64 : r.block_rows / 2;
         slice_parts(r.parts, r.block_rows, most,
                     p.block ? ANY_ROWS : 512 / (2 * r.block_rows) * r.processors);
-        const int64_t sums = most_slices(r.parts) * 9 * anchors * (int64_t)sizeof(float);
+        const int64_t kinds = has_sets(p) ? SUMS_OF_SETS : SUMS;
+        const int64_t sums = most_slices(r.parts) * kinds * anchors * (int64_t)sizeof(float);
         w.tickets += r.parts.row_blocks + 1;
         (choice ? w.later : w.partial) = sums;
     }
@@ -323,16 +355,21 @@ static const char *of_anchors(hex_problem_t p, const hex_device &d, const hex_ch
     if (choice && !plan.error) {
         hex_run counting = r;
         counting.parts = counted;
-        counting.bracket.tickets = r.tickets + 3 * counted.row_blocks + 2;
-        plan.error = (plan.plain ? hex_plain_threshold : hex_tile_threshold)(p, counting, *choice,
-                                                                             plan.rows);
+        counting.bracket.tickets = r.tickets + 3 * counted.row_blocks + 2; // not if several
+        const auto threshold = p.mode == HEX_LOGITS ? hex_logits_threshold
+                               : plan.plain         ? hex_plain_threshold
+                                                    : hex_tile_threshold;
+        plan.error = threshold(p, counting, *choice, plan.rows);
         r.tickets += tickets;
         r.partial = r.counts;
         p.eps = {choice->to.eps, HEX_F64, 0};
     }
-    if (loss && !plan.error)
-        plan.error =
-            (plan.plain ? hex_plain_forward : hex_tile_forward)(p, r, plan.rows, loss, stats);
+    if (loss && !plan.error) {
+        const auto forward = p.mode == HEX_LOGITS ? hex_logits_forward
+                             : plan.plain         ? hex_plain_forward
+                                                  : hex_tile_forward;
+        plan.error = forward(p, r, plan.rows, loss, stats);
+    }
     return plan.error;
 }
 
@@ -352,14 +389,15 @@ static const char *threshold(const hex_problem_t *p, const hex_device *d, double
                              bool over_negatives, double *mean)
 {
     const int64_t rank = rank_of(*p, quantile, over_negatives);
-    const hex_choice choice = {rank, over_negatives, {}, {NULL, 0, NULL, mean}, NULL};
+    const hex_choice choice = {quantile, rank, over_negatives, {}, {NULL, 0, NULL, mean}, NULL};
     return of_anchors(*p, *d, &choice, NULL, NULL);
 }
 
 static const char *row_quantiles(const hex_problem_t *p, const hex_device *d, double quantile,
                                  bool over_negatives, void *rows)
 {
-    const hex_choice choice = {rank_of(*p, quantile, over_negatives), over_negatives, {}, {}, rows};
+    const int64_t rank = rank_of(*p, quantile, over_negatives);
+    const hex_choice choice = {quantile, rank, over_negatives, {}, {}, rows};
     return of_anchors(*p, *d, &choice, NULL, NULL);
 }
 
@@ -367,7 +405,7 @@ static const char *adaptive(const hex_problem_t *p, const hex_device *d, const h
                             const hex_device_state_t *s, void *loss, void *stats)
 {
     const int64_t rank = rank_of(*p, t->quantile, t->over_negatives);
-    const hex_choice choice = {rank, t->over_negatives, *t, *s, NULL};
+    const hex_choice choice = {t->quantile, rank, t->over_negatives, *t, *s, NULL};
     return of_anchors(*p, *d, &choice, loss, stats);
 }
 
@@ -385,9 +423,11 @@ static hex_parts band_of(const hex_parts &all, hex_span rows)
 
 static const char *backward(const hex_problem_t *p, const hex_device *d, const hex_gradient_t *g)
 {
+    if (p->mode == HEX_LOGITS)
+        return g->dz[0] || g->dtau ? hex_logits_backward(*p, (cudaStream_t)d->stream, *g) : NULL;
     plan plan = {};
     hex_run &r = plan.run;
-    start(*p, *d, plan);
+    start(*p, *d, plan, has_sets(*p));
     if (plan.error)
         return plan.error;
     hex_parts all = {};
@@ -403,11 +443,12 @@ static const char *backward(const hex_problem_t *p, const hex_device *d, const h
     const int64_t most = r.block_rows * (enough < all.count ? 1 : enough - all.count + 1);
     // Of a block of anchors its own rows are counted, views and then negatives; of a whole batch
     // these are the unit rows.
-    const int64_t views = 2 * p->count, own = views + r.unit.count - 2 * p->B;
+    const int64_t views = p->count + hex_block_rows(p, 1);
+    const int64_t own = views + r.unit.count - p->B - p->M;
     auto unit_row = [&](int64_t n) {
         return n < p->count ? p->first + n
                : n < views  ? p->first + n + p->B - p->count
-                            : n + 2 * p->B - views;
+                            : n + p->B + p->M - views;
     };
     hex_span band = {}; // of unit rows
     auto take = [&](int64_t first, int64_t end) {
@@ -473,14 +514,16 @@ static const char *row_range(const hex_problem_t *p, const hex_device *d, void *
     if (!plan.error)
         plan.error = hex_unit_rows(*p, r, plan.zeros, NULL);
     if (!plan.error)
-        plan.error = (plan.plain ? hex_plain_range : hex_tile_range)(*p, r, low, high);
+        plan.error = (p->mode == HEX_LOGITS ? hex_logits_range
+                      : plan.plain          ? hex_plain_range
+                                            : hex_tile_range)(*p, r, low, high);
     return plan.error;
 }
 
 static const char *settle(const hex_device *d, const hex_matrix_t *q, const hex_tracker_t *t,
                           const hex_device_state_t *s)
 {
-    return hex_settle_rows((cudaStream_t)d->stream, *q, {0, false, *t, *s, NULL});
+    return hex_settle_rows((cudaStream_t)d->stream, *q, {0, 0, false, *t, *s, NULL});
 }
 
 static const char *total(const hex_device *d, const hex_matrix_t *x, double *sums)

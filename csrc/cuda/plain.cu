@@ -3,9 +3,11 @@
 // For float64, where exactness is wanted and not speed, and for per-anchor negatives, which are
 // used once each, so that reading them is all the work.
 //
-// The row's columns are the unit rows [col0, col1) but itself and its partner, or, with per-anchor
-// negatives, its own K rows of the input. `real` is the compute type.
-#include "core.cuh"
+// The row's columns are the unit rows [col0, col1) but those that sets.cuh leaves out, or, with
+// per-anchor negatives, its own K rows of the input. `real` is the compute type.
+#include "bins.cuh"
+#include "row.cuh"
+#include "sets.cuh"
 
 #define WARPS 4
 #define THREADS (32 * WARPS)
@@ -13,43 +15,70 @@
 // CUDA blocks for an anchor's own negatives, a warp each.
 static inline __host__ __device__ int64_t own_blocks(int64_t K) { return (K + WARPS - 1) / WARPS; }
 
-// The columns of row i, whatever the mode, and their cosines.
-template <class real> struct columns {
-    const hex_problem_t *p;
+// The vectors that a row meets, of the inputs or of a guide: unit rows, or its own of the input.
+template <class real> struct vectors {
     const hex_unit *unit;
-    const double *inverse; // of the per-anchor negatives
-    const real *u;         // the row
-    int64_t i, col0, col1;
+    const hex_rows_t *own; // NULL: unit rows
+    int64_t i, K, first;   // the row; own negatives of each, and where those of the call begin
+    int64_t width;
 
-    __device__ void start(const hex_problem_t &problem, const hex_run &r, int64_t row)
-    {
-        p = &problem, unit = &r.unit, i = row;
-        inverse = r.unit.inverse + r.unit.count;
-        u = (const real *)unit->plain + i * unit->width;
-        col0 = 0, col1 = p->K;
-        for (int k = 0; k < r.parts.count && p->mode != HEX_PAIRED; k++)
-            if (i >= r.parts.part[k].row0 && i < r.parts.part[k].row1)
-                col0 = r.parts.part[k].col0, col1 = r.parts.part[k].col1;
-    }
-    __device__ bool negative(int64_t j) const
-    {
-        return p->mode == HEX_PAIRED || (j != i && !(i < 2 * p->B && j == partner_of(i, p->B)));
-    }
     __device__ real number(int64_t j, int64_t d) const
     {
-        if (p->mode != HEX_PAIRED)
+        if (!own)
             return ((const real *)unit->plain)[j * unit->width + d];
-        const hex_rows_t &x = p->input[2];
-        const int64_t n = (i - p->first) * p->K + j;
-        return (real)(read_number(x.data, x.dtype, row_start(x, j, i) + d * x.col) * inverse[n]);
+        const bool cube = own->inner != own->rows; // a guide's are one after another
+        const int64_t at = cube ? row_start(*own, j, i) : row_start(*own, i * K + j);
+        return (real)(read_number(own->data, own->dtype, at + d * own->col) *
+                      unit->own[(i - first) * K + j]);
     }
     // By a warp, the same on every lane.
     __device__ real cosine(int64_t j) const
     {
+        const real *u = (const real *)unit->plain + i * unit->width;
         real sum = 0;
-        for (int64_t d = (int)threadIdx.x & 31; d < p->D; d += 32)
+        for (int64_t d = (int)threadIdx.x & 31; d < width; d += 32)
             sum += u[d] * number(j, d);
         return warp_sum(sum);
+    }
+};
+
+// The columns of row i, whatever the mode.
+template <class real> struct columns {
+    const hex_problem_t *p;
+    const hex_run *r;
+    vectors<real> of, guide;
+    int64_t i, col0, col1;
+
+    __device__ void start(const hex_problem_t &problem, const hex_run &run, int64_t row)
+    {
+        p = &problem, r = &run, i = row;
+        const bool paired = p->mode == HEX_PAIRED;
+        of = {&r->unit, paired ? p->input + 2 : NULL, i, p->K, p->first, p->D};
+        guide = {&r->guide, paired ? p->guide + 2 : NULL, i, p->K, p->first, p->G};
+        col0 = 0, col1 = p->K;
+        for (int k = 0; k < r->parts.count && !paired; k++)
+            if (i >= r->parts.part[k].row0 && i < r->parts.part[k].row1)
+                col0 = r->parts.part[k].col0, col1 = r->parts.part[k].col1;
+    }
+    // What column j is to the row, and what the row is to it.
+    __device__ hex_kind_t kind(int64_t j) const
+    {
+        return p->mode == HEX_PAIRED ? NEGATIVE : kind_of(*p, *r, i, j);
+    }
+    __device__ hex_kind_t kind_to(int64_t j) const
+    {
+        return p->mode == HEX_PAIRED ? LEFT_OUT : kind_of(*p, *r, j, i);
+    }
+    // What is compared with eps, of a column with this cosine.
+    __device__ real score(int64_t j, real cosine) const
+    {
+        if (p->by_group) {
+            const int64_t its = p->mode == HEX_PAIRED
+                                    ? p->groups[2].data[(i * p->K + j) * p->groups[2].stride]
+                                    : r->groups[j];
+            return its == r->groups[i] ? 1 : 0;
+        }
+        return p->G > 0 ? guide.cosine(j) : cosine;
     }
 };
 
@@ -65,15 +94,22 @@ static __device__ bool own_place(const hex_problem_t &p, int64_t *i, int64_t *j,
     return *j < p.K;
 }
 
-// 1 / |n|
-static __global__ void __launch_bounds__(THREADS, 1) own_norms(hex_problem_t p, hex_unit unit)
+// 1 / |n|, and those of the guide
+static __global__ void __launch_bounds__(THREADS, 1)
+    own_norms(hex_problem_t p, double *own, double *guide)
 {
     int64_t i, j, n;
     if (!own_place(p, &i, &j, &n))
         return;
     const length of = norm_of(p.input[2], row_start(p.input[2], j, i), p.D);
-    if ((threadIdx.x & 31) == 0)
-        unit.inverse[unit.count + n] = of.scale * of.inverse;
+    const int lane = (int)threadIdx.x & 31;
+    if (lane == 0)
+        own[n] = of.scale * of.inverse;
+    if (!guide)
+        return;
+    const length seen = norm_of(p.guide[2], row_start(p.guide[2], i * p.K + j), p.G);
+    if (lane == 0)
+        guide[n] = seen.scale * seen.inverse;
 }
 
 // The norms, where there are per-anchor negatives.
@@ -82,7 +118,8 @@ static const char *prepare(const hex_problem_t &p, const hex_run &r)
     const int64_t blocks = p.count * own_blocks(p.K);
     if (p.mode != HEX_PAIRED || blocks == 0)
         return NULL;
-    HEX_LAUNCH(own_norms, dim3((unsigned)blocks), dim3(THREADS), 0, r.stream, p, r.unit);
+    HEX_LAUNCH(own_norms, dim3((unsigned)blocks), dim3(THREADS), 0, r.stream, p, r.unit.own,
+               r.guide.own);
     return hex_launched("norms of the negatives");
 }
 
@@ -93,37 +130,35 @@ static __global__ void __launch_bounds__(THREADS, 1)
     forward_rows(hex_problem_t p, hex_run r, double *rows, void *loss, real *stats)
 {
     HEX_SHARED_MEMORY(shared);
-    hex_sums<real> *parts = (hex_sums<real> *)shared, s;
+    hex_sums<real, true> *parts = (hex_sums<real, true> *)shared, s;
     const int warp = (int)threadIdx.x >> 5;
     const int64_t at = blockIdx.x, i = nth_row(r.parts, at), anchors = r.parts.rows;
     const real scale = (real)(HEX_LOG2E / read_vector(p.tau, 0)), beta = (real)p.beta;
-    const real eps = row_threshold<real>(p, at);
+    const real eps = row_eps<real>(p, at);
     columns<real> c;
     c.start(p, r, i);
     s.clear();
     for (int64_t j = c.col0 + warp; j < c.col1; j += WARPS) {
-        if (!c.negative(j))
+        const hex_kind_t kind = c.kind(j);
+        if (kind == LEFT_OUT)
             continue;
-        const real x = c.cosine(j);
-        if (x > eps)
-            s.add_hard(x, scale, beta);
+        const real x = c.of.cosine(j);
+        if (kind == POSITIVE)
+            s.add_positive(x, scale);
         else
-            s.add_rest(x, scale);
+            s.add_negative(x, c.score(j, x), eps, scale, beta);
     }
     if ((threadIdx.x & 31) == 0)
         parts[warp] = s;
     __syncthreads();
     if (threadIdx.x == 0) {
-        hex_sums<double> all;
+        hex_sums<double, true> all;
         all.clear();
-        for (int k = 0; k < WARPS; k++) {
-            hex_sums<double> other;
-            for (int n = 0; n < SUMS; n++)
-                other.v[n] = (double)parts[k].v[n];
-            all.merge(other, (double)scale, p.beta);
-        }
-        rows[at] = finish_row(p, at, negatives_of_a_row(p), r.unit.positive[image_of(i, p.B)], eps,
-                              all, (double)scale, stats, anchors);
+        for (int k = 0; k < WARPS; k++)
+            all.merge(in_double(parts[k]), (double)scale, p.beta);
+        const hex_row row = {all.v[SUM_NEGATIVES],
+                             p.several ? 0 : r.unit.positive[image_of(i, p.B)]};
+        rows[at] = finish_row(p, at, row, eps, all, (double)scale, stats, anchors);
         if (p.reduction == HEX_NONE)
             ((real *)loss)[at] = (real)rows[at];
     }
@@ -136,95 +171,60 @@ static __global__ void __launch_bounds__(THREADS, 1)
 
 // ---- threshold and bounds ----
 
-struct row_choice {
-    hex_choice of;
-    double *rows;
-    void *low, *high; // instead of the quantile
-};
-
 template <class real>
 static __global__ void __launch_bounds__(THREADS, 1)
-    choose_rows(hex_problem_t p, hex_run r, row_choice choice)
+    choose_rows(hex_problem_t p, hex_run r, hex_row_choice choice)
 {
     HEX_SHARED_MEMORY(shared);
     uint32_t *counts = (uint32_t *)shared;
     double *scratch = (double *)(counts + HEX_BINS);
-    int *picked = (int *)(scratch + 3 * WARPS);
+    unsigned *flag = (unsigned *)(scratch + 3 * WARPS);
     const int warp = (int)threadIdx.x >> 5, lane = (int)threadIdx.x & 31;
-    const int64_t at = blockIdx.x, i = nth_row(r.parts, at), anchors = r.parts.rows;
-    const double self = r.unit.inverse[i] == 0 ? 0 : 1,
-                 positive = r.unit.positive[image_of(i, p.B)];
+    const int64_t i = nth_row(r.parts, blockIdx.x);
+    const bool self = p.mode == HEX_NTXENT;
     columns<real> c;
     c.start(p, r, i);
-    double least = INFINITY, most = -INFINITY, finite = positive * 0;
-    int coarse = 0, bin = 0;
-    int64_t rank = choice.of.rank;
+    hex_row_bins row;
+    row.start(choice.of);
+    // An anchor's own cosine is 1, of a row of zeros 0; its only positive is as the inputs give it.
+    if (self)
+        row.add_apart(r.unit.inverse[i] * 0 + (r.unit.inverse[i] == 0 ? 0 : 1));
+    if (!p.several)
+        row.add_apart(r.unit.positive[image_of(i, p.B)]);
     for (int pass = 0; pass < (choice.low ? 1 : 2); pass++) {
         for (int k = (int)threadIdx.x; k < HEX_BINS; k += THREADS)
             counts[k] = 0;
         __syncthreads();
         for (int64_t j = c.col0 + warp; j < c.col1; j += WARPS) {
-            if (!c.negative(j))
+            const hex_kind_t kind = c.kind(j);
+            if (kind == LEFT_OUT)
                 continue;
-            const double x = (double)c.cosine(j);
-            least = fmin(least, x), most = fmax(most, x), finite += x * 0;
-            const int in = bin_of((float)x);
-            if (lane == 0 && (pass == 0 || in >> 8 == coarse))
-                atomicAdd(counts + (pass == 0 ? in >> 8 : in & 255), 1u);
+            const double x = (double)c.of.cosine(j);
+            const int at = row.add(x, pass, kind == NEGATIVE || !choice.of.negatives);
+            if (lane == 0 && at >= 0)
+                atomicAdd(counts + at, 1u);
         }
         __syncthreads();
-        int extra[2] = {-1, -1};
-        if (!choice.of.negatives) {
-            extra[0] = bin_of((float)positive);
-            if (p.mode == HEX_NTXENT)
-                extra[1] = bin_of((float)self);
-        }
-        for (int k = 0; k < 2; k++)
-            extra[k] = extra[k] < 0              ? -1
-                       : pass == 0               ? extra[k] >> 8
-                       : extra[k] >> 8 == coarse ? extra[k] & 255
-                                                 : -1;
         uint32_t mine[8];
         for (int k = 0; k < 8; k++)
             mine[k] = counts[8 * lane + k];
-        bin = pick_bin(mine, extra[0], extra[1], &rank); // each warp the same
-        if (pass == 0)
-            coarse = bin;
+        row.pick(mine, pass, choice.of.quantile); // each warp the same
         __syncthreads();
     }
-    if (lane == 0)
-        scratch[warp] = least, scratch[WARPS + warp] = most, scratch[2 * WARPS + warp] = finite;
-    __syncthreads();
-    for (int k = 0; k < WARPS; k++) {
-        least = fmin(least, scratch[k]), most = fmax(most, scratch[WARPS + k]);
-        finite += scratch[2 * WARPS + k];
-    }
-    if (choice.low) {
-        least = fmin(least, positive), most = fmax(most, positive);
-        if (p.mode == HEX_NTXENT)
-            least = fmin(least, self), most = fmax(most, self);
-        if (threadIdx.x == 0) {
-            ((real *)choice.low)[at] = (real)(finite == 0 ? fmax(fmin(least, 1.0), -1.0) : NAN);
-            ((real *)choice.high)[at] = (real)(finite == 0 ? fmax(fmin(most, 1.0), -1.0) : NAN);
-        }
-        return;
-    }
-    const double none = choice.of.each ? (double)INFINITY : (double)NAN; // of a row that is empty
-    const double quantile = finite != 0           ? (double)NAN
-                            : choice.of.rank >= 0 ? bin_middle(256 * coarse + bin)
-                                                  : none;
-    if (threadIdx.x == 0 && choice.of.each)
-        ((real *)choice.of.each)[at] = (real)quantile;
-    else if (threadIdx.x == 0)
-        choice.rows[at] = quantile;
-    if (choice.of.each || !last_to_arrive(r.tickets, anchors, (unsigned *)picked))
-        return;
-    const double sum = block_sum_of(choice.rows, anchors, (double *)shared);
-    if (threadIdx.x == 0)
-        settle(choice.of, sum / (double)anchors, anchors);
+    row.finish<real>(r, choice, scratch, flag);
 }
 
 // ---- backward ----
+
+// What the anchor `of` gives to the entry of its column j, which is this kind to it.
+template <class real>
+static __device__ real entry_of(const hex_row_coefficients<real> &of, hex_kind_t kind, real x,
+                                real score, real scale, real beta)
+{
+    return kind == LEFT_OUT   ? 0
+           : kind == POSITIVE ? of.of_positive(x, scale)
+                              : of.of_negative(x, score > of.eps, scale, beta);
+}
 
 // du of unit row `o`, into partial: a stretch of THREADS columns at a time, first their weights,
 // then each thread its own features.
@@ -234,33 +234,40 @@ static __global__ void __launch_bounds__(THREADS, 1) gather_rows(hex_problem_t p
     HEX_SHARED_MEMORY(shared);
     real *w = (real *)shared;
     const int warp = (int)threadIdx.x >> 5, lane = (int)threadIdx.x & 31;
-    const int64_t o = nth_row(r.parts, blockIdx.x);
+    const int64_t o = nth_row(r.parts, blockIdx.x), anchors = anchors_of(p);
     const real scale = (real)(HEX_LOG2E / read_vector(p.tau, 0)), beta = (real)p.beta;
     const real *k = (const real *)r.coefficients;
     real *du = (real *)r.partial + blockIdx.x * r.unit.width;
     columns<real> c;
     c.start(p, r, o);
-    auto entry = [&](real x, int64_t i) {
-        return row_entry(x, k[coefficient(K_EPS, i)], k[coefficient(K_SHIFT, i)],
-                         k[coefficient(K_REST, i)], k[coefficient(K_HARD_E, i)],
-                         k[coefficient(K_HARD, i)], scale, beta);
-    };
+    hex_row_coefficients<real> mine, theirs;
+    mine.read(k + coefficient(0, o), 64);
     for (int64_t d = threadIdx.x; d < p.D; d += THREADS)
         du[d] = 0;
     for (int64_t from = c.col0; from < c.col1; from += THREADS) {
         const int64_t n = c.col1 - from < THREADS ? c.col1 - from : THREADS;
         for (int64_t j = warp; j < n; j += WARPS) {
-            const real x = c.negative(from + j) ? c.cosine(from + j) : 0;
+            const int64_t t = from + j;
+            const hex_kind_t to_row = o < anchors ? c.kind(t) : LEFT_OUT;
+            const hex_kind_t to_column = t < anchors ? c.kind_to(t) : LEFT_OUT;
+            real weight = 0;
+            if (to_row != LEFT_OUT || to_column != LEFT_OUT) {
+                const real x = c.of.cosine(t), score = c.score(t, x);
+                weight = entry_of(mine, to_row, x, score, scale, beta);
+                if (to_column != LEFT_OUT) {
+                    theirs.read(k + coefficient(0, t), 64);
+                    weight += entry_of(theirs, to_column, x, score, scale, beta);
+                }
+            }
             if (lane == 0)
-                w[j] = !c.negative(from + j)  ? 0
-                       : p.mode == HEX_PAIRED ? entry(x, o)
-                                              : entry(x, o) + entry(x, from + j);
+                w[j] = weight;
         }
         __syncthreads();
         for (int64_t d = threadIdx.x; d < p.D; d += THREADS) {
             real sum = du[d];
             for (int64_t j = 0; j < n; j++)
-                sum += w[j] * c.number(from + j, d);
+                if (w[j] != 0) // or a NaN of a row that is left out would be one of the sum
+                    sum += w[j] * c.of.number(from + j, d);
             du[d] = sum;
         }
         __syncthreads(); // w is free again
@@ -275,20 +282,19 @@ static __global__ void __launch_bounds__(THREADS, 1)
     int64_t i, j, n;
     if (!own_place(p, &i, &j, &n))
         return;
-    const real *k = (const real *)r.coefficients;
     const real scale = (real)(HEX_LOG2E / read_vector(p.tau, 0));
     columns<real> c;
     c.start(p, r, i);
-    const real x = c.cosine(j);
-    const real g = row_entry(x, k[coefficient(K_EPS, i)], k[coefficient(K_SHIFT, i)],
-                             k[coefficient(K_REST, i)], k[coefficient(K_HARD_E, i)],
-                             k[coefficient(K_HARD, i)], scale, (real)p.beta);
-    const double inverse = c.inverse[n];
+    hex_row_coefficients<real> mine;
+    mine.read((const real *)r.coefficients + coefficient(0, i), 64);
+    const real x = c.of.cosine(j), *u = (const real *)r.unit.plain + i * r.unit.width;
+    const real g = entry_of(mine, NEGATIVE, x, c.score(j, x), scale, (real)p.beta);
+    const double inverse = r.unit.own[n];
     for (int64_t d = (int)threadIdx.x & 31; d < p.D; d += 32)
         write_number(dn, p.input[2].dtype, n * p.D + d,
                      inverse == 0 ? 0
                                   : (double)g * inverse *
-                                        ((double)c.u[d] - (double)x * (double)c.number(j, d)));
+                                        ((double)u[d] - (double)x * (double)c.of.number(j, d)));
 }
 
 // ---- launching ----
@@ -297,7 +303,7 @@ template <class real>
 static const char *forward(const hex_problem_t &p, const hex_run &r, double *rows, void *loss,
                            void *stats)
 {
-    const int bytes = (WARPS * SUMS + 1) * (int)sizeof(double);
+    const int bytes = (WARPS * SUMS_OF_SETS + 1) * (int)sizeof(double);
     HEX_LAUNCH(forward_rows<real>, dim3((unsigned)r.parts.rows), dim3(THREADS), bytes, r.stream, p,
                r, rows, loss, (real *)stats);
     return hex_launched("forward rows");
@@ -312,10 +318,10 @@ const char *hex_plain_forward(const hex_problem_t &p, const hex_run &r, double *
                            : forward<float>(p, r, rows, loss, stats);
 }
 
-static const char *choose(const hex_problem_t &p, const hex_run &r, const row_choice &choice)
+static const char *choose(const hex_problem_t &p, const hex_run &r, const hex_row_choice &choice)
 {
     const char *error = prepare(p, r);
-    const int bytes = HEX_BINS * 4 + (3 * WARPS + 2) * (int)sizeof(double);
+    const int bytes = HEX_BINS * 4 + (3 * WARPS + 1) * (int)sizeof(double);
     if (error)
         return error;
     if (p.compute_f64)

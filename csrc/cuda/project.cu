@@ -10,6 +10,12 @@
 
 #define THREADS 128
 
+// Whether one row alone is the positive of unit row o, and o its: the tiles leave them out.
+static __device__ bool has_partner(const hex_problem_t &p, int64_t o)
+{
+    return !p.several && o < p.B + p.M;
+}
+
 // What a row is made of. The reads here do not wait for one another.
 template <class real> struct owner {
     void *dz;
@@ -23,14 +29,15 @@ template <class real> struct owner {
     __device__ __forceinline__ owner(const hex_problem_t &p, const hex_run &r,
                                      const hex_gradient_t &g, int64_t o)
     {
-        const int input = o < p.B ? 0 : o < 2 * p.B ? 1 : 2;
+        const hex_origin from = origin_of(p, o);
+        const int input = from.input;
         dz = input == 0 ? g.dz[0] : input == 1 ? g.dz[1] : g.dz[2]; // no index: no local memory
         x = &p.input[input], y = &p.input[input < 2 ? 1 - input : 2];
-        at = row_start(*x, o - input * p.B);
-        to = (o - input * p.B - (input < 2 ? p.first : 0)) * p.D;
+        at = row_start(*x, from.row);
+        to = (from.row - (input < 2 ? p.first : 0)) * p.D;
         inverse = r.unit.inverse[o];
         there = 0, theirs = 0, given = taken = 0;
-        if (input < 2) {
+        if (has_partner(p, o)) {
             const real *k = (const real *)r.coefficients;
             const int64_t q = partner_of(o, p.B);
             there = row_start(*y, image_of(o, p.B));
@@ -120,7 +127,7 @@ static __global__ void __launch_bounds__(THREADS, QUADS > 2 ? 3 : 4)
     owner<float> own(p, r, g, o);
     const hex_dtype_t dtype = own.x->dtype, other = own.y->dtype;
     const int first = 4 * ((int)threadIdx.x % LANES), features = (int)p.D - first;
-    const bool partners = o < 2 * p.B;
+    const bool partners = has_partner(p, o);
     uint4 mine[QUADS], partner[QUADS];
 #pragma unroll
     for (int q = 0; q < QUADS; q++) {
@@ -190,8 +197,9 @@ static __global__ void __launch_bounds__(THREADS, 1)
     own.find_slices(r, o);
     const hex_rows_t &x = *own.x, &y = *own.y;
     const double weight = ((double)own.given + (double)own.taken) * own.theirs;
+    const bool partners = has_partner(p, o);
     auto du = [&](int64_t d) {
-        double sum = o < 2 * p.B ? weight * read_number(y.data, y.dtype, own.there + d * y.col) : 0;
+        double sum = partners ? weight * read_number(y.data, y.dtype, own.there + d * y.col) : 0;
         return own.slices > 0 ? sum + (double)own.partial[d] : sum;
     };
     double along = 0;
@@ -218,8 +226,9 @@ const char *hex_project(const hex_problem_t &p, const hex_run &r, const hex_grad
                         hex_span band)
 {
     // Of the band's rows those whose gradient is wanted.
-    const int64_t z0 = p.first, z1 = p.B + p.first;
-    const hex_span own[] = {{z0, z0 + p.count}, {z1, z1 + p.count}, {2 * p.B, r.unit.count}};
+    const int64_t z0 = p.first, z1 = p.B + p.first, views = p.B + p.M;
+    const hex_span own[] = {
+        {z0, z0 + p.count}, {z1, z1 + hex_block_rows(&p, 1)}, {views, r.unit.count}};
     hex_parts rows = {};
     for (int k = 0; k < 3; k++) {
         const hex_span both = common(own[k], band);

@@ -6,6 +6,7 @@
 // Bins over [-1, 1] would be too coarse: cosines of an untrained network lie within a hundredth. So
 // some tiles go ahead, and say for each row where its large cosines begin and how far they spread:
 // the bins are fine there and coarser beyond. What is smaller is not counted.
+#include "bins.cuh"
 #include "tile.cuh"
 
 #define BINS 128
@@ -272,7 +273,7 @@ static const char *launch(const hex_problem_t &p, const hex_run &r, const hex_ch
 const char *hex_sample_tiles(const hex_problem_t &p, const hex_run &r, const hex_choice &choice,
                              uint32_t *brackets)
 {
-    return with_kind(r.unit, [&](auto, auto panels) {
+    return with_kind(r.unit, false, [&](auto, auto panels, auto) {
         constexpr int PANELS = decltype(panels)::value;
         return r.bracket.warps == 8 ? launch<8, PANELS>(p, r, choice, brackets)
                                     : launch<4, PANELS>(p, r, choice, brackets);

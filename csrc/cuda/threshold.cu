@@ -12,7 +12,11 @@
 //
 // The row's own place and its positive are left out of the tiles and added at the end where the row
 // is taken whole: self as exactly 1 (0 for a row of zeros), the positive as the inputs give it.
-#include "tile.cuh"
+//
+// Where positives are several, they are cosines of the tiles like others. How long a row is shows when
+// it has been counted, whether it has a NaN too.
+#include "bins.cuh"
+#include "marks.cuh"
 
 #define WARPS 4
 #define ROWS (16 * WARPS)
@@ -24,6 +28,7 @@ enum { COARSE, FINE };
 template <int KIND> struct histogram {
     uint32_t *all, *words[2]; // of the block, and of the thread's two rows
     int coarse[2];
+    bool negatives, spoilt[2]; // of several positives: whether they do not count; NaN in the rows
 
     __device__ __forceinline__ void start()
     {
@@ -41,19 +46,27 @@ template <int KIND> struct histogram {
     template <bool EDGE>
     __device__ __forceinline__ void tile(float (&acc)[8][4], const hex_places &places)
     {
-        const int t = (int)threadIdx.x & 3;
-#pragma unroll
-        for (int n = 0; n < 8; n++)
-#pragma unroll
-            for (int q = 0; q < 4; q++) {
-                const int h = q >> 1;
-                if (EDGE && places.leaves_out(h, 8 * n + 2 * t + (q & 1)))
-                    continue;
-                const int bin = bin_of(acc[n][q]);
-                const int at = KIND == COARSE ? bin >> 8 : bin & 255;
-                if (KIND == COARSE || bin >> 8 == coarse[h])
-                    atomicAdd(words[h] + (at >> 1), at & 1 ? 65536u : 1u);
-            }
+        for_each_bit([&](uint32_t, int n, int q, int col) {
+            if (!EDGE || !places.leaves_out(q >> 1, col))
+                add(acc[n][q], q >> 1);
+        });
+    }
+    __device__ __forceinline__ void tile(float (&acc)[8][4], const hex_marks &marks)
+    {
+        const uint32_t row = marks.negative | marks.positive;
+        const uint32_t nan = row & bits_not_numbers(acc), counts = negatives ? marks.negative : row;
+        for (int h = 0; h < 2; h++)
+            spoilt[h] |= (nan & BITS_OF_ROW(h)) != 0;
+        for_each_bit([&](uint32_t bit, int n, int q, int) {
+            if (counts & bit)
+                add(acc[n][q], q >> 1);
+        });
+    }
+    __device__ __forceinline__ void add(float c, int h)
+    {
+        const int bin = bin_of(c), at = KIND == COARSE ? bin >> 8 : bin & 255;
+        if (KIND == COARSE || bin >> 8 == coarse[h])
+            atomicAdd(words[h] + (at >> 1), at & 1 ? 65536u : 1u);
     }
 };
 
@@ -72,19 +85,23 @@ struct bounds {
     template <bool EDGE>
     __device__ __forceinline__ void tile(float (&acc)[8][4], const hex_places &places)
     {
-        const int t = (int)threadIdx.x & 3;
-#pragma unroll
-        for (int n = 0; n < 8; n++)
-#pragma unroll
-            for (int q = 0; q < 4; q++) {
-                const int h = q >> 1;
-                const float c = acc[n][q];
-                if (EDGE && places.leaves_out(h, 8 * n + 2 * t + (q & 1)))
-                    continue;
-                low[h] = fminf(low[h], c);
-                high[h] = fmaxf(high[h], c);
-                finite[h] += c * 0;
-            }
+        for_each_bit([&](uint32_t, int n, int q, int col) {
+            if (!EDGE || !places.leaves_out(q >> 1, col))
+                add(acc[n][q], q >> 1);
+        });
+    }
+    __device__ __forceinline__ void tile(float (&acc)[8][4], const hex_marks &marks)
+    {
+        for_each_bit([&](uint32_t bit, int n, int q, int) {
+            if ((marks.negative | marks.positive) & bit)
+                add(acc[n][q], q >> 1);
+        });
+    }
+    __device__ __forceinline__ void add(float c, int h)
+    {
+        low[h] = fminf(low[h], c);
+        high[h] = fmaxf(high[h], c);
+        finite[h] += c * 0;
     }
 };
 
@@ -92,8 +109,9 @@ struct selection {
     hex_choice choice;
     int *coarse;      // of each row
     int64_t *ranks;   // left within the coarse bin
-    double *sums;     // of each block of rows
+    double *sums;     // of each block of rows; where positives are several, each row's quantile
     unsigned *spoilt; // of each block of rows: some of its columns are not finite, if not 0
+    unsigned *spoilt_rows; // the same of each row, where positives are several; else NULL
     int *chosen; // each row's bin as bracket.cu found it, -1 where it did not; NULL: nobody looked
 };
 
@@ -118,14 +136,38 @@ static __device__ void look_at_columns(const hex_run &r, const selection &s, con
         atomicAdd(s.spoilt + block.ticket, 1u);
 }
 
-// By one thread: the quantile of row i, which is of this bin, to its place; +Inf of an empty row.
+// By one thread: the quantile of row i, which is of this bin, to its place; +Inf of an empty row, whose
+// bin is -1.
 static __device__ void write_quantile(const hex_problem_t &p, const hex_run &r, const selection &s,
                                       const hex_block &block, int64_t i, int bin)
 {
-    const bool finite = r.unit.positive[image_of(i, p.B)] * 0 == 0 && s.spoilt[block.ticket] == 0;
-    ((float *)s.choice.each)[block.place(i)] = !finite              ? NAN
-                                               : s.choice.rank >= 0 ? (float)bin_middle(bin)
-                                                                    : INFINITY;
+    const int64_t at = block.place(i);
+    const bool finite =
+        s.spoilt_rows ? __ldcg(s.spoilt_rows + at) == 0 &&
+                            (p.mode != HEX_NTXENT || r.unit.inverse[i] * 0 == 0)
+                      : r.unit.positive[image_of(i, p.B)] * 0 == 0 && s.spoilt[block.ticket] == 0;
+    const double quantile = !finite ? (double)NAN : bin >= 0 ? bin_middle(bin) : (double)INFINITY;
+    if (s.choice.each)
+        ((float *)s.choice.each)[at] = (float)quantile;
+    else
+        s.sums[at] = quantile;
+}
+
+// The last of the threshold where positives are several: the mean of the rows that have an element.
+static __device__ void add_rows(const hex_run &r, const selection &s, unsigned *flag)
+{
+    if (!last_to_arrive(r.tickets + 2 * r.parts.row_blocks + 1, r.parts.row_blocks, flag))
+        return;
+    double sum = 0, count = 0;
+    for (int64_t i = threadIdx.x; i < r.parts.rows; i += THREADS) {
+        const double x = __ldcg(s.sums + i);
+        sum += x != (double)INFINITY ? x : 0;
+        count += x != (double)INFINITY;
+    }
+    sum = block_sum(sum, (double *)(flag + 2));
+    count = block_sum(count, (double *)(flag + 2));
+    if (threadIdx.x == 0)
+        settle(s.choice, sum / count, r.parts.rows); // NaN where no row has an element
 }
 
 // The last of the threshold: the block's sum, by one block for each block of rows, and the mean.
@@ -158,8 +200,8 @@ static __device__ double chosen_sum(const selection &s, const hex_block &block)
     return sum;
 }
 
-template <int KIND, bool SPLIT, int PANELS>
-static __global__ void __launch_bounds__(THREADS, 4)
+template <int KIND, bool SPLIT, int PANELS, bool SETS>
+static __global__ void __launch_bounds__(THREADS, SETS ? 3 : 4)
     count_tiles(hex_problem_t p, hex_run r, hex_fit fit, selection s)
 {
     HEX_SHARED_MEMORY(shared);
@@ -168,9 +210,9 @@ static __global__ void __launch_bounds__(THREADS, 4)
     hex_block block;
     block.start(r.parts, ROWS, blockIdx.x);
     unsigned *flag = (unsigned *)(shared + fit.at.ring); // the counts may lie at the beginning
-    if (KIND == COARSE && s.choice.each)
+    if (KIND == COARSE && s.choice.each && !SETS)
         look_at_columns(r, s, block);
-    if (!is_left(s, block)) {
+    if (!SETS && !is_left(s, block)) {
         if (KIND == COARSE || block.slice > 0)
             return;
         const int64_t i = block.row0 + threadIdx.x;
@@ -189,7 +231,17 @@ static __global__ void __launch_bounds__(THREADS, 4)
                              ? s.coarse[block.place(block.row0 + row)]
                              : 0;
     }
-    for_each_tile<WARPS, SPLIT, PANELS>(block, r.unit, p.B, fit, shared, fold); // has barriers
+    if constexpr (SETS) {
+        fold.negatives = s.choice.negatives, fold.spoilt[0] = fold.spoilt[1] = false;
+        const float none[2] = {INFINITY, INFINITY};
+        for_each_marked_tile<WARPS, SPLIT>(block, p, r, fit, shared, none, fold);
+        for (int h = 0; h < 2; h++) {
+            const int64_t i = block.row0 + warp * 16 + (lane >> 2) + 8 * h;
+            if (KIND == COARSE && fold.spoilt[h] && block.has(i))
+                atomicAdd(s.spoilt_rows + block.place(i), 1u);
+        }
+    } else
+        for_each_tile<WARPS, SPLIT, PANELS>(block, r.unit, p.B, fit, shared, fold); // has barriers
     const int pitch = r.narrow ? HEX_BINS / 2 : HEX_BINS;
     for (int k = (int)threadIdx.x; k < ROWS * HEX_BINS / 2; k += THREADS) {
         const int row = k / (HEX_BINS / 2), pair = k % (HEX_BINS / 2);
@@ -231,7 +283,8 @@ static __global__ void __launch_bounds__(THREADS, 4)
         if (KIND == FINE)
             coarse_of = s.coarse[block.place(i)], rank_of = s.ranks[block.place(i)];
         if (!s.choice.negatives) {
-            extra[0] = bin_of((float)r.unit.positive[image_of(i, p.B)]);
+            if (!SETS)
+                extra[0] = bin_of((float)r.unit.positive[image_of(i, p.B)]);
             if (p.mode == HEX_NTXENT)
                 extra[1] = bin_of(r.unit.inverse[i] == 0 ? 0.f : 1.f);
         }
@@ -255,10 +308,18 @@ static __global__ void __launch_bounds__(THREADS, 4)
         for (int k = 0; k < 8; k++)
             mine[k] = r.narrow ? words[row * PITCH + 4 * lane + k / 2] >> 16 * (k & 1) & 0xffff
                                : __ldcg(counts + 8 * lane + k);
+        if (SETS && KIND == COARSE) {
+            uint32_t all = 0;
+            for (int k = 0; k < 8; k++)
+                all += mine[k];
+            const double last = (double)warp_sum(all) + (extra1 >= 0) - 1;
+            rank = last >= 0 ? (int64_t)rint(s.choice.quantile * last) : -1;
+        }
+        const bool empty = SETS && rank < 0;
         const int bin = pick_bin(mine, extra0, extra1, &rank);
         if (KIND == FINE) {
             if (lane == n)
-                bin_of_lane = 256 * coarse + bin;
+                bin_of_lane = empty ? -1 : 256 * coarse + bin;
             if (lane == 0)
                 sum += s.choice.rank < 0 ? (double)NAN : bin_middle(256 * coarse + bin);
         } else {
@@ -271,10 +332,15 @@ static __global__ void __launch_bounds__(THREADS, 4)
     if (KIND == COARSE)
         return;
     const int row = warp + WARPS * lane;
-    if (!s.choice.each)
-        add_up(p, r, s, block, sum, flag);
-    else if (row >= skip && row < rows)
-        write_quantile(p, r, s, block, block.row0 + row, bin_of_lane);
+    if ((SETS || s.choice.each) && row >= skip && row < rows)
+        write_quantile(p, r, s, block, block.row0 + row,
+                       SETS || s.choice.rank >= 0 ? bin_of_lane : -1);
+    if (!s.choice.each) {
+        if (SETS)
+            add_rows(r, s, flag);
+        else
+            add_up(p, r, s, block, sum, flag);
+    }
 }
 
 static __global__ void settle_alone(hex_choice choice)
@@ -282,7 +348,7 @@ static __global__ void settle_alone(hex_choice choice)
     settle(choice, (double)NAN, 0); // which counts, and changes nothing else
 }
 
-template <bool SPLIT, int PANELS>
+template <bool SPLIT, int PANELS, bool SETS>
 static __global__ void __launch_bounds__(THREADS, 3)
     bound_tiles(hex_problem_t p, hex_run r, hex_fit fit, float *low, float *high)
 {
@@ -293,7 +359,11 @@ static __global__ void __launch_bounds__(THREADS, 3)
     hex_block block;
     block.start(r.parts, ROWS, blockIdx.x);
     bounds fold = {{INFINITY, INFINITY}, {-INFINITY, -INFINITY}, {0, 0}};
-    for_each_tile<WARPS, SPLIT, PANELS>(block, r.unit, p.B, fit, shared, fold);
+    if constexpr (SETS) {
+        const float none[2] = {INFINITY, INFINITY};
+        for_each_marked_tile<WARPS, SPLIT>(block, p, r, fit, shared, none, fold);
+    } else
+        for_each_tile<WARPS, SPLIT, PANELS>(block, r.unit, p.B, fit, shared, fold);
     for (int h = 0; h < 2; h++) {
         for (int k = 1; k < 4; k <<= 1) {
             fold.low[h] = fminf(fold.low[h], __shfl_xor_sync(~0u, fold.low[h], k));
@@ -311,10 +381,14 @@ static __global__ void __launch_bounds__(THREADS, 3)
     const int64_t i = block.row0 + threadIdx.x, at = block.place(i);
     if (threadIdx.x >= ROWS || !block.has(i))
         return;
-    const float positive = (float)r.unit.positive[image_of(i, p.B)];
-    float least = positive, most = positive, finite = positive * 0;
+    float least = INFINITY, most = -INFINITY, finite = 0;
+    if (!SETS) {
+        const float positive = (float)r.unit.positive[image_of(i, p.B)];
+        least = most = positive, finite = positive * 0;
+    }
     if (p.mode == HEX_NTXENT) {
         const float self = r.unit.inverse[i] == 0 ? 0.f : 1.f;
+        finite += (float)(r.unit.inverse[i] * 0);
         least = fminf(least, self), most = fmaxf(most, self);
     }
     for (int64_t slice = 0; slice < block.part.slices; slice++) {
@@ -322,6 +396,7 @@ static __global__ void __launch_bounds__(THREADS, 3)
         least = fminf(least, __ldcg(from)), most = fmaxf(most, __ldcg(from + anchors));
         finite += __ldcg(from + 2 * anchors);
     }
+    finite = least <= most ? finite : NAN; // of several positives a row may be empty
     low[at] = finite == 0 ? fmaxf(fminf(least, 1.f), -1.f) : NAN;
     high[at] = finite == 0 ? fmaxf(fminf(most, 1.f), -1.f) : NAN;
 }
@@ -349,7 +424,10 @@ const char *hex_tile_threshold(const hex_problem_t &p, const hex_run &r, const h
 {
     const int64_t anchors = r.parts.rows, words = ROWS * PITCH * (int64_t)sizeof(uint32_t);
     selection s = {choice, (int *)((int64_t *)r.partial + anchors), (int64_t *)r.partial,
-                   rows,   r.tickets + 2 * r.parts.row_blocks + 2,  NULL};
+                   rows,   r.tickets + 2 * r.parts.row_blocks + 2,  NULL,
+                   NULL};
+    if (p.several)
+        s.spoilt_rows = s.spoilt + r.parts.row_blocks;
     if (r.bracket.warps) {
         uint32_t *brackets = (uint32_t *)s.coarse;
         int *chosen = s.coarse + anchors;
@@ -361,25 +439,25 @@ const char *hex_tile_threshold(const hex_problem_t &p, const hex_run &r, const h
             return error;
         s.chosen = chosen; // what follows looks first whether there is anything left to do
     }
-    auto both = [&](auto split, auto panels) {
-        constexpr bool SPLIT = decltype(split)::value;
+    auto both = [&](auto split, auto panels, auto sets) {
+        constexpr bool SPLIT = decltype(split)::value, SETS = decltype(sets)::value;
         constexpr int PANELS = decltype(panels)::value;
-        const char *error =
-            launch<PANELS>("coarse histogram", count_tiles<COARSE, SPLIT, PANELS>, words, p, r, s);
+        const char *error = launch<PANELS>(
+            "coarse histogram", count_tiles<COARSE, SPLIT, PANELS, SETS>, words, p, r, s);
         return error ? error
-                     : launch<PANELS>("fine histogram", count_tiles<FINE, SPLIT, PANELS>, words, p,
-                                      r, s);
+                     : launch<PANELS>("fine histogram", count_tiles<FINE, SPLIT, PANELS, SETS>,
+                                      words, p, r, s);
     };
-    return with_kind(r.unit, both);
+    return with_kind(r.unit, has_sets(p), both);
 }
 
 const char *hex_tile_range(const hex_problem_t &p, const hex_run &r, void *low, void *high)
 {
-    auto bound = [&](auto split, auto panels) {
-        constexpr bool SPLIT = decltype(split)::value;
+    auto bound = [&](auto split, auto panels, auto sets) {
+        constexpr bool SPLIT = decltype(split)::value, SETS = decltype(sets)::value;
         constexpr int PANELS = decltype(panels)::value;
-        return launch<PANELS>("row bounds", bound_tiles<SPLIT, PANELS>, 0, p, r, (float *)low,
+        return launch<PANELS>("row bounds", bound_tiles<SPLIT, PANELS, SETS>, 0, p, r, (float *)low,
                               (float *)high);
     };
-    return with_kind(r.unit, bound);
+    return with_kind(r.unit, has_sets(p), bound);
 }

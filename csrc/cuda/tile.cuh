@@ -190,7 +190,7 @@ template <int WARPS, bool SPLIT, int PANELS, bool KEEP> struct hex_stream {
     int row_block, row_blocks, next_tile, end_tile, stride; // of 64 rows
     int any_panels, values, value0, slots, side_bytes, side_pitch;
     bool resident;
-    int slot, next_slot, next_panel, side_slot, next_side, sides;
+    int slot, next_slot, this_panel, next_panel, side_slot, next_side, sides;
     uint32_t kept[KEEP ? PANELS : 1][4][4];
 #ifdef HEX_WGMMA
     uint64_t *full, *empty;
@@ -266,14 +266,14 @@ template <int WARPS, bool SPLIT, int PANELS, bool KEEP> struct hex_stream {
                                           int64_t tile1, int one_of = 1)
     {
         tiles = u.tiles;
-        any_panels = (int)(u.width / PANEL);
+        any_panels = u.panels;
         row_block = (int)(row0 / BN), row_blocks = (int)((u.count + BN - 1) / BN);
         next_tile = (int)tile0, end_tile = (int)tile1, stride = one_of;
         slots = fit.slots;
         resident = fit.resident;
         a = (uint16_t *)shared;
         ring = (uint16_t *)(shared + fit.at.ring);
-        slot = next_slot = next_panel = side_slot = next_side = 0;
+        slot = next_slot = this_panel = next_panel = side_slot = next_side = 0;
         values = value0 = side_bytes = side_pitch = 0, sides = 1;
 #ifdef HEX_WGMMA
         full = (uint64_t *)(shared + fit.at.barriers);
@@ -429,8 +429,9 @@ template <int WARPS, bool SPLIT, int PANELS, bool KEEP> struct hex_stream {
                 acc[n][q] += part[n][q];
     }
 
-    // The cosines of a tile. With PANELS its slot, which is returned, stays in use.
-    __device__ __forceinline__ int cosines(float (&acc)[8][4])
+    // The cosines of a tile, of its next so many panels. With PANELS that is all of them, and their
+    // slot, which is returned, stays in use.
+    __device__ __forceinline__ int cosines(float (&acc)[8][4], int count)
     {
         if (PANELS && !SPLIT) {
             const int now = next();
@@ -451,9 +452,10 @@ template <int WARPS, bool SPLIT, int PANELS, bool KEEP> struct hex_stream {
         if (PANELS)
             now = next();
 #pragma unroll 1
-        for (int panel = 0; panel < panels(); panel++) {
+        for (int k = 0; k < count; k++) {
             if (!PANELS)
                 now = next();
+            const int panel = PANELS ? k : this_panel;
             const uint16_t *x = a_panel(panel, now), *y = b_panel(now, PANELS ? panel : 0);
             if (SPLIT)
                 add_split(acc, x, y);
@@ -462,8 +464,10 @@ template <int WARPS, bool SPLIT, int PANELS, bool KEEP> struct hex_stream {
                 multiply_panel<false>(acc, x, y);
                 wgmma_end(acc);
             }
-            if (!PANELS)
+            if (!PANELS) {
                 done(now);
+                this_panel = this_panel + 1 == any_panels ? 0 : this_panel + 1;
+            }
         }
         return now;
     }
@@ -567,7 +571,7 @@ DEVICE void for_each_tile(const hex_block &block, const hex_unit &unit, int64_t 
     const int col0 = (int)block.part.col0, col1 = (int)block.part.col1;
     for (int tile = block.tile0; tile < block.tile1; tile += block.stride) {
         float acc[8][4];
-        const int slot = stream.cosines(acc);
+        const int slot = stream.cosines(acc, stream.panels());
         if (PANELS)
             stream.done(slot);
         fold.tile(acc, places, places.enter(tile, col0, col1));
@@ -581,17 +585,20 @@ DEVICE void for_each_tile(const hex_block &block, const hex_unit &unit, int64_t 
 
 // ---- launching ----
 
-// Calls f(SPLIT, PANELS), two constants: for three products or one; and the panels whose fragments
-// of the rows stay in registers, 0 where there are too many of them.
+// Calls f(SPLIT, PANELS, SETS), constants: for three products or one; the panels whose fragments of
+// the rows stay in registers, 0 where there are too many of them; and what the caller says.
 template <int VALUE> struct constant {
     static constexpr int value = VALUE;
 };
-template <class F> static inline const char *with_kind(const hex_unit &u, F f)
+template <class F> static inline const char *with_kind(const hex_unit &u, bool sets, F f)
 {
-    return u.split                ? f(constant<true>{}, constant<0>{})
-           : u.width == PANEL     ? f(constant<false>{}, constant<1>{})
-           : u.width == 2 * PANEL ? f(constant<false>{}, constant<2>{})
-                                  : f(constant<false>{}, constant<0>{});
+    const constant<true> yes;
+    const constant<false> no;
+    return sets                   ? u.split ? f(yes, constant<0>{}, yes) : f(no, constant<0>{}, yes)
+           : u.split              ? f(yes, constant<0>{}, no)
+           : u.width == PANEL     ? f(no, constant<1>{}, no)
+           : u.width == 2 * PANEL ? f(no, constant<2>{}, no)
+                                  : f(no, constant<0>{}, no);
 }
 
 // For so many warps, with PANELS or not, and `more` bytes. The more slots, the more is on its way;
@@ -608,7 +615,7 @@ static inline hex_fit fit_of(const hex_run &r, int warps, int panels, bool keep,
         for (int slots = most; slots >= 2; slots--) {
             const int64_t bytes = more + side * sides_of(panels > 0, slots);
             fit = {stays != 0, slots,
-                   layout_of(warps, r.unit.split, stays != 0, keep && !side, r.unit.width / PANEL,
+                   layout_of(warps, r.unit.split, stays != 0, keep && !side, r.unit.panels,
                              panels ? panels : 1, slots, bytes)};
             if (fit.at.bytes <= r.shared_limit)
                 return fit;

@@ -2,7 +2,7 @@
 // Sums over the rows of all ranks: of each row of a matrix, and the tracker's step with the mean of
 // the rows' quantiles. A block adds up a row in double, thread k the numbers k, k + THREADS and so
 // on. So the order depends on how many there are alone, and all ranks have the same bits.
-#include "core.cuh"
+#include "bins.cuh"
 
 #define THREADS 1024
 

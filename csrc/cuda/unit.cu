@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 // The first kernel of every call: u = z / |z| from any dtype and strides, as fp16 (high and low) or
 // plain; for the forward the positives' cosines, from the inputs as they are; for the backward the
-// coefficients of all rows and the parts of dL/dtau; and zeros where later kernels count.
+// coefficients of all rows and the parts of dL/dtau; and zeros where later kernels count. After it
+// come the rows of a guide, which are like those of the inputs, and labels, laid out for sets.cuh.
 //
 // A row of zeros gives u = 0 and 1 / |z| = 0, a row with NaN or Inf NaN throughout. Rows of 1e-23
 // or 1e20 keep their direction: the sums are in double, where the square of no float leaves the
@@ -13,6 +14,8 @@
 // ---- what the kernels do besides ----
 
 struct unit_work {
+    int64_t pairs;  // images whose two views are read together: all, or none
+    bool positives; // whether their cosines are wanted
     uint4 *zeros;
     int64_t zero_count;
     hex_gradient_t g;   // of the backward, as
@@ -51,6 +54,11 @@ static __device__ double scale_coefficients(const hex_problem_t &p, const hex_gr
 #pragma unroll
         for (int n = 0; n < 4; n++)
             k[to[n]] = (real)(go * (double)stats[from[n] * anchors]);
+        if (p.several) {
+            k[K_POS_SHIFT] = stats[HEX_STAT_POS_SHIFT * anchors];
+            k[K_POS_MEAN] = stats[HEX_STAT_POS_MEAN * anchors];
+            k[K_POS_E] = (real)(go * (double)stats[HEX_STAT_POS_E * anchors]);
+        }
         const double x = -HEX_LOG2E / read_vector(p.tau, 0) * (double)k[K_SHIFT];
         const double unit = exp2(x), hard_unit = exp2(p.beta * x);
         k[K_REST0] = (real)((double)k[K_REST] * unit);
@@ -95,11 +103,12 @@ static __global__ void __launch_bounds__(THREADS, QUADS > 2 ? 4 : 8)
     }
     const int lane = (int)threadIdx.x % LANES, D = (int)p.D, width = (int)u.width;
     const int64_t item = block * (THREADS / LANES) + threadIdx.x / LANES;
-    const bool pair = item < p.B;
-    const int64_t row[2] = {pair ? item : item + p.B, item + p.B};
+    const bool pair = item < work.pairs;
+    const int64_t row[2] = {pair ? item : item + work.pairs, item + p.B};
     const bool full[2] = {row[0] < u.count, pair}; // all lanes go on: they add up together
-    const hex_rows_t &x = p.input[pair ? 0 : 2], &y = p.input[1];
-    const int64_t at[2] = {row_start(x, pair ? item : item - p.B), row_start(y, item)};
+    const hex_origin from = origin_of(p, full[0] ? row[0] : 0);
+    const hex_rows_t &x = p.input[from.input], &y = p.input[1];
+    const int64_t at[2] = {row_start(x, from.row), row_start(y, item)};
     uint4 raw[2][QUADS];
 #pragma unroll
     for (int h = 0; h < 2; h++)
@@ -164,7 +173,7 @@ static __global__ void __launch_bounds__(THREADS, QUADS > 2 ? 4 : 8)
         if (lane == 0 && full[h])
             u.inverse[row[h]] = inverse[h];
     }
-    if (lane == 0 && pair && !work.coefficients)
+    if (lane == 0 && pair && work.positives)
         u.positive[item] = sum[2] * inverse[0] * inverse[1];
 }
 
@@ -199,9 +208,9 @@ static __global__ void __launch_bounds__(THREADS, 1)
         }
         return;
     }
-    const int input = i < p.B ? 0 : i < 2 * p.B ? 1 : 2;
-    const hex_rows_t &x = p.input[input];
-    const int64_t at = row_start(x, i - input * p.B);
+    const hex_origin from = origin_of(p, i);
+    const hex_rows_t &x = p.input[from.input];
+    const int64_t at = row_start(x, from.row);
     const length n = norm_of(x, at, p.D);
     for (int64_t d = lane; d < u.width; d += 32) {
         const double v = d < p.D ? unit_number(x, at, d, n) : 0;
@@ -217,7 +226,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
     }
     if (lane == 0)
         u.inverse[i] = n.scale * n.inverse;
-    if (i < p.B && !work.coefficients) {
+    if (i < p.B && work.positives) {
         const hex_rows_t &y = p.input[1];
         const int64_t there = row_start(y, i);
         const length m = norm_of(y, there, p.D);
@@ -230,32 +239,77 @@ static __global__ void __launch_bounds__(THREADS, 1)
     }
 }
 
+// ---- labels ----
+
+static __device__ int64_t label_of(const hex_ids_t (&labels)[3], hex_origin from)
+{
+    const hex_ids_t &its = from.input == 0 ? labels[0] : from.input == 1 ? labels[1] : labels[2];
+    return its.data[from.row * its.stride];
+}
+
+// A thread for each unit row, up to the end of the last 64.
+static __global__ void __launch_bounds__(THREADS, 8)
+    code_rows(hex_problem_t p, int64_t count, int64_t *ids, int64_t *groups)
+{
+    const int64_t i = blockIdx.x * (int64_t)THREADS + threadIdx.x;
+    if (i >= padded(count))
+        return;
+    const hex_origin from = origin_of(p, i);
+    if (ids)
+        ids[i] = i >= count ? 0 : p.mask.data ? i % p.mask.rows : label_of(p.ids, from);
+    if (groups)
+        groups[i] = i < count ? label_of(p.groups, from) : 0;
+}
+
 // ---- launching ----
+
+// The rows of all inputs of a problem to u, with work besides.
+static const char *launch(const hex_problem_t &p, const hex_unit &u, const unit_work &work,
+                          cudaStream_t stream)
+{
+    const int64_t rows = padded(u.count);
+    const int bytes = THREADS / 32 * (int)sizeof(double);
+    auto run = [&](auto kernel, int64_t n, int lanes) {
+        const int64_t a_block = THREADS / lanes;
+        const int64_t blocks = work.coefficient_blocks + (n + a_block - 1) / a_block;
+        HEX_LAUNCH(kernel, dim3((unsigned)blocks), dim3(THREADS), bytes, stream, p, u, work);
+    };
+    if (!u.tiles || !hex_in_fours(p))
+        run(unit_rows, rows, 32);
+    else if (p.D <= 128)
+        run(unit_fours<16, 2>, rows - work.pairs, 16);
+    else if (p.D <= 256)
+        run(unit_fours<32, 2>, rows - work.pairs, 32);
+    else
+        run(unit_fours<32, 4>, rows - work.pairs, 32);
+    return hex_launched("unit rows");
+}
 
 const char *hex_unit_rows(const hex_problem_t &p, const hex_run &r, int64_t zeros,
                           const hex_gradient_t *g)
 {
-    const int64_t rows = padded(r.unit.count), items = rows - p.B;
-    if (rows == 0)
-        return NULL;
+    const int64_t rows = padded(r.unit.count);
+    if (rows == 0) {
+        cudaMemsetAsync(r.tickets, 0, zeros * sizeof *r.tickets, r.stream);
+        return hex_launched("(memset)");
+    }
     // Past the words to be zero there is room: all of the workspace is in units of 256 bytes.
-    unit_work work = {(uint4 *)r.tickets, (zeros + 3) / 4, {}, NULL, 0};
+    unit_work work = {
+        p.several ? 0 : p.B, !p.several && !g, (uint4 *)r.tickets, (zeros + 3) / 4, {}, NULL, 0};
     if (g)
         work.g = *g, work.coefficients = r.coefficients,
         work.coefficient_blocks = (rows + THREADS - 1) / THREADS;
-    const int bytes = THREADS / 32 * (int)sizeof(double);
-    auto launch = [&](auto kernel, int64_t n, int lanes) {
-        const int64_t a_block = THREADS / lanes;
-        const int64_t blocks = work.coefficient_blocks + (n + a_block - 1) / a_block;
-        HEX_LAUNCH(kernel, dim3((unsigned)blocks), dim3(THREADS), bytes, r.stream, p, r.unit, work);
-    };
-    if (!hex_in_fours(p))
-        launch(unit_rows, rows, 32);
-    else if (p.D <= 128)
-        launch(unit_fours<16, 2>, items, 16);
-    else if (p.D <= 256)
-        launch(unit_fours<32, 2>, items, 32);
-    else
-        launch(unit_fours<32, 4>, items, 32);
-    return hex_launched("unit rows");
+    const char *error = launch(p, r.unit, work, r.stream);
+    if (!error && r.guide.width > 0) {
+        hex_problem_t guide = p;
+        guide.D = p.G;
+        for (int k = 0; k < 3; k++)
+            guide.input[k] = p.guide[k];
+        error = launch(guide, r.guide, {0, false, NULL, 0, {}, NULL, 0}, r.stream);
+    }
+    if (error || !(r.ids || r.groups))
+        return error;
+    HEX_LAUNCH(code_rows, dim3((unsigned)((padded(r.unit.count) + THREADS - 1) / THREADS)),
+               dim3(THREADS), 0, r.stream, p, r.unit.count, r.ids, r.groups);
+    return hex_launched("labels");
 }

@@ -465,6 +465,7 @@ static inline double __dadd_rn(double x, double y) { return x + y; }
 static inline double rsqrt(double x) { return 1 / sqrt(x); }
 static inline float __saturatef(float x) { return x > 0 ? (x < 1 ? x : 1) : 0; } // NaN: 0
 static inline int __ffs(unsigned v) { return __builtin_ffs((int)v); }
+static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 template <class T> static inline T atomicAdd(T *p, T v)
 {
     T old = *p;
