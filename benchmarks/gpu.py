@@ -8,7 +8,7 @@
 
 --prepare fills build/gpu/, the only thing to carry beside the sources: a library for each of
 HEX_CUDA_ARCH (by default 90a, which is Hopper with all its instructions, and 90, which has mma.sync
-only), the primitives of each (tests/emulation/conformance.cu), the extension hex._C, and a manifest.
+only), the primitives of each (tests/emulation/conformance.cu), the extension, and a manifest.
 
 Each stage is a process group that is killed at its limit with all it started. After a stage that
 failed a small operation has to succeed on the device, or the run ends; it ends, too, where a stage
@@ -25,127 +25,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import hashlib
-import json
 import os
-import runpy
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from worker import Results, read
+import carried
+from carried import ROOT
+from worker import Results
 
-ROOT = Path(__file__).resolve().parents[1]
-CARRIED = ROOT / "build" / "gpu"
-BUILDS = "90a,90"  # the most wanted first
-SOURCES = ("csrc/**/*.[ch]", "csrc/**/*.cu*", "setup.py", "tests/emulation/conformance.cu")
 LEAST = 5  # seconds that are worth while for a stage
 LINES = 60  # of a stage's output, in the record of its failure
-PROBE = "import torch; torch.ones(1, device='{}').sum().item()"
-
-Manifest = dict[str, Any]
-
-
-# ---- what is carried -----------------------------------------------------------------------------
-
-
-def digest(*files: Path) -> str:
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def of_sources() -> str:
-    return digest(*sorted(file for pattern in SOURCES for file in ROOT.glob(pattern)))
-
-
-def said(*command: str) -> str:
-    """Its output, empty where it fails or hangs."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=15, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip()
-
-
-def write_manifest(folder: Path, builds: Sequence[str], nvcc: str) -> None:
-    """Of the files in the folder, and of the sources they were built from."""
-    manifest = {
-        "commit": said("git", "-C", str(ROOT), "describe", "--always", "--dirty") or "unknown",
-        "nvcc": nvcc, "builds": builds, "sources": of_sources(),
-        "files": {file.name: digest(file) for file in sorted(folder.glob("*.so"))},
-    }  # fmt: skip
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-
-
-def changed(folder: Path) -> Iterator[str]:
-    """What is not as the manifest says."""
-    manifest = read_manifest(folder)
-    for name, sum_ in manifest["files"].items():
-        if not (folder / name).exists():
-            yield f"{name} is missing"
-        elif digest(folder / name) != sum_:
-            yield f"{name} is another file than was built"
-    if of_sources() != manifest["sources"]:
-        yield "the sources in csrc/ are others than those it was built from"
-
-
-def read_manifest(folder: Path) -> Manifest:
-    return json.loads((folder / "manifest.json").read_text())
-
-
-def prepare(folder: Path) -> int:
-    """Builds by setup.py what differs from what is there; 0, or 1 where there is no nvcc."""
-    import setuptools
-
-    setup, setuptools.setup = setuptools.setup, lambda **_: None
-    try:
-        names = runpy.run_path(str(ROOT / "setup.py"))
-    finally:
-        setuptools.setup = setup
-    if not (nvcc := names["find_nvcc"]()):
-        print("nvcc is not found: set NVCC or CUDA_HOME", file=sys.stderr)
-        return 1
-    version = said(nvcc, "--version").splitlines()[-2]
-    builds = (os.environ.get("HEX_CUDA_ARCH") or BUILDS).split(",")
-    with contextlib.suppress(OSError, ValueError):
-        before = read_manifest(folder)
-        if (before["nvcc"], before["builds"]) == (version, builds) and not [*changed(folder)]:
-            write_manifest(folder, builds, version)  # the commit may be another
-            print(f"{folder} is of these sources already")
-            return 0
-    objects = folder.with_name("gpu-objects")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    os.chdir(ROOT)
-    # The same instructions, and beside them the lines that compute-sanitizer and ncu can name.
-    os.environ["NVCC_APPEND_FLAGS"] = "-lineinfo"
-    for build in builds:
-        os.environ["HEX_CUDA_ARCH"] = build
-        names["build_cuda"](nvcc, objects / build, folder / f"cuda_{build}.so")
-        options = [*names["NVCC_FLAGS"], *names["gencode"]([build]), "-shared"]
-        output = folder / f"conformance_{build}.so"
-        source = "tests/emulation/conformance.cu"
-        subprocess.run([nvcc, *options, "-o", output, source], check=True)
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", objects / "lib"]
-    command += ["--build-temp", objects / "temp"]
-    subprocess.run(command, check=True, env=os.environ | {"HEX_CUDA": "0"})
-    shutil.copy(objects / "lib" / "hex" / "_C.abi3.so", folder)
-    write_manifest(folder, builds, version)
-    for file in sorted(folder.iterdir()):
-        print(f"{file.stat().st_size / 1e6:7.2f} MB  {file}")
-    return 0
-
-
-def put(file: Path, target: Path) -> None:
-    """A copy in one step, for others may have the old one open."""
-    if not target.exists() or digest(target) != digest(file):
-        shutil.copy(file, target.with_suffix(".new"))
-        target.with_suffix(".new").replace(target)
-
+SECONDS = "SECONDS"  # in a command: how many it has
+PROBES = {"cuda": "import torch; torch.ones(1, device='cuda').sum().item()", "cpu": ""}
 
 # ---- the stages ----------------------------------------------------------------------------------
 
@@ -158,37 +54,37 @@ class Stage(NamedTuple):
     asked: str = ""  # as a Work's
 
 
+FIRST = ("manifest", "conformance")  # so the names of those begin that all others need
+
+
 def stages(device: str, builds: Sequence[str], record: Path, seconds: float) -> list[Stage]:
-    """In order. Those that all others need have a name that begins as one of FIRST."""
+    """In order."""
 
     def python(script: str, *arguments: str) -> list[str]:
         return [sys.executable, str(Path(__file__).with_name(script)), *arguments]
 
     def bench(*arguments: str) -> list[str]:
         smoke = ["--device", device, "--smoke"] if device == "cpu" else []
-        return python("bench.py", "--gpu", "--record", str(record), *smoke, *arguments)
+        options = ["--gpu", "--record", str(record), "--seconds", SECONDS]
+        return python("bench.py", *options, *smoke, *arguments)
 
-    # The methods in the order of the parts; plain ones and others are left to the last stage.
-    wanted = r"(256|1024|4096|8192|32768|34000|65536) x \d+, hex HEXLoss"
+    goals = r": (256|1024|4096|8192|32768|34000|65536) x \d+, hex HEXLoss"
     peers = ["sizes", "--only", "1024 x"] if device == "cpu" else []
     return [
         Stage("manifest", 45, python("gpu_stages.py", "manifest"), gate=True),
         *(
-            Stage(f"conformance {build}", 15, python("gpu_stages.py", "conformance", build))
+            Stage(f"conformance {build}", 20, python("gpu_stages.py", "conformance", build))
             for build in builds
         ),
         Stage("first step", 40, python("gpu_stages.py", "first_step"), gate=True),
         Stage("battery", 40, python("gpu_stages.py", "battery"), gate=True),
-        Stage("goals", 65, bench("queue", "sizes", "--only", wanted, "--seconds", "60")),
+        Stage("goals", 65, bench("queue", "sizes", "--only", goals)),
         Stage("kernels", 25, python("gpu_stages.py", "kernels")),
         Stage("tests", 110, python("gpu_stages.py", "tests")),
         Stage("sanitizers", 90, python("gpu_stages.py", "sanitizers")),
         Stage("ncu", 60, python("gpu_stages.py", "ncu")),
         Stage("peers", seconds, bench(*peers)),
     ]
-
-
-FIRST = ("manifest", "conformance")
 
 
 def planted() -> list[Stage]:
@@ -218,7 +114,8 @@ class Run:
         cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")
         self.environment = os.environ | {
             "HEX_GPU_RUN": mark, "HEX_GPU_RECORD": str(results.file), "HEX_GPU_ON": results.on,
-            "HEX_GPU_DEVICE": device, "PYTHONFAULTHANDLER": "1", "PYTHONPATH": str(ROOT),
+            "HEX_GPU_DEVICE": device, "PYTHONFAULTHANDLER": "1",
+            "PYTHONPATH": f"{ROOT}:{ROOT}/tests:{os.environ.get('PYTHONPATH', '')}",
             "PATH": f"{os.environ['PATH']}:{cuda}/bin",
         }  # fmt: skip
 
@@ -230,13 +127,14 @@ class Run:
         """Whether it is done; the record says more."""
         begin, limit = time.monotonic(), min(stage.limit, self.left)
         utc = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
-        print(f"{stage.name:<18}", end="", flush=True)
+        print(f"{stage.name:<24}", end="", flush=True)
+        command = [str(max(1, round(limit) - 4)) if x == SECONDS else x for x in stage.command]
         with self.log.open("ab") as log:
             log.write(f"\n---- {stage.name}\n".encode())
             log.flush()
             log_at = log.tell()
             process = subprocess.Popen(
-                stage.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT,
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT,
                 env=self.environment, start_new_session=True,
             )  # fmt: skip
         note = ""
@@ -248,10 +146,9 @@ class Run:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.5)
         finally:
-            note += self.kill(process)
+            note += self.kill(process)  # also what is left of one that ended
         if not note and process.returncode:
             note = f"ended with {process.returncode}"
-        self.results.records |= read(self.results.file.read_text())  # it may have written, too
         record = {"utc": utc, "seconds": round(time.monotonic() - begin, 1), "ok": not note}
         if note:
             with self.log.open("rb") as log:
@@ -292,21 +189,20 @@ class Run:
 
 def supervise(options: argparse.Namespace) -> int:
     """0, or 1 where something failed, or 3 where something was not reached."""
-    rehearsal, carried = options.rehearse, options.carried
-    card = "a CPU" if rehearsal else said("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
-    if not card:
+    rehearsal, folder = options.rehearse, options.carried
+    if not (card := "a CPU" if rehearsal else carried.asked_of_card("name")):
         print("nvidia-smi names no card; --rehearse is for a CPU", file=sys.stderr)
         return 1
-    manifest = read_manifest(carried)
-    code = f"{manifest['commit']}+{digest(carried / 'manifest.json')[:6]}"
+    manifest = carried.manifest(folder)
+    code = f"{manifest['commit']}+{carried.digest(folder / 'manifest.json')[:6]}"
     results = Results(options.record)
-    results.on = f"{card.splitlines()[0]}, hex-ssl at {code}" + ", a rehearsal" * rehearsal
+    results.on = f"{card}, hex-ssl at {code}" + ", a rehearsal" * rehearsal
     print(results.on, flush=True)
     device = "cpu" if rehearsal else "cuda"
     run = Run(results, options.seconds, device)
-    run.environment |= {"HEX_GPU_CARRIED": str(carried), "HEX_COMMIT": code}
+    run.environment |= {"HEX_GPU_CARRIED": str(folder), "HEX_COMMIT": code}
     if not rehearsal:
-        put(carried / "_C.abi3.so", ROOT / "hex" / "_C.abi3.so")
+        carried.put(folder / "_C.abi3.so", ROOT / "hex" / "_C.abi3.so")
     plan = stages(device, manifest["builds"], options.record, options.seconds)
     if rehearsal:
         plan[1:1] = planted()
@@ -322,7 +218,7 @@ def supervise(options: argparse.Namespace) -> int:
     while to_do and run.left > LEAST:
         stage = to_do[0]
         needs_none = stage.name.startswith(FIRST) or stage in planted()
-        if not needs_none and not choose(run, manifest["builds"], carried, rehearsal):
+        if not needs_none and not choose(run, manifest["builds"], folder, rehearsal):
             print("no library has primitives that are right", flush=True)
             break
         to_do.pop(0)
@@ -332,7 +228,8 @@ def supervise(options: argparse.Namespace) -> int:
         if stage.gate:
             print("the rest would say nothing", flush=True)
             break
-        if not run.do(Stage(f"probe: {stage.name}", 15, [sys.executable, "-c", options.probe])):
+        probe = Stage(f"probe: {stage.name}", 15, [sys.executable, "-c", PROBES[device]])
+        if run.left > LEAST and not run.do(probe):
             print("the device does not answer any more", flush=True)
             break
     for stage in to_do:
@@ -343,22 +240,22 @@ def supervise(options: argparse.Namespace) -> int:
     return 1 if failed else 3 if to_do else 0
 
 
-def choose(run: Run, builds: Sequence[str], carried: Path, rehearsal: bool) -> bool:
+def choose(run: Run, builds: Sequence[str], folder: Path, rehearsal: bool) -> bool:
     """Puts the first library whose primitives are right into hex/, and has the tests use them."""
     for build in builds:
         if run.results.ok(Stage(f"conformance {build}", 0, ())):
             run.about = {"build": build}
-            run.environment["HEX_CONFORMANCE"] = str(carried / f"conformance_{build}.so")
+            run.environment["HEX_CONFORMANCE"] = str(folder / f"conformance_{build}.so")
             if not rehearsal:
-                put(carried / f"cuda_{build}.so", ROOT / "hex" / "_cuda.so")
+                carried.put(folder / f"cuda_{build}.so", ROOT / "hex" / "_cuda.so")
             return True
     return False
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    known = ", ".join(s.name for s in stages("", carried.BUILDS.split(","), Path(), 0))
     parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0],
-        epilog=f"Stages: {', '.join(s.name for s in stages('', BUILDS.split(','), Path(), 0))}.",
+        description=__doc__.partition("\n")[0], epilog=f"Stages: {known}."
     )
     add = parser.add_argument
     add("stages", nargs="*", metavar="STAGE", help="default all; a name with a blank in quotes")
@@ -366,16 +263,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--rehearse", action="store_true", help="on a CPU")
     add("--seconds", type=float, default=540, help="end after so many, whatever runs")
     add("--record", type=Path, metavar="FILE", help="go on with it; default: a new one in build/")
-    add("--carried", type=Path, default=CARRIED, metavar="DIR", help="default: build/gpu")
+    add("--carried", type=Path, default=carried.FOLDER, metavar="DIR", help="default: build/gpu")
     options = parser.parse_args(arguments)
     options.carried = options.carried.resolve()
     if options.prepare:
-        return prepare(options.carried)
+        return carried.prepare(options.carried)
     if not (options.carried / "manifest.json").exists():
         parser.error(f"{options.carried} has no manifest: --prepare makes it, where nvcc is")
     name = time.strftime("gpu-run-%Y%m%d-%H%M%S.jsonl")
     options.record = (options.record or ROOT / "build" / name).resolve()
-    options.probe = "" if options.rehearse else PROBE.format("cuda")
     return supervise(options)
 
 

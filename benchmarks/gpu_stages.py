@@ -1,36 +1,36 @@
 # SPDX-License-Identifier: MIT
 """What the stages of gpu.py do, each in a process of its own: python gpu_stages.py STAGE.
 
-gpu.py gives the device, the record and the rest in the environment. On a CPU, in a rehearsal, what
-needs a GPU or its tools is left out or made small.
+gpu.py gives the device, the record and the rest in the environment, and has tests/ on Python's path
+for emulator.py and what that imports. On a CPU, in a rehearsal, what needs a GPU or its tools is
+left out or made small. torch takes seconds to import: it is by those that use it.
 """
 
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-sys.path[1:1] = [str(Path(__file__).parents[1] / "tests")]  # emulator.py, and what it imports
-
-import gpu
-import measure
-import torch
+import carried
 from worker import Record, append, read
 
 DEVICE = os.environ.get("HEX_GPU_DEVICE", "cuda")
 RECORD = Path(os.environ.get("HEX_GPU_RECORD", os.devnull))
 ON, THIS_RUN = os.environ.get("HEX_GPU_ON", ""), os.environ.get("HEX_GPU_RUN", "")
-CARRIED = Path(os.environ.get("HEX_GPU_CARRIED", gpu.CARRIED))
+FOLDER = Path(os.environ.get("HEX_GPU_CARRIED", carried.FOLDER))
 ON_A_GPU = DEVICE != "cpu"
 
 STEPS = 10  # that are profiled
@@ -38,7 +38,9 @@ STEPS = 10  # that are profiled
 GROUPS = ("opcheck", "every_mode or primitives or offsets", "battery or bits or compiled")
 GROUPS += (f"not ({' or '.join(GROUPS)})",)
 TEST_LIMIT = 40  # seconds
+TESTS = Path(__file__).parents[1] / "tests" / "test_gpu.py"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+TOOL_LIMIT, NCU_LIMIT = 80, 50  # seconds, below those of the stages, for what is there then
 METRICS = "time_duration.sum|issue_active|pipe_tensor|warps_active|registers|issue_stalled.*ratio"
 
 
@@ -56,13 +58,15 @@ def itself(*arguments: str) -> list[str]:
 
 def manifest() -> None:
     """The files are those that were built, the driver is there, each library can be loaded."""
-    if problems := [*gpu.changed(CARRIED)]:
-        raise SystemExit(f"{CARRIED}: {'; '.join(problems)}: gpu.py --prepare builds them anew")
+    if problems := [*carried.changed(FOLDER)]:
+        raise SystemExit(f"{FOLDER}: {'; '.join(problems)}: gpu.py --prepare builds them anew")
+    import torch
+
     from hex._load import _C
 
     about = {"torch": torch.__version__, "python": sys.version.split()[0]}
-    for build in gpu.read_manifest(CARRIED)["builds"]:
-        problem = _C.load_cuda(str(CARRIED / f"cuda_{build}.so")) or _C.probe_cuda(0)
+    for build in carried.manifest(FOLDER)["builds"]:
+        problem = _C.load_cuda(str(FOLDER / f"cuda_{build}.so")) or _C.probe_cuda(0)
         print(build, problem or "is loaded", flush=True)
         if ON_A_GPU and problem:
             raise SystemExit(f"cuda_{build}.so cannot be used: {problem}")
@@ -72,22 +76,23 @@ def manifest() -> None:
         about |= {
             "CUDA": torch.version.cuda, "memory": f"{card.total_memory / 1e9:.0f} GB",
             "processors": card.multi_processor_count, "capability": f"{card.major}.{card.minor}",
-            "driver": gpu.said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "driver": carried.asked_of_card("driver_version"),
         }  # fmt: skip
-    note("machine", **about, manifest=gpu.read_manifest(CARRIED))
+    note("card", **about, manifest=carried.manifest(FOLDER))
 
 
 def conformance(build: str) -> None:
-    import emulator
-
     if ON_A_GPU:
-        emulator.assert_conforms(CARRIED / f"conformance_{build}.so", DEVICE)
+        import emulator
+
+        emulator.assert_conforms(FOLDER / f"conformance_{build}.so", DEVICE)
 
 
 def first_step() -> None:
     """HEXLoss and its gradient against float64; then float32 by the number of features."""
     import parts
     import peers
+    import torch
     from conftest import check, problem
 
     for dtype in ("bfloat16", "float32"):
@@ -123,16 +128,10 @@ def kernels() -> None:
     import batches
     import parts
     import peers
+    import torch
     from torch.autograd import DeviceType
 
-    n = 8192 if ON_A_GPU else 128
-    a, b = (torch.randn(n, n, device=DEVICE).bfloat16() for _ in range(2))
-    large, other = (torch.empty(16 * n * n, dtype=torch.uint8, device=DEVICE) for _ in range(2))
-    flops = 2 * n**3 / measured(lambda: torch.mm(a, b))
-    moved = 2 * len(large) / measured(lambda: other.copy_(large))
-    note("kernels: the card", tflops=round(flops / 1e12, 1), copy_gb_s=round(moved / 1e9))
-    del a, b, large, other
-
+    the_card()
     mine, activity = DeviceType.CUDA, torch.profiler.ProfilerActivity.CUDA
     if not ON_A_GPU:
         mine, activity = DeviceType.CPU, torch.profiler.ProfilerActivity.CPU
@@ -153,8 +152,19 @@ def kernels() -> None:
         note(f"kernels: {case.case}", us=dict(sorted(took.items(), key=lambda x: -x[1])[:20]))
 
 
-def measured(step: measure.Step) -> float:
-    return measure.timer(step, device=DEVICE).blocked_autorange(min_run_time=0.2).median
+def the_card() -> None:
+    import measure
+    import torch
+
+    def seconds(step: measure.Step) -> float:
+        timer = measure.timer(step, device=DEVICE)
+        return timer.blocked_autorange(min_run_time=0.2).median
+
+    n = 8192 if ON_A_GPU else 128
+    a, b = (torch.randn(n, n, device=DEVICE).bfloat16() for _ in range(2))
+    x, y = (torch.zeros(16 * n * n, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+    flops, moved = 2 * n**3 / seconds(lambda: a @ b), 2 * len(x) / seconds(lambda: y.copy_(x))
+    note("kernels: the card", tflops=round(flops / 1e12, 1), copy_gb_s=round(moved / 1e9))
 
 
 def short(name: str) -> str:
@@ -197,30 +207,32 @@ def of_tests() -> dict[str, Record]:
     return {name: r for (on, name), r in records.items() if on == ON and name.startswith("tests:")}
 
 
-def tests() -> None:
+def tests(file: str = str(TESTS)) -> None:
     with ThreadPoolExecutor(len(GROUPS)) as pool:
-        whole = [*pool.map(all_of, GROUPS)]
+        whole = [*pool.map(functools.partial(all_of, file), GROUPS)]
     wrong = [name for name, record in of_tests().items() if not record["ok"]]
     if wrong or not all(whole):
         raise SystemExit("\n".join(["some tests failed, or did not run:", *wrong]))
 
 
-def all_of(group: str) -> bool:
-    """A group of the tests, again without what has begun where its process was lost."""
-    before = -1
-    while (now := RECORD.read_text().count('"tests: ')) > before:
-        before = now
-        if subprocess.run(itself("group", group)).returncode == 0:
+def all_of(file: str, group: str) -> bool:
+    """A group of the tests, and where its process was lost the rest of them in another."""
+    before, now = -1, 0
+    while now > before:  # else none had begun
+        if subprocess.run(itself("group", file, group)).returncode == 0:
             return True
+        before, now = now, RECORD.read_text().count('"tests: ')
     return False
 
 
-def group(expression: str) -> None:
+def group(file: str, expression: str) -> None:
     import pytest
 
+    # Of the plugins that are installed the one that is needed; the groups would share a cache.
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     options = ["-m", "gpu", "-k", expression, "-q", "-p", "no:cacheprovider"]
-    options += ["--timeout", str(TEST_LIMIT), "--timeout-method", "thread"]
-    status = pytest.main(["tests/test_gpu.py", *options], plugins=[Lines()])
+    options += ["-p", "pytest_timeout", "--timeout", str(TEST_LIMIT), "--timeout-method", "thread"]
+    status = pytest.main([file, *options], plugins=[Lines()])
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise SystemExit(0 if status == pytest.ExitCode.NO_TESTS_COLLECTED else 2)
 
@@ -237,22 +249,34 @@ def sanitizers() -> None:
 
 def sanitized(tool: str) -> bool:
     # Each tensor an allocation of its own, so that what is past its end is nobody's.
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     before = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"] if ON_A_GPU else []
     begin = time.monotonic()
-    done = subprocess.run(
-        [*before, *itself("few")], env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    lines, seconds = done.stdout.splitlines(), round(time.monotonic() - begin, 1)
-    print(done.stdout, flush=True)
-    note(f"sanitizers: {tool}", ok=done.returncode == 0, seconds=seconds, output=lines[-30:])
-    return done.returncode == 0
+    with tempfile.TemporaryFile("w+") as output:
+        what = within(TOOL_LIMIT, [*before, *itself("few")], output)
+        output.seek(0)
+        lines = output.read().splitlines()
+    print(*lines, sep="\n", flush=True)
+    seconds = round(time.monotonic() - begin, 1)
+    note(f"sanitizers: {tool}", ok=not what, seconds=seconds, note=what, output=lines[-30:])
+    return not what
+
+
+def within(limit: float, command: Sequence[str], output: TextIO) -> str:
+    """Nothing, or what became of the command."""
+    process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+    try:
+        process.wait(limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return f"not done within {limit} s"
+    return f"ended with {process.returncode}" * bool(process.returncode)
 
 
 def few() -> None:
     """Problems that between them go through most kernels, and are small enough for racecheck."""
     import emulator
+    import torch
     from conftest import check, problem
 
     half, single = torch.bfloat16, torch.float32
@@ -276,21 +300,20 @@ def few() -> None:
 
 def ncu() -> None:
     """One step, each kernel by itself. All that was counted is beside the record."""
-    command = itself("one_step")
     file = RECORD.with_name(f"{RECORD.stem}-ncu.csv")
-    if not ON_A_GPU:
-        subprocess.run(command, check=True)
-        return
     # Without --clock-control none it would set the card's clocks.
     tool = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--set", "full"]
     tool += ["--page", "raw", "--csv", "--log-file", str(file)]
-    subprocess.run([*tool, *command], check=True)
-    for row in counted(file.read_text().splitlines()):
+    what = within(NCU_LIMIT, [*(tool if ON_A_GPU else ()), *itself("one_step")], sys.stdout)
+    for row in counted(file.read_text().splitlines() if file.exists() else ()):
         note(f"ncu: {row.pop('kernel')}", **row)
+    if what:
+        raise SystemExit(what)
 
 
 def counted(lines: Sequence[str]) -> list[dict[str, str]]:
-    """Of each kernel what METRICS names, of a CSV between other lines whose second has the units."""
+    """Of each kernel what METRICS names. The CSV is between other lines; its second has the units,
+    and no ID."""
     rows = list(csv.DictReader(io.StringIO("\n".join(x for x in lines if x.startswith('"')))))
     return [
         {"kernel": f"{row['ID']} {short(row['Kernel Name'])}"}
@@ -303,6 +326,7 @@ def one_step() -> None:
     import batches
     import parts
     import peers
+    import torch
 
     case = parts.shaped(8192)
     step = peers.HEX.step(batches.make(case if ON_A_GPU else case.tiny(160), DEVICE))
