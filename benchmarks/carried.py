@@ -73,6 +73,11 @@ def manifest(folder: Path) -> Manifest:
     return json.loads((folder / "manifest.json").read_text())
 
 
+def code(folder: Path) -> str:
+    """What is measured, in short."""
+    return f"{manifest(folder)['commit']}+{digest(folder / 'manifest.json')[:6]}"
+
+
 def prepare(folder: Path) -> int:
     """Builds by setup.py what differs from what is there; 0, or 1 where there is no nvcc."""
     import setuptools

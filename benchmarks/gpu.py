@@ -30,7 +30,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,7 +106,7 @@ class Run:
     """Stages one after another, each within its limit and none of it left behind."""
 
     def __init__(self, results: Results, seconds: float, device: str) -> None:
-        self.results, self.end = results, time.monotonic() + seconds
+        self.results, self.end, self.device = results, time.monotonic() + seconds, device
         self.log = results.file.with_suffix(".log")
         self.about: dict[str, str] = {}  # what stands in each record
         mark = f"{os.getpid()}.{time.time_ns()}"
@@ -189,65 +189,73 @@ class Run:
 
 def supervise(options: argparse.Namespace) -> int:
     """0, or 1 where something failed, or 3 where something was not reached."""
-    rehearsal, folder = options.rehearse, options.carried
-    if not (card := "a CPU" if rehearsal else carried.asked_of_card("name")):
+    device = "cpu" if options.rehearse else "cuda"
+    if not (card := "a CPU" if options.rehearse else carried.asked_of_card("name")):
         print("nvidia-smi names no card; --rehearse is for a CPU", file=sys.stderr)
         return 1
-    manifest = carried.manifest(folder)
-    code = f"{manifest['commit']}+{carried.digest(folder / 'manifest.json')[:6]}"
+    builds = carried.manifest(options.carried)["builds"]
+    code = carried.code(options.carried)
+    if options.build:
+        builds, code = [options.build], f"{code}, {options.build} alone"
     results = Results(options.record)
-    results.on = f"{card}, hex-ssl at {code}" + ", a rehearsal" * rehearsal
+    results.on = f"{card}, hex-ssl at {code}" + ", a rehearsal" * options.rehearse
     print(results.on, flush=True)
-    device = "cpu" if rehearsal else "cuda"
     run = Run(results, options.seconds, device)
-    run.environment |= {"HEX_GPU_CARRIED": str(folder), "HEX_COMMIT": code}
-    if not rehearsal:
-        carried.put(folder / "_C.abi3.so", ROOT / "hex" / "_C.abi3.so")
-    plan = stages(device, manifest["builds"], options.record, options.seconds)
-    if rehearsal:
+    run.environment |= {"HEX_GPU_CARRIED": str(options.carried), "HEX_COMMIT": code}
+    plan = stages(device, builds, options.record, options.seconds)
+    if options.rehearse:
         plan[1:1] = planted()
-    if wrong := {*options.stages} - {stage.name for stage in plan}:
-        print(f"no stage {wrong.pop()!r}: {', '.join(s.name for s in plan)}", file=sys.stderr)
+    else:
+        carried.put(options.carried / "_C.abi3.so", ROOT / "hex" / "_C.abi3.so")
+    known = [stage.name for stage in plan]
+    if wrong := [name for name in options.stages if name not in known]:
+        print(f"no stage {wrong[0]!r}: the stages are {', '.join(known)}", file=sys.stderr)
         return 2
-    to_do = [
-        stage for stage in plan
-        if (not options.stages or stage.name in options.stages or stage.name.startswith(FIRST))
-        and not results.ok(stage)
-    ]  # fmt: skip
+    wanted = options.stages or known
+    to_do = [s for s in plan if s.name in wanted or s.name.startswith(FIRST)]
+    to_do = [stage for stage in to_do if not results.ok(stage)]
+    failed = work_through(run, to_do, lambda: choose(run, builds, options))
+    for stage in to_do:
+        print(f"not reached: {stage.name}", file=sys.stderr)
+    if (tables := options.record.with_suffix(".md")).exists():  # of bench.py
+        print(tables.read_text())
+    print(f"record: {options.record}")
+    if options.rehearse:
+        failed = [stage for stage in failed if stage not in planted()]
+    return 1 if failed else 3 if to_do else 0
+
+
+def work_through(run: Run, to_do: list[Stage], has_library: Callable[[], bool]) -> list[Stage]:
+    """What of it failed; what was not reached is left in the list."""
     failed = []
     while to_do and run.left > LEAST:
         stage = to_do[0]
-        needs_none = stage.name.startswith(FIRST) or stage in planted()
-        if not needs_none and not choose(run, manifest["builds"], folder, rehearsal):
+        if not (stage.name.startswith(FIRST) or stage in planted() or has_library()):
             print("no library has primitives that are right", flush=True)
             break
         to_do.pop(0)
         if run.do(stage):
             continue
-        failed.append(stage.name)
+        failed.append(stage)
         if stage.gate:
             print("the rest would say nothing", flush=True)
             break
-        probe = Stage(f"probe: {stage.name}", 15, [sys.executable, "-c", PROBES[device]])
+        probe = Stage(f"probe: {stage.name}", 15, [sys.executable, "-c", PROBES[run.device]])
         if run.left > LEAST and not run.do(probe):
             print("the device does not answer any more", flush=True)
             break
-    for stage in to_do:
-        print(f"not reached: {stage.name}", file=sys.stderr)
-    print(f"record: {options.record}")
-    if rehearsal:
-        failed = [name for name in failed if name not in {stage.name for stage in planted()}]
-    return 1 if failed else 3 if to_do else 0
+    return failed
 
 
-def choose(run: Run, builds: Sequence[str], folder: Path, rehearsal: bool) -> bool:
+def choose(run: Run, builds: Sequence[str], options: argparse.Namespace) -> bool:
     """Puts the first library whose primitives are right into hex/, and has the tests use them."""
     for build in builds:
         if run.results.ok(Stage(f"conformance {build}", 0, ())):
             run.about = {"build": build}
-            run.environment["HEX_CONFORMANCE"] = str(folder / f"conformance_{build}.so")
-            if not rehearsal:
-                carried.put(folder / f"cuda_{build}.so", ROOT / "hex" / "_cuda.so")
+            primitives = options.carried / f"conformance_{build}.so"
+            run.environment["HEX_CONFORMANCE"] = str(primitives)
+            if not options.rehearse:
+                carried.put(options.carried / f"cuda_{build}.so", ROOT / "hex" / "_cuda.so")
             return True
     return False
 
@@ -261,6 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("stages", nargs="*", metavar="STAGE", help="default all; a name with a blank in quotes")
     add("--prepare", action="store_true", help="build what is carried; needs nvcc, and no GPU")
     add("--rehearse", action="store_true", help="on a CPU")
+    add("--build", metavar="ARCH", help="with this library alone, as 90")
     add("--seconds", type=float, default=540, help="end after so many, whatever runs")
     add("--record", type=Path, metavar="FILE", help="go on with it; default: a new one in build/")
     add("--carried", type=Path, default=carried.FOLDER, metavar="DIR", help="default: build/gpu")
@@ -270,6 +279,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return carried.prepare(options.carried)
     if not (options.carried / "manifest.json").exists():
         parser.error(f"{options.carried} has no manifest: --prepare makes it, where nvcc is")
+    if options.build and options.build not in carried.manifest(options.carried)["builds"]:
+        parser.error(f"--build {options.build}: {options.carried} has no such library")
     name = time.strftime("gpu-run-%Y%m%d-%H%M%S.jsonl")
     options.record = (options.record or ROOT / "build" / name).resolve()
     return supervise(options)

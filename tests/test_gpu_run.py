@@ -4,6 +4,7 @@ as it has to, and a record is gone on with.
 """
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -154,10 +155,25 @@ def test_it_ends_in_time_whatever_runs(rehearsal, tmp_path, plan, capsys, monkey
     assert "not reached: tests" in capsys.readouterr().err
 
 
+def test_a_run_that_is_ended_ends_its_stage(rehearsal, tmp_path, plan):
+    ends = "import os, signal, time; os.kill(os.getppid(), signal.SIGUSR1); time.sleep(600)"
+    plan(Stage("manifest", 600, python(ends)))
+    before = signal.signal(signal.SIGUSR1, lambda *_: sys.exit(3))
+    try:
+        with pytest.raises(SystemExit):
+            gpu.main(rehearsal)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert left(tmp_path) == []
+
+
 def test_stages_can_be_named(rehearsal, tmp_path, plan, capsys):
     plan(*PRIMITIVES, Stage("goals", 20, GOOD), Stage("ncu", 20, GOOD))
     assert gpu.main(["ncu", *rehearsal]) == 0
     assert [*records(tmp_path)[0]] == [*CONFORMANCE, "ncu"]
+    assert gpu.main(["--build", "90", *rehearsal]) == 0
+    *_, last = records(tmp_path)[1]
+    assert last["build"] == "90" and last["on"].endswith(", 90 alone, a rehearsal")
     assert gpu.main(["nvc", *rehearsal]) == 2
     assert "no stage 'nvc': " in capsys.readouterr().err
 
