@@ -284,8 +284,8 @@ def within(limit: float, command: Sequence[str], output: TextIO) -> str:
 
 
 def few() -> None:
-    """Some problems of the battery, which go through most kernels and are small enough for racecheck.
-    The one-pass threshold, of large batches, is not among them."""
+    """Some problems of the battery, small enough for racecheck. They go through most kernels, not
+    through those that large batches alone have."""
     import emulator
     import torch
     from conftest import check, problem

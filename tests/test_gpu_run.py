@@ -147,6 +147,25 @@ def test_the_first_library_with_right_primitives_serves_the_rest(
     assert found.get("tests", {}).get("build") == build
 
 
+def test_on_a_card_the_library_goes_into_the_package(rehearsal, tmp_path, plan, monkeypatch):
+    (tmp_path / "hex").mkdir()
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(carried, "asked_of_card", lambda field: "NVIDIA H200")
+    monkeypatch.setitem(gpu.PROBES, "cuda", "")
+    found = "import os; print(os.environ['HEX_CONFORMANCE']); raise SystemExit(1)"
+    plan(PRIMITIVES[0]._replace(command=BAD), PRIMITIVES[1], Stage("tests", 20, python(found)))
+    assert gpu.main(rehearsal[1:]) == 1  # no rehearsal
+    *_, tests, probe = records(tmp_path)[1]
+    assert tests["on"].startswith("NVIDIA H200, hex-ssl at ") and "rehearsal" not in tests["on"]
+    assert tests["output"] == [str(tmp_path / "carried" / "conformance_90.so")]
+    assert probe["name"] == "probe: tests" and probe["ok"]
+    for name, text in (("_cuda.so", "cuda_90.so"), ("_C.abi3.so", "_C.abi3.so")):
+        assert (tmp_path / "hex" / name).read_text() == text
+
+    monkeypatch.setattr(carried, "asked_of_card", lambda field: "")
+    assert gpu.main(rehearsal[1:]) == 1
+
+
 def test_it_ends_in_time_whatever_runs(rehearsal, tmp_path, plan, capsys, monkeypatch):
     monkeypatch.setattr(gpu, "LEAST", 0.5)
     plan(Stage("manifest", 600, python("import time; time.sleep(600)")), Stage("tests", 20, GOOD))
