@@ -38,7 +38,7 @@ STEPS = 10  # that are profiled
 # Of the tests, so that one that takes the process or the device's context down costs few others.
 GROUPS = ("opcheck", "every_mode or primitives or offsets", "battery or bits or compiled")
 GROUPS += (f"not ({' or '.join(GROUPS)})",)
-TEST_LIMIT = 40  # seconds
+TEST_LIMIT = 60  # seconds
 TESTS = Path(__file__).parents[1] / "tests" / "test_gpu.py"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 TOOL_LIMIT, NCU_LIMIT = 80, 50  # seconds, below those of the stages, for what is there then

@@ -87,6 +87,14 @@ def test_a_changed_library_ends_the_run(rehearsal, tmp_path, capsys):
     assert "not reached: battery" in capsys.readouterr().err
 
 
+def test_libraries_are_looked_at_again_where_they_have_changed(rehearsal, tmp_path, plan):
+    plan(Stage("manifest", 20, GOOD))
+    for text, lines in (("cuda_90.so", 1), ("cuda_90.so", 1), ("another", 2)):
+        (tmp_path / "carried" / "cuda_90.so").write_text(text)
+        assert gpu.main(rehearsal) == 0
+        assert len(records(tmp_path)[1]) == lines
+
+
 def test_other_sources_are_found(rehearsal, tmp_path, monkeypatch):
     folder = tmp_path / "carried"
     assert [*carried.changed(folder)] == []
