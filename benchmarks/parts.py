@@ -99,7 +99,7 @@ FEW = (*peers.OURS, *peers.GPU_PLAIN)  # where not all are measured
 MORE = (*FEW, peers.AUTHORS, peers.AUTOCAST)
 GPU = {  # the most wanted batches first
     "sizes": Part(
-        [shaped(n) for n in (512, 1024, 4096, 8192, 65536, 2048, 16384, 32768)],
+        [shaped(n) for n in (512, 1024, 4096, 8192, 65536, 2048, 16384, 32768, 34000)],
         (*MORE, peers.INF_CL),
     ),
     "queue": Part([shaped(n, 65536) for n in (256, 4096)], MORE),

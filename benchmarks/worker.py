@@ -56,15 +56,20 @@ class Results:
         record = {"on": self.on, "name": name, **record}
         self.records.pop((self.on, name), None)  # it comes last
         self.records[self.on, name] = record
-        with self.file.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append(self.file, record)
 
     def ok(self, work: Work) -> bool | None:
         """None where there is no result."""
         record = self.records.get((self.on, work.name))
         return record.get("ok", True) if record and record.get("asked") == work.asked else None
+
+
+def append(file: Path, record: Record) -> None:
+    """A line that is on the disk when this returns."""
+    with file.open("a") as lines:
+        lines.write(json.dumps(record) + "\n")
+        lines.flush()
+        os.fsync(lines.fileno())
 
 
 def read(text: str) -> dict[tuple[str, str], Record]:
