@@ -67,6 +67,14 @@ DEVICE uint32_t pack_f16(float low, float high)
     return y;
 }
 
+// The products of the low halves and of the high ones, to nearest even.
+DEVICE uint32_t multiply_f16(uint32_t x, uint32_t y)
+{
+    uint32_t z;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+    return z;
+}
+
 // c += a b: a 16 x 16 by rows, b 16 x 8 by columns. Lane 4 g + t holds of c the rows g and g + 8,
 // columns 2 t and 2 t + 1; of a the same rows, columns 2 t, 2 t + 1 and those + 8; of b the column
 // g, rows like a's columns.
