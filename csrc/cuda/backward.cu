@@ -18,9 +18,10 @@
 // its largest weight near 2^9; it falls when a larger weight comes, and what was summed is
 // rescaled. So the error is relative to the row, however small its gradient is beside the others'.
 //
-// Here the second product reads the panels of the first, which hold a tile of up to 128 features. For
-// more features the weights of a band of rows go to memory (weights.cu), and the second product is a
-// kernel of its own (product.cu).
+// Here the second product reads the panels of the first, and a tile is loaded once. A block has the
+// gradient of its rows in registers, which is room for 256 features, or for 128 where u is split. For
+// more the weights of a band of rows go to memory (weights.cu), and the second product is a kernel of
+// its own (product.cu).
 #include "weights.cuh"
 
 template <int WARPS, bool SPLIT, int PANELS, bool KEEP>
@@ -90,7 +91,7 @@ static const char *launch(const hex_problem_t &p, const hex_run &r)
     return hex_launched("backward gather");
 }
 
-template <int PANELS> static const char *launch(const hex_problem_t &p, const hex_run &r)
+template <int PANELS> static const char *few(const hex_problem_t &p, const hex_run &r)
 {
     return r.block_rows == 192 ? launch<12, false, PANELS, false>(p, r)
            : r.unit.split      ? launch<8, true, PANELS, false>(p, r)
@@ -99,14 +100,23 @@ template <int PANELS> static const char *launch(const hex_problem_t &p, const he
 
 bool hex_holds_tiles(const hex_run &r)
 {
-    const int panels = r.unit.width == PANEL ? 1 : 2;
-    return r.unit.width <= 2 * PANEL &&
-           fit_of(r, 8, panels, !r.unit.split, 0, SIDE_BYTES).at.bytes <= r.shared_limit;
+    const int panels = (int)(r.unit.width / PANEL);
+    return panels <= (r.unit.split ? 2 : 4) && // so many of the gradient a block has in registers
+           fit_of(r, 8, panels, false, 0, SIDE_BYTES).at.bytes <= r.shared_limit;
 }
 
 const char *hex_tile_gather(const hex_problem_t &p, const hex_run &r)
 {
     if (r.parts.blocks == 0)
         return NULL;
-    return r.unit.width == PANEL ? launch<1>(p, r) : launch<2>(p, r);
+    switch (r.unit.width / PANEL) {
+    case 1:
+        return few<1>(p, r);
+    case 2:
+        return few<2>(p, r);
+    case 3:
+        return launch<8, false, 3, false>(p, r);
+    default:
+        return launch<8, false, 4, false>(p, r);
+    }
 }

@@ -77,7 +77,7 @@ struct hex_bracket {
     unsigned *tickets; // of the sample, of the tiles, two counts of each row where in slices
 };
 
-// Where the weights of a band are, of more than 128 features (weights.cu): of 16 rows and a tile of
+// Where the weights of a band are, if they go through memory (weights.cu): of 16 rows and a tile of
 // columns first what each of 32 lanes has as the left operand of a product, then what the next one,
 // four times 16 bytes; the same of the low parts, where u is split. And the 16 rows' scales.
 struct hex_weights {

@@ -408,13 +408,14 @@ static hex_parts columns_of(hex_parts parts, int64_t first, int64_t tiles)
     return parts;
 }
 
-// The tiles of columns whose weights, of a band of rows, are in memory at a time. Of a block of
-// anchors they depend on the columns alone, and leave room for four blocks of rows.
+// The tiles of columns whose weights, of a band of rows, are in memory at a time. Those of a block of
+// anchors leave room for four blocks of rows, whether the band has them or not.
 static int64_t weights_at_a_time(const hex_run &r, const hex_parts &band, bool any_rows)
 {
     const int64_t tiles = most_tiles(band), all = hex_most_weights(r);
-    const int64_t most = any_rows ? all / 4 : band.row_blocks > 0 ? all / band.row_blocks : all;
-    return tiles > most ? cut(tiles, cut(tiles, most)) : tiles > 0 ? tiles : 1;
+    const int64_t blocks = any_rows || band.row_blocks == 0 ? 4 : band.row_blocks;
+    const int64_t most = all > blocks ? all / blocks : 1;
+    return tiles <= most ? (tiles > 0 ? tiles : 1) : any_rows ? most : cut(tiles, cut(tiles, most));
 }
 
 // The gradient of a band, of which r.parts are the first columns: weights and product, in turn.
@@ -451,15 +452,15 @@ static const char *backward(const hex_problem_t *p, const hex_device *d, const h
     hex_weights &w = r.weights;
     r.unit.split = !allow_tf32(*p, *d);
     const bool weighed = !plan.plain && !hex_holds_tiles(r); // the weights go through memory
-    const bool three = r.unit.split || plan.plain;
-    r.block_rows = r.hopper && !weighed && !three ? HOPPER_GATHER : 128;
+    const bool wide = r.unit.width > 2 * TILE, large = r.hopper && !wide && !r.unit.split;
+    r.block_rows = large && !plan.plain ? HOPPER_GATHER : 128;
     // Many rows go in bands that fill the device twice, so that the partial sums of one are all
     // that is in memory. A band of fewer rows goes in slices of columns; the anchors before a queue
-    // are such a band by themselves, for each of theirs meets many more columns. Where the weights go
-    // through memory, the longer a block goes on the better: bands fill the device once.
+    // are such a band by themselves, for each of theirs meets many more columns. Wide rows fill it
+    // once, for their sums take more memory.
     const int64_t chunks = weighed ? hex_product_chunks(r) : 1;
     const int64_t enough = 2 * r.processors > chunks ? 2 * r.processors / chunks : 1;
-    const int64_t rounds = weighed && enough > 1 ? enough / 2 : enough;
+    const int64_t rounds = wide && enough > 1 ? enough / 2 : enough;
     // Blocks of rows begin at multiples of TILE, so that each part but the first may take one more.
     const int64_t most = r.block_rows * (rounds < all.count ? 1 : rounds - all.count + 1);
     // Of a block of anchors its own rows are counted, views and then negatives; of a whole batch
@@ -477,8 +478,8 @@ static const char *backward(const hex_problem_t *p, const hex_device *d, const h
         band = {unit_row(first), unit_row(end - 1) + 1};
         r.parts = whole = band_of(all, band);
         // The sums of a band's slices take no more memory than a whole band; of a batch that is one
-        // band, twice as much, as those of any whose weights go through memory.
-        const int64_t rows = end - first, alone = rows == own && !weighed ? 2 : 1;
+        // band, twice as much, and so of any band of wide rows.
+        const int64_t rows = end - first, alone = rows == own && !wide ? 2 : 1;
         int64_t limit = alone * r.block_rows * enough / rows;
         limit = p->block ? ANY_SLICES : limit < 128 ? limit : 128;
         if (weighed) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The gradient beyond 128 features, second kernel: the weights that are in memory (weights.cu) times
-// the unit rows of their columns. A block has 128 rows and a chunk of up to VALUES panels of
+// The gradient of many features, second kernel: the weights that are in memory (weights.cu) times the
+// unit rows of their columns. A block has 128 rows and a chunk of up to VALUES panels of
 // features, whose sums stay in registers over all of its columns; the chunks of a slice follow one
 // another by `blocks`.
 //

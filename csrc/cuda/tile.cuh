@@ -440,10 +440,12 @@ template <int WARPS, bool SPLIT, int PANELS, bool KEEP> struct hex_stream {
                 multiply_panel<true>(acc, kept[0], b_panel(now));
             else
                 multiply_panel<true>(acc, a_panel(0, now), b_panel(now));
-            if (KEEP && PANELS > 1)
-                multiply_panel<false>(acc, kept[KEEP && PANELS > 1 ? 1 : 0], b_panel(now, 1));
-            else if (PANELS > 1)
-                multiply_panel<false>(acc, a_panel(1, now), b_panel(now, 1));
+#pragma unroll
+            for (int k = 1; k < PANELS; k++)
+                if (KEEP)
+                    multiply_panel<false>(acc, kept[KEEP ? k : 0], b_panel(now, k));
+                else
+                    multiply_panel<false>(acc, a_panel(k, now), b_panel(now, k));
             wgmma_end(acc);
             return now;
         }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// The gradient beyond 128 features, first kernel: the weights of a band of rows against some columns
-// (the formulas are in backward.cu), each once, into memory. The second kernel multiplies them by the
-// unit rows (product.cu). So every cosine and every exponential is computed once, at any number of
+// The gradient of many features, first kernel: the weights of a band of rows against some columns,
+// into memory, for the second kernel to multiply by the unit rows (product.cu). The formulas, and what
+// is many, are in backward.cu. Every cosine and every exponential is computed once, at any number of
 // features.
 //
 // A weight is fp16, or two where u is, times a power of two for its row and tile that takes the
