@@ -118,6 +118,16 @@ class Emulator:
         """The same. Returns how many rows the last call left to the two passes."""
         return self.library.hex_emu_bracket(ctypes.c_int64(cosines), ctypes.c_int64(sample))
 
+    @contextlib.contextmanager
+    def weights(self, tiles: int):
+        """The backward of more than 128 features with memory for so many weights at a time: tiles
+        of 128 rows and 64 columns in 16 bits."""
+        self.library.hex_emu_weights(ctypes.c_int64(tiles * 128 * 64 * 2))
+        try:
+            yield
+        finally:
+            self.library.hex_emu_weights(ctypes.c_int64(32 << 20))
+
     @property
     def launches(self) -> int:
         return self.library.hex_emu_count(0)
@@ -354,11 +364,13 @@ def assert_conforms(path: Path, device: str = "cpu") -> None:
     torch.testing.assert_close(call(4, 64, 64), x @ y[:64], **close)
     tiles = sum((k + 1) * (x @ z.T) for k, z in enumerate(y.split(64)))
     torch.testing.assert_close(call(5, 64, 64), tiles, rtol=0, atol=66 * close["atol"])
-    lanes, v = call(6, 4, 32), x[0, :32]
+    lanes, v = call(6, 6, 32), x[0, :32]
     torch.testing.assert_close(lanes[0], torch.exp2(v), rtol=2**-22, atol=0)
     torch.testing.assert_close(lanes[1], v.sum().expand(32), rtol=0, atol=1e-5)
     torch.testing.assert_close(lanes[2], v.cumsum(0), rtol=0, atol=1e-5)
     assert torch.equal(lanes[3], v.bfloat16().double())
+    for got, want in ((lanes[4], v * 2**-20), (lanes[5], v * -(2**-2))):
+        assert torch.equal(got, want.half().double())  # below 2^-14 too
 
 
 # ---- blocks of anchors --------------------------------------------------------------------------
@@ -524,6 +536,23 @@ def battery(device: str = "cpu") -> None:
     ):
         check(p)
         assert_threshold_is_right(p)
+
+
+def battery_of_weights(library: Emulator) -> None:
+    """Problems of more than 128 features whose weights are in memory a few columns at a time."""
+    single, half = torch.float32, torch.bfloat16
+    problem = functools.partial(conftest.problem, device="cpu")
+    with library.weights(16):
+        check(problem("cluster", 20, 200, "unpaired", K=700, dtype=single))
+        assert_half_is_right(problem("cluster", 100, 260, "cross", dtype=half))
+        assert_half_is_right(problem("cluster", 9, 330, "unpaired", K=700, dtype=half, beta=2.0))
+        b = problem("cluster", 70, 260, "unpaired", K=300, dtype=half)
+        assert_half_is_right(in_blocks(b, 0, 5, 69, 70))
+    library.device(1, 227 * 1024)  # its rows in bands
+    with library.weights(2):
+        check(problem("cluster", 100, 130, dtype=single, tau=0.02))
+        assert_half_is_right(problem("cluster", 100, 260, dtype=half))
+        assert_not_finite_reaches_who_sees_it(problem("gauss", 40, 260, "cross", dtype=half))
 
 
 def battery_of_blocks(device: str = "cpu") -> None:

@@ -94,6 +94,20 @@ def test_the_bits_of_a_row_depend_neither_on_the_cut_nor_on_the_device(kernels, 
         assert all(torch.equal(x, y) for x, y in zip(seen[0], other, strict=True))
 
 
+@pytest.mark.parametrize("mode", MODES[:4])
+@pytest.mark.parametrize("dtype", (F32, BF16), ids=str)
+def test_nor_do_they_where_the_weights_go_through_memory(kernels, mode, dtype):
+    p = problem("cluster", 150, 140 if dtype == F32 else 260, mode, K=430, dtype=dtype)
+    _, stats = in_blocks(p, 0, 150).statistics()
+    some, bits = (0, 1, 7, 77, 150), []
+    with kernels.weights(16):  # of four tiles of columns at a time, or of two
+        for device, cut in ((HOPPER, (0, 150)), (ALONE, some), (SMALL, (0, 50, 150))):
+            kernels.device(*device)
+            bits.append(in_blocks(p, *cut).gradients(stats))
+    for other in bits[1:]:
+        assert all(torch.equal(other[name], bits[0][name]) for name in p.names)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_the_numbers_of_the_cpus_core_are_the_same(libraries, mode):
     """Those that have one definition; the others are on a scale that the core chooses."""
@@ -122,8 +136,9 @@ def test_the_gradient_goes_in_bands_where_a_block_has_many_rows(kernels):
     launched = kernels.launches_of(lambda: b.backward(torch.zeros(9, 520)))
     assert sum(kernel == "backward" for kernel, _ in launched) > 2
     emulator.assert_half_is_right(b)
-    many = problem("cluster", 5, 20, "unpaired", K=700, dtype=BF16)  # and their own gradient
-    emulator.assert_half_is_right(in_blocks(many, 0, 2, 5))
+    for D in (20, 260):
+        many = problem("cluster", 5, D, "unpaired", K=700, dtype=BF16)  # and their own gradient
+        emulator.assert_half_is_right(in_blocks(many, 0, 2, 5))
 
 
 def test_what_goes_beside_the_inputs_may_be_of_any_kind(mma):

@@ -24,12 +24,14 @@ ROOT = Path(__file__).parent.parent
 TARGETS = ("80", "86", "89", "90a", "100", "120")
 # Kernels on the tensor cores, by the beginning of their mangled names: how many there are, and the
 # most registers of a thread. A processor has 65536, for 512 threads of these kernels or 384 (bounds
-# and the gather of 12 warps); in the other gathers they hold 128 rows x 128 features of the
-# gradient for 256 threads, and as many fill a processor's shared memory in the last two.
+# and the gather of 12 warps); in the other gathers and in the product they hold 128 rows x up to 256
+# features of the gradient for 256 threads, and as many fill a processor's shared memory in the last
+# two.
 TILES = {
     **{f"forward_tilesILi{warps}E": (n, 128) for warps, n in ((4, 4), (8, 4), (16, 2))},
     **{"count_tiles": (8, 128), "bound_tiles": (4, 168)},
     **{"gather_tilesILi12E": (2, 168), "gather_tilesILi8E": (6, 255)},
+    **{"weigh_tiles": (2, 128), "multiply_tiles": (2, 255)},
     **{"sample_tiles": (6, 255), "bracket_tiles": (6, 255)},
 }
 PER_ELEMENT = 9.5  # instructions of the forward's inner loop: 9.4 for 10.0, 9 at most for others

@@ -98,6 +98,70 @@ def test_float32_is_as_good_as_torch_though_additions_are_cut_off(kernels, D):
     check(problem("cluster", 20, D, dtype=torch.float32))
 
 
+@pytest.mark.parametrize("seed, device", tuple(zip(emulator.SEEDS, emulator.DEVICES, strict=True)))
+def test_a_battery_of_weights_is_right_in_any_order_of_the_warps(kernels, seed, device):
+    kernels.seed(seed)
+    kernels.device(*device)
+    before = kernels.conflicts
+    emulator.battery_of_weights(kernels)
+    assert kernels.conflicts == before
+
+
+@pytest.mark.parametrize("mode", MODES[:4])
+@pytest.mark.parametrize("D", (129, 200, 256, 500, 2048))
+def test_more_than_128_features_are_right_in_every_mode_and_dtype(kernels, mode, D):
+    """The weights go through memory: of all columns, and of a few at a time. (In 16 bits, up to 256
+    features, they do so on the small device alone.)"""
+    case = D + MODES.index(mode)
+    p = problem("cluster", 70 if D < 500 else 20, D, mode, K=150, dtype=torch.float32)
+    kernels.device(*emulator.DEVICES[case % 3])
+    check(p)
+    with kernels.weights(2):
+        check(eps_of_each_row(p.with_(variant="released")))
+        for k, dtype in enumerate((torch.bfloat16, torch.float16)):
+            kernels.device(*emulator.DEVICES[(case + k) % 3])
+            assert_half_is_right(p.with_(inputs=tuple(z.to(dtype) for z in p.inputs)))
+
+
+@pytest.mark.parametrize("tau", (1.0, 0.03125, 0.01, 0.001))
+def test_weights_in_memory_are_right_at_every_temperature(mma, tau):
+    with mma.weights(2):
+        for k, kind in enumerate(KINDS):
+            beta = (0.0, 2.5)[k % 2]
+            check(problem(kind, 40, 140, dtype=torch.float32, tau=tau, beta=beta, tau_plus=0.3))
+
+
+def test_a_tile_of_much_smaller_weights_takes_nothing_from_the_row(kernels):
+    """Tiles have powers of two of their own: a queue whose rows come nearer, and go away again."""
+    r = torch.Generator().manual_seed(0)
+    direction, noise = (torch.randn(n, 140, generator=r, dtype=torch.float64) for n in (1, 420))
+    near = torch.arange(400).sub(200).abs().div(-40).exp()[:, None]
+    z = (direction + 0.1 * noise[:10], direction + 0.1 * noise[10:20], near * direction * 3 + noise[20:])
+    p = emulator.Problem(tuple(x.float() for x in z), "unpaired", "a wave", tau=0.02)
+    for tiles in (1, 2048):
+        with kernels.weights(tiles):
+            check(p)
+            assert_half_is_right(p.with_(inputs=tuple(x.half() for x in p.inputs)))
+
+
+def test_a_long_sum_of_many_features_is_as_good_as_torch_though_additions_are_cut_off(kernels):
+    kernels.truncate(TRUNCATED)
+    kernels.device(1, HOPPER[1])
+    check(problem("cluster", 4, 140, "unpaired", K=3000, dtype=torch.float32))
+    with kernels.weights(20):
+        check(problem("cluster", 4, 140, "unpaired", K=3000, dtype=torch.float32))
+
+
+def test_float32_of_128_features_takes_the_weights_through_memory_where_a_tile_cannot_be_held(mma):
+    p = problem("cluster", 70, 66, "unpaired", K=150, dtype=torch.float32)
+    for shared, files in ((HOPPER[1], ["backward"]), (SMALL[1], ["weights", "product"])):
+        mma.device(132, shared)
+        z = [torch.zeros(70, 66), torch.zeros(70, 66), torch.zeros(150, 66)]
+        launched = mma.launches_of(lambda z=z: backward(*z, "unpaired"))
+        assert [kernel for kernel, _ in launched if kernel in KERNELS] == files
+        check(p)
+
+
 def test_a_long_sum_of_the_gradient_is_as_good_as_torch_though_additions_are_cut_off(kernels):
     kernels.truncate(TRUNCATED)
     kernels.device(1, HOPPER[1])  # the 3000 columns in two slices
@@ -301,18 +365,24 @@ def test_rows_in_several_bands_are_right_whole_and_sliced(mma):
     check(problem("cluster", 30, 30, "unpaired", K=300, dtype=torch.float32))
 
 
-def launches_of_a_backward(library, B, D=8, mode="ntxent", K=0, wanted="z0 z1 tau"):
-    """(kernel's file, blocks) of each launch of the backward, which is not run."""
-    z0, z1, negatives = (torch.zeros(n, D, dtype=torch.bfloat16) for n in (B, B, K))
-    rows = 2 * B if mode in ("ntxent", "cross") else B
+KERNELS = ("backward", "weights", "product")  # of a gather
+
+
+def backward(z0, z1, negatives, mode, wanted="z0 z1 tau"):
+    rows = len(z0) * (2 if mode in ("ntxent", "cross") else 1)
     needs = sum(1 << k for k, name in enumerate(NAMES) if name in wanted.split())
-    empty = torch.zeros(0)
-    return library.launches_of(
-        lambda: operators.backward(
-            torch.zeros(rows), z0, z1, negatives, f64(0.1), torch.zeros(9, rows), empty,
-            ops.MODES[mode], ops.REDUCTIONS["none"], 1.0, needs,
-        )
+    operators.backward(
+        torch.zeros(rows), z0, z1, negatives, f64(0.1), torch.zeros(9, rows), torch.zeros(0),
+        ops.MODES[mode], ops.REDUCTIONS["none"], 1.0, needs,
     )  # fmt: skip
+
+
+def launches_of_a_backward(
+    library, B, D=8, mode="ntxent", K=0, wanted="z0 z1 tau", dtype=torch.bfloat16
+):
+    """(kernel's file, blocks) of each launch of the backward, which is not run."""
+    inputs = (torch.zeros(n, D, dtype=dtype) for n in (B, B, K))
+    return library.launches_of(lambda: backward(*inputs, mode, wanted))
 
 
 def busy(blocks):
@@ -334,8 +404,9 @@ QUEUE = {"mode": "unpaired", "K": 65536}
         {"B": 32768},
         {"B": 20000, "mode": "query"},
         {"B": 20000, "mode": "cross"},
-        {"B": 2048, "D": 500},
-        {"B": 4500, "D": 500},
+        {"B": 32768, "D": 256},
+        {"B": 2048, "D": 256},
+        {"B": 256, "D": 256, **QUEUE},
     ),
     ids=str,
 )
@@ -343,6 +414,46 @@ def test_every_launch_of_the_gather_fills_the_device(mma, batch):
     grids = [n for kernel, n in launches_of_a_backward(mma, **batch) if kernel == "backward"]
     assert min(busy(n) for n in grids) >= 0.85, grids
     assert max(grids) <= 4 * HOPPER[0], grids  # whose sums are 35 MB
+
+
+@pytest.mark.parametrize(
+    "batch",
+    (
+        {"B": 256, "D": 257, **QUEUE},
+        {"B": 256, "D": 512, **QUEUE, "wanted": "z0 z1 negatives tau"},
+        {"B": 2048, "D": 500},
+        {"B": 4500, "D": 500},
+        {"B": 2048, "D": 2048},
+        {"B": 20000, "D": 384, "mode": "cross"},
+        {"B": 32768, "D": 512},
+        {"B": 32768, "D": 2048},
+        {"B": 32768, "D": 256, "dtype": torch.float32},
+        {"B": 2048, "D": 512, "dtype": torch.float32},
+        {"B": 32768, "D": 512, "dtype": torch.float32},
+    ),
+    ids=str,
+)
+def test_the_launches_of_many_features_fill_the_device(mma, batch):
+    grids = [(k, n) for k, n in launches_of_a_backward(mma, **batch) if k in KERNELS]
+    assert {kernel for kernel, _ in grids} == {"weights", "product"}
+    assert [kernel for kernel, _ in grids[:2]] == ["weights", "product"]
+    shares = [busy(n) for _, n in grids]
+    assert min(shares) >= 0.6 and sum(shares) >= 0.9 * len(shares), (min(shares), grids)
+    assert max(n for _, n in grids) <= 2 * HOPPER[0], grids
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+@pytest.mark.parametrize("D", (256, 512, 2048))
+def test_the_memory_of_weights_and_sums_does_not_grow_with_the_batch(mma, D, dtype):
+    """What a backward takes beside unit rows and coefficients: weights, scales, and 35 MB of sums."""
+    for B, K in ((2048, 0), (32768, 0), (256, 65536)):
+        z = [torch.zeros(n, D, dtype=dtype) for n in (B, B, K)]
+        mode = "unpaired" if K else "ntxent"
+        with torch.profiler.profile(profile_memory=True) as seen:
+            mma.launches_of(lambda z=z, mode=mode: backward(*z, mode))
+        largest = max(event.cpu_memory_usage for event in seen.events())
+        of_rows = (2 * B + K) * (D * (4 if dtype == torch.float32 else 2) + 36 + 8 + 8)
+        assert largest - of_rows <= 2**25 * 33 / 32 + 2 * 132 * 128 * 256 * 4 + 1e6, (B, K, largest)
 
 
 def test_the_anchors_before_a_queue_are_cut_finely_though_the_queue_learns_too(mma):

@@ -54,7 +54,7 @@ MUTANTS = {
             "multiply_panel<true>(acc, kept[0], b_panel(now));",
             "multiply_panel<false>(acc, kept[0], b_panel(now));",
         ),
-        ("kept[KEEP && PANELS > 1 ? 1 : 0]", "kept[0]"),
+        ("kept[KEEP ? k : 0]", "kept[0]"),
         (
             "clear(acc);\n        if (PANELS)\n            now = next();",
             "if (PANELS)\n            now = next();",
@@ -72,8 +72,8 @@ MUTANTS = {
         ("keep && !side", "keep"),
         # the stream
         ("source += 16 * THREADS, target += 16 * THREADS;", "target += 16 * THREADS;"),
-        ("first ? side_bytes : 0", "0"),
-        ("value0 + next_panel - panels()", "next_panel - panels()"),
+        ("next_panel == last ? side_bytes : 0", "0"),
+        ("panel0 + next_panel", "next_panel"),
         ("blocks = blocks < BLOCKS ? blocks : BLOCKS;", "blocks = blocks < 1 ? blocks : 1;"),
         ("place(next_tile, panel)", "place(next_tile, 0)"),
         ("place(row_block + k, panel)", "place(row_block, panel)"),
@@ -234,8 +234,7 @@ MUTANTS = {
         ("in.global = lists + at * most;", "in.global = lists + i * most;"),
         ("in.fits ? in.all : (uint32_t)most + 1", "in.all"),
     ],
-    "backward.cu": [
-        # weights
+    "weights.cuh": [
         ("c > row[h][K_EPS]", "false"),
         ("c > k[K_EPS * BN]", "false"),
         ("beta == 1 ? e : ex2(beta * c * scale)", "e"),
@@ -248,13 +247,11 @@ MUTANTS = {
         ("places.leaves_out(q >> 1, 8 * n + 2 * t + (q & 1))", "false"),
         ("tau >= 1. / 32 && (1 + p.beta) * HEX_LOG2E <= 80 * tau", "true"),
         ("tau >= 1. / 32 && (1 + p.beta) * HEX_LOG2E <= 80 * tau", "tau >= 1. / 32"),
-        ("k < K_REST || w.apart", "true"),
-        ("tile - mine.tile0 > MOST_TILES", "true"),
-        ("SIDE_BYTES / K_ROWS * K_ALL", "SIDE_BYTES"),
+        ("k < K_REST || apart", "true"),
         # their scale
         ("power > 227 ? 227 : power < 1 ? 1 : power", "power < 1 ? 1 : power"),
-        ("factor[h] = wanted / unit[h];", ""),
-        ("unit[h] = wanted;", ""),
+        ("factor[h] = wanted[h] / unit[h];", ""),
+        ("unit[h] = wanted[h];", ""),
         ("larger = true;", ""),
         ("out[v][n][q] *= factor[q >> 1];", "out[v][n][q] *= factor[q & 1];"),
         ("k < 4 /* lanes of a row */", "k < 2"),
@@ -265,6 +262,21 @@ MUTANTS = {
         ("multiply_transposed(part, low, b);", ""),
         ("multiply_transposed(part, high, b + HALVES);", ""),
         ("out[n][q] += part[n][q];", "out[n][q] = part[n][q];"),
+        # to memory
+        ("more ? *at : make_float2(0, 0)", "make_float2(0, 0)"),
+        ("more ? *at : make_float2(0, 0)", "*at"),
+        ("out[v][n][2 * h] = out[v][n][2 * h + 1] = 0;", ";"),
+        ("v < panels && mine.has(rows[h])", "v < panels"),
+        ("v < panels && mine.has(rows[h])", "mine.has(rows[h])"),
+        ("mine.slice * r.parts.rows", "0"),
+        ("mine.part.first_row - mine.part.row0", "-mine.part.row0"),
+        ("panel0 * PANEL", "0"),
+        ("block.ticket * (WEIGHT_ROWS / 16)", "0"),
+        ("rows * r.weights.tiles", "rows"),
+        ("block.tile0 - block.part.col0 / BN", "0"),
+    ],
+    "backward.cu": [
+        ("SIDE_BYTES / K_ROWS * K_ALL", "SIDE_BYTES"),
         ("stream.b_panel(slot, v)", "stream.b_panel(slot, 0)"),
         ("tile * BN < col0 || (tile + 1) * BN > col1", "false"),
         ("tile * BN < col0 || (tile + 1) * BN > col1", "(tile + 1) * BN > col1"),
@@ -273,16 +285,33 @@ MUTANTS = {
             "stream.clear_others(slot, places.from, places.valid);",
             "stream.clear_others(slot, 0, places.valid);",
         ),
-        ("stream.clear_others(now, places.from, places.valid);", ";"),
-        ("chunk * VALUES", "0"),
-        # to memory
-        ("more ? *at : make_float2(0, 0)", "make_float2(0, 0)"),
-        ("more ? *at : make_float2(0, 0)", "*at"),
-        ("out[v][n][2 * h] = out[v][n][2 * h + 1] = 0;", ";"),
-        ("v < values && mine.has(places.row[h])", "v < values"),
-        ("v < values && mine.has(places.row[h])", "mine.has(places.row[h])"),
-        ("mine.slice * r.parts.rows", "0"),
-        ("mine.part.first_row - mine.part.row0", "-mine.part.row0"),
+        ("tile - mine.tile0 > MOST_TILES", "true"),
+        ("tile - mine.tile0 > MOST_TILES", "false"),
+    ],
+    "weights.cu": [
+        ("SIDE_BYTES / K_ROWS * K_ALL", "SIDE_BYTES"),
+        ("__syncthreads(); // all have read the columns' coefficients", ";"),
+        ("scale[0] = unit[0], scale[8] = unit[1];", "scale[0] = scale[8] = unit[0];"),
+        ("to += WEIGHT_QUADS(SPLIT), scale += 16;", "to += WEIGHT_QUADS(SPLIT);"),
+        ("to[32 * (4 + k)]", "to[32 * k]"),
+    ],
+    "product.cu": [
+        ("lower_unit(unit, out, next.unit);", ";"),
+        ("pack_f16(at[h] / unit[h], at[h] / unit[h])", "pack_f16(1, 1)"),
+        ("multiply_f16(x.y, by[1])", "multiply_f16(x.y, by[0])"),
+        ("multiply_f16(y.z, by[0])", "multiply_f16(y.w, by[0])"),
+        ("unit[0] = scales[0], unit[1] = scales[8];", "unit[0] = unit[1] = scales[0];"),
+        ("chunk * panels / chunks", "0"),
+        ("halves += WEIGHT_QUADS(SPLIT), scales += 16;", "scales += 16;"),
+        ("from > 0 || to < BN", "false"),
+        ("from > 0 || to < BN", "to < BN"),
+        ("stream.clear_others(now, from, to);", "stream.clear_others(now, 0, to);"),
+        ("r.weights.more || tile - block.tile0 > MOST_TILES", "r.weights.more"),
+        (
+            "r.weights.more || tile - block.tile0 > MOST_TILES",
+            "tile - block.tile0 > MOST_TILES",
+        ),
+        ("r.weights.more || tile - block.tile0 > MOST_TILES", "true"),
     ],
     "project.cu": [
         ("(du(d) - along * u)", "du(d)"),
@@ -310,6 +339,9 @@ MUTANTS = {
             "part.row_blocks = cut(part.row1 - part.row0, rows);",
         ),
         ("part.first_row = parts.rows;", "part.first_row = 0;"),
+        ("(tile + tiles) * TILE", "part.col1"),
+        ("part.col0 / TILE + first", "first"),
+        ("some.weights.more = true", "some.weights.more = false"),
     ],
     "unit.cu": [
         ("v - (double)f16_to_float(high)", "0."),
@@ -360,8 +392,8 @@ HOPPER = {
             "multiply_panel<false>(acc, a_panel(0, now), b_panel(now));",
         ),
         (
-            "multiply_panel<false>(acc, a_panel(1, now), b_panel(now, 1));",
-            "multiply_panel<false>(acc, a_panel(0, now), b_panel(now, 1));",
+            "multiply_panel<false>(acc, a_panel(k, now), b_panel(now, k));",
+            "multiply_panel<false>(acc, a_panel(1, now), b_panel(now, k));",
         ),
         # bytes and barriers
         ("over ? 0 : at.barriers + slots * RING_BARRIERS", "over ? 0 : at.barriers"),
@@ -403,10 +435,8 @@ HOPPER = {
         ("done(now);", ";"),
         ("stream.done(slot);", ";"),
     ],
-    "backward.cu": [
-        ("stream.done(slot);", ";"),
-        ("stream.done(now);", ";"),
-    ],
+    "backward.cu": [("stream.done(slot);", ";")],
+    "product.cu": [("stream.done(now);", ";")],
 }
 COMMON, ON_HOPPER = (
     [(name, *pair) for name, pairs in mutants.items() for pair in pairs]
@@ -461,6 +491,8 @@ def finds_nothing(mutants, devices, file=""):
             if file not in ("sample.cu", "bracket.cu"):
                 emulator.battery()
                 emulator.battery_of_blocks()
+                emulator.battery_of_weights(mutants)
+                mutants.device(*device)
             emulator.battery_of_brackets(mutants)
         except (AssertionError, RuntimeError):
             return False

@@ -79,6 +79,16 @@ struct hex_bracket {
     unsigned *tickets; // of the sample, of the tiles, two counts of each row where in slices
 };
 
+// Where the weights of a band are, if they go through memory (weights.cu): of 16 rows and a tile of
+// columns first what each of 32 lanes has as the left operand of a product, then what the next one,
+// four times 16 bytes; the same of the low parts, where u is split. And the 16 rows' scales.
+struct hex_weights {
+    uint4 *halves;
+    float *scales;
+    int64_t tiles; // of columns that there is memory for
+    bool more;     // the rows' sums over other columns are in memory
+};
+
 // ---- kernels, each launched by a function that returns NULL or the text of an error ----
 
 struct hex_run {
@@ -94,6 +104,7 @@ struct hex_run {
     uint32_t *counts;   // threshold: anchors x 256, 0; two to a word where `narrow`
     bool narrow;        // no row has more negatives than 16 bits can count
     void *partial;
+    hex_weights weights;
     hex_bracket bracket;
 };
 
@@ -122,7 +133,14 @@ const char *hex_bracket_tiles(const hex_problem_t &p, const hex_run &r, const he
                               const uint32_t *brackets, int *chosen, uint16_t *lists);
 const char *hex_threshold_of_nothing(const hex_run &r, const hex_choice &choice);
 const char *hex_tile_range(const hex_problem_t &p, const hex_run &r, void *low, void *high);
+bool hex_holds_tiles(const hex_run &r); // and so gathers, else weighs and multiplies
 const char *hex_tile_gather(const hex_problem_t &p, const hex_run &r);
+int64_t hex_bytes_of_weights(const hex_run &r); // 128 rows of a tile of columns
+int64_t hex_most_weights(const hex_run &r);     // so many of these are in memory at a time
+int hex_weights_at_a_time(const hex_run &r);    // so many CUDA blocks run at a time
+const char *hex_weigh_tiles(const hex_problem_t &p, const hex_run &r);
+int64_t hex_product_chunks(const hex_run &r); // CUDA blocks for each block of rows
+const char *hex_multiply_tiles(const hex_run &r);
 const char *hex_project(const hex_problem_t &p, const hex_run &r, const hex_gradient_t &g,
                         hex_span band);
 const char *hex_settle_rows(cudaStream_t stream, const hex_matrix_t &q, const hex_choice &choice);

@@ -9,6 +9,7 @@
 //     adaptive        unit rows, coarse histogram, fine histogram, forward statistics    4
 //     row_range       unit rows, row bounds                                              2
 //     backward        unit rows, backward gather, backward projection                    3
+//                     or, for the gather, backward weights, backward product             4
 //     settle, total   one each                                                           1
 //
 // (for per-anchor negatives one more: their norms, or two: their gradient; for labels or groups one
@@ -53,7 +54,7 @@ static void add_part(hex_parts &parts, int64_t row0, int64_t row1, int64_t col0,
 
 // In the place of `places` below, for a block of anchors: slices that depend on the columns alone,
 // not on how many rows there are, so that the bits of a row do not depend on the cut of the batch.
-// A rank may have few rows, so that they are many, of two tiles at least.
+// A rank may have few rows, so that they are many (`limit`), of two tiles at least.
 #define ANY_ROWS (-1)
 #define ANY_SLICES 32
 
@@ -61,7 +62,7 @@ static void add_part(hex_parts &parts, int64_t row0, int64_t row1, int64_t col0,
 // how many blocks the device runs at a time: the slices are as many as leave the fewest of them
 // idle at the end, and no more than `limit`.
 static void slice_parts(hex_parts &parts, int64_t rows, int64_t most, int64_t places,
-                        int64_t limit = 32)
+                        int64_t limit = ANY_SLICES)
 {
     int64_t blocks = 0, longest = 1;
     for (int k = 0; k < parts.count; k++) {
@@ -83,7 +84,7 @@ static void slice_parts(hex_parts &parts, int64_t rows, int64_t most, int64_t pl
         const int64_t tiles = cut(part.col1 - part.col0 / TILE * TILE, TILE);
         const int64_t fewest = cut(tiles, most);
         if (places == ANY_ROWS)
-            wanted = cut(tiles, 2) < ANY_SLICES ? cut(tiles, 2) : ANY_SLICES;
+            wanted = cut(tiles, 2) < limit ? cut(tiles, 2) : limit;
         const int64_t slices = wanted > fewest ? wanted : fewest;
         part.tiles = slices < tiles ? cut(tiles, slices) : 1;
         part.slices = tiles > 0 ? cut(tiles, part.tiles) : 1;
@@ -258,12 +259,12 @@ static void prepare(const hex_problem_t &p, const hex_device &d, const wants &w,
 }
 
 // The device, and the size of the unit rows.
-static void start(const hex_problem_t &p, const hex_device &d, plan &plan, bool plain = false)
+static void start(const hex_problem_t &p, const hex_device &d, plan &plan)
 {
     hex_run &r = plan.run;
     int device = 0, major = 0;
     r.stream = (cudaStream_t)d.stream;
-    plan.plain = plain || p.compute_f64 || p.mode >= HEX_PAIRED;
+    plan.plain = p.compute_f64 || p.mode >= HEX_PAIRED;
     const auto width = [&](int64_t D) {
         return plan.plain ? D : D > 0 ? cut(D, TILE) * TILE : TILE;
     };
@@ -421,26 +422,88 @@ static hex_parts band_of(const hex_parts &all, hex_span rows)
     return band;
 }
 
+static int64_t most_tiles(const hex_parts &parts)
+{
+    int64_t most = 0;
+    for (int k = 0; k < parts.count; k++) {
+        const int64_t tiles = cut(parts.part[k].col1, TILE) - parts.part[k].col0 / TILE;
+        most = tiles > most ? tiles : most;
+    }
+    return most;
+}
+
+// Of the parts' tiles of columns some from the first-th on; a part keeps its place though none of
+// its are left.
+static hex_parts columns_of(hex_parts parts, int64_t first, int64_t tiles)
+{
+    for (int k = 0; k < parts.count; k++) {
+        hex_part &part = parts.part[k];
+        const int64_t tile = part.col0 / TILE + first;
+        const hex_span both = common({part.col0, part.col1}, {tile * TILE, (tile + tiles) * TILE});
+        part.col0 = both.begin < both.end ? both.begin : part.col1 / TILE * TILE;
+        part.col1 = both.begin < both.end ? both.end : part.col0;
+    }
+    return parts;
+}
+
+// The tiles of columns whose weights, of a band of rows, are in memory at a time. Those of a block of
+// anchors leave room for four blocks of rows, whether the band has them or not.
+static int64_t weights_at_a_time(const hex_run &r, const hex_parts &band, bool any_rows)
+{
+    const int64_t tiles = most_tiles(band), all = hex_most_weights(r);
+    const int64_t blocks = any_rows || band.row_blocks == 0 ? 4 : band.row_blocks;
+    const int64_t most = all > blocks ? all / blocks : 1;
+    return tiles <= most ? (tiles > 0 ? tiles : 1) : any_rows ? most : cut(tiles, cut(tiles, most));
+}
+
+// The gradient of a band, of which r.parts are the first columns: weights and product, in turn.
+static const char *weigh_and_multiply(const hex_problem_t &p, const hex_run &r,
+                                      const hex_parts &band, int64_t places)
+{
+    const int64_t tiles = most_tiles(band), at_a_time = hex_weights_at_a_time(r);
+    const char *error = NULL;
+    hex_run some = r;
+    for (int64_t first = 0; !error; some.weights.more = true) {
+        hex_run weighing = some;
+        slice_parts(weighing.parts, r.block_rows, (int64_t)1 << 40, at_a_time, 4 * at_a_time);
+        error = hex_weigh_tiles(p, weighing);
+        error = error ? error : hex_multiply_tiles(some);
+        first += r.weights.tiles;
+        if (first >= tiles)
+            break;
+        some.parts = columns_of(band, first, r.weights.tiles);
+        // No more slices than the first had: those have sums in memory.
+        slice_parts(some.parts, r.block_rows, (int64_t)1 << 40, places, most_slices(r.parts));
+    }
+    return error;
+}
+
 static const char *backward(const hex_problem_t *p, const hex_device *d, const hex_gradient_t *g)
 {
     if (p->mode == HEX_LOGITS)
         return g->dz[0] || g->dtau ? hex_logits_backward(*p, (cudaStream_t)d->stream, *g) : NULL;
     plan plan = {};
     hex_run &r = plan.run;
-    start(*p, *d, plan, has_sets(*p));
+    start(*p, *d, plan);
     if (plan.error)
         return plan.error;
     hex_parts all = {};
     owner_parts(*p, *g, all);
-    const bool held = r.unit.width <= 2 * TILE; // a tile's panels, for both products
-    r.block_rows = r.hopper && held && !plan.plain && allow_tf32(*p, *d) ? HOPPER_GATHER : 128;
+    hex_weights &w = r.weights;
+    r.unit.split = !allow_tf32(*p, *d);
+    const bool weighed =
+        !plan.plain && (has_sets(*p) || !hex_holds_tiles(r)); // the weights go through memory
+    const bool wide = r.unit.width > 2 * TILE, narrow = !wide && !r.unit.split && !plan.plain;
+    r.block_rows = r.hopper && narrow && !weighed ? HOPPER_GATHER : 128;
     // Many rows go in bands that fill the device twice, so that the partial sums of one are all
     // that is in memory. A band of fewer rows goes in slices of columns; the anchors before a queue
-    // are such a band by themselves, for each of theirs meets many more columns.
-    const int64_t chunks = plan.plain ? 1 : cut(r.unit.width, 2 * TILE);
+    // are such a band by themselves, for each of theirs meets many more columns. Wide rows fill it
+    // once, for their sums take more memory.
+    const int64_t chunks = weighed ? hex_product_chunks(r) : 1;
     const int64_t enough = 2 * r.processors > chunks ? 2 * r.processors / chunks : 1;
+    const int64_t rounds = wide && enough > 1 ? enough / 2 : enough;
     // Blocks of rows begin at multiples of TILE, so that each part but the first may take one more.
-    const int64_t most = r.block_rows * (enough < all.count ? 1 : enough - all.count + 1);
+    const int64_t most = r.block_rows * (rounds < all.count ? 1 : rounds - all.count + 1);
     // Of a block of anchors its own rows are counted, views and then negatives; of a whole batch
     // these are the unit rows.
     const int64_t views = p->count + hex_block_rows(p, 1);
@@ -451,18 +514,22 @@ static const char *backward(const hex_problem_t *p, const hex_device *d, const h
                             : n + p->B + p->M - views;
     };
     hex_span band = {}; // of unit rows
+    hex_parts whole;    // its parts, of which r.parts are the first columns
+    const int64_t places = plan.plain ? 0 : p->block ? ANY_ROWS : cut(r.processors, chunks);
     auto take = [&](int64_t first, int64_t end) {
         band = {unit_row(first), unit_row(end - 1) + 1};
-        r.parts = band_of(all, band);
+        r.parts = whole = band_of(all, band);
         // The sums of a band's slices take no more memory than a whole band; of a batch that is one
-        // band, twice as much.
-        const int64_t rows = end - first, alone = rows == own ? 2 : 1;
-        const int64_t limit = alone * r.block_rows * enough / rows;
-        slice_parts(r.parts, r.block_rows, (int64_t)1 << 40,
-                    plan.plain ? 0
-                    : p->block ? ANY_ROWS
-                               : cut(r.processors, chunks),
-                    limit < 128 ? limit : 128);
+        // band, twice as much, and so of any band of wide rows.
+        const int64_t rows = end - first, alone = rows == own && !wide ? 2 : 1;
+        int64_t limit = alone * r.block_rows * enough / rows;
+        limit = p->block ? ANY_SLICES : limit < 128 ? limit : 128;
+        if (weighed) {
+            slice_parts(whole, r.block_rows, (int64_t)1 << 40, 0);
+            w.tiles = weights_at_a_time(r, whole, p->block);
+            r.parts = columns_of(whole, 0, w.tiles);
+        }
+        slice_parts(r.parts, r.block_rows, (int64_t)1 << 40, places, limit);
         return end;
     };
     auto band_from = [&](int64_t first) { // its parts become r.parts, its end is returned
@@ -473,24 +540,37 @@ static const char *backward(const hex_problem_t *p, const hex_device *d, const h
             end = end - first > most ? first + most : end;
         }
         take(first, end);
-        // The slices of a block of anchors are given, so that its bands have fewer rows.
-        const int64_t slices = p->block && !plan.plain ? most_slices(r.parts) : 0;
-        const int64_t rows = slices ? cut(2 * most / slices, r.block_rows) * r.block_rows : own;
+        if (!p->block || plan.plain)
+            return end;
+        // The slices of a block of anchors are given, and the columns of which the weights are in
+        // memory, so that its bands have fewer rows. They may be of two parts that begin anywhere.
+        int64_t rows = cut(2 * most / most_slices(r.parts), r.block_rows) * r.block_rows;
+        const int64_t fit = weighed ? (hex_most_weights(r) / w.tiles - 2) * r.block_rows : rows;
+        rows = rows < fit ? rows : fit;
         return end - first > rows ? take(first, first + rows) : end;
     };
-    int64_t gradients = 0;
+    int64_t gradients = 0, weights = 0;
     for (int64_t first = 0; first < own;) {
         first = band_from(first);
         const int64_t n = most_slices(r.parts) * r.parts.rows * r.unit.width;
         gradients = n > gradients ? n : gradients;
+        const int64_t tiles = r.parts.row_blocks * w.tiles;
+        weights = tiles > weights ? tiles : weights;
     }
-    prepare(*p, *d, {0, 0, gradients * (p->compute_f64 ? 8 : 4), 0, true}, plan);
+    // The weights and their scales lie behind the gradients.
+    const int64_t of_sums = cut(gradients * (p->compute_f64 ? 8 : 4), 256) * 256;
+    const int64_t of_weights = weights * hex_bytes_of_weights(r);
+    prepare(*p, *d, {0, 0, of_sums + of_weights + weights * r.block_rows * 4, 0, true}, plan);
+    w.halves = (uint4 *)((char *)r.partial + of_sums);
+    w.scales = (float *)((char *)r.partial + of_sums + of_weights);
     if (!plan.error)
         plan.error = hex_unit_rows(*p, r, plan.zeros, g);
     hex_gradient_t rest = *g;
     for (int64_t first = 0; first < own && !plan.error;) {
         first = band_from(first);
-        plan.error = plan.plain ? hex_plain_gather(*p, r, rest) : hex_tile_gather(*p, r);
+        plan.error = weighed      ? weigh_and_multiply(*p, r, whole, places)
+                     : plan.plain ? hex_plain_gather(*p, r, rest)
+                                  : hex_tile_gather(*p, r);
         if (!plan.error)
             plan.error = hex_project(*p, r, rest, band);
         rest.dtau = NULL; // is there

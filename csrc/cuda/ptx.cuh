@@ -67,6 +67,14 @@ DEVICE uint32_t pack_f16(float low, float high)
     return y;
 }
 
+// The products of the low halves and of the high ones, to nearest even.
+DEVICE uint32_t multiply_f16(uint32_t x, uint32_t y)
+{
+    uint32_t z;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+    return z;
+}
+
 // c += a b: a 16 x 16 by rows, b 16 x 8 by columns. Lane 4 g + t holds of c the rows g and g + 8,
 // columns 2 t and 2 t + 1; of a the same rows, columns 2 t, 2 t + 1 and those + 8; of b the column
 // g, rows like a's columns.
@@ -227,19 +235,20 @@ DEVICE void wgmma_operand(uint32_t (&a)[4][4])
         asm volatile("" : "+r"(a[k][0]), "+r"(a[k][1]), "+r"(a[k][2]), "+r"(a[k][3]) : : "memory");
 }
 
-// The same for one or two accumulators at a time.
-DEVICE void wgmma_begin(float (&c)[1][8][4]) { wgmma_begin(c[0]); }
-DEVICE void wgmma_end(float (&c)[1][8][4]) { wgmma_end(c[0]); }
-DEVICE void wgmma_begin(float (&c)[2][8][4])
+// The same for several accumulators at a time.
+template <int N> DEVICE void wgmma_begin(float (&c)[N][8][4])
 {
-    asm volatile("wgmma.fence.sync.aligned;" : ROWS_OF(c[0]), ROWS_OF(c[1]) : : "memory");
+#pragma unroll
+    for (int k = 1; k < N; k++)
+        asm volatile("" : ROWS_OF(c[k]) : : "memory");
+    wgmma_begin(c[0]);
 }
-DEVICE void wgmma_end(float (&c)[2][8][4])
+template <int N> DEVICE void wgmma_end(float (&c)[N][8][4])
 {
-    asm volatile("wgmma.commit_group.sync.aligned;\n\twgmma.wait_group.sync.aligned 0;"
-                 : ROWS_OF(c[0]), ROWS_OF(c[1])
-                 :
-                 : "memory");
+    wgmma_end(c[0]);
+#pragma unroll
+    for (int k = 1; k < N; k++)
+        asm volatile("" : ROWS_OF(c[k]) : : "memory");
 }
 
 // c (64 x 64 over four warps, each like mma_f16's) += a b; FRESH: c = a b. Both from panels,

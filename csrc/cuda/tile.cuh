@@ -155,8 +155,9 @@ SHARED_DEVICE __host__ hex_layout layout_of(int warps, bool split, bool resident
     return at;
 }
 
-// Tiles whose side may be in use or on its way. Where each of a tile's panels has a slot of its
-// own, they are four or more a tile, and on Hopper eight at most are sent for.
+// Tiles whose side may be in use or on its way. One is enough where two slots hold a panel each, a
+// tile has two panels or more, and the block is together when it has read the side: that of the next
+// tile is sent for with its last panel, which is after all have begun with the tile.
 SHARED_DEVICE __host__ int sides_of(bool tiles, int slots)
 {
     return tiles || slots > 2 ? slots : 1;
@@ -171,10 +172,9 @@ struct hex_fit {
 
 // ---- the panels of a block's tiles, in the order of their use ----
 
-// A slot of the ring holds all panels of a tile, where their number is known (PANELS), else one.
-// Then, and where the second product cannot read those of the first, `values` more follow the
-// panels of a tile's cosines, from panel `value0` on. Beside a tile's first panel may travel
-// `side_bytes` of its own, a multiple of 16.
+// A slot of the ring holds all panels of a tile, where their number is known (PANELS), else one. Then
+// the columns may come without any rows, and of them `some` panels, from `panel0` on. Beside a tile's
+// last panel may travel `side_bytes` of its own, a multiple of 16.
 //
 // The calls, by all threads: start, take_... , fill; then for each slot `next`, and `done` when the
 // warp has read it. One slot at a time is in use.
@@ -188,7 +188,7 @@ template <int WARPS, bool SPLIT, int PANELS, bool KEEP> struct hex_stream {
     unsigned char *side;
     const unsigned char *side_from;
     int row_block, row_blocks, next_tile, end_tile, stride; // of 64 rows
-    int any_panels, values, value0, slots, side_bytes, side_pitch;
+    int any_panels, panel0, some, slots, side_bytes, side_pitch;
     bool resident;
     int slot, next_slot, this_panel, next_panel, side_slot, next_side, sides;
     uint32_t kept[KEEP ? PANELS : 1][4][4];
@@ -238,10 +238,10 @@ template <int WARPS, bool SPLIT, int PANELS, bool KEEP> struct hex_stream {
     {
         if (next_tile >= end_tile)
             return;
-        const bool first = PANELS || next_panel == 0, cosines = PANELS || next_panel < panels();
-        const int panel = PANELS ? 0 : cosines ? next_panel : value0 + next_panel - panels();
-        const int bytes = 2 * WIDE * PIECE, beside = first ? side_bytes : 0;
-        int blocks = PANELS || resident || !cosines ? 0 : row_blocks - row_block;
+        const int panel = PANELS ? 0 : panel0 + next_panel;
+        const int bytes = 2 * WIDE * PIECE, last = PANELS ? 0 : some - 1;
+        const int beside = next_panel == last ? side_bytes : 0;
+        int blocks = PANELS || resident ? 0 : row_blocks - row_block;
         blocks = blocks < BLOCKS ? blocks : BLOCKS; // the last block of rows may have fewer
 #ifdef HEX_WGMMA
         barrier_expect(full + next_slot, bytes * (1 + blocks) + beside);
@@ -253,7 +253,7 @@ template <int WARPS, bool SPLIT, int PANELS, bool KEEP> struct hex_stream {
             bring(side + next_side * side_bytes, side_from + (int64_t)next_tile * side_pitch,
                   beside, next_slot);
         next_slot = next_slot + 1 == slots ? 0 : next_slot + 1;
-        if (PANELS || ++next_panel == panels() + values) {
+        if (PANELS || ++next_panel == some) {
             next_panel = 0;
             next_tile += stride;
             next_side = next_side + 1 == sides ? 0 : next_side + 1;
@@ -266,7 +266,7 @@ template <int WARPS, bool SPLIT, int PANELS, bool KEEP> struct hex_stream {
                                           int64_t tile1, int one_of = 1)
     {
         tiles = u.tiles;
-        any_panels = u.panels;
+        any_panels = some = u.panels, panel0 = 0;
         row_block = (int)(row0 / BN), row_blocks = (int)((u.count + BN - 1) / BN);
         next_tile = (int)tile0, end_tile = (int)tile1, stride = one_of;
         slots = fit.slots;
@@ -274,7 +274,7 @@ template <int WARPS, bool SPLIT, int PANELS, bool KEEP> struct hex_stream {
         a = (uint16_t *)shared;
         ring = (uint16_t *)(shared + fit.at.ring);
         slot = next_slot = this_panel = next_panel = side_slot = next_side = 0;
-        values = value0 = side_bytes = side_pitch = 0, sides = 1;
+        side_bytes = side_pitch = 0, sides = 1;
 #ifdef HEX_WGMMA
         full = (uint64_t *)(shared + fit.at.barriers);
         empty = full + slots;
@@ -291,9 +291,10 @@ template <int WARPS, bool SPLIT, int PANELS, bool KEEP> struct hex_stream {
 #endif
     }
 
-    __device__ __forceinline__ void take_values(int count, int from)
+    // Of each tile `count` panels, and none of the rows, for which `fit` has no place.
+    __device__ __forceinline__ void take_columns(int from, int count)
     {
-        values = count, value0 = from;
+        panel0 = from, some = count, row_block = row_blocks;
     }
     __device__ __forceinline__ void take_side(void *to, const void *from, int bytes, int pitch)
     {
@@ -429,6 +430,9 @@ template <int WARPS, bool SPLIT, int PANELS, bool KEEP> struct hex_stream {
                 acc[n][q] += part[n][q];
     }
 
+    // The cosines of a tile.
+    __device__ __forceinline__ int cosines(float (&acc)[8][4]) { return cosines(acc, panels()); }
+
     // The cosines of a tile, of its next so many panels. With PANELS that is all of them, and their
     // slot, which is returned, stays in use.
     __device__ __forceinline__ int cosines(float (&acc)[8][4], int count)
@@ -440,10 +444,12 @@ template <int WARPS, bool SPLIT, int PANELS, bool KEEP> struct hex_stream {
                 multiply_panel<true>(acc, kept[0], b_panel(now));
             else
                 multiply_panel<true>(acc, a_panel(0, now), b_panel(now));
-            if (KEEP && PANELS > 1)
-                multiply_panel<false>(acc, kept[KEEP && PANELS > 1 ? 1 : 0], b_panel(now, 1));
-            else if (PANELS > 1)
-                multiply_panel<false>(acc, a_panel(1, now), b_panel(now, 1));
+#pragma unroll
+            for (int k = 1; k < PANELS; k++)
+                if (KEEP)
+                    multiply_panel<false>(acc, kept[KEEP ? k : 0], b_panel(now, k));
+                else
+                    multiply_panel<false>(acc, a_panel(k, now), b_panel(now, k));
             wgmma_end(acc);
             return now;
         }
@@ -571,7 +577,7 @@ DEVICE void for_each_tile(const hex_block &block, const hex_unit &unit, int64_t 
     const int col0 = (int)block.part.col0, col1 = (int)block.part.col1;
     for (int tile = block.tile0; tile < block.tile1; tile += block.stride) {
         float acc[8][4];
-        const int slot = stream.cosines(acc, stream.panels());
+        const int slot = stream.cosines(acc);
         if (PANELS)
             stream.done(slot);
         fold.tile(acc, places, places.enter(tile, col0, col1));

@@ -127,7 +127,7 @@ static __global__ void transposed(const uint16_t *a, const uint16_t *, float *c)
 }
 
 // c: for each lane the 2^x of its fp16 number, the first of a's, the warp's sum, the sum of the
-// lanes up to it, and the number as bfloat16 has it.
+// lanes up to it, the number as bfloat16 has it, and the products of two halves with 2^-20.
 static __global__ void lanes(const uint16_t *a, const uint16_t *, float *c)
 {
     const int lane = (int)threadIdx.x;
@@ -141,6 +141,9 @@ static __global__ void lanes(const uint16_t *a, const uint16_t *, float *c)
     c[32 + lane] = warp_sum(x);
     c[64 + lane] = upto;
     c[96 + lane] = bf16_to_float(float_to_bf16(x));
+    const uint32_t two = multiply_f16(pack_f16(x, -x), pack_f16(0x1p-20f, 0x1p-2f));
+    c[128 + lane] = f16_to_float((uint16_t)two);
+    c[160 + lane] = f16_to_float((uint16_t)(two >> 16));
 }
 
 const char *hex_launched(const char *kernel)

@@ -489,6 +489,12 @@ static inline uint32_t pack_f16(float low, float high)
     return hex_float_to_f16(low) | (uint32_t)hex_float_to_f16(high) << 16;
 }
 
+static inline uint32_t multiply_f16(uint32_t x, uint32_t y)
+{
+    auto half = [](uint32_t v, int h) { return hex_f16_to_float((uint16_t)(v >> 16 * h)); };
+    return pack_f16(half(x, 0) * half(y, 0), half(x, 1) * half(y, 1)); // exact before it rounds
+}
+
 static inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
 {
     emu::Lane &m = emu::me();
