@@ -92,6 +92,40 @@ def fresh_cuda(monkeypatch):
     forget()
 
 
+# ---- the CUDA kernels on the CPU ----
+
+EMULATED = {"mma": (), "wgmma": ("-DHEX_WGMMA",)}  # the flags of each library of emulator.py
+
+
+@pytest.fixture(scope="session")
+def libraries(tmp_path_factory):
+    """Of mma.sync and of wgmma; not in use."""
+    import emulator
+
+    folder = tmp_path_factory.mktemp("emulation")
+    return {
+        name: emulator.Emulator(emulator.compile(folder / f"{name}.so", *flags))
+        for name, flags in EMULATED.items()
+    }
+
+
+@pytest.fixture(params=EMULATED)
+def kernels(libraries, request):
+    """One of the libraries in use, as one large device; its barriers one way."""
+    with libraries[request.param].in_use() as library:
+        yield library
+
+
+@pytest.fixture
+def mma(libraries):
+    import emulator
+
+    if emulator.SANITIZED:
+        pytest.skip("AddressSanitizer has seen the batteries, which go through every line")
+    with libraries["mma"].in_use() as library:
+        yield library
+
+
 class Result(NamedTuple):
     loss: Tensor
     grads: dict[str, Tensor]  # by name, of those there are

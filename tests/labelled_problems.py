@@ -6,12 +6,14 @@ object, and its comparison with hex/reference.py. The counterpart of conftest.Pr
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import operators
 import torch
 from conftest import assert_as_good_as_torch
-from data import eps_in_a_gap, f64, views
+from data import MODES as OF_VIEWS
+from data import batch, eps_in_a_gap, f64, views
 from torch import Tensor
 
 from hex import ops, reference
@@ -19,19 +21,21 @@ from hex import ops, reference
 HEX = torch.ops.hex
 PAIRINGS = ("self", "pair", "queue")
 MODES = {"self": "ntxent", "pair": "query", "queue": "unpaired", "logits": "logits"}
+MODES |= {mode: mode for mode in OF_VIEWS}  # the pairings of two views, where one is the positive
 SOURCES = ("cosines", "groups", "guide")
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
     """One call: `tensors` are x, y, ids, candidate_ids, mask, groups, candidate_groups, guide,
-    candidate_guide, eps and tau of labelled rows, or logits, target, eps and tau."""
+    candidate_guide, eps and tau of labelled rows, or logits, target, eps and tau. Of two views x is
+    z0, and y has z1 and the negatives, one after another."""
 
     name: str  # "labelled" or "logits"
     tensors: tuple[Tensor, ...] = dataclasses.field(repr=False)  # up to and with tau
     pairing: str
     variant: int
-    positives: int
+    positives: int  # -1: one, of two views
     beta: float
     tau_plus: float
     about: str = ""
@@ -68,10 +72,13 @@ class Call:
             _, mask, groups, guide = operators.nothing(logits)
             return logits, none, none.clone(), target, mask, groups, guide
         x, y, ids, candidates, mask, groups, candidate_groups, guide, candidate_guide, *_ = tensors
-        others = x.shape[0] if self.pairing == "queue" else y.shape[0]
+        others = y.shape[0] if self.pairing in ("self", "pair") else x.shape[0]
+        negatives = y[others:]
+        if self.pairing == "paired":
+            negatives = negatives.view(others, -1, y.shape[1])
         guides = guide if not guide.numel() else torch.cat([guide, candidate_guide])
         return (
-            x, y[:others], y[others:], torch.cat([ids, candidates]), mask,
+            x, y[:others], negatives, torch.cat([ids, candidates]), mask,
             torch.cat([groups, candidate_groups]), guides,
         )  # fmt: skip
 
@@ -103,16 +110,21 @@ class Call:
     def measured(self, self_column: bool = False) -> tuple[Any, ...]:
         """The arguments of ops.row_range, and the first of ops.quantile."""
         *z, _, _ = self.inputs(list(self.tensors))
-        return *z, self.tensors[-1], self.code, True, self_column
+        return *z, self.tensors[-1], self.code, self.positives >= 0, self_column
 
-    def quantile(self, quantile: float = 0.9, over: bool = False, bounds: bool = False):
-        *tensors, code, several, self_column = self.measured()
+    def quantile(self, quantile: float = 0.9, over: bool = False, bounds: bool = False,
+                 self_column: bool = False):  # fmt: skip
+        *tensors, code, several, _ = self.measured()
         options = code, several, False, self_column, quantile, over, bounds
         return HEX.quantile.default, (*tensors, *options)
 
     def grad_output(self) -> Tensor:
-        rows = self.tensors[0].shape[0]
-        return torch.randn(rows, generator=torch.Generator().manual_seed(1)).to(self.dtype)
+        rows = self.tensors[0].shape[0] * (2 if self.pairing in ("ntxent", "cross") else 1)
+        values = torch.randn(rows, generator=torch.Generator().manual_seed(1))
+        return values.to(self.tensors[0].device, self.dtype)
+
+    def to(self, device: str) -> Call:
+        return dataclasses.replace(self, tensors=tuple(t.to(device) for t in self.tensors))
 
     def rows(self, *differentiable: Tensor) -> Tensor:
         """The kernels' loss of each row, differentiable."""
@@ -135,12 +147,42 @@ class Call:
         rows = rows[0] if isinstance(rows, tuple) else rows
         return rows.detach(), torch.autograd.grad(rows, z, self.grad_output().to(rows))
 
+    def in_blocks(self, cut: tuple[int, ...], quantile: float = 0.9) -> dict[str, Tensor]:
+        """Loss and statistics, the quantiles of both kinds of row, bounds and gradients, a block of
+        anchors after another; they begin and end at `cut`. Not of views that are both anchors."""
+        blocks = [(a, b - a) for a, b in itertools.pairwise(cut)]
+
+        def rows(operator: Any, arguments: tuple[Any, ...]) -> list[Tensor]:
+            its = [operator(*arguments, *block)[:2] for block in blocks]
+            return [torch.cat(of_blocks, -1) for of_blocks in zip(*its, strict=True)]
+
+        *inputs, eps, tau = self.forward()[1][:9]
+        none, rule = eps.new_empty(0, dtype=self.dtype), self.options(0)
+        loss, stats = rows(HEX.block_forward, (*inputs, eps, tau, none, *rule, False, False))
+        of_all, of_negatives = (
+            rows(HEX.block_quantiles, (*self.quantile(quantile, over)[1], False))[0]
+            for over in (False, True)
+        )
+        low, high = rows(HEX.block_quantiles, (*self.quantile(bounds=True)[1], False))
+        found = {"loss": loss, "stats": stats, "all": of_all, "negatives": of_negatives,
+                 "low": low, "high": high}  # fmt: skip
+        arguments = (self.grad_output(), *inputs, tau, stats, none, *rule[:4], False, 15)
+        its = zip(*(HEX.backward(*arguments, *block) for block in blocks), strict=True)
+        for name, parts in zip(("dx", "dy", "dnegatives", "dtau"), its, strict=True):
+            if name in ("dx", "dy") or parts[0].dim() == 3:
+                found[name] = torch.cat(parts)
+            else:  # of all anchors, in every block
+                found[name] = parts[0]
+                assert all(torch.equal(x, parts[0]) for x in parts)
+        return found
+
 
 def labelled(
     N: int = 23, D: int = 7, pairing: str = "self", source: str = "cosines", *, M: int = 31,
     kind: str = "cluster", labels: int = 5, masked: bool = False,
-    dtype: torch.dtype = torch.float64, variant: str = "paper", positives: str = "outside",
-    near: float = 0.3, tau: float = 0.1, beta: float = 1.0, tau_plus: float = 0.1, seed: int = 0,
+    dtype: torch.dtype = torch.float64, guide_dtype: torch.dtype | None = None,
+    variant: str = "paper", positives: str = "outside", near: float = 0.3, tau: float = 0.1,
+    beta: float = 1.0, tau_plus: float = 0.1, seed: int = 0,
 ) -> Call:  # fmt: skip
     """Embeddings of data.py with labels drawn from `labels` of them."""
     generator = torch.Generator().manual_seed(seed)
@@ -169,10 +211,11 @@ def labelled(
         groups = draw(N, 4)
         candidate_groups = draw(m, 4) if pairing != "self" else none
     elif source == "guide":
-        guide = views(kind, N, D + 3, seed + 9)[0].to(dtype)
+        of_guide = guide_dtype or dtype
+        guide = views(kind, N, D + 3, seed + 9)[0].to(of_guide)
         candidate_guide = guide[:0]
         if pairing != "self":
-            candidate_guide = views(kind, m, D + 3, seed + 11)[1].to(dtype)
+            candidate_guide = views(kind, m, D + 3, seed + 11)[1].to(of_guide)
     p = Call(
         "labelled",
         (x, y, ids, candidate_ids, mask, groups, candidate_groups, guide, candidate_guide, f64(0.3),
@@ -180,13 +223,47 @@ def labelled(
         pairing, int(variant == "released"), int(positives == "inside"), beta, tau_plus,
         f"{kind} {N} x {D} {pairing} {source} {variant} {positives} {dtype} seed {seed}",
     )  # fmt: skip
-    *z, ids, mask, _, _ = p.inputs(list(p.tensors))
-    negative = reference.problem_table(*z, ids, mask, f64(tau), p.code, True, False).negative
+    return _with_eps(p, near)
+
+
+def viewed(
+    B: int = 13, D: int = 7, mode: str = "ntxent", source: str = "groups", *, K: int = 11,
+    kind: str = "cluster", dtype: torch.dtype = torch.float64, variant: str = "paper",
+    near: float = 0.3, tau: float = 0.1, beta: float = 1.0, tau_plus: float = 0.1, seed: int = 0,
+) -> Call:  # fmt: skip
+    """Two views and negatives of data.py, with groups or a guide."""
+    z0, z1, *rest = (z for z in batch(kind, B, D, mode, K, seed) if z is not None)
+    y = torch.cat([z1, *(z.flatten(0, -2) for z in rest)]).to(dtype)
+    no_ids, no_mask, groups, guide = operators.nothing(z0)
+    candidate_groups, candidate_guide = groups, guide
+    if source == "groups":
+        groups, candidate_groups = torch.arange(B + len(y)).mul(7).remainder(4).split([B, len(y)])
+    else:
+        guides = views(kind, B + len(y), D + 3, seed + 9)[0].to(dtype)
+        guide, candidate_guide = guides.split([B, len(y)])
+    p = Call(
+        "labelled",
+        (z0.to(dtype), y, no_ids, no_ids, no_mask, groups, candidate_groups, guide, candidate_guide,
+         f64(0.3), f64(tau)),
+        mode, int(variant == "released"), -1, beta, tau_plus,
+        f"{kind} {B} x {D} {mode} {source} {variant} {dtype} seed {seed}",
+    )  # fmt: skip
+    return _with_eps(p, near)
+
+
+def _with_eps(p: Call, near: float) -> Call:
+    """With a threshold where no cosine is that it is compared with."""
+    *z, ids, mask, _, guide = p.inputs(list(p.tensors))
+    several = p.positives >= 0
+    negative = reference.problem_table(
+        *z, ids, mask, p.tensors[-1], p.code, several, False
+    ).negative
     if negative.sum() <= 2:
         return p
-    if source == "guide":
-        z = [guide, *candidate_guide.tensor_split((len(z[1]),))]
-    c = reference.problem_cosines(*(x.double() for x in z), p.code, True)
+    if guide.numel():
+        own, others, rest = guide.tensor_split((len(z[0]), len(z[0]) + len(z[1])))
+        z = [own, others, rest.view(*z[2].shape[:-1], guide.shape[1])]
+    c = reference.problem_cosines(*(x.double() for x in z), p.code, several)
     eps = eps_in_a_gap(c[negative], near)
     return dataclasses.replace(p, tensors=(*p.tensors[:-2], eps, p.tensors[-1]))
 

@@ -3,11 +3,9 @@
 against plain PyTorch and the CPU's core, whatever the cut, on a large and on a small device.
 """
 
-import contextlib
 import math
 
 import emulator
-import labelled_problems
 import operators
 import pytest
 import torch
@@ -21,36 +19,6 @@ MODES = ("ntxent", "query", "cross", "unpaired", "paired")
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 # An empty block, one of a row, and blocks that begin and end anywhere.
 CUTS = {13: ((0, 13), (0, 1, 1, 7, 13)), 70: ((0, 70), (0, 5, 69, 70))}
-LIBRARIES = {"mma": (), "wgmma": ("-DHEX_WGMMA",)}
-
-
-@pytest.fixture(scope="module")
-def libraries(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("blocks")
-    return {
-        name: emulator.Emulator(emulator.compile(folder / f"{name}.so", *flags))
-        for name, flags in LIBRARIES.items()
-    }
-
-
-@contextlib.contextmanager
-def emulated(library):
-    with library.in_use():
-        library.device(*HOPPER)
-        library.seed(1)
-        yield library
-
-
-@pytest.fixture(params=LIBRARIES)
-def kernels(libraries, request):
-    with emulated(libraries[request.param]) as library:
-        yield library
-
-
-@pytest.fixture
-def mma(libraries):
-    with emulated(libraries["mma"]) as library:
-        yield library
 
 
 @pytest.mark.parametrize("seed, device", tuple(zip(emulator.SEEDS, emulator.DEVICES, strict=True)))
@@ -117,7 +85,7 @@ def test_the_numbers_of_the_cpus_core_are_the_same(libraries, mode):
         b = in_blocks(p, 0, 5, 13)
         loss, stats = b.statistics()
         rows = [b.quantiles(q, over) for q in (0.0, 0.9) for over in ("all", "negatives")]
-        with emulated(libraries["mma"]):
+        with libraries["mma"].in_use():
             ours, its = b.statistics()
             assert torch.equal(its[[0, 7]], stats[[0, 7]])
             close = 1e-12 if dtype == F64 else 1e-5
@@ -196,7 +164,7 @@ def test_what_has_nothing_to_choose_from_is_as_on_the_cpu(libraries, mode):
             p = problem("gauss", B, 5, mode, K=K, dtype=dtype, eps=f64(0.5))
             b = in_blocks(p, 0, 0, B, B)
             ours, rows, bounds = b.ours(), b.quantiles(0.5, "negatives"), b.bounds()
-            with emulated(libraries["mma"]):
+            with libraries["mma"].in_use():
                 its, its_rows, its_bounds = b.ours(), b.quantiles(0.5, "negatives"), b.bounds()
             close = {"rtol": 1e-5, "atol": 2e-5, "equal_nan": True}
             torch.testing.assert_close(its.loss, ours.loss, **close)
@@ -235,7 +203,7 @@ def test_settling_is_the_step_of_the_cpu(libraries, rule):
     quantiles += [values[:0], torch.cat([values, f64(math.inf)[None]]), values[:9] * math.nan]
     quantiles += [torch.full((5,), math.inf), values[:2500]]
     want = steps(rule, quantiles)
-    with emulated(libraries["mma"]) as library:
+    with libraries["mma"].in_use() as library:
         got = steps(rule, quantiles)
         library.seed(3)  # other warps first
         again = steps(rule, quantiles)
@@ -253,7 +221,7 @@ def test_a_total_is_the_sum_of_each_row(libraries):
     x = torch.randn(3000, 10, generator=torch.Generator().manual_seed(0), dtype=F64)
     for rows in (x.T, x.T.contiguous(), x[:, ::2].T.float(), x[:7], x[:0].T, x[:, :0].T, x[:3, :1]):
         want = HEX.total(rows)
-        with emulated(libraries["mma"]) as library:
+        with libraries["mma"].in_use() as library:
             before = library.launches
             got = HEX.total(rows)
             assert library.launches == before + (len(rows) > 0)
@@ -315,12 +283,7 @@ def test_the_work_is_that_of_the_block(mma, dtype, first, count):
     assert rows / 8 <= grid["project"] <= rows / 4 + 2
 
 
-def test_what_has_no_kernels_is_refused_by_name(mma):
-    _, arguments = labelled_problems.labelled(13, 7, "pair", "groups", M=13).forward()
-    *inputs, eps, tau, mode, _, positives, beta, variant, tau_plus, _, _ = arguments
-    rule = (mode, 0, positives, beta, variant, tau_plus, False, False)
-    with pytest.raises(RuntimeError, match="positives, groups, guide: expected one positive"):
-        HEX.block_forward(*inputs, eps, tau, tau.new_empty(0), *rule, 0, 5)
+def test_a_block_outside_the_batch_is_refused(mma):
     with pytest.raises(RuntimeError, match="first, count: expected a block of 13 rows, got 9, 5"):
         p = problem("cluster", 13, 7)
         in_blocks(p, 9, 14).quantiles(0.5, "all")

@@ -11,13 +11,7 @@ import emulator
 import operators
 import pytest
 import torch
-from conftest import (
-    NAMES,
-    check,
-    cuda_tensor,
-    eps_of_each_row,
-    problem,
-)
+from conftest import EMULATED, NAMES, check, cuda_tensor, eps_of_each_row, problem
 from data import KINDS, f64, nans
 from emulator import (
     HOPPER,
@@ -32,40 +26,9 @@ from emulator import (
 from hex import HEXLoss, ThresholdTracker, _load, ops, reference
 
 MODES = ("ntxent", "query", "cross", "unpaired", "paired")
-LIBRARIES = {"mma": (), "wgmma": ("-DHEX_WGMMA",)}
 
 
-@pytest.fixture(scope="module")
-def libraries(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("emulation")
-    compile = emulator.compile
-    return {
-        name: emulator.Emulator(compile(folder / f"{name}.so", *flags))
-        for name, flags in LIBRARIES.items()
-    }
-
-
-@pytest.fixture(params=LIBRARIES)
-def kernels(libraries, request):
-    """One of the libraries in use, as one large device; its barriers one way."""
-    with libraries[request.param].in_use() as library:
-        library.device(*HOPPER)
-        library.seed(1)
-        yield library
-        library.truncate(ROUNDED)
-
-
-@pytest.fixture
-def mma(libraries):
-    if emulator.SANITIZED:
-        pytest.skip("AddressSanitizer has seen the battery, which goes through every line")
-    with libraries["mma"].in_use() as library:
-        library.device(*HOPPER)
-        library.seed(1)
-        yield library
-
-
-@pytest.mark.parametrize("flags", LIBRARIES.values(), ids=LIBRARIES)
+@pytest.mark.parametrize("flags", EMULATED.values(), ids=EMULATED)
 def test_the_primitives_do_what_plain_arithmetic_does(flags, tmp_path):
     source = emulator.ROOT / "tests/emulation/conformance.cu"
     emulator.assert_conforms(emulator.compile(tmp_path / "conform.so", *flags, sources=[source]))
@@ -136,7 +99,11 @@ def test_a_tile_of_much_smaller_weights_takes_nothing_from_the_row(kernels):
     r = torch.Generator().manual_seed(0)
     direction, noise = (torch.randn(n, 140, generator=r, dtype=torch.float64) for n in (1, 420))
     near = torch.arange(400).sub(200).abs().div(-40).exp()[:, None]
-    z = (direction + 0.1 * noise[:10], direction + 0.1 * noise[10:20], near * direction * 3 + noise[20:])
+    z = (
+        direction + 0.1 * noise[:10],
+        direction + 0.1 * noise[10:20],
+        near * direction * 3 + noise[20:],
+    )
     p = emulator.Problem(tuple(x.float() for x in z), "unpaired", "a wave", tau=0.02)
     for tiles in (1, 2048):
         with kernels.weights(tiles):
@@ -560,7 +527,7 @@ def run_of_steps(mode, dtype, rule, in_one_call):
         inputs = [z.requires_grad_() for z in p.inputs]  # or the threshold would not learn
         with pytest.MonkeyPatch.context() as patch:
             if not in_one_call:
-                patch.setattr(ops, "has_adaptive", lambda z, of_views: False)
+                patch.setattr(ops, "has_adaptive", lambda z: False)
             value = loss(*inputs)
         out += [value, *loss.last, loss.threshold.state.clone()]
     return out
@@ -598,7 +565,7 @@ def test_a_training_step_takes_seven_launches(mma, monkeypatch):
         return counts[1] - counts[0], mma.launches - counts[1]
 
     assert launches() == (4, 3)
-    monkeypatch.setattr(ops, "has_adaptive", lambda z, of_views: False)  # as of a tracker elsewhere
+    monkeypatch.setattr(ops, "has_adaptive", lambda z: False)  # as of a tracker elsewhere
     assert launches() == (3 + 2, 3)
 
 
@@ -619,10 +586,10 @@ def test_a_gpu_that_the_library_has_no_code_for_is_composed_with_a_warning(libra
         with pytest.warns(
             RuntimeWarning, match=r"\(hex/_cuda.so has no code for this GPU, of comp"
         ):
-            assert not ops._has_kernel(cuda_tensor(0), True)
-        assert not ops._has_kernel(cuda_tensor(0), True)  # and is silent from now on
+            assert not ops._has_kernel(cuda_tensor(0))
+        assert not ops._has_kernel(cuda_tensor(0))  # and is silent from now on
         assert "HEX_CUDA=1 HEX_CUDA_ARCH=90a pip install" in _load.cuda_problem(0)
-        assert ops._has_kernel(cuda_tensor(1), True)  # another GPU, for which there is
+        assert ops._has_kernel(cuda_tensor(1))  # another GPU, for which there is
         with library.in_use(), pytest.raises(RuntimeError, match="CUDA error 209, no kernel"):
             check(problem(dtype=torch.float32))  # what it would have come to
     finally:
@@ -633,7 +600,6 @@ def test_a_gpu_that_the_library_has_no_code_for_is_composed_with_a_warning(libra
 def test_asking_a_gpu_for_code_leaves_the_current_device_and_no_error(libraries):
     library = libraries["mma"]
     with library.in_use():
-        library.device(*HOPPER)  # the tests before leave any
         library.no_code(1)
         assert _load._C.probe_cuda(1) == 209 and _load._C.probe_cuda(0) == 0
         check(problem(dtype=torch.float32))
