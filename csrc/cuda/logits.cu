@@ -115,10 +115,13 @@ static __global__ void __launch_bounds__(THREADS, 2)
             const bool negative = row.is_negative(j, v);
             if (!negative && j != row.target)
                 continue;
-            // Of +Inf there is no cosine; -Inf, of the target, is as far as can be.
-            const double x = v == (real)INFINITY    ? (double)NAN
-                             : v == (real)-INFINITY ? -2.
-                                                    : (double)(v * row.tau);
+            // Of +Inf there is no cosine; -Inf, of the target, is as far as can be, and so is a
+            // product that leaves the range.
+            const real c = v * row.tau;
+            const double x = v == (real)INFINITY ? (double)NAN
+                             : c < -2            ? -2.
+                             : c > 2             ? 2.
+                                                 : (double)c;
             const int at = bins.add(x, pass, negative);
             if (at >= 0)
                 atomicAdd(counts + at, 1u);
