@@ -694,6 +694,42 @@ def assert_the_cut_changes_no_bit(p: Call, *cuts: tuple[int, ...]) -> None:
         assert torch.equal(of_blocks[name].nan_to_num(7), want.nan_to_num(7)), (name, p)
 
 
+def changed(p: Call, place: int, *at_and_value: Any) -> Call:
+    """The call with one element of a tensor set to a value."""
+    *at, value = at_and_value
+    tensors = list(p.tensors)
+    tensors[place] = tensors[place].clone()
+    tensors[place][tuple(at)] = value
+    return dataclasses.replace(p, tensors=tuple(tensors))
+
+
+def assert_not_finite_are_the_same_rows(p: Call) -> None:
+    """A loss is NaN where the reference's is, and has a gradient of NaN; thresholds are."""
+    rows, (dx, *_) = p.values(p.rows, p.tensors[0].dtype)
+    truth = p.plain()[0]
+    assert truth.isnan().any() and torch.equal(rows.isnan(), truth.isnan()), p
+    assert dx[truth.isnan()].isnan().any(1).all(), p
+    assert_measures_are_right(p)
+
+
+def assert_a_target_that_is_no_column_spoils_its_row(p: Call, bad: int) -> None:
+    """And no other; p is without it."""
+    q = changed(p, 1, 4, bad)
+    others = torch.arange(len(p.tensors[1]), device=p.tensors[1].device) != 4
+    (loss, stats, _), (want, wanted, _) = (HEX.forward(*x.forward()[1]) for x in (q, p))
+    assert loss[4].isnan() and stats[:, 4].isnan().all(), q
+    assert torch.equal(loss[others], want[others]), q
+    assert torch.equal(stats[:, others].nan_to_num(7), wanted[:, others].nan_to_num(7)), q
+    ours, truth = (HEX.backward(*x.backward()[1]) for x in (q, p))
+    seen = q.tensors[0][4] > -math.inf  # a column that is left out has no gradient
+    assert torch.equal(ours[0][4].isnan(), seen) and ours[3].isnan(), q
+    assert torch.equal(ours[0][others], truth[0][others]), q
+    op, measured = q.quantile()
+    assert op(*measured)[0].isnan(), q
+    op, measured = q.quantile(bounds=True)
+    assert torch.equal(op(*measured)[1].isnan(), ~others), q
+
+
 def far_groups(N: int, D: int, dtype: torch.dtype, seed: int = 0) -> Call:
     """Pairs of which an anchor's group are rows on the other side: H has the lowest cosines, which
     at tau = 0.01 are nothing beside the others'."""
@@ -721,10 +757,17 @@ def battery_of_sets(device: str = "cpu") -> None:
         labelled(70, 20, "queue", "guide", M=90, dtype=single, beta=0.5),
         labelled(70, 66, "queue", M=90, dtype=single, variant="released"),
         labelled(33, 66, "pair", "guide", M=90, dtype=single, beta=2.0, **inside),
-        labelled(33, 9, "self", "groups", dtype=single, tau=0.02, variant="released", **inside),
+        changed(
+            labelled(33, 9, "self", "groups", dtype=single, tau=0.02, variant="released", **inside),
+            9,
+            math.inf,
+        ),  # fmt: skip
         labelled(20, 9, kind="clamped", dtype=single, tau=0.005, tau_plus=0.9, labels=13),
         labelled(20, 9, kind="zero_rows", dtype=single, labels=40),  # some without positives
-        far_groups(40, 20, single),
+        changed(far_groups(40, 20, single), 9, math.nan),  # eps plays no part
+        labelled(20, 9, labels=1, dtype=single),  # none has a negative
+        labelled(20, 9, "pair", M=1, labels=2, dtype=single),  # some have a negative, some have not
+        labelled(20, 9, "pair", M=1, labels=2, dtype=double),
         labelled(136, 30, dtype=half, labels=40),
         labelled(40, 30, "queue", M=150, dtype=half),
         labelled(40, 20, "self", "guide", dtype=torch.float16),
@@ -749,6 +792,25 @@ def battery_of_sets(device: str = "cpu") -> None:
         for self_column in (False, True):
             assert_measures_are_right(p, QUANTILES, self_column)
             assert_adaptive_is_two(p, self_column)
+        at = int(p.tensors[1][3])
+        assert_a_target_that_is_no_column_spoils_its_row(p, 2**40)
+        lost = changed(p, 0, 3, at, -math.inf)
+        assert torch.equal(lost.rows().isposinf(), lost.plain()[0].isposinf())
+        got, want = (
+            z[1][0] for z in (lost.values(lost.rows, dtype), lost.values(lost.plain, double))
+        )
+        torch.testing.assert_close(
+            got.double(), want, rtol=2**-7 if dtype == half else 1e-4, atol=1e-5
+        )
+        assert_measures_are_right(lost)
+        assert_measures_are_right(changed(p, 0, 3, (at + 1) % 700, math.inf))
+    for p in (
+        labelled(40, 9, "pair", "guide", M=90, dtype=single),
+        labelled(9, 9, "queue", "guide"),
+    ):
+        p = p.to(device)
+        assert_not_finite_are_the_same_rows(changed(p, 1, 2, 5, math.nan))
+        assert_not_finite_are_the_same_rows(changed(p, 7, 3, 5, math.nan))
     assert_adaptive_is_two(labelled(40, 9, dtype=single, labels=40).to(device))
     assert_adaptive_is_two(labelled(9, 9, "queue", M=20, dtype=double).to(device))
     for p, cut in (

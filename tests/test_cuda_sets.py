@@ -21,6 +21,7 @@ from emulator import (
     assert_adaptive_is_two,
     assert_measures_are_right,
     assert_the_cut_changes_no_bit,
+    changed,
     check_call,
 )
 from labelled_problems import PAIRINGS, SOURCES, Call, labelled, logits, viewed
@@ -32,15 +33,6 @@ FORMS = tuple(itertools.product(("paper", "released"), ("outside", "inside")))
 # Within a tile and of several; features and a guide's of one panel of 64 and of several.
 SIZES = ((3, 7), (20, 64), (70, 130), (136, 9), (200, 300))
 FEW = ((3, 7), (13, 70), (37, 5))  # for float64
-
-
-def changed(p: Call, place: int, *at_and_value) -> Call:
-    """The call with one element, or row, of a tensor set to a value."""
-    *at, value = at_and_value
-    tensors = list(p.tensors)
-    tensors[place] = tensors[place].clone()
-    tensors[place][tuple(at)] = value
-    return dataclasses.replace(p, tensors=tuple(tensors))
 
 
 @pytest.mark.parametrize(
@@ -313,23 +305,7 @@ def test_a_target_of_minus_infinity_loses_and_has_a_gradient(mma, dtype, variant
 @pytest.mark.parametrize("dtype", (F64, F32, BF16), ids=str)
 @pytest.mark.parametrize("bad", (-1, 37, 2**40, -(2**62)))
 def test_a_target_that_is_no_column_spoils_its_row_alone(mma, dtype, bad):
-    p = logits(19, 37, dtype=dtype)
-    q = changed(p, 1, 4, bad)
-    others = torch.arange(19) != 4
-    (loss, stats, _), (want, wanted, _) = (HEX.forward(*x.forward()[1]) for x in (q, p))
-    assert loss[4].isnan() and stats[:, 4].isnan().all()
-    assert torch.equal(loss[others], want[others])
-    assert torch.equal(stats[:, others].nan_to_num(7), wanted[:, others].nan_to_num(7))
-    _, arguments = q.backward()
-    ours, *_, dtau = HEX.backward(*arguments)
-    truth = HEX.backward(*p.backward()[1])[0]
-    seen = q.tensors[0][4] > -math.inf  # a column that is left out has no gradient
-    assert torch.equal(ours[4].isnan(), seen) and dtau.isnan()
-    assert torch.equal(ours[others], truth[others])
-    op, measured = q.quantile()
-    assert op(*measured)[0].isnan()
-    low = HEX.quantile(*q.quantile(bounds=True)[1])[1]
-    assert torch.equal(low.isnan(), ~others)
+    emulator.assert_a_target_that_is_no_column_spoils_its_row(logits(19, 37, dtype=dtype), bad)
 
 
 def test_more_columns_than_16_bits_count(mma):
