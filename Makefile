@@ -29,7 +29,7 @@ venv: .venv/torch ## .venv with torch
 build: .venv/hex ## hex in .venv, from this folder, with all that its tests and examples import
 
 # Those that compile the CUDA kernels, which takes minutes.
-CUDA_TESTS := $(addprefix tests/test_cuda_,emulation.py blocks.py build.py mutants.py)
+CUDA_TESTS := $(addprefix tests/test_cuda_,emulation.py blocks.py sets.py build.py mutants.py)
 # Those that compile the CPU core again (by another compiler, for instructions that few CPUs have, with
 # planted errors), those of what a build gives, and those of the benchmarks.
 THOROUGH_TESTS := $(addprefix tests/test_,clang.py bf16_level.py work_done_twice.py build.py \
@@ -73,7 +73,7 @@ sanitize: build ## the tests under AddressSanitizer and UndefinedBehaviorSanitiz
 	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	    $(PYTEST) --capture=sys --ignore-glob='*/test_build.py' --ignore-glob='*/test_abi.py' \
 	    --ignore-glob='*/test_work.py' --ignore-glob='*/test_reference*.py' \
-	    $(filter-out %_emulation.py %_blocks.py,$(NOT_ALWAYS))
+	    $(filter-out %_emulation.py %_blocks.py %_sets.py,$(NOT_ALWAYS))
 
 demo: build ## train on handwritten digits, with InfoNCE and with HEX: three minutes, with pictures
 	$(BIN)/python examples/demo.py

@@ -730,6 +730,13 @@ def assert_a_target_that_is_no_column_spoils_its_row(p: Call, bad: int) -> None:
     assert torch.equal(op(*measured)[1].isnan(), ~others), q
 
 
+def every_second_without_hard(p: Call) -> Call:
+    """With a threshold for each row."""
+    rows = torch.arange(p.grad_output().numel())
+    eps = torch.where(rows % 2 == 0, p.tensors[-2], math.inf)
+    return dataclasses.replace(p, tensors=(*p.tensors[:-2], eps, p.tensors[-1]))
+
+
 def far_groups(N: int, D: int, dtype: torch.dtype, seed: int = 0) -> Call:
     """Pairs of which an anchor's group are rows on the other side: H has the lowest cosines, which
     at tau = 0.01 are nothing beside the others'."""
@@ -753,6 +760,7 @@ def battery_of_sets(device: str = "cpu") -> None:
     inside = {"positives": "inside"}
     for p in (
         labelled(70, 130, dtype=single),  # tiles with and without an edge
+        every_second_without_hard(labelled(70, 20, dtype=single)),
         labelled(40, 9, masked=True, dtype=single, **inside),  # of two views
         labelled(70, 20, "queue", "guide", M=90, dtype=single, beta=0.5),
         labelled(70, 66, "queue", M=90, dtype=single, variant="released"),

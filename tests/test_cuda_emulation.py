@@ -412,7 +412,7 @@ def test_the_launches_of_many_features_fill_the_device(mma, batch):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
 @pytest.mark.parametrize("D", (256, 512, 2048))
 def test_the_memory_of_weights_and_sums_does_not_grow_with_the_batch(mma, D, dtype):
-    """What a backward takes beside unit rows and coefficients: weights, scales, and 35 MB of sums."""
+    """What a backward takes beside unit rows and coefficients: weights, scales, 35 MB of sums."""
     for B, K in ((2048, 0), (32768, 0), (256, 65536)):
         z = [torch.zeros(n, D, dtype=dtype) for n in (B, B, K)]
         mode = "unpaired" if K else "ntxent"

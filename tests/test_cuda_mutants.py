@@ -135,7 +135,7 @@ MUTANTS = {
         ("fmaf(c, scale, -scale)", "c * scale"),
         ("rest_t[h] = f * (rest_t[h] + d * rest[h]);", "rest_t[h] *= f;"),
         ("top[h] = most;", ""),
-        ("s.shared_shift = tau >= 1. / 32;", "s.shared_shift = true;"),
+        ("!SETS && tau >= 1. / 32", "true"),
         ("s.shared_shift ? 1.f : HEX_LOWEST", "1.f"),
         ("s.shared_shift ? 1.f : HEX_LOWEST", "HEX_LOWEST"),
         ("s.add_lists();", ";"),
@@ -146,21 +146,133 @@ MUTANTS = {
         ("all.v[n] += (double)other.v[n];", "all.v[n] = (double)other.v[n];"),
         ("other.raise_hard(hard_top, s.scale, s.beta);", ""),
         ("sums[block.ticket] = value;", "sums[0] = value;"),
+        # of several positives
+        ("add_positives(acc, marks.positive);", ";"),
+        (
+            "negatives[h] += __popc(marks.negative & BITS_OF_ROW(h));",
+            "negatives[h] += __popc(marks.negative);",
+        ),
+        ("unknown[h] += __popc(unknown_bits & BITS_OF_ROW(h));", ";"),
+        ("of.end[h] += THREADS;", ""),
+        ("marks.negative & ~hard & bit ? acc[n][q] : NOTHING", "~hard & bit ? acc[n][q] : NOTHING"),
+        ("pos_t[h] += d * (float)positives[h];", ";"),
+        ("pos_te[h] = f * (pos_te[h] + d * pos_e[h]);", ";"),
+        ("other.raise_positives(pos_top, s.scale);", ";"),
+        ("all.v[SUM_POS_TOP] = (double)pos_top;", ";"),
     ],
     "core.cuh": [
         ("(chunk ^ row) & 7", "(chunk ^ (row & 3)) & 7"),
         ("(chunk ^ row) & 7", "chunk & 7"),
-        ("(i >> 6) * (u.width >> 6) + (d >> 6)", "(i >> 6) + (d >> 6) * ((u.count + 63) >> 6)"),
+        (
+            "(i >> 6) * u.panels + u.first + (d >> 6)",
+            "(i >> 6) + (u.first + (d >> 6)) * ((u.count + 63) >> 6)",
+        ),
+        ("(i >> 6) * u.panels + u.first + (d >> 6)", "(i >> 6) * u.panels + (d >> 6)"),
         ("u.split ? 13 : 12", "12"),
         ("(i >> 6) * K_ALL", "(i >> 6) * K_ROWS"),
+        ("atomicAdd(ticket, 1u) == total - 1", "atomicAdd(ticket, 1u) == 0"),
+        ("parts.part[k].row0 + n", "n"),
+    ],
+    "row.cuh": [
         ("fb * pow2(d)", "fb"),
         ("f * (v[SUM_REST_T] + d * v[SUM_REST])", "f * v[SUM_REST_T]"),
-        ("atomicAdd(ticket, 1u) == total - 1", "atomicAdd(ticket, 1u) == 0"),
         ("clamped && some", "some"),
+        ("f * (v[SUM_POS_TE] + d * v[SUM_POS_E])", "f * v[SUM_POS_TE]"),
+        ("v[SUM_POS_T] += v[SUM_POS_COUNT] > 0 ? d * v[SUM_POS_COUNT] : 0;", ";"),
+        (
+            "raise_positives(positive, scale), o.raise_positives(positive, scale);",
+            "o.raise_positives(positive, scale);",
+        ),
+        ("v[SUM_NEGATIVES] += 1;", ";"),
+        ("p.by_group ? (real)0.5 : row_threshold<real>(p, at)", "row_threshold<real>(p, at)"),
+        ("score != score && c == c ? 1 : 0", "0"),
+        # what becomes of them
+        ("loss -= log(s.v[SUM_POS_E]);", ";"),
+        ("s.v[SUM_POS_TE] / scale / s.v[SUM_POS_E]", "0"),
+        ("-1 / t / positives", "-1 / t"),
+        ("largest + pos_x / positives", "largest"),
+        ("given && some && rest_top > hard_top", "false"),
+        ("(largest - centre) / t", "0"),
+        ("released || inside || positives == 1", "true"),
+        ("count * exp(lowest - m)", "count * exp(lowest)"),
+        ("p.tau_plus * E / positives", "p.tau_plus * E"),
+        ("-k * S / pos_e - debias", "-k * S / pos_e"),
+        ("log(S) - log(pos_e) + m", "log(S) + m"),
+        ("k * pos_unit - debias", "k * pos_unit"),
+        ("S + (positives > 1 ? E - e0 : 0)", "S"),
+        ("debias * pos_e / positives", "debias * pos_e"),
+        ("return x + (double)INFINITY;", "return x;"),
+        ("pos_e * (pow2(t) - pos_mean) + positive", "pos_e * pow2(t) + positive"),
+        ("(c - pos_shift) * scale", "(c - shift) * scale"),
+    ],
+    "bins.cuh": [
         ("65535.f", "65536.f"),
         ("lane >= k ? other : 0", "other"),
         ("upto > *rank", "upto >= *rank"),
-        ("parts.part[k].row0 + n", "n"),
+        ("apart[0] < 0 ? 0 : 1", "0"),
+        ("negatives && !negative", "false"),
+        ("(apart[0] >= 0) + (apart[1] >= 0)", "0"),
+        ("sum += there ? x : 0, count += there;", "sum += there ? x : 0, count += 1;"),
+    ],
+    "marks.cuh": [
+        ("several ? 0 : p.B", "p.B"),
+        ("several ? 0 : p.B", "0"),
+        ("several && p.mode == HEX_UNPAIRED ? (int)(p.B + p.M) : 0", "0"),
+        ("ids[places.row[h]]", "ids[places.row[0]]"),
+        ("groups[places.row[h]]", "groups[places.row[0]]"),
+        ("ids[first + 8 * n + q]", "ids[first + 4 * n + q]"),
+        ("groups[first + 8 * n + q]", "groups[first + 8 * n]"),
+        ("other == id[h]", "other == id[0]"),
+        ("other == group[h]", "other == group[0]"),
+        (
+            "mask.data[id[h] * mask.row + other * mask.col]",
+            "mask.data[other * mask.row + mask.col * id[h]]",
+        ),
+        (
+            "mask.data[other * mask.row + id[h] * mask.col]",
+            "mask.data[mask.row * id[h] + other * mask.col]",
+        ),
+        ("positive_to = positive;", ";"),
+        ("places.row[h] < views ? BITS_OF_ROW(h) : 0", "0"),
+        ("seen & ~positive_to & ~row_of_z1", "~positive_to & ~row_of_z1"),
+        ("tile * BN < views", "false"),
+        ("tile * BN + col < views", "tile * BN + col <= views"),
+        ("positive & seen", "positive"),
+        ("seen & ~positive & ~of_z1", "seen & ~positive"),
+        ("seen & ~positive & ~of_z1", "~positive & ~of_z1"),
+        ("seen |= places.leaves_out(q >> 1, col) ? 0 : bit;", "seen |= bit;"),
+        ("acc[n][q] > limit(q >> 1, col)", "acc[n][q] > limit(q & 1, col)"),
+        ("h ? eps[1] : eps[0]", "eps[0]"),
+        ("marks.unknown = bits_not_numbers(acc) & marks.negative;", ";"),
+        ("!r.groups && r.unit.first == 0", "true"),
+    ],
+    "sets.cuh": [
+        ("p.several || p.by_group || p.G > 0", "p.several || p.by_group"),
+        (
+            "p.mask.data[id_i * p.mask.row + id_j * p.mask.col]",
+            "p.mask.data[id_j * p.mask.row + id_i * p.mask.col]",
+        ),
+        ("j == i", "false"),
+        ("p.mode == HEX_NTXENT && i == j", "false"),
+        ("p.mode == HEX_UNPAIRED && j < views", "false"),
+    ],
+    "logits.cu": [
+        ("t >= 0 && t < columns ? t : -1", "t"),
+        ("j != target && v != (real)-INFINITY", "j != target"),
+        ("j != target && v != (real)-INFINITY", "v != (real)-INFINITY"),
+        ("p.first + at", "at"),
+        ("p.first + blockIdx.x", "blockIdx.x"),
+        ("p.first + place", "place"),
+        ("stats[k * anchors + at] = (real)NAN;", ";"),
+        ("bins.finite = (double)NAN;", ";"),
+        ("bins.add_apart(1);", ";"),
+        ("!negative && j != row.target", "!negative"),
+        ("v == (real)INFINITY", "false"),
+        ("c < -2", "false"),
+        ("j == row.target", "false"),
+        ("v * row.tau > k.eps", "v > k.eps"),
+        ("place * row.columns + j", "i * row.columns + j"),
+        ("counts[threadIdx.x] = 0;", ";"),
     ],
     "../tracker.h": [
         ("t->momentum > 0", "false"),
@@ -199,6 +311,14 @@ MUTANTS = {
             "sum += bin_middle(s.chosen[block.place(block.row0 + row)]);",
             "sum = bin_middle(s.chosen[block.place(block.row0 + row)]);",
         ),
+        # of several positives
+        ("negatives ? marks.negative : row", "row"),
+        ("spoilt[h] |= (nan & BITS_OF_ROW(h)) != 0;", ";"),
+        ("(marks.negative | marks.positive) & bit", "marks.negative & bit"),
+        ("(extra1 >= 0) - 1", "0 - 1"),
+        ("empty ? -1 : 256 * coarse + bin", "256 * coarse + bin"),
+        ("sum += x != (double)INFINITY ? x : 0;", "sum += x;"),
+        ("count += x != (double)INFINITY;", "count += 1;"),
     ],
     "sample.cu": [
         ("counts[k] = 0;", ""),
@@ -254,7 +374,10 @@ MUTANTS = {
         ("unit[h] = wanted[h];", ""),
         ("larger = true;", ""),
         ("out[v][n][q] *= factor[q >> 1];", "out[v][n][q] *= factor[q & 1];"),
-        ("k < 4 /* lanes of a row */", "k < 2"),
+        (
+            "top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], k));",
+            "top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], k & 1));",
+        ),
         # the second product
         ("acc[2 * k + (q >> 1)] + 2 * (q & 1)", "acc[2 * k + (q & 1)] + 2 * (q >> 1)"),
         ("x[0] * unit[q & 1]", "x[0] * unit[q >> 1]"),
@@ -294,6 +417,15 @@ MUTANTS = {
         ("scale[0] = unit[0], scale[8] = unit[1];", "scale[0] = scale[8] = unit[0];"),
         ("to += WEIGHT_QUADS(SPLIT), scale += 16;", "to += WEIGHT_QUADS(SPLIT);"),
         ("to[32 * (4 + k)]", "to[32 * k]"),
+        # by marks
+        ("marks.hard & bit", "false"),
+        ("marks.positive & bit", "false"),
+        ("marks.negative & bit", "true"),
+        ("term(other, acc[n][q], bit, of_columns)", "0.f"),
+        ("term(other, acc[n][q], bit, of_columns)", "term(other, acc[n][q], bit, of_rows)"),
+        ("!guided && !r.groups", "true"),
+        ("!guided && !r.groups", "false"),
+        ("eps[col]", "eps[0]"),
     ],
     "product.cu": [
         ("lower_unit(unit, out, next.unit);", ";"),
@@ -324,6 +456,7 @@ MUTANTS = {
         ("partial += step", "partial += 1"),
         ("weight * over_length((number)y[k], theirs)", "weight * (number)y[k]"),
         ("along += __shfl_xor_sync(~0u, along, k);", ";"),
+        ("!p.several && o < p.B + p.M", "o < p.B + p.M"),
     ],
     "launch.cu": [
         ("r.tickets += tickets;", ""),
@@ -332,8 +465,12 @@ MUTANTS = {
             "hex_project(*p, r, rest, band)",
             "hex_project(*p, r, rest, {band.begin, band.end - 1})",
         ),
-        ("n + 2 * p->B - views", "n"),
-        ("add_part(parts, B + p.first, B + end, col0, col1);", ";"),
+        ("n + p->B + p->M - views", "n"),
+        ("add_part(parts, B + p.first, B + end1, col0, col1);", ";"),
+        (
+            "add_part(parts, B + p.first, B + end1, col0, col1);",
+            "add_part(parts, B + p.first, B + end, col0, col1);",
+        ),
         (
             "part.row_blocks = cut(part.row1 - part.row0 / TILE * TILE, rows);",
             "part.row_blocks = cut(part.row1 - part.row0, rows);",
@@ -342,6 +479,12 @@ MUTANTS = {
         ("(tile + tiles) * TILE", "part.col1"),
         ("part.col0 / TILE + first", "first"),
         ("some.weights.more = true", "some.weights.more = false"),
+        ("has_sets(*p) || !hex_holds_tiles(r)", "!hex_holds_tiles(r)"),
+        ("if (p.several)\n            add_views(p, parts, false, g.dz[1], 0, B);", ";"),
+        ("add_part(parts, 0, B + p.M, col0, col1)", "add_part(parts, 0, 2 * B, col0, col1)"),
+        ("p.several && p.mode != HEX_LOGITS", "false"),
+        ("p.several ? anchors : 0", "0"),
+        ("narrow &= p.guide[0].dtype == HEX_F16 || p.guide[0].dtype == HEX_BF16;", ";"),
     ],
     "unit.cu": [
         ("v - (double)f16_to_float(high)", "0."),
@@ -350,7 +493,7 @@ MUTANTS = {
         ("make_uint2(high[0], high[1])", "make_uint2(high[1], high[0])"),
         ("full[h] && d < D", "full[h]"),
         ("d >= width", "d >= D"),
-        ("pair ? item : item - p.B", "item"),
+        ("pair ? item : item + work.pairs", "item"),
         ("sum[n] += __shfl_xor_sync(~0u, sum[n], k);", ";"),
         ("sum[2] * inverse[0] * inverse[1]", "sum[2] * inverse[0]"),
         ("along = block_sum(along, scratch);", ""),
@@ -359,12 +502,20 @@ MUTANTS = {
         ("hard_unit * unit", "hard_unit"),
         ("(double)k[K_HARD] * hard_unit", "(double)k[K_HARD] * unit"),
         ("exp2(p.beta * x)", "exp2(x)"),
+        ("i % p.mask.rows", "i"),
+        (
+            "from.input == 0 ? labels[0] : from.input == 1 ? labels[1] : labels[2]",
+            "from.input == 0 ? labels[0] : labels[1]",
+        ),
+        ("guide.input[k] = p.guide[k];", "guide.input[k] = p.guide[0];"),
+        ("k[K_POS_MEAN] = stats[HEX_STAT_POS_MEAN * anchors];", ";"),
+        ("go * (double)stats[HEX_STAT_POS_E * anchors]", "(double)stats[HEX_STAT_POS_E * anchors]"),
     ],
     "plain.cu": [
-        ("lane == 0 && (pass == 0 || in >> 8 == coarse)", "pass == 0 || in >> 8 == coarse"),
-        ("(i - p->first) * p->K + j", "i * p->K + j"),
+        ("lane == 0 && at >= 0", "at >= 0"),
+        ("(i - first) * K + j", "i * K + j"),
         ("p.first + blockIdx.x / blocks", "blockIdx.x / blocks"),
-        ("j != i", "true"),
+        ("kind == NEGATIVE || !choice.of.negatives", "true"),
         ("__syncthreads(); // w is free again", ";"),
     ],
     "total.cu": [
@@ -438,6 +589,8 @@ HOPPER = {
     "backward.cu": [("stream.done(slot);", ";")],
     "product.cu": [("stream.done(now);", ";")],
 }
+# What one battery alone goes through.
+OF_BRACKETS, OF_SETS = ("sample.cu", "bracket.cu"), ("marks.cuh", "sets.cuh", "logits.cu")
 COMMON, ON_HOPPER = (
     [(name, *pair) for name, pairs in mutants.items() for pair in pairs]
     for mutants in (MUTANTS, HOPPER)
@@ -488,12 +641,15 @@ def finds_nothing(mutants, devices, file=""):
         mutants.device(*device)
         before = mutants.conflicts
         try:
-            if file not in ("sample.cu", "bracket.cu"):
+            if file not in OF_SETS + OF_BRACKETS:
                 emulator.battery()
                 emulator.battery_of_blocks()
                 emulator.battery_of_weights(mutants)
                 mutants.device(*device)
-            emulator.battery_of_brackets(mutants)
+            if file not in OF_BRACKETS:
+                emulator.battery_of_sets()
+            if file not in OF_SETS:
+                emulator.battery_of_brackets(mutants)
         except (AssertionError, RuntimeError):
             return False
         if mutants.conflicts > before:
