@@ -93,6 +93,10 @@ class Emulator:
     def no_code(self, *devices: int) -> None:
         self.library.hex_emu_no_code(sum(1 << d for d in devices))
 
+    def least_allowed(self) -> int:
+        """The least shared memory that a kernel was allowed to have since the last time."""
+        return self.library.hex_emu_least_allowed()
+
     def launches_of(self, call: Callable[[], object]) -> list[tuple[str, int]]:
         """(file of the kernel, blocks) of each launch of the call; nothing is run."""
         self.library.hex_emu_record(True)

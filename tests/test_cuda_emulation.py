@@ -301,18 +301,29 @@ def test_rows_in_several_bands_are_right_whole_and_sliced(mma):
     check(problem("cluster", 30, 30, "unpaired", K=300, dtype=torch.float32))
 
 
-def launches_of_a_backward(library, B, D=8, mode="ntxent", K=0, wanted="z0 z1 tau"):
-    """(kernel's file, blocks) of each launch of the backward, which is not run."""
-    z0, z1, negatives = (torch.zeros(n, D, dtype=torch.bfloat16) for n in (B, B, K))
+def launches_of(library, operator, B, D=8, mode="ntxent", K=0, dtype=torch.bfloat16, wanted=None):
+    """(kernel's file, blocks) of each launch of an operator, which is not run."""
+    z0, z1, negatives = (torch.zeros(n, D, dtype=dtype) for n in (B, B, K))
     rows = 2 * B if mode in ("ntxent", "cross") else B
+    views, code, none = (z0, z1, negatives), ops.MODES[mode], ops.REDUCTIONS["none"]
+    wanted = "z0 z1 tau" if wanted is None else wanted
     needs = sum(1 << k for k, name in enumerate(NAMES) if name in wanted.split())
-    empty = torch.zeros(0)
-    return library.launches_of(
-        lambda: operators.backward(
-            torch.zeros(rows), z0, z1, negatives, f64(0.1), torch.zeros(9, rows), empty,
-            ops.MODES[mode], ops.REDUCTIONS["none"], 1.0, needs,
-        )
-    )  # fmt: skip
+    calls = {
+        "forward": lambda: operators.forward(
+            *views, f64(0.4), f64(0.1), code, none, ops.VARIANTS["paper"], 1.0, 0.0, False
+        ),
+        "threshold": lambda: operators.threshold(*views, code, 0.99, "all"),
+        "row_range": lambda: operators.row_range(*views, code),
+        "backward": lambda: operators.backward(
+            torch.zeros(rows), *views, f64(0.1), torch.zeros(9, rows), torch.zeros(0), code, none,
+            1.0, needs,
+        ),
+    }  # fmt: skip
+    return library.launches_of(calls[operator])
+
+
+def launches_of_a_backward(library, B, **batch):
+    return launches_of(library, "backward", B, **batch)
 
 
 def busy(blocks):
@@ -343,6 +354,44 @@ def test_every_launch_of_the_gather_fills_the_device(mma, batch):
     grids = [n for kernel, n in launches_of_a_backward(mma, **batch) if kernel == "backward"]
     assert min(busy(n) for n in grids) >= 0.85, grids
     assert max(grids) <= 4 * HOPPER[0], grids  # whose sums are 35 MB
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+@pytest.mark.parametrize(
+    "batch",
+    ({"B": 256, **QUEUE}, {"B": 4096, **QUEUE}, {"B": 17000}, {"B": 20000}),
+    ids=("256 x 65536", "4096 x 65536", "N 34000", "N 40000"),
+)
+def test_no_launch_on_the_tensor_cores_leaves_more_than_a_third_of_a_hopper_idle(
+    kernels, batch, dtype
+):
+    """What is not there yet or no more is not counted: the blocks of a processor at a time."""
+    for operator in ("forward", "threshold", "row_range", "backward"):
+        launched = launches_of(kernels, operator, D=128, dtype=dtype, **batch)
+        grids = [(kernel, n) for kernel, n in launched if kernel not in ("unit", "project")]
+        assert grids
+        assert min(busy(n) for _, n in grids) > 2 / 3, (operator, grids)
+
+
+@pytest.mark.parametrize(
+    "batch, passes",
+    (
+        ({"B": 4001}, 1),  # 8002 anchors, each with 8000 negatives
+        ({"B": 8001, "mode": "query"}, 1),
+        ({"B": 8001, "mode": "cross"}, 1),
+        ({"B": 4096, **QUEUE}, 1),
+        ({"B": 3900}, 2),
+        ({"B": 256, **QUEUE}, 2),
+        ({"B": 4001, "dtype": torch.float32}, 2),
+    ),
+    ids=str,
+)
+def test_a_large_batch_has_its_threshold_in_one_pass_though_nobody_asks_for_it(
+    kernels, batch, passes
+):
+    launched = [kernel for kernel, _ in launches_of(kernels, "threshold", **batch)]
+    one = ["sample", "bracket"] if passes == 1 else []
+    assert launched == ["unit", *one, "threshold", "threshold"]
 
 
 def test_the_anchors_before_a_queue_are_cut_finely_though_the_queue_learns_too(mma):
@@ -489,6 +538,19 @@ def test_a_training_step_takes_seven_launches(mma, monkeypatch):
     assert launches() == (4, 3)
     monkeypatch.setattr(ops, "has_adaptive", lambda z, of_views: False)  # as of a tracker elsewhere
     assert launches() == (3 + 2, 3)
+
+
+def test_a_smaller_problem_never_lowers_the_shared_memory_of_a_kernel(kernels):
+    """Another thread may be about to launch that kernel: each call allows what the device has."""
+    kernels.least_allowed()
+    for dtype in (torch.float32, torch.bfloat16):
+        for D in (9, 70, 300):
+            p = problem("cluster", 20, D, "unpaired", K=90, dtype=dtype)
+            p.ours()
+            with kernels.brackets():
+                operators.threshold(*p.inputs, ops.MODES["unpaired"], 0.99, "all")
+            operators.row_range(*p.inputs, ops.MODES["unpaired"])
+            assert kernels.least_allowed() == HOPPER[1]
 
 
 def test_a_launch_that_fails_is_an_exception_that_names_the_kernel(mma):

@@ -144,6 +144,7 @@ struct State {
     int device = 0;       // the current one
     unsigned no_code = 0; // bit d: the library has no code for device d
     int processors = 3, shared_limit = 227 * 1024;
+    int least_allowed = 1 << 30; // of the shared memory that kernels were allowed since it was asked
     cudaError_t error = 0;
     int mutant = 0; // of tests/test_cuda_mutants.py, the error that is to be made
 };
@@ -355,6 +356,7 @@ static inline cudaError_t cudaMemsetAsync(void *p, int byte, size_t n, cudaStrea
 }
 template <class F> static inline cudaError_t cudaFuncSetAttribute(F, int, int bytes)
 {
+    emu::S.least_allowed = bytes < emu::S.least_allowed ? bytes : emu::S.least_allowed;
     return bytes <= emu::S.shared_limit ? cudaSuccess : emu::S.error = cudaErrorInvalidValue;
 }
 template <class F> static inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, F)
@@ -598,6 +600,11 @@ inline __attribute__((used, visibility("default"))) void hex_emu_truncate(int ex
 inline __attribute__((used, visibility("default"))) void hex_emu_no_code(unsigned devices)
 {
     emu::S.no_code = devices;
+}
+// The least shared memory that a kernel was allowed to have since this was called last.
+inline __attribute__((used, visibility("default"))) int hex_emu_least_allowed()
+{
+    return std::exchange(emu::S.least_allowed, 1 << 30);
 }
 inline __attribute__((used, visibility("default"))) uint64_t hex_emu_count(int which)
 {
