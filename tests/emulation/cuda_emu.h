@@ -144,7 +144,7 @@ struct State {
     int device = 0;       // the current one
     unsigned no_code = 0; // bit d: the library has no code for device d
     int processors = 3, shared_limit = 227 * 1024;
-    int least_allowed = 1 << 30; // of the shared memory that kernels were allowed since it was asked
+    int least_allowed = 1 << 30; // shared memory of a kernel, since it was asked
     cudaError_t error = 0;
     int mutant = 0; // of tests/test_cuda_mutants.py, the error that is to be made
 };
