@@ -87,6 +87,10 @@ class Emulator:
     def device(self, processors: int, shared: int) -> None:
         self.library.hex_emu_device(processors, shared)
 
+    def major(self, major: int) -> None:
+        """The device's compute capability is major.0."""
+        self.library.hex_emu_major(major)
+
     def truncate(self, extra_bits: int) -> None:
         self.library.hex_emu_truncate(extra_bits)
 

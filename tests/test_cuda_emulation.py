@@ -20,6 +20,7 @@ from conftest import (
 )
 from data import KINDS, f64, nans
 from emulator import (
+    ALONE,
     HOPPER,
     ROUNDED,
     SMALL,
@@ -90,6 +91,19 @@ def test_a_battery_of_problems_is_right_in_any_order_of_the_warps(
     before = kernels.conflicts
     emulator.battery()
     assert kernels.conflicts == before
+
+
+@pytest.mark.parametrize("device", (HOPPER, ALONE), ids=str)
+def test_a_hopper_with_the_code_of_other_gpus_is_right(mma, device):
+    """Of a library without sm_90a: built for 90, or from PTX."""
+    mma.major(9)
+    try:
+        for battery in (emulator.battery, emulator.battery_of_blocks):
+            mma.device(*device)
+            battery()
+        emulator.battery_of_brackets(mma)
+    finally:
+        mma.major(8)
 
 
 @pytest.mark.parametrize("D", (256, 500, 2048))

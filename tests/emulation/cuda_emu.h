@@ -144,6 +144,11 @@ struct State {
     int device = 0;       // the current one
     unsigned no_code = 0; // bit d: the library has no code for device d
     int processors = 3, shared_limit = 227 * 1024;
+#ifdef HEX_WGMMA
+    int major = 9; // of the compute capability
+#else
+    int major = 8;
+#endif
     int least_allowed = 1 << 30; // shared memory of a kernel, since it was asked
     cudaError_t error = 0;
     int mutant = 0; // of tests/test_cuda_mutants.py, the error that is to be made
@@ -379,13 +384,8 @@ static inline cudaError_t cudaSetDevice(int d) { return emu::S.device = d, cudaS
 static inline cudaError_t cudaGetDeviceCount(int *n) { return *n = 2, cudaSuccess; }
 static inline cudaError_t cudaDeviceGetAttribute(int *v, int which, int)
 {
-#ifdef HEX_WGMMA
-    const int major = 9;
-#else
-    const int major = 8;
-#endif
     *v = which == cudaDevAttrMultiProcessorCount      ? emu::S.processors
-         : which == cudaDevAttrComputeCapabilityMajor ? major
+         : which == cudaDevAttrComputeCapabilityMajor ? emu::S.major
                                                       : emu::S.shared_limit;
     return cudaSuccess;
 }
@@ -586,6 +586,10 @@ inline __attribute__((used, visibility("default"))) void hex_emu_device(int proc
 {
     emu::S.processors = processors;
     emu::S.shared_limit = shared;
+}
+inline __attribute__((used, visibility("default"))) void hex_emu_major(int major)
+{
+    emu::S.major = major;
 }
 inline __attribute__((used, visibility("default"))) void hex_emu_mutant(int mutant)
 {
