@@ -136,7 +136,7 @@ def test_there_is_code_for_every_target_and_ptx_for_later_ones(code, resources):
     assert set(resources) == set(TARGETS)
     cubins, ptx = code
     assert set(cubins) == set(TARGETS) and set(ptx) == {"80", "120"}
-    files = sum("__global__" in p.read_text() for p in (ROOT / "csrc/cuda").glob("*.cu"))
+    files = len(list((ROOT / "csrc/cuda").glob("*.cu")))
     assert all(cubins.count(target) == files for target in TARGETS)
     assert all(ptx.count(target) == files for target in ("80", "120"))
 
