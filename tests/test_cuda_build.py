@@ -151,7 +151,7 @@ def test_a_gpu_has_code_in_the_library_or_the_fallback(
     fresh_cuda(capability)
     monkeypatch.setattr(_load._C, "probe_cuda", lambda index: 0 if served else 209)
     for _ in range(2):
-        assert ops._has_kernel(cuda_tensor(), True) == served
+        assert ops._has_kernel(cuda_tensor()) == served
     assert len(recwarn) == (not served)
 
 

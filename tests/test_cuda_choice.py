@@ -26,21 +26,21 @@ def test_what_is_no_cuda_library_is_refused(tmp_path):
 def test_a_build_without_kernels_warns_once_and_says_how_to_get_them(fresh_cuda, tmp_path):
     fresh_cuda((9, 0), tmp_path / "none.so")
     with pytest.warns(RuntimeWarning, match=r"'cuda:0' \(this build of hex-ssl has none; build .*"):
-        assert not ops._has_kernel(cuda_tensor(), True)
+        assert not ops._has_kernel(cuda_tensor())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not ops._has_kernel(cuda_tensor(), True)
+        assert not ops._has_kernel(cuda_tensor())
 
 
 def test_the_kernels_can_be_turned_off_when_a_program_is_started(fresh_cuda, monkeypatch):
     fresh_cuda((9, 0))
-    assert ops._has_kernel(cuda_tensor(), True)
+    assert ops._has_kernel(cuda_tensor())
     fresh_cuda((9, 0))
     monkeypatch.setenv("HEX_CUDA_KERNELS", "0")
     with pytest.warns(RuntimeWarning, match=r"'cuda:0' \(HEX_CUDA_KERNELS=0 turns them off\)"):
-        assert not ops._has_kernel(cuda_tensor(), True)
-    assert not ops._has_kernel(cuda_tensor(), True)  # and is silent from now on
-    assert not ops.has_adaptive(cuda_tensor(), True)
+        assert not ops._has_kernel(cuda_tensor())
+    assert not ops._has_kernel(cuda_tensor())  # and is silent from now on
+    assert not ops.has_adaptive(cuda_tensor())
 
 
 @pytest.mark.parametrize("value", ("1", ""))
@@ -49,14 +49,14 @@ def test_the_kernels_are_used_where_the_switch_does_not_say_otherwise(
 ):
     monkeypatch.setenv("HEX_CUDA_KERNELS", value)
     fresh_cuda((9, 0))
-    assert ops._has_kernel(cuda_tensor(), True)
+    assert ops._has_kernel(cuda_tensor())
 
 
 def test_a_switch_that_is_neither_on_nor_off_is_an_error(fresh_cuda, monkeypatch):
     monkeypatch.setenv("HEX_CUDA_KERNELS", "no")
     fresh_cuda((9, 0))
     with pytest.raises(ValueError, match="HEX_CUDA_KERNELS: got 'no', wanted 0 or 1"):
-        ops._has_kernel(cuda_tensor(), True)
+        ops._has_kernel(cuda_tensor())
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_gpu_that_cannot_run_the_library_says_why(fresh_cuda, monkeypatch, err
     fresh_cuda((8, 6))
     monkeypatch.setattr(_load._C, "probe_cuda", lambda index: error)
     with pytest.warns(RuntimeWarning, match=what):
-        assert not ops._has_kernel(cuda_tensor(), True)
+        assert not ops._has_kernel(cuda_tensor())
 
 
 def test_machine_code_is_for_one_major_version_and_ptx_for_what_is_newer():
@@ -100,7 +100,7 @@ def test_a_gpu_without_code_is_told_once_what_to_build_for_it(
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for _ in range(3):
-            assert ops._has_kernel(cuda_tensor(), True) == served
+            assert ops._has_kernel(cuda_tensor()) == served
     assert len(said) == (not served)
     if not served and capability >= (8, 0):
         arch = re.search("HEX_CUDA_ARCH=([^ ]+) ", str(said[0].message))[1]
@@ -110,19 +110,7 @@ def test_a_gpu_without_code_is_told_once_what_to_build_for_it(
 def test_an_old_gpu_warns_with_its_capability(fresh_cuda, tmp_path):
     fresh_cuda((7, 5), tmp_path / "none.so")
     with pytest.warns(RuntimeWarning, match="need compute capability 8.0, and this GPU has 7.5"):
-        assert not ops._has_kernel(cuda_tensor(), True)
-
-
-def test_a_problem_without_a_kernel_is_composed_though_views_have_one(fresh_cuda):
-    fresh_cuda((9, 0))
-    assert ops._has_kernel(cuda_tensor(), True)
-    with pytest.warns(RuntimeWarning, match="labels, groups, guides and logits on device 'cuda:0'"):
-        assert not ops._has_kernel(cuda_tensor(), False)
-    assert not ops.has_adaptive(cuda_tensor(), False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert not ops._has_kernel(cuda_tensor(), False)
-        assert ops._has_kernel(cuda_tensor(), True)
+        assert not ops._has_kernel(cuda_tensor())
 
 
 def test_torchs_switch_for_float32_products_is_passed_on(fresh_cuda):
@@ -139,9 +127,9 @@ def test_torchs_switch_for_float32_products_is_passed_on(fresh_cuda):
 
 def test_loss_and_threshold_are_one_call_where_the_kernels_are(fresh_cuda, tmp_path):
     fresh_cuda((9, 0), tmp_path / "none.so")
-    assert not ops.has_adaptive(cuda_tensor(), True)
+    assert not ops.has_adaptive(cuda_tensor())
     fresh_cuda((9, 0))
-    assert ops.has_adaptive(cuda_tensor(), True)
+    assert ops.has_adaptive(cuda_tensor())
 
 
 @pytest.mark.parametrize("value, complaint", [("2", "wanted auto, 0 or 1"), ("1", "nvcc is not")])

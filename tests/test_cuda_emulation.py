@@ -512,7 +512,7 @@ def run_of_steps(mode, dtype, rule, in_one_call):
         inputs = [z.requires_grad_() for z in p.inputs]  # or the threshold would not learn
         with pytest.MonkeyPatch.context() as patch:
             if not in_one_call:
-                patch.setattr(ops, "has_adaptive", lambda z, of_views: False)
+                patch.setattr(ops, "has_adaptive", lambda z: False)
             value = loss(*inputs)
         out += [value, *loss.last, loss.threshold.state.clone()]
     return out
@@ -550,7 +550,7 @@ def test_a_training_step_takes_seven_launches(mma, monkeypatch):
         return counts[1] - counts[0], mma.launches - counts[1]
 
     assert launches() == (4, 3)
-    monkeypatch.setattr(ops, "has_adaptive", lambda z, of_views: False)  # as of a tracker elsewhere
+    monkeypatch.setattr(ops, "has_adaptive", lambda z: False)  # as of a tracker elsewhere
     assert launches() == (3 + 2, 3)
 
 
@@ -584,10 +584,10 @@ def test_a_gpu_that_the_library_has_no_code_for_is_composed_with_a_warning(libra
         with pytest.warns(
             RuntimeWarning, match=r"\(hex/_cuda.so has no code for this GPU, of comp"
         ):
-            assert not ops._has_kernel(cuda_tensor(0), True)
-        assert not ops._has_kernel(cuda_tensor(0), True)  # and is silent from now on
+            assert not ops._has_kernel(cuda_tensor(0))
+        assert not ops._has_kernel(cuda_tensor(0))  # and is silent from now on
         assert "HEX_CUDA=1 HEX_CUDA_ARCH=90a pip install" in _load.cuda_problem(0)
-        assert ops._has_kernel(cuda_tensor(1), True)  # another GPU, for which there is
+        assert ops._has_kernel(cuda_tensor(1))  # another GPU, for which there is
         with library.in_use(), pytest.raises(RuntimeError, match="CUDA error 209, no kernel"):
             check(problem(dtype=torch.float32))  # what it would have come to
     finally:
