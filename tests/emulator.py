@@ -87,11 +87,19 @@ class Emulator:
     def device(self, processors: int, shared: int) -> None:
         self.library.hex_emu_device(processors, shared)
 
+    def major(self, major: int) -> None:
+        """The device's compute capability is major.0."""
+        self.library.hex_emu_major(major)
+
     def truncate(self, extra_bits: int) -> None:
         self.library.hex_emu_truncate(extra_bits)
 
     def no_code(self, *devices: int) -> None:
         self.library.hex_emu_no_code(sum(1 << d for d in devices))
+
+    def least_allowed(self) -> int:
+        """The least shared memory that a kernel was allowed to have since the last time."""
+        return self.library.hex_emu_least_allowed()
 
     def launches_of(self, call: Callable[[], object]) -> list[tuple[str, int]]:
         """(file of the kernel, blocks) of each launch of the call; nothing is run."""

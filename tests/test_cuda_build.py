@@ -6,16 +6,16 @@ made of the kernels, by the disassembler from PyPI.
 import ctypes
 import os
 import re
-import runpy
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-import setuptools
 import torch
+from conftest import cuda_tensor
+from targets import CAPABILITIES, has_code, setup_py
 
-from hex import _load
+from hex import _load, ops
 
 # Six targets, a part of an hour on a machine with two cores.
 pytestmark = pytest.mark.timeout(3600)
@@ -37,15 +37,6 @@ TILES = {
 PER_ELEMENT = 9.5  # instructions of the forward's inner loop: 9.4 for 10.0, 9 at most for others
 SPILLED = 96  # bytes of a thread; seen are 32 at most
 PER_PAIR = 6  # of what every pair of cosines goes through in the brackets
-
-
-def setup_py():
-    """The names of setup.py, without running its setup()."""
-    original, setuptools.setup = setuptools.setup, lambda **_: None
-    try:
-        return runpy.run_path(str(ROOT / "setup.py"))
-    finally:
-        setuptools.setup = original
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +122,39 @@ def test_it_loads_without_a_driver_and_says_so(library):
     assert re.match("the CUDA driver answers with error (35|100)", problem)
 
 
-def test_there_is_code_for_every_target_and_ptx_for_later_ones(library, resources):
+@pytest.fixture(scope="module")
+def code(library):
+    """The targets with machine code in the library, and those with PTX; of each source file."""
+    kinds = []
+    for option, end in (("-lelf", "cubin"), ("-lptx", "ptx")):
+        lines = cuobjdump(library, option)
+        targets = re.findall(rf"\.sm_(\w+)\.{end}$", lines, re.MULTILINE)
+        assert targets, lines
+        kinds.append(targets)
+    return kinds
+
+
+def test_there_is_code_for_every_target_and_ptx_for_later_ones(code, resources):
     assert set(resources) == set(TARGETS)
-    assert "sm_120.ptx" in cuobjdump(library, "-lptx")
+    cubins, ptx = code
+    assert set(cubins) == set(TARGETS) and set(ptx) == {"80", "120"}
+    files = len(list((ROOT / "csrc/cuda").glob("*.cu")))
+    assert all(cubins.count(target) == files for target in TARGETS)
+    assert all(ptx.count(target) == files for target in ("80", "120"))
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids="{0[0]}.{0[1]}".format)
+def test_a_gpu_has_code_in_the_library_or_the_fallback(
+    code, capability, fresh_cuda, monkeypatch, recwarn
+):
+    """There is code from 8.0 on; what each GPU runs is of the library, by NVIDIA's rules."""
+    served = has_code(capability, *code)
+    assert served == (capability >= (8, 0))
+    fresh_cuda(capability)
+    monkeypatch.setattr(_load._C, "probe_cuda", lambda index: 0 if served else 209)
+    for _ in range(2):
+        assert ops._has_kernel(cuda_tensor()) == served
+    assert len(recwarn) == (not served)
 
 
 def test_kernels_keep_within_their_registers(resources):

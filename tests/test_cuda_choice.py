@@ -2,6 +2,7 @@
 """Whether the CUDA kernels are used, and what is said where they cannot be: no nvcc, no GPU."""
 
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import cuda_tensor
+from targets import CAPABILITIES, has_code, of_setting, setup_py
 
 from hex import _load, ops
 
@@ -24,21 +26,21 @@ def test_what_is_no_cuda_library_is_refused(tmp_path):
 def test_a_build_without_kernels_warns_once_and_says_how_to_get_them(fresh_cuda, tmp_path):
     fresh_cuda((9, 0), tmp_path / "none.so")
     with pytest.warns(RuntimeWarning, match=r"'cuda:0' \(this build of hex-ssl has none; build .*"):
-        assert not ops._has_kernel(cuda_tensor(), True)
+        assert not ops._has_kernel(cuda_tensor())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not ops._has_kernel(cuda_tensor(), True)
+        assert not ops._has_kernel(cuda_tensor())
 
 
 def test_the_kernels_can_be_turned_off_when_a_program_is_started(fresh_cuda, monkeypatch):
     fresh_cuda((9, 0))
-    assert ops._has_kernel(cuda_tensor(), True)
+    assert ops._has_kernel(cuda_tensor())
     fresh_cuda((9, 0))
     monkeypatch.setenv("HEX_CUDA_KERNELS", "0")
     with pytest.warns(RuntimeWarning, match=r"'cuda:0' \(HEX_CUDA_KERNELS=0 turns them off\)"):
-        assert not ops._has_kernel(cuda_tensor(), True)
-    assert not ops._has_kernel(cuda_tensor(), True)  # and is silent from now on
-    assert not ops.has_adaptive(cuda_tensor(), True)
+        assert not ops._has_kernel(cuda_tensor())
+    assert not ops._has_kernel(cuda_tensor())  # and is silent from now on
+    assert not ops.has_adaptive(cuda_tensor())
 
 
 @pytest.mark.parametrize("value", ("1", ""))
@@ -47,14 +49,14 @@ def test_the_kernels_are_used_where_the_switch_does_not_say_otherwise(
 ):
     monkeypatch.setenv("HEX_CUDA_KERNELS", value)
     fresh_cuda((9, 0))
-    assert ops._has_kernel(cuda_tensor(), True)
+    assert ops._has_kernel(cuda_tensor())
 
 
 def test_a_switch_that_is_neither_on_nor_off_is_an_error(fresh_cuda, monkeypatch):
     monkeypatch.setenv("HEX_CUDA_KERNELS", "no")
     fresh_cuda((9, 0))
     with pytest.raises(ValueError, match="HEX_CUDA_KERNELS: got 'no', wanted 0 or 1"):
-        ops._has_kernel(cuda_tensor(), True)
+        ops._has_kernel(cuda_tensor())
 
 
 @pytest.mark.parametrize(
@@ -69,25 +71,46 @@ def test_a_gpu_that_cannot_run_the_library_says_why(fresh_cuda, monkeypatch, err
     fresh_cuda((8, 6))
     monkeypatch.setattr(_load._C, "probe_cuda", lambda index: error)
     with pytest.warns(RuntimeWarning, match=what):
-        assert not ops._has_kernel(cuda_tensor(), True)
+        assert not ops._has_kernel(cuda_tensor())
+
+
+def test_machine_code_is_for_one_major_version_and_ptx_for_what_is_newer():
+    assert has_code((8, 6), ["80"], []) and not has_code((8, 0), ["86"], [])
+    assert not has_code((9, 0), ["80"], []) and has_code((9, 0), ["80"], ["80"])
+    assert has_code((10, 3), ["100"], []) and has_code((9, 0), ["90a"], [])
+    assert not has_code((9, 1), ["90a"], ["90a"])
+    assert not has_code((11, 0), ["100", "120"], ["120"]) and has_code((11, 0), [], ["100"])
+    assert has_code((13, 0), ["120"], ["120"])
+
+
+# What is built by default, what an nvcc older than 12.8 knows of it, and some that users may want.
+SETTINGS = (setup_py()["CUDA_ARCH"], "80+PTX,86,89,90a", "80,86,89,90a,100,120+PTX", "90a", "100")
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids="{0[0]}.{0[1]}".format)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_gpu_without_code_is_told_once_what_to_build_for_it(
+    fresh_cuda, monkeypatch, setting, capability
+):
+    served = has_code(capability, *of_setting(setting))
+    if setting in SETTINGS[:2]:
+        assert served == (capability >= (8, 0))
+    fresh_cuda(capability)
+    monkeypatch.setattr(_load._C, "probe_cuda", lambda index: 0 if served else 209)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            assert ops._has_kernel(cuda_tensor()) == served
+    assert len(said) == (not served)
+    if not served and capability >= (8, 0):
+        arch = re.search("HEX_CUDA_ARCH=([^ ]+) ", str(said[0].message))[1]
+        assert has_code(capability, *of_setting(arch))
 
 
 def test_an_old_gpu_warns_with_its_capability(fresh_cuda, tmp_path):
     fresh_cuda((7, 5), tmp_path / "none.so")
     with pytest.warns(RuntimeWarning, match="need compute capability 8.0, and this GPU has 7.5"):
-        assert not ops._has_kernel(cuda_tensor(), True)
-
-
-def test_a_problem_without_a_kernel_is_composed_though_views_have_one(fresh_cuda):
-    fresh_cuda((9, 0))
-    assert ops._has_kernel(cuda_tensor(), True)
-    with pytest.warns(RuntimeWarning, match="labels, groups, guides and logits on device 'cuda:0'"):
-        assert not ops._has_kernel(cuda_tensor(), False)
-    assert not ops.has_adaptive(cuda_tensor(), False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert not ops._has_kernel(cuda_tensor(), False)
-        assert ops._has_kernel(cuda_tensor(), True)
+        assert not ops._has_kernel(cuda_tensor())
 
 
 def test_torchs_switch_for_float32_products_is_passed_on(fresh_cuda):
@@ -104,9 +127,9 @@ def test_torchs_switch_for_float32_products_is_passed_on(fresh_cuda):
 
 def test_loss_and_threshold_are_one_call_where_the_kernels_are(fresh_cuda, tmp_path):
     fresh_cuda((9, 0), tmp_path / "none.so")
-    assert not ops.has_adaptive(cuda_tensor(), True)
+    assert not ops.has_adaptive(cuda_tensor())
     fresh_cuda((9, 0))
-    assert ops.has_adaptive(cuda_tensor(), True)
+    assert ops.has_adaptive(cuda_tensor())
 
 
 @pytest.mark.parametrize("value, complaint", [("2", "wanted auto, 0 or 1"), ("1", "nvcc is not")])
