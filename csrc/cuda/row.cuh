@@ -50,6 +50,7 @@ template <class real, bool SETS = false> struct hex_sums {
     }
     __device__ __forceinline__ void clear(real lowest = HEX_LOWEST)
     {
+#pragma unroll
         for (int k = 0; k < (SETS ? SUMS_OF_SETS : SUMS); k++)
             v[k] = is_top(k) ? lowest : 0;
     }
@@ -137,6 +138,7 @@ template <class real, bool SETS = false> struct hex_sums {
             const real positive = larger(v[SUM_POS_TOP], o.v[SUM_POS_TOP]);
             raise_positives(positive, scale), o.raise_positives(positive, scale);
         }
+#pragma unroll
         for (int k = 0; k < (SETS ? SUMS_OF_SETS : SUMS); k++)
             if (!is_top(k))
                 v[k] += o.v[k];
@@ -156,6 +158,7 @@ template <class real, bool SETS>
 SHARED_DEVICE hex_sums<real, SETS> shuffled(const hex_sums<real, SETS> &s, int lanes)
 {
     hex_sums<real, SETS> other;
+#pragma unroll
     for (int k = 0; k < (SETS ? SUMS_OF_SETS : SUMS); k++)
         other.v[k] = __shfl_xor_sync(~0u, s.v[k], lanes);
     return other;
@@ -165,6 +168,7 @@ template <class real, bool SETS>
 SHARED_DEVICE hex_sums<double, SETS> in_double(const hex_sums<real, SETS> &s)
 {
     hex_sums<double, SETS> wide;
+#pragma unroll
     for (int k = 0; k < (SETS ? SUMS_OF_SETS : SUMS); k++)
         wide.v[k] = (double)s.v[k];
     return wide;
@@ -242,6 +246,7 @@ SHARED_DEVICE double row_loss(const hex_problem_t &p, const hex_row &row, double
     const bool lost = SETS && largest == -(double)INFINITY;
     pos_e = lost ? 0 : pos_e;
     const bool valid = tau > 0 && eps == eps && !(unknown > 0);
+#pragma unroll
     for (int k = 0; k < HEX_STATS_SEVERAL; k++)
         out[k] = valid ? 0 : (double)NAN;
     out[HEX_STAT_EPS] = eps;
@@ -254,6 +259,7 @@ SHARED_DEVICE double row_loss(const hex_problem_t &p, const hex_row &row, double
               : positives == 0 || (negatives == 0 ? released || inside || positives == 1
                                                   : released && all_hard)) {
         if (SETS && finite != 0) // with a gradient of NaN
+#pragma unroll
             for (int k = HEX_STAT_REST; k < HEX_STATS_SEVERAL; k++)
                 if (k != HEX_STAT_COUNT && k != HEX_STAT_SHARE)
                     out[k] = finite;
@@ -358,8 +364,10 @@ SHARED_DEVICE double finish_row(const hex_problem_t &p, int64_t at, const hex_ro
 {
     double out[HEX_STATS_SEVERAL];
     const double loss = row_loss<SETS>(p, row, (double)eps, s, scale, out);
-    for (int k = 0; k < (SETS && p.several ? HEX_STATS_SEVERAL : HEX_STATS); k++)
-        stats[k * rows + at] = (real)out[k];
+#pragma unroll
+    for (int k = 0; k < HEX_STATS_SEVERAL; k++)
+        if (k < HEX_STATS || (SETS && p.several))
+            stats[k * rows + at] = (real)out[k];
     return loss;
 }
 

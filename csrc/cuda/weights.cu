@@ -34,6 +34,7 @@ struct marked_weights {
     {
         scale = (float)(HEX_LOG2E / read_vector(p.tau, 0)), beta = (float)p.beta;
         coefficients = (const float *)r.coefficients;
+#pragma unroll
         for (int h = 0; h < 2; h++) {
             row[h] = {INFINITY, 0, 0, 0, 0, 0, 0, 0, 0};
             if (block.has(rows[h]))

@@ -35,6 +35,7 @@ extern "C" {
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define DEVICE static inline __attribute__((unused))
 #define HEX_SHARED_MEMORY(name) unsigned char *name = emu::S.shared
 #define HEX_LAUNCH(kernel, grid, block, shared, stream, ...)                                       \
