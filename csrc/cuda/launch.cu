@@ -427,7 +427,8 @@ static const char *weigh_and_multiply(const hex_problem_t &p, const hex_run &r,
     hex_run some = r;
     for (int64_t first = 0; !error; some.weights.more = true) {
         hex_run weighing = some;
-        slice_parts(weighing.parts, r.block_rows, (int64_t)1 << 40, at_a_time, 4 * at_a_time);
+        slice_parts(weighing.parts, r.block_rows, (int64_t)1 << 40, at_a_time,
+                    4 * at_a_time / (1 + band.row_blocks) + 1);
         error = hex_weigh_tiles(p, weighing);
         error = error ? error : hex_multiply_tiles(some);
         first += r.weights.tiles;
