@@ -451,10 +451,10 @@ static const char *backward(const hex_problem_t *p, const hex_device *d, const h
     hex_parts all = {};
     owner_parts(*p, *g, all);
     hex_weights &w = r.weights;
-    r.unit.split = !allow_tf32(*p, *d);
+    r.unit.split = !plan.plain && !allow_tf32(*p, *d);
     const bool weighed = !plan.plain && !hex_holds_tiles(r); // the weights go through memory
-    const bool wide = r.unit.width > 2 * TILE, large = r.hopper && !wide && !r.unit.split;
-    r.block_rows = large && !plan.plain ? HOPPER_GATHER : 128;
+    const bool wide = r.unit.width > 2 * TILE;
+    r.block_rows = r.hopper && !wide && !plan.plain && !r.unit.split ? HOPPER_GATHER : 128;
     // Many rows go in bands that fill the device twice, so that the partial sums of one are all
     // that is in memory. A band of fewer rows goes in slices of columns; the anchors before a queue
     // are such a band by themselves, for each of theirs meets many more columns. Wide rows fill it

@@ -60,9 +60,6 @@ static __global__ void __launch_bounds__(32 * WARPS, 2)
             scale[0] = unit[0], scale[8] = unit[1];
         to += WEIGHT_QUADS(SPLIT), scale += 16;
     }
-#ifndef HEX_WGMMA
-    copy_wait(); // for the rows' panels, where there was no tile
-#endif
 }
 
 static hex_fit fit_of_weights(const hex_run &r)
