@@ -78,8 +78,9 @@ struct hex_bracket {
 };
 
 // The weights of a band, if they go through memory (weights.cu). Of 16 rows and a tile of columns
-// there are first 16 bytes of each of 32 lanes, as the left operand of a product has them, then those
-// of the next product, four times; the same of the low parts, where u is split. Scales: of 16 rows.
+// there are first 16 bytes of each of 32 lanes, as the left operand of a product has them, then
+// those of the next product, four times; the same of the low parts, where u is split. Scales: of 16
+// rows.
 struct hex_weights {
     uint4 *halves;
     float *scales;

@@ -408,8 +408,8 @@ static hex_parts columns_of(hex_parts parts, int64_t first, int64_t tiles)
     return parts;
 }
 
-// The tiles of columns whose weights, of a band of rows, are in memory at a time. Those of a block of
-// anchors leave room for four blocks of rows, whether the band has them or not.
+// The tiles of columns whose weights, of a band of rows, are in memory at a time. Those of a block
+// of anchors leave room for four blocks of rows, whether the band has them or not.
 static int64_t weights_at_a_time(const hex_run &r, const hex_parts &band, bool any_rows)
 {
     const int64_t tiles = most_tiles(band), all = hex_most_weights(r);
