@@ -537,6 +537,8 @@ def battery(device: str = "cpu") -> None:
     assert_not_finite_reaches_who_sees_it(problem("gauss", 40, 10, "cross", **half))
     # rows that are read four features at a time
     assert_half_is_right(problem("cluster", 20, 132, "unpaired", K=70, **half))
+    for D in (250, 260):  # a tile is held for both products; the weights go through memory
+        assert_half_is_right(problem("cluster", 40, D, "unpaired", K=150, **half))
     check(problem("cluster", 9, 264, dtype=single))
     for p in (
         problem("cluster", 4, 37, "paired", K=150, dtype=single),

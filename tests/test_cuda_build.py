@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 TARGETS = ("80", "86", "89", "90a", "100", "120")
 # Kernels on the tensor cores, by the beginning of their mangled names: how many there are, and the
 # most registers of a thread. A processor has 65536, for 512 threads of these kernels or 384 (bounds
-# and the gather of 12 warps); in the other gathers and in the product they hold 128 rows x up to 256
+# and the gather of 12 warps); in the other gathers and the product they hold up to 128 rows x 256
 # features of the gradient for 256 threads, and as many fill a processor's shared memory in the last
 # two.
 TILES = {

@@ -148,13 +148,11 @@ def test_weights_in_memory_are_right_at_every_temperature(mma, tau):
 def test_a_tile_of_much_smaller_weights_takes_nothing_from_the_row(kernels):
     """Tiles have powers of two of their own: a queue whose rows come nearer, and go away again."""
     r = torch.Generator().manual_seed(0)
-    direction, noise = (torch.randn(n, 140, generator=r, dtype=torch.float64) for n in (1, 420))
-    near = torch.arange(400).sub(200).abs().div(-40).exp()[:, None]
-    z = (
-        direction + 0.1 * noise[:10],
-        direction + 0.1 * noise[10:20],
-        near * direction * 3 + noise[20:],
+    direction, *noise, queue = (
+        torch.randn(n, 260, generator=r, dtype=torch.float64) for n in (1, 10, 10, 400)
     )
+    near = torch.arange(400).sub(200).abs().div(-40).exp()[:, None]
+    z = (*(direction + 0.1 * x for x in noise), 3 * near * direction + queue)
     p = emulator.Problem(tuple(x.float() for x in z), "unpaired", "a wave", tau=0.02)
     for tiles in (1, 2048):
         with kernels.weights(tiles):
@@ -466,15 +464,15 @@ def test_the_launches_of_many_features_fill_the_device(mma, batch):
     grids = [(k, n) for k, n in launches_of_a_backward(mma, **batch) if k in KERNELS]
     assert {kernel for kernel, _ in grids} == {"weights", "product"}
     assert [kernel for kernel, _ in grids[:2]] == ["weights", "product"]
-    shares = [busy(n) for _, n in grids]
-    assert min(shares) >= 0.6 and sum(shares) >= 0.9 * len(shares), (min(shares), grids)
-    assert max(n for _, n in grids) <= 2 * HOPPER[0], grids
+    shares = [busy(n) for _, n in grids]  # the last band, and the last columns, may be few
+    assert sum(shares) >= 0.95 * len(shares), grids
+    assert max(n for kernel, n in grids if kernel == "product") <= 2 * HOPPER[0], grids
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
 @pytest.mark.parametrize("D", (256, 512, 2048))
 def test_the_memory_of_weights_and_sums_does_not_grow_with_the_batch(mma, D, dtype):
-    """Of a backward, beside unit rows and coefficients: weights, scales, and 35 MB of sums."""
+    """What a backward takes beside unit rows and coefficients: weights, scales, sums."""
     for B, K in ((2048, 0), (32768, 0), (256, 65536)):
         call = call_of("backward", B, D, "unpaired" if K else "ntxent", K, dtype)
         with torch.profiler.profile(profile_memory=True) as seen:

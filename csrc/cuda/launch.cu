@@ -446,8 +446,8 @@ static hex_parts columns_of(hex_parts parts, int64_t first, int64_t tiles)
     return parts;
 }
 
-// The tiles of columns whose weights, of a band of rows, are in memory at a time. Those of a block of
-// anchors leave room for four blocks of rows, whether the band has them or not.
+// The tiles of columns whose weights, of a band of rows, are in memory at a time. Those of a block
+// of anchors leave room for four blocks of rows, whether the band has them or not.
 static int64_t weights_at_a_time(const hex_run &r, const hex_parts &band, bool any_rows)
 {
     const int64_t tiles = most_tiles(band), all = hex_most_weights(r);
@@ -465,7 +465,8 @@ static const char *weigh_and_multiply(const hex_problem_t &p, const hex_run &r,
     hex_run some = r;
     for (int64_t first = 0; !error; some.weights.more = true) {
         hex_run weighing = some;
-        slice_parts(weighing.parts, r.block_rows, (int64_t)1 << 40, at_a_time, 4 * at_a_time);
+        slice_parts(weighing.parts, r.block_rows, (int64_t)1 << 40, at_a_time,
+                    4 * at_a_time / (1 + band.row_blocks) + 1);
         error = hex_weigh_tiles(p, weighing);
         error = error ? error : hex_multiply_tiles(some);
         first += r.weights.tiles;
@@ -490,9 +491,9 @@ static const char *backward(const hex_problem_t *p, const hex_device *d, const h
     hex_parts all = {};
     owner_parts(*p, *g, all);
     hex_weights &w = r.weights;
-    r.unit.split = !allow_tf32(*p, *d);
-    const bool weighed =
-        !plan.plain && (has_sets(*p) || !hex_holds_tiles(r)); // the weights go through memory
+    r.unit.split = !plan.plain && !allow_tf32(*p, *d);
+    // Whether the weights go through memory.
+    const bool weighed = !plan.plain && (has_sets(*p) || !hex_holds_tiles(r));
     const bool wide = r.unit.width > 2 * TILE, narrow = !wide && !r.unit.split && !plan.plain;
     r.block_rows = r.hopper && narrow && !weighed ? HOPPER_GATHER : 128;
     // Many rows go in bands that fill the device twice, so that the partial sums of one are all

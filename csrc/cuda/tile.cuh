@@ -156,8 +156,8 @@ SHARED_DEVICE __host__ hex_layout layout_of(int warps, bool split, bool resident
 }
 
 // Tiles whose side may be in use or on its way. One is enough where two slots hold a panel each, a
-// tile has two panels or more, and the block is together when it has read the side: that of the next
-// tile is sent for with its last panel, which is after all have begun with the tile.
+// tile has two panels or more, and the block is together when it has read the side: that of the
+// next tile is sent for with its last panel, which is after all have begun with the tile.
 SHARED_DEVICE __host__ int sides_of(bool tiles, int slots)
 {
     return tiles || slots > 2 ? slots : 1;
@@ -172,9 +172,9 @@ struct hex_fit {
 
 // ---- the panels of a block's tiles, in the order of their use ----
 
-// A slot of the ring holds all panels of a tile, where their number is known (PANELS), else one. Then
-// the columns may come without any rows, and of them `some` panels, from `panel0` on. Beside a tile's
-// last panel may travel `side_bytes` of its own, a multiple of 16.
+// A slot of the ring holds all panels of a tile, where their number is known (PANELS), else one.
+// Then the columns may come without any rows, and of them `some` panels, from `panel0` on. Beside a
+// tile's last panel may travel `side_bytes` of its own, a multiple of 16.
 //
 // The calls, by all threads: start, take_... , fill; then for each slot `next`, and `done` when the
 // warp has read it. One slot at a time is in use.
