@@ -224,9 +224,7 @@ template <class real>
 static __device__ real entry_of(const hex_row_coefficients<real> &of, hex_kind_t kind, real x,
                                 real score, real scale, real beta)
 {
-    return kind == LEFT_OUT   ? 0
-           : kind == POSITIVE ? of.of_positive(x, scale)
-                              : of.of_negative(x, score > of.eps, scale, beta);
+    return kind == LEFT_OUT ? 0 : of.entry(x, kind == POSITIVE, score > of.eps, scale, beta);
 }
 
 // du of unit row `o`, into partial: a stretch of THREADS columns at a time, first their weights,

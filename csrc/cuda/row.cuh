@@ -394,16 +394,15 @@ template <class real> struct hex_row_coefficients {
         positive = k[K_POSITIVE * step], pos_shift = k[K_POS_SHIFT * step];
         pos_mean = k[K_POS_MEAN * step], pos_e = k[K_POS_E * step];
     }
-    __device__ __forceinline__ real of_positive(real c, real scale) const
+    // dL / dc of a positive, or of a negative that is of H or not.
+    __device__ __forceinline__ real entry(real c, bool is_positive, bool is_hard, real scale,
+                                          real beta) const
     {
-        const real x = (c - pos_shift) * scale, t = x > 0 ? 0 : x;
-        return pos_e * (pow2(t) - pos_mean) + positive;
-    }
-    // `hard_member`: whether it is of H.
-    __device__ __forceinline__ real of_negative(real c, bool hard_member, real scale,
-                                                real beta) const
-    {
-        const real x = (c - shift) * scale, t = x > 0 ? 0 : x, e = pow2(t);
-        return hard_member ? pow2(beta * t) * (hard_e * e - hard) : rest * e;
+        const real x = (c - (is_positive ? pos_shift : shift)) * scale;
+        const real t = x > 0 ? 0 : x, e = pow2(t); // a NaN stays
+        const real b = beta == 1 ? e : beta == 0 ? 1 : pow2(beta * t);
+        return is_positive ? pos_e * (e - pos_mean) + positive
+               : is_hard   ? b * (hard_e * e - hard)
+                           : rest * e;
     }
 };

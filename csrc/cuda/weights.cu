@@ -50,9 +50,9 @@ struct marked_weights {
     __device__ __forceinline__ float term(const hex_row_coefficients<float> &k, float c,
                                           uint32_t bit, const hex_marks &marks) const
     {
-        return marks.positive & bit   ? k.of_positive(c, scale)
-               : marks.negative & bit ? k.of_negative(c, marks.hard & bit, scale, beta)
-                                      : 0.f;
+        return (marks.positive | marks.negative) & bit
+                   ? k.entry(c, marks.positive & bit, marks.hard & bit, scale, beta)
+                   : 0.f;
     }
 
     // acc becomes the tile's weights; top the largest of each row's. The marks are of the rows as
