@@ -290,7 +290,6 @@ MUTANTS = {
     ],
     "weights.cu": [
         ("SIDE_BYTES / K_ROWS * K_ALL", "SIDE_BYTES"),
-        ("__syncthreads(); // all have read the columns' coefficients", ";"),
         ("scale[0] = unit[0], scale[8] = unit[1];", "scale[0] = scale[8] = unit[0];"),
         ("to += WEIGHT_QUADS(SPLIT), scale += 16;", "to += WEIGHT_QUADS(SPLIT);"),
         ("to[32 * (4 + k)]", "to[32 * k]"),

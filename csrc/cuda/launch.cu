@@ -541,11 +541,12 @@ static const char *backward(const hex_problem_t *p, const hex_device *d, const h
             end = end - first > most ? first + most : end;
         }
         take(first, end);
-        if (!p->block || plan.plain)
+        const int64_t slices = p->block && !plan.plain ? most_slices(r.parts) : 0;
+        if (slices == 0)
             return end;
         // The slices of a block of anchors are given, and the columns of which the weights are in
         // memory, so that its bands have fewer rows. They may be of two parts that begin anywhere.
-        int64_t rows = cut(2 * most / most_slices(r.parts), r.block_rows) * r.block_rows;
+        int64_t rows = cut(2 * most / slices, r.block_rows) * r.block_rows;
         const int64_t fit = weighed ? (hex_most_weights(r) / w.tiles - 2) * r.block_rows : rows;
         rows = rows < fit ? rows : fit;
         return end - first > rows ? take(first, first + rows) : end;
