@@ -56,8 +56,10 @@ if os.environ.get("HEX_WERROR") == "1":
 
 
 # A GPU runs the code of its own major version with the same or a smaller minor one; sm_90a is
-# Hopper alone, with warpgroup instructions. Older GPUs than 8.0 lack what the kernels need.
-CUDA_ARCH = "80,86,89,90a,100,120+PTX"
+# Hopper alone, with warpgroup instructions. Older GPUs than 8.0 lack what the kernels need. The
+# driver compiles the PTX of the newest target that is not newer than the GPU: of 8.0 for those that
+# lie in between (11.0), and for all later ones where nvcc knows none of the newer targets.
+CUDA_ARCH = "80+PTX,86,89,90a,100,120+PTX"
 NVCC_FLAGS = [
     *["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"],
     "-Xcompiler=-fno-exceptions,-fno-rtti,-fno-threadsafe-statics",  # then libstdc++ is not needed

@@ -111,6 +111,10 @@ GPU = {  # the most wanted batches first
         ],
         FEW,
     ),
+    "labels": Part(
+        [Case(f"{n} rows, {CLASSES} labels", n, mode="labels") for n in (4096, 16384)], peers.LABELS
+    ),
+    "logits": Part([Case("256 x 65537", 256, queue=65537, mode="logits")], peers.LOGITS),
     # Last, because torch.compile takes up to half a minute a program.
     "compiled": Part([shaped(n) for n in (512, 4096, 8192)], peers.COMPILED),
 }  # fmt: skip

@@ -31,7 +31,7 @@ const char *hex_load_cuda(const char *path)
     const int error = table->driver();
     if (error) {
         snprintf(text, sizeof text, "the CUDA driver answers with error %d%s", error,
-                 error == 35 ? ", it is older than CUDA 13 or missing" : "");
+                 error == 35 ? ", it is missing or older than the CUDA of the build" : "");
         return text;
     }
     if (!table->emulated) {

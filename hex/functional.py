@@ -300,7 +300,8 @@ def hex_cross_entropy(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value. The text names it.
-        RuntimeError: a target outside [0, C), on the CPU.
+        RuntimeError: a target outside [0, C), on the CPU. On a GPU, for which nobody waits, the
+            loss and the gradient of its row are NaN.
 
     Example:
         >>> import torch

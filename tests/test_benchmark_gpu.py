@@ -173,7 +173,7 @@ def test_the_results_of_another_machine_are_not_this_one_s(tmp_path, monkeypatch
     other = Results(tmp_path / "gpu.jsonl")
     other.on = "another card"
     other.add("machine", {"memory": "2 GB", "date": "2000-01-01"})
-    other.add("sizes: a", {"notes": ["of the other"]})
+    other.add("sizes: a", {"asked": "", "notes": ["of the other"]})
     before = other.file.read_text()
     assert bench.main(["sizes", *rehearsal(tmp_path)]) == 0
     assert "another card" not in (tmp_path / "gpu.md").read_text()

@@ -261,7 +261,7 @@ from pathlib import Path
 setuptools.setup = lambda **_: None
 runpy.run_path("setup.py")["make_cuda"](Path(sys.argv[1]), Path(sys.argv[2]))
 """
-EVERY = "80,86,89,90a,100,120+PTX"  # as setup.py has it
+EVERY = "80+PTX,86,89,90a,100,120+PTX"  # as setup.py has it
 linux_with_gcc = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("gcc") is None, reason="the library is for Linux"
 )
@@ -318,8 +318,9 @@ def test_targets_that_nvcc_does_not_know_are_left_out_and_named_once(cuda):
     assert done.returncode == 0, done.stderr
     assert library.exists()
     assert done.stdout.count("does not know the GPU targets 100,120+PTX: they are left out") == 1
-    assert "CUDA files for 80,86,89,90a, which" in done.stdout
+    assert "CUDA files for 80+PTX,86,89,90a, which" in done.stdout
     assert all("compute_90a" in line and "compute_100" not in line for line in compiled)
+    assert all("code=[sm_80,compute_80]" in line for line in compiled)  # for newer GPUs
 
 
 @linux_with_gcc

@@ -6,16 +6,16 @@ made of the kernels, by the disassembler from PyPI.
 import ctypes
 import os
 import re
-import runpy
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-import setuptools
 import torch
+from conftest import cuda_tensor
+from targets import CAPABILITIES, has_code, setup_py
 
-from hex import _load
+from hex import _load, ops
 
 # Six targets, a part of an hour on a machine with two cores.
 pytestmark = pytest.mark.timeout(3600)
@@ -24,28 +24,27 @@ ROOT = Path(__file__).parent.parent
 TARGETS = ("80", "86", "89", "90a", "100", "120")
 # Kernels on the tensor cores, by the beginning of their mangled names: how many there are, and the
 # most registers of a thread. A processor has 65536, for 512 threads of these kernels or 384 (bounds
-# and the gather of 12 warps); in the other gathers and in the product they hold 128 rows x up to 256
+# and the gather of 12 warps); in the other gathers and the product they hold up to 128 rows x 256
 # features of the gradient for 256 threads, and as many fill a processor's shared memory in the last
 # two.
+SETS = r"Lb1EEv"  # of labels, masks, groups and guides: the last of a template's arguments
+PLAIN = r"Lb0EEv"
 TILES = {
-    **{f"forward_tilesILi{warps}E": (n, 128) for warps, n in ((4, 4), (8, 4), (16, 2))},
-    **{"count_tiles": (8, 128), "bound_tiles": (4, 168)},
+    **{rf"forward_tilesILi{w}E.*{PLAIN}": (n, 128) for w, n in ((4, 4), (8, 4), (16, 2))},
+    **{rf"forward_tilesILi{warps}E.*{SETS}": (2, 255) for warps in (4, 8)},
+    **{rf"count_tiles.*{PLAIN}": (8, 128), rf"count_tiles.*{SETS}": (4, 168)},
+    **{rf"bound_tiles.*{PLAIN}": (4, 168), rf"bound_tiles.*{SETS}": (2, 168)},
     **{"gather_tilesILi12E": (2, 168), "gather_tilesILi8E": (6, 255)},
-    **{"weigh_tiles": (2, 128), "multiply_tiles": (2, 255)},
+    **{
+        rf"weigh_tiles.*{PLAIN}": (2, 128),
+        rf"weigh_tiles.*{SETS}": (2, 255),
+        "multiply_tiles": (2, 255),
+    },
     **{"sample_tiles": (6, 255), "bracket_tiles": (6, 255)},
 }
 PER_ELEMENT = 9.5  # instructions of the forward's inner loop: 9.4 for 10.0, 9 at most for others
 SPILLED = 96  # bytes of a thread; seen are 32 at most
 PER_PAIR = 6  # of what every pair of cosines goes through in the brackets
-
-
-def setup_py():
-    """The names of setup.py, without running its setup()."""
-    original, setuptools.setup = setuptools.setup, lambda **_: None
-    try:
-        return runpy.run_path(str(ROOT / "setup.py"))
-    finally:
-        setuptools.setup = original
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +104,7 @@ def blocks(library):
 
 def of_tiles(kernels):
     """The kernels on the tensor cores, by name."""
-    return {k: v for k, v in kernels.items() if any(name in k for name in TILES)}
+    return {k: v for k, v in kernels.items() if any(re.search(name, k) for name in TILES)}
 
 
 def test_it_needs_libc_only_and_exports_one_table(library):
@@ -131,15 +130,45 @@ def test_it_loads_without_a_driver_and_says_so(library):
     assert re.match("the CUDA driver answers with error (35|100)", problem)
 
 
-def test_there_is_code_for_every_target_and_ptx_for_later_ones(library, resources):
+@pytest.fixture(scope="module")
+def code(library):
+    """The targets with machine code in the library, and those with PTX; of each source file."""
+    kinds = []
+    for option, end in (("-lelf", "cubin"), ("-lptx", "ptx")):
+        lines = cuobjdump(library, option)
+        targets = re.findall(rf"\.sm_(\w+)\.{end}$", lines, re.MULTILINE)
+        assert targets, lines
+        kinds.append(targets)
+    return kinds
+
+
+def test_there_is_code_for_every_target_and_ptx_for_later_ones(code, resources):
     assert set(resources) == set(TARGETS)
-    assert "sm_120.ptx" in cuobjdump(library, "-lptx")
+    cubins, ptx = code
+    assert set(cubins) == set(TARGETS) and set(ptx) == {"80", "120"}
+    files = len(list((ROOT / "csrc/cuda").glob("*.cu")))
+    assert all(cubins.count(target) == files for target in TARGETS)
+    assert all(ptx.count(target) == files for target in ("80", "120"))
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids="{0[0]}.{0[1]}".format)
+def test_a_gpu_has_code_in_the_library_or_the_fallback(
+    code, capability, fresh_cuda, monkeypatch, recwarn
+):
+    """There is code from 8.0 on; what each GPU runs is of the library, by NVIDIA's rules."""
+    served = has_code(capability, *code)
+    assert served == (capability >= (8, 0))
+    fresh_cuda(capability)
+    monkeypatch.setattr(_load._C, "probe_cuda", lambda index: 0 if served else 209)
+    for _ in range(2):
+        assert ops._has_kernel(cuda_tensor()) == served
+    assert len(recwarn) == (not served)
 
 
 def test_kernels_keep_within_their_registers(resources):
     for target, kernels in resources.items():
         for kernel, used in of_tiles(kernels).items():
-            (limit,) = (most for name, (_, most) in TILES.items() if name in kernel)
+            (limit,) = (most for name, (_, most) in TILES.items() if re.search(name, kernel))
             assert used["REG"] <= limit, (target, kernel, used)
 
 
@@ -157,7 +186,7 @@ def test_no_kernel_has_more_than_a_few_bytes_in_local_memory(resources, blocks):
 def test_every_kernel_is_there_once(resources):
     for target, kernels in resources.items():
         for name, (n, _) in TILES.items():
-            assert sum(name in kernel for kernel in kernels) == n, (target, name)
+            assert sum(bool(re.search(name, kernel)) for kernel in kernels) == n, (target, name)
 
 
 def test_the_tensor_cores_are_used_and_on_hopper_the_copy_engine(blocks):
@@ -175,7 +204,7 @@ def test_the_inner_loop_of_the_forward_is_short(blocks):
     """The block without index comparisons that holds the exponentials of 16 elements."""
     for target, kernels in blocks.items():
         for kernel, code in kernels.items():
-            if "forward_tiles" in kernel:
+            if re.search(f"forward_tiles.*{PLAIN}", kernel):
                 loops = [b for b in code if sum("MUFU.EX2" in x for x in b) >= 16]
                 assert loops, (target, kernel)
                 shortest = min(len(b) / sum("MUFU.EX2" in x for x in b) for b in loops)

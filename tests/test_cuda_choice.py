@@ -2,6 +2,7 @@
 """Whether the CUDA kernels are used, and what is said where they cannot be: no nvcc, no GPU."""
 
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import cuda_tensor
+from targets import CAPABILITIES, has_code, of_setting, setup_py
 
 from hex import _load, ops
 
@@ -70,6 +72,39 @@ def test_a_gpu_that_cannot_run_the_library_says_why(fresh_cuda, monkeypatch, err
     monkeypatch.setattr(_load._C, "probe_cuda", lambda index: error)
     with pytest.warns(RuntimeWarning, match=what):
         assert not ops._has_kernel(cuda_tensor())
+
+
+def test_machine_code_is_for_one_major_version_and_ptx_for_what_is_newer():
+    assert has_code((8, 6), ["80"], []) and not has_code((8, 0), ["86"], [])
+    assert not has_code((9, 0), ["80"], []) and has_code((9, 0), ["80"], ["80"])
+    assert has_code((10, 3), ["100"], []) and has_code((9, 0), ["90a"], [])
+    assert not has_code((9, 1), ["90a"], ["90a"])
+    assert not has_code((11, 0), ["100", "120"], ["120"]) and has_code((11, 0), [], ["100"])
+    assert has_code((13, 0), ["120"], ["120"])
+
+
+# What is built by default, what an nvcc older than 12.8 knows of it, and some that users may want.
+SETTINGS = (setup_py()["CUDA_ARCH"], "80+PTX,86,89,90a", "80,86,89,90a,100,120+PTX", "90a", "100")
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids="{0[0]}.{0[1]}".format)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_gpu_without_code_is_told_once_what_to_build_for_it(
+    fresh_cuda, monkeypatch, setting, capability
+):
+    served = has_code(capability, *of_setting(setting))
+    if setting in SETTINGS[:2]:
+        assert served == (capability >= (8, 0))
+    fresh_cuda(capability)
+    monkeypatch.setattr(_load._C, "probe_cuda", lambda index: 0 if served else 209)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            assert ops._has_kernel(cuda_tensor()) == served
+    assert len(said) == (not served)
+    if not served and capability >= (8, 0):
+        arch = re.search("HEX_CUDA_ARCH=([^ ]+) ", str(said[0].message))[1]
+        assert has_code(capability, *of_setting(arch))
 
 
 def test_an_old_gpu_warns_with_its_capability(fresh_cuda, tmp_path):

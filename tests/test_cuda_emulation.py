@@ -14,6 +14,7 @@ import torch
 from conftest import EMULATED, NAMES, check, cuda_tensor, eps_of_each_row, problem
 from data import KINDS, f64, nans
 from emulator import (
+    ALONE,
     HOPPER,
     ROUNDED,
     SMALL,
@@ -53,6 +54,19 @@ def test_a_battery_of_problems_is_right_in_any_order_of_the_warps(
     before = kernels.conflicts
     emulator.battery()
     assert kernels.conflicts == before
+
+
+@pytest.mark.parametrize("device", (HOPPER, ALONE), ids=str)
+def test_a_hopper_with_the_code_of_other_gpus_is_right(mma, device):
+    """Of a library without sm_90a: built for 90, or from PTX."""
+    mma.major(9)
+    try:
+        for battery in (emulator.battery, emulator.battery_of_blocks):
+            mma.device(*device)
+            battery()
+        emulator.battery_of_brackets(mma)
+    finally:
+        mma.major(8)
 
 
 @pytest.mark.parametrize("D", (256, 500, 2048))
@@ -97,13 +111,11 @@ def test_weights_in_memory_are_right_at_every_temperature(mma, tau):
 def test_a_tile_of_much_smaller_weights_takes_nothing_from_the_row(kernels):
     """Tiles have powers of two of their own: a queue whose rows come nearer, and go away again."""
     r = torch.Generator().manual_seed(0)
-    direction, noise = (torch.randn(n, 140, generator=r, dtype=torch.float64) for n in (1, 420))
-    near = torch.arange(400).sub(200).abs().div(-40).exp()[:, None]
-    z = (
-        direction + 0.1 * noise[:10],
-        direction + 0.1 * noise[10:20],
-        near * direction * 3 + noise[20:],
+    direction, *noise, queue = (
+        torch.randn(n, 260, generator=r, dtype=torch.float64) for n in (1, 10, 10, 400)
     )
+    near = torch.arange(400).sub(200).abs().div(-40).exp()[:, None]
+    z = (*(direction + 0.1 * x for x in noise), 3 * near * direction + queue)
     p = emulator.Problem(tuple(x.float() for x in z), "unpaired", "a wave", tau=0.02)
     for tiles in (1, 2048):
         with kernels.weights(tiles):
@@ -114,8 +126,7 @@ def test_a_tile_of_much_smaller_weights_takes_nothing_from_the_row(kernels):
 def test_a_long_sum_of_many_features_is_as_good_as_torch_though_additions_are_cut_off(kernels):
     kernels.truncate(TRUNCATED)
     kernels.device(1, HOPPER[1])
-    check(problem("cluster", 4, 140, "unpaired", K=3000, dtype=torch.float32))
-    with kernels.weights(20):
+    with kernels.weights(40):
         check(problem("cluster", 4, 140, "unpaired", K=3000, dtype=torch.float32))
 
 
@@ -123,8 +134,8 @@ def test_float32_of_128_features_takes_the_weights_through_memory_where_a_tile_c
     p = problem("cluster", 70, 66, "unpaired", K=150, dtype=torch.float32)
     for shared, files in ((HOPPER[1], ["backward"]), (SMALL[1], ["weights", "product"])):
         mma.device(132, shared)
-        z = [torch.zeros(70, 66), torch.zeros(70, 66), torch.zeros(150, 66)]
-        launched = mma.launches_of(lambda z=z: backward(*z, "unpaired"))
+        batch = {"D": 66, "mode": "unpaired", "K": 150, "dtype": torch.float32}
+        launched = launches_of_a_backward(mma, 70, **batch)
         assert [kernel for kernel, _ in launched if kernel in KERNELS] == files
         check(p)
 
@@ -335,21 +346,32 @@ def test_rows_in_several_bands_are_right_whole_and_sliced(mma):
 KERNELS = ("backward", "weights", "product")  # of a gather
 
 
-def backward(z0, z1, negatives, mode, wanted="z0 z1 tau"):
-    rows = len(z0) * (2 if mode in ("ntxent", "cross") else 1)
+def call_of(operator, B, D=8, mode="ntxent", K=0, dtype=torch.bfloat16, wanted="z0 z1 tau"):
+    """A call of an operator on zeros."""
+    z0, z1, negatives = (torch.zeros(n, D, dtype=dtype) for n in (B, B, K))
+    rows = 2 * B if mode in ("ntxent", "cross") else B
+    views, code, none = (z0, z1, negatives), ops.MODES[mode], ops.REDUCTIONS["none"]
     needs = sum(1 << k for k, name in enumerate(NAMES) if name in wanted.split())
-    operators.backward(
-        torch.zeros(rows), z0, z1, negatives, f64(0.1), torch.zeros(9, rows), torch.zeros(0),
-        ops.MODES[mode], ops.REDUCTIONS["none"], 1.0, needs,
-    )  # fmt: skip
+    return {
+        "forward": lambda: operators.forward(
+            *views, f64(0.4), f64(0.1), code, none, ops.VARIANTS["paper"], 1.0, 0.0, False
+        ),
+        "threshold": lambda: operators.threshold(*views, code, 0.99, "all"),
+        "row_range": lambda: operators.row_range(*views, code),
+        "backward": lambda: operators.backward(
+            torch.zeros(rows), *views, f64(0.1), torch.zeros(9, rows), torch.zeros(0), code, none,
+            1.0, needs,
+        ),
+    }[operator]  # fmt: skip
 
 
-def launches_of_a_backward(
-    library, B, D=8, mode="ntxent", K=0, wanted="z0 z1 tau", dtype=torch.bfloat16
-):
-    """(kernel's file, blocks) of each launch of the backward, which is not run."""
-    inputs = (torch.zeros(n, D, dtype=dtype) for n in (B, B, K))
-    return library.launches_of(lambda: backward(*inputs, mode, wanted))
+def launches_of(library, operator, B, **batch):
+    """(kernel's file, blocks) of each launch of an operator, which is not run."""
+    return library.launches_of(call_of(operator, B, **batch))
+
+
+def launches_of_a_backward(library, B, **batch):
+    return launches_of(library, "backward", B, **batch)
 
 
 def busy(blocks):
@@ -404,23 +426,60 @@ def test_the_launches_of_many_features_fill_the_device(mma, batch):
     grids = [(k, n) for k, n in launches_of_a_backward(mma, **batch) if k in KERNELS]
     assert {kernel for kernel, _ in grids} == {"weights", "product"}
     assert [kernel for kernel, _ in grids[:2]] == ["weights", "product"]
-    shares = [busy(n) for _, n in grids]
-    assert min(shares) >= 0.6 and sum(shares) >= 0.9 * len(shares), (min(shares), grids)
-    assert max(n for _, n in grids) <= 2 * HOPPER[0], grids
+    shares = [busy(n) for _, n in grids]  # the last band, and the last columns, may be few
+    assert sum(shares) >= 0.95 * len(shares), grids
+    assert max(n for kernel, n in grids if kernel == "product") <= 2 * HOPPER[0], grids
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
 @pytest.mark.parametrize("D", (256, 512, 2048))
 def test_the_memory_of_weights_and_sums_does_not_grow_with_the_batch(mma, D, dtype):
-    """What a backward takes beside unit rows and coefficients: weights, scales, 35 MB of sums."""
+    """What a backward takes beside unit rows and coefficients: weights, scales, sums."""
     for B, K in ((2048, 0), (32768, 0), (256, 65536)):
-        z = [torch.zeros(n, D, dtype=dtype) for n in (B, B, K)]
-        mode = "unpaired" if K else "ntxent"
+        call = call_of("backward", B, D, "unpaired" if K else "ntxent", K, dtype)
         with torch.profiler.profile(profile_memory=True) as seen:
-            mma.launches_of(lambda z=z, mode=mode: backward(*z, mode))
+            mma.launches_of(call)
         largest = max(event.cpu_memory_usage for event in seen.events())
-        of_rows = (2 * B + K) * (D * (4 if dtype == torch.float32 else 2) + 36 + 8 + 8)
+        of_rows = (2 * B + K) * (D * (4 if dtype == torch.float32 else 2) + 48 + 8 + 8)
         assert largest - of_rows <= 2**25 * 33 / 32 + 2 * 132 * 128 * 256 * 4 + 1e6, (B, K, largest)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+@pytest.mark.parametrize(
+    "batch",
+    ({"B": 256, **QUEUE}, {"B": 4096, **QUEUE}, {"B": 17000}, {"B": 20000}),
+    ids=("256 x 65536", "4096 x 65536", "N 34000", "N 40000"),
+)
+def test_no_launch_on_the_tensor_cores_leaves_more_than_a_third_of_a_hopper_idle(
+    kernels, batch, dtype
+):
+    """What is not there yet or no more is not counted: the blocks of a processor at a time."""
+    for operator in ("forward", "threshold", "row_range", "backward"):
+        launched = launches_of(kernels, operator, D=128, dtype=dtype, **batch)
+        grids = [(kernel, n) for kernel, n in launched if kernel not in ("unit", "project")]
+        assert grids
+        assert min(busy(n) for _, n in grids) > 2 / 3, (operator, grids)
+
+
+@pytest.mark.parametrize(
+    "batch, passes",
+    (
+        ({"B": 4001}, 1),  # 8002 anchors, each with 8000 negatives
+        ({"B": 8001, "mode": "query"}, 1),
+        ({"B": 8001, "mode": "cross"}, 1),
+        ({"B": 4096, **QUEUE}, 1),
+        ({"B": 3900}, 2),
+        ({"B": 256, **QUEUE}, 2),
+        ({"B": 4001, "dtype": torch.float32}, 2),
+    ),
+    ids=str,
+)
+def test_a_large_batch_has_its_threshold_in_one_pass_though_nobody_asks_for_it(
+    kernels, batch, passes
+):
+    launched = [kernel for kernel, _ in launches_of(kernels, "threshold", **batch)]
+    one = ["sample", "bracket"] if passes == 1 else []
+    assert launched == ["unit", *one, "threshold", "threshold"]
 
 
 def test_the_anchors_before_a_queue_are_cut_finely_though_the_queue_learns_too(mma):
@@ -567,6 +626,19 @@ def test_a_training_step_takes_seven_launches(mma, monkeypatch):
     assert launches() == (4, 3)
     monkeypatch.setattr(ops, "has_adaptive", lambda z: False)  # as of a tracker elsewhere
     assert launches() == (3 + 2, 3)
+
+
+def test_a_smaller_problem_never_lowers_the_shared_memory_of_a_kernel(kernels):
+    """Another thread may be about to launch that kernel: each call allows what the device has."""
+    kernels.least_allowed()
+    for dtype in (torch.float32, torch.bfloat16):
+        for D in (9, 70, 300):
+            p = problem("cluster", 20, D, "unpaired", K=90, dtype=dtype)
+            p.ours()
+            with kernels.brackets():
+                operators.threshold(*p.inputs, ops.MODES["unpaired"], 0.99, "all")
+            operators.row_range(*p.inputs, ops.MODES["unpaired"])
+            assert kernels.least_allowed() == HOPPER[1]
 
 
 def test_a_launch_that_fails_is_an_exception_that_names_the_kernel(mma):

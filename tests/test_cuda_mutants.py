@@ -19,7 +19,7 @@ import pytest
 # file: (what stands there once, what stands there instead): statements, which end in ";", or an
 # expression.
 MUTANTS = {
-    "tile.cuh": [
+    "panels.cuh": [
         # products
         (
             "ldmatrix(x, a + swizzle(warp * 16 + (lane & 15), 2 * k + (lane >> 4)));",
@@ -43,6 +43,9 @@ MUTANTS = {
             "ldmatrix_transposed(y, b + swizzle(16 * k + (lane & 7), 2 * d + (lane >> 4)));",
         ),
         ("mma_f16(acc[2 * d + 1], a[k], y[2], y[3]);", "mma_f16(acc[2 * d], a[k], y[2], y[3]);"),
+    ],
+    "stream.cuh": [
+        # products
         (
             "multiply_panel<true>(part, x + HALVES, y);",
             "multiply_panel<false>(part, x + HALVES, y);",
@@ -69,7 +72,6 @@ MUTANTS = {
         ("a + (block * PANELS + k) * PIECE", "a + k * PIECE"),
         ("b_panel(now, PANELS ? panel : 0)", "b_panel(now, 0)"),
         ("(int64_t)block * panels() + panel", "(int64_t)block * panels()"),
-        ("keep && !side", "keep"),
         # the stream
         ("source += 16 * THREADS, target += 16 * THREADS;", "target += 16 * THREADS;"),
         ("next_panel == last ? side_bytes : 0", "0"),
@@ -96,6 +98,10 @@ MUTANTS = {
         ("row < from || row >= to", "row >= from && row < to"),
         ("row < from || row >= to", "row >= to"),
         ("fence_async();\n        __syncthreads();", "fence_async();"),
+    ],
+    "tile.cuh": [
+        # where things are
+        ("keep && !side", "keep"),
         # tails and classes of tiles
         ("(lane >> 2) + 8 * h", "(lane >> 2) + h"),
         ("is_in(row[0] - col)", "false"),
@@ -202,8 +208,9 @@ MUTANTS = {
         ("S + (positives > 1 ? E - e0 : 0)", "S"),
         ("debias * pos_e / positives", "debias * pos_e"),
         ("return x + (double)INFINITY;", "return x;"),
-        ("pos_e * (pow2(t) - pos_mean) + positive", "pos_e * pow2(t) + positive"),
-        ("(c - pos_shift) * scale", "(c - shift) * scale"),
+        ("pos_e * (e - pos_mean) + positive", "pos_e * e + positive"),
+        ("is_positive ? pos_shift : shift", "shift"),
+        ("beta == 1 ? e : beta == 0 ? 1 : pow2(beta * t)", "e"),
     ],
     "bins.cuh": [
         ("65535.f", "65536.f"),
@@ -220,10 +227,12 @@ MUTANTS = {
         ("several && p.mode == HEX_UNPAIRED ? (int)(p.B + p.M) : 0", "0"),
         ("ids[places.row[h]]", "ids[places.row[0]]"),
         ("groups[places.row[h]]", "groups[places.row[0]]"),
-        ("ids[first + 8 * n + q]", "ids[first + 4 * n + q]"),
-        ("groups[first + 8 * n + q]", "groups[first + 8 * n]"),
+        ("pair_at(ids + first + 8 * n)", "pair_at(ids + first + 4 * n)"),
+        ("q ? of.second : of.first", "of.first"),
+        ("pair_at(groups + first + 8 * n)", "pair_at(groups + first)"),
         ("other == id[h]", "other == id[0]"),
-        ("other == group[h]", "other == group[0]"),
+        ("of.first == group[h]", "of.first == group[0]"),
+        ("2u << (4 * n + 2 * h)", "1u << (4 * n + 2 * h)"),
         (
             "mask.data[id[h] * mask.row + other * mask.col]",
             "mask.data[other * mask.row + mask.col * id[h]]",
@@ -282,7 +291,9 @@ MUTANTS = {
         ("2 * anchors < fmax(s[HEX_STATE_MOST], s[HEX_STATE_BEFORE])", "true"),
         ("fmax(s[HEX_STATE_MOST], anchors)", "anchors"),
     ],
-    "fours.cuh": [("127 + e", "126 + e")],
+    "fours.cuh": [
+        ("127 + e", "126 + e"),
+    ],
     "threshold.cu": [
         ("at & 1 ? 65536u : 1u", "1u"),
         ("all[k] = 0;", ""),
@@ -413,14 +424,12 @@ MUTANTS = {
     ],
     "weights.cu": [
         ("SIDE_BYTES / K_ROWS * K_ALL", "SIDE_BYTES"),
-        ("__syncthreads(); // all have read the columns' coefficients", ";"),
         ("scale[0] = unit[0], scale[8] = unit[1];", "scale[0] = scale[8] = unit[0];"),
         ("to += WEIGHT_QUADS(SPLIT), scale += 16;", "to += WEIGHT_QUADS(SPLIT);"),
         ("to[32 * (4 + k)]", "to[32 * k]"),
         # by marks
         ("marks.hard & bit", "false"),
-        ("marks.positive & bit", "false"),
-        ("marks.negative & bit", "true"),
+        ("(marks.positive | marks.negative) & bit", "true"),
         ("term(other, acc[n][q], bit, of_columns)", "0.f"),
         ("term(other, acc[n][q], bit, of_columns)", "term(other, acc[n][q], bit, of_rows)"),
         ("!guided && !r.groups", "true"),
@@ -458,14 +467,7 @@ MUTANTS = {
         ("along += __shfl_xor_sync(~0u, along, k);", ";"),
         ("!p.several && o < p.B + p.M", "o < p.B + p.M"),
     ],
-    "launch.cu": [
-        ("r.tickets += tickets;", ""),
-        ("r.partial = r.counts;", "r.partial = r.tickets;"),
-        (
-            "hex_project(*p, r, rest, band)",
-            "hex_project(*p, r, rest, {band.begin, band.end - 1})",
-        ),
-        ("n + p->B + p->M - views", "n"),
+    "parts.cuh": [
         ("add_part(parts, B + p.first, B + end1, col0, col1);", ";"),
         (
             "add_part(parts, B + p.first, B + end1, col0, col1);",
@@ -478,10 +480,19 @@ MUTANTS = {
         ("part.first_row = parts.rows;", "part.first_row = 0;"),
         ("(tile + tiles) * TILE", "part.col1"),
         ("part.col0 / TILE + first", "first"),
-        ("some.weights.more = true", "some.weights.more = false"),
-        ("has_sets(*p) || !hex_holds_tiles(r)", "!hex_holds_tiles(r)"),
         ("if (p.several)\n            add_views(p, parts, false, g.dz[1], 0, B);", ";"),
         ("add_part(parts, 0, B + p.M, col0, col1)", "add_part(parts, 0, 2 * B, col0, col1)"),
+    ],
+    "launch.cu": [
+        ("r.tickets += tickets;", ""),
+        ("r.partial = r.counts;", "r.partial = r.tickets;"),
+        (
+            "hex_project(*p, r, rest, band)",
+            "hex_project(*p, r, rest, {band.begin, band.end - 1})",
+        ),
+        ("n + p->B + p->M - views", "n"),
+        ("some.weights.more = true", "some.weights.more = false"),
+        ("has_sets(*p) || !hex_holds_tiles(r)", "!hex_holds_tiles(r)"),
         ("p.several && p.mode != HEX_LOGITS", "false"),
         ("p.several ? anchors : 0", "0"),
         ("narrow &= p.guide[0].dtype == HEX_F16 || p.guide[0].dtype == HEX_BF16;", ";"),
@@ -526,7 +537,7 @@ MUTANTS = {
 }
 # What is there on Hopper alone, by bulk copies and warpgroup products.
 HOPPER = {
-    "tile.cuh": [
+    "panels.cuh": [
         # products
         ("wgmma_f16<true>(acc, pa, pb);", "wgmma_f16<false>(acc, pa, pb);"),
         (
@@ -538,6 +549,9 @@ HOPPER = {
             "wgmma_f16_transposed(acc, a[k], pb + 128 * k);",
             "wgmma_f16_transposed(acc, a[k], pb + 2 * k);",
         ),
+    ],
+    "stream.cuh": [
+        # products
         (
             "multiply_panel<true>(acc, a_panel(0, now), b_panel(now));",
             "multiply_panel<false>(acc, a_panel(0, now), b_panel(now));",
@@ -582,12 +596,19 @@ HOPPER = {
         ("next_parity ^= next_slot == 0;", ";"),
         ("next_parity ^= next_slot == 0;", "next_parity ^= 1;"),
         ("ahead = 1;", ";"),
-        ("stream.stop();", ";"),
         ("done(now);", ";"),
+    ],
+    "tile.cuh": [
+        # bytes and barriers
+        ("stream.stop();", ";"),
         ("stream.done(slot);", ";"),
     ],
-    "backward.cu": [("stream.done(slot);", ";")],
-    "product.cu": [("stream.done(now);", ";")],
+    "backward.cu": [
+        ("stream.done(slot);", ";"),
+    ],
+    "product.cu": [
+        ("stream.done(now);", ";"),
+    ],
 }
 # What one battery alone goes through.
 OF_BRACKETS, OF_SETS = ("sample.cu", "bracket.cu"), ("marks.cuh", "sets.cuh", "logits.cu")

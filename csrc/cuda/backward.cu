@@ -19,9 +19,9 @@
 // rescaled. So the error is relative to the row, however small its gradient is beside the others'.
 //
 // Here the second product reads the panels of the first, and a tile is loaded once. A block has the
-// gradient of its rows in registers, which is room for 256 features, or for 128 where u is split. For
-// more the weights of a band of rows go to memory (weights.cu), and the second product is a kernel of
-// its own (product.cu).
+// gradient of its rows in registers, which is room for 256 features, or for 128 where u is split.
+// For more the weights of a band of rows go to memory (weights.cu), and the second product is a
+// kernel of its own (product.cu).
 #include "weights.cuh"
 
 template <int WARPS, bool SPLIT, int PANELS, bool KEEP>

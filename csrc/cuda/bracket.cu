@@ -278,7 +278,7 @@ hex_bracket hex_plan_bracket(const hex_problem_t &p, const hex_run &r, const hex
                                                             : p.mode == HEX_NTXENT ? 2
                                                                                    : 1;
     const int64_t above = columns + extras - 1 - choice.rank;
-    if (choice.rank < 0 || r.parts.rows * columns < least_cosines || columns > 250000 ||
+    if (choice.rank < 0 || hex_block_anchors(&p) * columns < least_cosines || columns > 250000 ||
         above * 20 > columns + 19 * extras)
         return plan;
     for (int warps = 8; warps >= 4; warps -= 4) {

@@ -79,9 +79,10 @@ struct hex_bracket {
     unsigned *tickets; // of the sample, of the tiles, two counts of each row where in slices
 };
 
-// Where the weights of a band are, if they go through memory (weights.cu): of 16 rows and a tile of
-// columns first what each of 32 lanes has as the left operand of a product, then what the next one,
-// four times 16 bytes; the same of the low parts, where u is split. And the 16 rows' scales.
+// The weights of a band, if they go through memory (weights.cu). Of 16 rows and a tile of columns
+// there are first 16 bytes of each of 32 lanes, as the left operand of a product has them, then
+// those of the next product, four times; the same of the low parts, where u is split. Scales: of 16
+// rows.
 struct hex_weights {
     uint4 *halves;
     float *scales;

@@ -180,6 +180,7 @@ template <int WARPS> struct marked_statistics {
         if (__any_sync(~0u, marks.positive != 0))
             add_positives(acc, marks.positive);
         const uint32_t unknown_bits = marks.unknown & ~bits_not_numbers(acc);
+#pragma unroll
         for (int h = 0; h < 2; h++) {
             negatives[h] += __popc(marks.negative & BITS_OF_ROW(h));
             unknown[h] += __popc(unknown_bits & BITS_OF_ROW(h));
@@ -203,6 +204,7 @@ template <int WARPS> struct marked_statistics {
         for_each_bit([&](uint32_t bit, int n, int q, int) {
             top[q >> 1] = bits & bit ? fmaxf(top[q >> 1], acc[n][q]) : top[q >> 1];
         });
+#pragma unroll
         for (int h = 0; h < 2; h++) {
             const float d = (pos_top[h] - top[h]) * of.scale, f = ex2(d);
             pos_te[h] = f * (pos_te[h] + d * pos_e[h]);
@@ -257,6 +259,7 @@ static __global__ void __launch_bounds__(32 * WARPS, (SETS ? 8 : 16) / WARPS)
     s.aside = (float *)(shared + fit.at.more) + threadIdx.x;
     const int lane = (int)threadIdx.x & 31;
     const int64_t mine = block.row0 + (threadIdx.x >> 5) * 16 + (lane >> 2);
+#pragma unroll
     for (int h = 0; h < 2; h++) {
         s.top[h] = s.shared_shift ? 1.f : HEX_LOWEST;
         const int64_t i = mine + 8 * h;
@@ -271,6 +274,7 @@ static __global__ void __launch_bounds__(32 * WARPS, (SETS ? 8 : 16) / WARPS)
 
     const int64_t anchors = r.parts.rows;
     float *partial = (float *)r.partial;
+#pragma unroll
     for (int h = 0; h < 2; h++) { // the four threads of a row
         hex_sums<float, SETS> row = fold.sums(h);
         for (int k = 1; k < 4; k <<= 1)

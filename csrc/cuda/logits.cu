@@ -160,7 +160,7 @@ static __global__ void __launch_bounds__(THREADS, 2)
     const int64_t i = p.first + place;
     const double go = read_vector(g.grad, i) / mean;
     auto stat = [&](int k, double by) { return (real)((double)stats[k * anchors + i] * by); };
-    hex_row_coefficients<real> k;
+    hex_row_coefficients<real> k = {};
     k.eps = stat(HEX_STAT_EPS, 1), k.shift = stat(HEX_STAT_SHIFT, 1);
     k.rest = stat(HEX_STAT_REST, go), k.hard_e = stat(HEX_STAT_HARD_E, go);
     k.hard = stat(HEX_STAT_HARD, go), k.positive = stat(HEX_STAT_POSITIVE, go);
@@ -172,7 +172,7 @@ static __global__ void __launch_bounds__(THREADS, 2)
         const real v = row.logit(j);
         const real entry = j == row.target ? k.positive
                            : row.is_negative(j, v)
-                               ? k.of_negative(v, v * row.tau > k.eps, scale, beta)
+                               ? k.entry(v, false, v * row.tau > k.eps, scale, beta)
                                : 0;
         write_number(g.dz[0], p.input[0].dtype, place * row.columns + j, (double)entry);
     }

@@ -68,6 +68,15 @@ struct hex_marker {
         }
     }
 
+    // Those of two columns, of which the first is even.
+    struct alignas(16) pair {
+        int64_t first, second;
+    };
+    static __device__ __forceinline__ pair pair_at(const int64_t *codes)
+    {
+        return *(const pair *)codes;
+    }
+
     // The marks of a tile but for `hard` where no groups say that. to: of the columns as anchors,
     // where it is not NULL.
     __device__ __forceinline__ hex_marks enter(int tile, int col0, int col1, hex_marks *to)
@@ -83,10 +92,11 @@ struct hex_marker {
         const int t = (int)threadIdx.x & 3, first = tile * BN + 2 * t;
         if (several)
 #pragma unroll
-            for (int n = 0; n < 8; n++)
+            for (int n = 0; n < 8; n++) {
+                const pair of = pair_at(ids + first + 8 * n);
 #pragma unroll
                 for (int q = 0; q < 2; q++) {
-                    const int64_t other = ids[first + 8 * n + q];
+                    const int64_t other = q ? of.second : of.first;
 #pragma unroll
                     for (int h = 0; h < 2; h++) {
                         const uint32_t bit = 1u << (4 * n + 2 * h + q);
@@ -99,16 +109,17 @@ struct hex_marker {
                             positive_to |= mask.data[other * mask.row + id[h] * mask.col] ? bit : 0;
                     }
                 }
+            }
         if (groups)
 #pragma unroll
-            for (int n = 0; n < 8; n++)
+            for (int n = 0; n < 8; n++) {
+                const pair of = pair_at(groups + first + 8 * n);
 #pragma unroll
-                for (int q = 0; q < 2; q++) {
-                    const int64_t other = groups[first + 8 * n + q];
-#pragma unroll
-                    for (int h = 0; h < 2; h++)
-                        hard |= other == group[h] ? 1u << (4 * n + 2 * h + q) : 0;
+                for (int h = 0; h < 2; h++) {
+                    hard |= of.first == group[h] ? 1u << (4 * n + 2 * h) : 0;
+                    hard |= of.second == group[h] ? 2u << (4 * n + 2 * h) : 0;
                 }
+            }
         if (!mask.data)
             positive_to = positive;
         if (to) {

@@ -42,7 +42,8 @@ template <class real> struct vectors {
     }
 };
 
-// The columns of row i, whatever the mode.
+// The columns of row i, whatever the mode. It points to the kernel's arguments, which are grid
+// constants: else each thread would have a copy of its own in memory.
 template <class real> struct columns {
     const hex_problem_t *p;
     const hex_run *r;
@@ -127,7 +128,8 @@ static const char *prepare(const hex_problem_t &p, const hex_run &r)
 
 template <class real>
 static __global__ void __launch_bounds__(THREADS, 1)
-    forward_rows(hex_problem_t p, hex_run r, double *rows, void *loss, real *stats)
+    forward_rows(const __grid_constant__ hex_problem_t p, const __grid_constant__ hex_run r,
+                 double *rows, void *loss, real *stats)
 {
     HEX_SHARED_MEMORY(shared);
     hex_sums<real, true> *parts = (hex_sums<real, true> *)shared, s;
@@ -173,7 +175,8 @@ static __global__ void __launch_bounds__(THREADS, 1)
 
 template <class real>
 static __global__ void __launch_bounds__(THREADS, 1)
-    choose_rows(hex_problem_t p, hex_run r, hex_row_choice choice)
+    choose_rows(const __grid_constant__ hex_problem_t p, const __grid_constant__ hex_run r,
+                hex_row_choice choice)
 {
     HEX_SHARED_MEMORY(shared);
     uint32_t *counts = (uint32_t *)shared;
@@ -221,15 +224,14 @@ template <class real>
 static __device__ real entry_of(const hex_row_coefficients<real> &of, hex_kind_t kind, real x,
                                 real score, real scale, real beta)
 {
-    return kind == LEFT_OUT   ? 0
-           : kind == POSITIVE ? of.of_positive(x, scale)
-                              : of.of_negative(x, score > of.eps, scale, beta);
+    return kind == LEFT_OUT ? 0 : of.entry(x, kind == POSITIVE, score > of.eps, scale, beta);
 }
 
 // du of unit row `o`, into partial: a stretch of THREADS columns at a time, first their weights,
 // then each thread its own features.
 template <class real>
-static __global__ void __launch_bounds__(THREADS, 1) gather_rows(hex_problem_t p, hex_run r)
+static __global__ void __launch_bounds__(THREADS, 1)
+    gather_rows(const __grid_constant__ hex_problem_t p, const __grid_constant__ hex_run r)
 {
     HEX_SHARED_MEMORY(shared);
     real *w = (real *)shared;
@@ -277,7 +279,8 @@ static __global__ void __launch_bounds__(THREADS, 1) gather_rows(hex_problem_t p
 // The gradient of the per-anchor negatives, a warp each: dn = g (u - c n) / |n|.
 template <class real>
 static __global__ void __launch_bounds__(THREADS, 1)
-    own_gradients(hex_problem_t p, hex_run r, void *dn)
+    own_gradients(const __grid_constant__ hex_problem_t p, const __grid_constant__ hex_run r,
+                  void *dn)
 {
     int64_t i, j, n;
     if (!own_place(p, &i, &j, &n))

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT
-// The gradient of many features, second kernel: the weights that are in memory (weights.cu) times the
-// unit rows of their columns. A block has 128 rows and a chunk of up to VALUES panels of
+// The gradient of many features, second kernel: the weights that are in memory (weights.cu) times
+// the unit rows of their columns. A block has 128 rows and a chunk of up to VALUES panels of
 // features, whose sums stay in registers over all of its columns; the chunks of a slice follow one
 // another by `blocks`.
 //
 // A warp has the weights of the next tile on their way from memory to registers while it multiplies
-// those of this one; the unit rows come through the stream of panels. A row's sums have one power of
-// two, as in backward.cu: it falls to that of a tile that has a lower one, and a tile that has a
+// those of this one; the unit rows come through the stream of panels. A row's sums have one power
+// of two, as in backward.cu: it falls to that of a tile that has a lower one, and a tile that has a
 // higher one is multiplied by the quotient, which rounds what is small beside the row's largest
 // weights so far, and no more than there.
 #include "weights.cuh"

@@ -50,6 +50,7 @@ template <class real, bool SETS = false> struct hex_sums {
     }
     __device__ __forceinline__ void clear(real lowest = HEX_LOWEST)
     {
+#pragma unroll
         for (int k = 0; k < (SETS ? SUMS_OF_SETS : SUMS); k++)
             v[k] = is_top(k) ? lowest : 0;
     }
@@ -137,6 +138,7 @@ template <class real, bool SETS = false> struct hex_sums {
             const real positive = larger(v[SUM_POS_TOP], o.v[SUM_POS_TOP]);
             raise_positives(positive, scale), o.raise_positives(positive, scale);
         }
+#pragma unroll
         for (int k = 0; k < (SETS ? SUMS_OF_SETS : SUMS); k++)
             if (!is_top(k))
                 v[k] += o.v[k];
@@ -156,6 +158,7 @@ template <class real, bool SETS>
 SHARED_DEVICE hex_sums<real, SETS> shuffled(const hex_sums<real, SETS> &s, int lanes)
 {
     hex_sums<real, SETS> other;
+#pragma unroll
     for (int k = 0; k < (SETS ? SUMS_OF_SETS : SUMS); k++)
         other.v[k] = __shfl_xor_sync(~0u, s.v[k], lanes);
     return other;
@@ -165,6 +168,7 @@ template <class real, bool SETS>
 SHARED_DEVICE hex_sums<double, SETS> in_double(const hex_sums<real, SETS> &s)
 {
     hex_sums<double, SETS> wide;
+#pragma unroll
     for (int k = 0; k < (SETS ? SUMS_OF_SETS : SUMS); k++)
         wide.v[k] = (double)s.v[k];
     return wide;
@@ -242,6 +246,7 @@ SHARED_DEVICE double row_loss(const hex_problem_t &p, const hex_row &row, double
     const bool lost = SETS && largest == -(double)INFINITY;
     pos_e = lost ? 0 : pos_e;
     const bool valid = tau > 0 && eps == eps && !(unknown > 0);
+#pragma unroll
     for (int k = 0; k < HEX_STATS_SEVERAL; k++)
         out[k] = valid ? 0 : (double)NAN;
     out[HEX_STAT_EPS] = eps;
@@ -254,6 +259,7 @@ SHARED_DEVICE double row_loss(const hex_problem_t &p, const hex_row &row, double
               : positives == 0 || (negatives == 0 ? released || inside || positives == 1
                                                   : released && all_hard)) {
         if (SETS && finite != 0) // with a gradient of NaN
+#pragma unroll
             for (int k = HEX_STAT_REST; k < HEX_STATS_SEVERAL; k++)
                 if (k != HEX_STAT_COUNT && k != HEX_STAT_SHARE)
                     out[k] = finite;
@@ -358,8 +364,10 @@ SHARED_DEVICE double finish_row(const hex_problem_t &p, int64_t at, const hex_ro
 {
     double out[HEX_STATS_SEVERAL];
     const double loss = row_loss<SETS>(p, row, (double)eps, s, scale, out);
-    for (int k = 0; k < (SETS && p.several ? HEX_STATS_SEVERAL : HEX_STATS); k++)
-        stats[k * rows + at] = (real)out[k];
+#pragma unroll
+    for (int k = 0; k < HEX_STATS_SEVERAL; k++)
+        if (k < HEX_STATS || (SETS && p.several))
+            stats[k * rows + at] = (real)out[k];
     return loss;
 }
 
@@ -386,16 +394,15 @@ template <class real> struct hex_row_coefficients {
         positive = k[K_POSITIVE * step], pos_shift = k[K_POS_SHIFT * step];
         pos_mean = k[K_POS_MEAN * step], pos_e = k[K_POS_E * step];
     }
-    __device__ __forceinline__ real of_positive(real c, real scale) const
+    // dL / dc of a positive, or of a negative that is of H or not.
+    __device__ __forceinline__ real entry(real c, bool is_positive, bool is_hard, real scale,
+                                          real beta) const
     {
-        const real x = (c - pos_shift) * scale, t = x > 0 ? 0 : x;
-        return pos_e * (pow2(t) - pos_mean) + positive;
-    }
-    // `hard_member`: whether it is of H.
-    __device__ __forceinline__ real of_negative(real c, bool hard_member, real scale,
-                                                real beta) const
-    {
-        const real x = (c - shift) * scale, t = x > 0 ? 0 : x, e = pow2(t);
-        return hard_member ? pow2(beta * t) * (hard_e * e - hard) : rest * e;
+        const real x = (c - (is_positive ? pos_shift : shift)) * scale;
+        const real t = x > 0 ? 0 : x, e = pow2(t); // a NaN stays
+        const real b = beta == 1 ? e : beta == 0 ? 1 : pow2(beta * t);
+        return is_positive ? pos_e * (e - pos_mean) + positive
+               : is_hard   ? b * (hard_e * e - hard)
+                           : rest * e;
     }
 };

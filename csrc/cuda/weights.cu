@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT
 // The gradient of many features, first kernel: the weights of a band of rows against some columns,
-// into memory, for the second kernel to multiply by the unit rows (product.cu). The formulas, and what
-// is many, are in backward.cu. Every cosine and every exponential is computed once, at any number of
-// features.
+// into memory, for the second kernel to multiply by the unit rows (product.cu). The formulas, and
+// what is many, are in backward.cu. Every cosine and every exponential is computed once, at any
+// number of features.
 //
 // A weight is fp16, or two where u is, times a power of two for its row and tile that takes the
 // largest of them to 2^9. So the error of each is relative to the row's largest in the tile. A warp
-// writes its 16 rows of a tile as the left operand of a product that a warp of the second kernel has
-// in its registers: no exchange there, and no shared memory.
+// writes its 16 rows of a tile as the left operand of a product that a warp of the second kernel
+// has in its registers: no exchange there, and no shared memory.
 //
 // The memory is for so many weights at a time, whatever the size of the batch. The host goes on with
 // the columns until the rows' sums are complete.
@@ -19,8 +19,8 @@
 #include "weights.cuh"
 
 #define WARPS (WEIGHT_ROWS / 16)
-// Of the weights in memory: 16 blocks of 128 x 64 for each processor of a Hopper, half as many where u
-// is split; and what the second level of its caches holds.
+// Of the weights in memory: 16 blocks of 128 x 64 for each processor of a Hopper, half as many
+// where u is split; and what the second level of its caches holds.
 static int64_t weight_bytes = 32 << 20;
 
 // Weights by marks, each row's term at its own scale.
@@ -34,6 +34,7 @@ struct marked_weights {
     {
         scale = (float)(HEX_LOG2E / read_vector(p.tau, 0)), beta = (float)p.beta;
         coefficients = (const float *)r.coefficients;
+#pragma unroll
         for (int h = 0; h < 2; h++) {
             row[h] = {INFINITY, 0, 0, 0, 0, 0, 0, 0, 0};
             if (block.has(rows[h]))
@@ -49,9 +50,9 @@ struct marked_weights {
     __device__ __forceinline__ float term(const hex_row_coefficients<float> &k, float c,
                                           uint32_t bit, const hex_marks &marks) const
     {
-        return marks.positive & bit   ? k.of_positive(c, scale)
-               : marks.negative & bit ? k.of_negative(c, marks.hard & bit, scale, beta)
-                                      : 0.f;
+        return (marks.positive | marks.negative) & bit
+                   ? k.entry(c, marks.positive & bit, marks.hard & bit, scale, beta)
+                   : 0.f;
     }
 
     // acc becomes the tile's weights; top the largest of each row's. The marks are of the rows as
@@ -142,9 +143,6 @@ static __global__ void __launch_bounds__(32 * WARPS, SETS ? 1 : 2)
             scale[0] = unit[0], scale[8] = unit[1];
         to += WEIGHT_QUADS(SPLIT), scale += 16;
     }
-#ifndef HEX_WGMMA
-    copy_wait(); // for the rows' panels, where there was no tile
-#endif
 }
 
 static hex_fit fit_of_weights(const hex_run &r)

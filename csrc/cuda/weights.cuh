@@ -209,10 +209,11 @@ DEVICE void add_to_memory(const hex_run &r, const hex_block &mine, const int (&r
             }
 }
 
-// Where in memory the weights of the warp's 16 rows and a block's first tile stand, in uint4: those
-// of the next tile are WEIGHT_QUADS further on. A lane has every 32nd of a tile's.
-#define WEIGHT_QUADS(split) (32 * ((split) ? 8 : 4))
-#define WEIGHT_ROWS 128 // of a block of either kernel
+#define WEIGHT_ROWS 128                              // of a block of weights.cu and product.cu
+#define WEIGHT_QUADS(split) (32 * ((split) ? 8 : 4)) // uint4 of 16 rows and a tile, 4 or 8 a lane
+
+// Which of those in memory is of the warp's 16 rows and the block's first tile. The next tile's
+// follows it.
 DEVICE int64_t place_of_weights(const hex_run &r, const hex_block &block)
 {
     const int64_t rows = block.ticket * (WEIGHT_ROWS / 16) + ((int)threadIdx.x >> 5);

@@ -35,6 +35,7 @@ extern "C" {
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define DEVICE static inline __attribute__((unused))
 #define HEX_SHARED_MEMORY(name) unsigned char *name = emu::S.shared
 #define HEX_LAUNCH(kernel, grid, block, shared, stream, ...)                                       \
@@ -144,6 +145,12 @@ struct State {
     int device = 0;       // the current one
     unsigned no_code = 0; // bit d: the library has no code for device d
     int processors = 3, shared_limit = 227 * 1024;
+#ifdef HEX_WGMMA
+    int major = 9; // of the compute capability
+#else
+    int major = 8;
+#endif
+    int least_allowed = 1 << 30; // shared memory of a kernel, since it was asked
     cudaError_t error = 0;
     int mutant = 0; // of tests/test_cuda_mutants.py, the error that is to be made
 };
@@ -355,6 +362,7 @@ static inline cudaError_t cudaMemsetAsync(void *p, int byte, size_t n, cudaStrea
 }
 template <class F> static inline cudaError_t cudaFuncSetAttribute(F, int, int bytes)
 {
+    emu::S.least_allowed = bytes < emu::S.least_allowed ? bytes : emu::S.least_allowed;
     return bytes <= emu::S.shared_limit ? cudaSuccess : emu::S.error = cudaErrorInvalidValue;
 }
 template <class F> static inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, F)
@@ -377,13 +385,8 @@ static inline cudaError_t cudaSetDevice(int d) { return emu::S.device = d, cudaS
 static inline cudaError_t cudaGetDeviceCount(int *n) { return *n = 2, cudaSuccess; }
 static inline cudaError_t cudaDeviceGetAttribute(int *v, int which, int)
 {
-#ifdef HEX_WGMMA
-    const int major = 9;
-#else
-    const int major = 8;
-#endif
     *v = which == cudaDevAttrMultiProcessorCount      ? emu::S.processors
-         : which == cudaDevAttrComputeCapabilityMajor ? major
+         : which == cudaDevAttrComputeCapabilityMajor ? emu::S.major
                                                       : emu::S.shared_limit;
     return cudaSuccess;
 }
@@ -591,6 +594,10 @@ inline __attribute__((used, visibility("default"))) void hex_emu_device(int proc
     emu::S.processors = processors;
     emu::S.shared_limit = shared;
 }
+inline __attribute__((used, visibility("default"))) void hex_emu_major(int major)
+{
+    emu::S.major = major;
+}
 inline __attribute__((used, visibility("default"))) void hex_emu_mutant(int mutant)
 {
     emu::S.mutant = mutant;
@@ -604,6 +611,11 @@ inline __attribute__((used, visibility("default"))) void hex_emu_truncate(int ex
 inline __attribute__((used, visibility("default"))) void hex_emu_no_code(unsigned devices)
 {
     emu::S.no_code = devices;
+}
+// The least shared memory that a kernel was allowed to have since this was called last.
+inline __attribute__((used, visibility("default"))) int hex_emu_least_allowed()
+{
+    return std::exchange(emu::S.least_allowed, 1 << 30);
 }
 inline __attribute__((used, visibility("default"))) uint64_t hex_emu_count(int which)
 {
