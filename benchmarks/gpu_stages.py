@@ -128,6 +128,7 @@ def battery() -> None:
 
     emulator.battery(DEVICE)
     emulator.battery_of_blocks(DEVICE)
+    emulator.battery_of_sets(DEVICE)
 
 
 # ---- times ---------------------------------------------------------------------------------------

@@ -373,7 +373,9 @@ static const char *backward(const hex_problem_t *p, const hex_device *d, const h
     auto band_from = [&](int64_t first) { // its parts become r.parts, its end is returned
         int64_t end = own;
         if (!plan.plain) {
-            const int64_t queue = p->mode == HEX_UNPAIRED && first < views ? views : end;
+            // Rows of z1 meet the anchors alone, and only where positives are several.
+            const int64_t anchors = p->several && first < p->count ? p->count : views;
+            const int64_t queue = p->mode == HEX_UNPAIRED && first < views ? anchors : end;
             end = queue < end ? queue : end;
             end = end - first > most ? first + most : end;
         }
