@@ -410,10 +410,11 @@ def work_of(p: Call):
 def test_the_launches_of_large_batches_fill_the_device(mma, N, M):
     processors = HOPPER[0]
     for call in work_of(of_zeros(N, M, BF16)):
-        for kernel, blocks in mma.launches_of(call):
-            assert blocks < 2**31
-            if kernel in ("forward", "threshold", "weights", "product"):  # rows of z1 meet few
-                assert blocks >= (0.45 if M else 0.9) * processors, (kernel, blocks)
+        launched = mma.launches_of(call)
+        assert all(blocks < 2**31 for _, blocks in launched)
+        tiles = [x for x in launched if x[0] in ("forward", "threshold", "weights", "product")]
+        few = [x for x in tiles if x[1] < 0.9 * processors]
+        assert len(few) <= (2 if M == 65536 and N == 256 else 0), few  # of z1, which meets few
 
 
 @pytest.mark.parametrize("dtype", (BF16, F32), ids=str)

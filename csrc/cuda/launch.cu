@@ -331,12 +331,14 @@ static const char *backward(const hex_problem_t *p, const hex_device *d, const h
     r.unit.split = !plan.plain && !allow_tf32(*p, *d);
     // Whether the weights go through memory.
     const bool weighed = !plan.plain && (has_sets(*p) || !hex_holds_tiles(r));
-    const bool wide = r.unit.width > 2 * TILE, narrow = !wide && !r.unit.split && !plan.plain;
-    r.block_rows = r.hopper && narrow && !weighed ? HOPPER_GATHER : 128;
+    const bool wide = weighed || r.unit.width > 2 * TILE;
+    const bool narrow = !wide && !r.unit.split && !plan.plain;
+    r.block_rows = r.hopper && narrow ? HOPPER_GATHER : 128;
     // Many rows go in bands that fill the device twice, so that the partial sums of one are all
     // that is in memory. A band of fewer rows goes in slices of columns; the anchors before a queue
     // are such a band by themselves, for each of theirs meets many more columns. Wide rows fill it
-    // once, for their sums take more memory.
+    // once, for their sums take more memory; so do those whose weights are in memory, of more
+    // columns at a time then.
     const int64_t chunks = weighed ? hex_product_chunks(r) : 1;
     const int64_t enough = 2 * r.processors > chunks ? 2 * r.processors / chunks : 1;
     const int64_t rounds = wide && enough > 1 ? enough / 2 : enough;
