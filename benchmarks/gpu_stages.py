@@ -89,9 +89,9 @@ def manifest() -> None:
 
 def conformance(build: str) -> None:
     if ON_A_GPU:
-        import emulator
+        import batteries
 
-        emulator.assert_conforms(FOLDER / f"conformance_{build}.so", DEVICE)
+        batteries.assert_conforms(FOLDER / f"conformance_{build}.so", DEVICE)
 
 
 def first_step() -> None:
@@ -124,11 +124,12 @@ def first_step() -> None:
 
 
 def battery() -> None:
-    import emulator
+    import batteries
+    import set_batteries
 
-    emulator.battery(DEVICE)
-    emulator.battery_of_blocks(DEVICE)
-    emulator.battery_of_sets(DEVICE)
+    batteries.battery(DEVICE)
+    batteries.battery_of_blocks(DEVICE)
+    set_batteries.battery_of_sets(DEVICE)
 
 
 # ---- times ---------------------------------------------------------------------------------------
@@ -287,7 +288,7 @@ def within(limit: float, command: Sequence[str], output: TextIO) -> str:
 def few() -> None:
     """Some problems of the battery, small enough for racecheck. They go through most kernels, not
     through those that large batches alone have."""
-    import emulator
+    import batteries
     import torch
     from conftest import check, problem
     from data import f64
@@ -299,15 +300,15 @@ def few() -> None:
         problem("cluster", 4, 37, "paired", K=150, dtype=single, device=DEVICE),
     ):
         check(p)
-        emulator.assert_threshold_is_right(p)
+        batteries.assert_threshold_is_right(p)
         print("right:", p, flush=True)
-    emulator.assert_one_call_is_two(problem("cluster", 70, 30, dtype=single, device=DEVICE))
+    batteries.assert_one_call_is_two(problem("cluster", 70, 30, dtype=single, device=DEVICE))
     none = f64(math.inf).to(DEVICE)  # in H, for so many cosines leave no gap for a threshold
     for p in (
         problem("cluster", 100, 100, "cross", dtype=half, device=DEVICE),
         problem("cluster", 100, 20, "unpaired", K=1400, dtype=half, eps=none, device=DEVICE),
     ):
-        emulator.assert_half_is_right(p)
+        batteries.assert_half_is_right(p)
         print("right:", p, flush=True)
 
 

@@ -5,13 +5,15 @@ against plain PyTorch and the CPU's core, whatever the cut, on a large and on a 
 
 import math
 
+import batteries
 import emulator
 import operators
 import pytest
 import torch
-from conftest import check, eps_of_each_row, problem
+from batteries import assert_blocks_are_right, in_blocks
+from conftest import Problem, check, eps_of_each_row, problem
 from data import f64
-from emulator import ALONE, HEX, HOPPER, SMALL, assert_blocks_are_right, in_blocks
+from emulator import ALONE, HEX, HOPPER, SMALL
 
 from hex import ThresholdTracker, ops
 
@@ -25,7 +27,7 @@ CUTS = {13: ((0, 13), (0, 1, 1, 7, 13)), 70: ((0, 70), (0, 5, 69, 70))}
 def test_a_battery_of_blocks_is_right_in_any_order_of_the_warps(kernels, seed, device):
     kernels.seed(seed)
     kernels.device(*device)
-    emulator.battery_of_blocks()
+    batteries.battery_of_blocks()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -94,7 +96,7 @@ def test_the_numbers_of_the_cpus_core_are_the_same(libraries, mode):
             for want, (q, over) in zip(
                 rows, [(q, o) for q in (0.0, 0.9) for o in ("all", "negatives")], strict=True
             ):
-                assert (b.quantiles(q, over) - want).abs().max() <= emulator.BIN
+                assert (b.quantiles(q, over) - want).abs().max() <= batteries.BIN
 
 
 def test_the_gradient_goes_in_bands_where_a_block_has_many_rows(kernels):
@@ -103,10 +105,10 @@ def test_the_gradient_goes_in_bands_where_a_block_has_many_rows(kernels):
     b = in_blocks(p, 0, 250, 260)
     launched = kernels.launches_of(lambda: b.backward(torch.zeros(9, 520)))
     assert sum(kernel == "backward" for kernel, _ in launched) > 2
-    emulator.assert_half_is_right(b)
+    batteries.assert_half_is_right(b)
     for D in (20, 260):
         many = problem("cluster", 5, D, "unpaired", K=700, dtype=BF16)  # and their own gradient
-        emulator.assert_half_is_right(in_blocks(many, 0, 2, 5))
+        batteries.assert_half_is_right(in_blocks(many, 0, 2, 5))
 
 
 def test_what_goes_beside_the_inputs_may_be_of_any_kind(mma):
@@ -136,7 +138,7 @@ def test_a_row_that_is_not_finite_reaches_exactly_the_rows_that_see_it(mma, mode
         for brackets in (False, True):
             with mma.brackets(0 if brackets else 10**9):
                 for over in ("all", "negatives"):
-                    want = emulator.row_quantiles(p, 0.98, over)
+                    want = batteries.row_quantiles(p, 0.98, over)
                     assert torch.equal(b.quantiles(0.98, over).isnan(), want.isnan())
         ours = b.ours()
         assert torch.equal(ours.loss.isnan(), truth.loss.isnan())
@@ -267,7 +269,7 @@ def test_the_work_is_that_of_the_block(mma, dtype, first, count):
     """A sixteenth of the rows takes a sixteenth of the blocks, or some more where they begin
     anywhere."""
     z = torch.zeros(8192, 8, dtype=dtype)
-    b = in_blocks(emulator.Problem((z, z)), first, first + count)
+    b = in_blocks(Problem((z, z)), first, first + count)
     stats, rows = torch.zeros(9, 2 * 8192, dtype=b.dtype), 2 * count
     grid = {}
     for call in (lambda: b.quantiles(0.5, "all"), b.statistics, lambda: b.backward(stats)):

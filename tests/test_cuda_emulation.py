@@ -7,22 +7,15 @@ float32 and float64 meet the tolerances of the CPU's kernels; 16-bit inputs thos
 
 import math
 
+import batteries
 import emulator
 import operators
 import pytest
 import torch
-from conftest import EMULATED, NAMES, check, cuda_tensor, eps_of_each_row, problem
+from batteries import assert_half_is_right, assert_one_pass_is_two, assert_threshold_is_right
+from conftest import EMULATED, NAMES, Problem, check, cuda_tensor, eps_of_each_row, problem
 from data import KINDS, f64, nans
-from emulator import (
-    ALONE,
-    HOPPER,
-    ROUNDED,
-    SMALL,
-    TRUNCATED,
-    assert_half_is_right,
-    assert_one_pass_is_two,
-    assert_threshold_is_right,
-)
+from emulator import ALONE, HOPPER, ROUNDED, SMALL, TRUNCATED
 
 from hex import HEXLoss, ThresholdTracker, _load, ops, reference
 
@@ -32,7 +25,7 @@ MODES = ("ntxent", "query", "cross", "unpaired", "paired")
 @pytest.mark.parametrize("flags", EMULATED.values(), ids=EMULATED)
 def test_the_primitives_do_what_plain_arithmetic_does(flags, tmp_path):
     source = emulator.ROOT / "tests/emulation/conformance.cu"
-    emulator.assert_conforms(emulator.compile(tmp_path / "conform.so", *flags, sources=[source]))
+    batteries.assert_conforms(emulator.compile(tmp_path / "conform.so", *flags, sources=[source]))
 
 
 def test_primitives_that_were_built_elsewhere_need_no_compiler(monkeypatch, tmp_path):
@@ -52,7 +45,7 @@ def test_a_battery_of_problems_is_right_in_any_order_of_the_warps(
     kernels.device(*device)
     kernels.truncate(extra_bits)
     before = kernels.conflicts
-    emulator.battery()
+    batteries.battery()
     assert kernels.conflicts == before
 
 
@@ -61,10 +54,10 @@ def test_a_hopper_with_the_code_of_other_gpus_is_right(mma, device):
     """Of a library without sm_90a: built for 90, or from PTX."""
     mma.major(9)
     try:
-        for battery in (emulator.battery, emulator.battery_of_blocks):
+        for battery in (batteries.battery, batteries.battery_of_blocks):
             mma.device(*device)
             battery()
-        emulator.battery_of_brackets(mma)
+        batteries.battery_of_brackets(mma)
     finally:
         mma.major(8)
 
@@ -80,7 +73,7 @@ def test_a_battery_of_weights_is_right_in_any_order_of_the_warps(kernels, seed, 
     kernels.seed(seed)
     kernels.device(*device)
     before = kernels.conflicts
-    emulator.battery_of_weights(kernels)
+    batteries.battery_of_weights(kernels)
     assert kernels.conflicts == before
 
 
@@ -116,7 +109,7 @@ def test_a_tile_of_much_smaller_weights_takes_nothing_from_the_row(kernels):
     )
     near = torch.arange(400).sub(200).abs().div(-40).exp()[:, None]
     z = (*(direction + 0.1 * x for x in noise), 3 * near * direction + queue)
-    p = emulator.Problem(tuple(x.float() for x in z), "unpaired", "a wave", tau=0.02)
+    p = Problem(tuple(x.float() for x in z), "unpaired", "a wave", tau=0.02)
     for tiles in (1, 2048):
         with kernels.weights(tiles):
             check(p)
@@ -191,7 +184,7 @@ def test_a_row_of_more_negatives_than_16_bits_count_has_its_threshold(mma):
     got = operators.threshold(z0, z1, queue, ops.MODES["unpaired"], 0.9992, "negatives")
     wide = (z.double() for z in (z0, z1, queue))
     want = reference.threshold(*wide, "unpaired", 0.9992, "negatives")
-    assert abs(got - want) <= emulator.BIN + 2 * 2**-11
+    assert abs(got - want) <= batteries.BIN + 2 * 2**-11
 
 
 # ---- the threshold in one pass ----
@@ -201,7 +194,7 @@ def test_a_row_of_more_negatives_than_16_bits_count_has_its_threshold(mma):
 def test_a_battery_of_brackets_is_right_in_any_order_of_the_warps(kernels, seed, device):
     kernels.seed(seed)
     kernels.device(*device)
-    emulator.battery_of_brackets(kernels)
+    batteries.battery_of_brackets(kernels)
 
 
 ONE_PASS = ("ntxent", "query", "cross", "unpaired")
@@ -220,22 +213,22 @@ def test_a_threshold_in_one_pass_is_that_of_two_to_the_bit(mma, kind, mode):
 
 @pytest.mark.parametrize("mode", ("ntxent", "query", "cross"))
 def test_one_pass_is_enough_where_the_classes_are_in_order(mma, mode):
-    p = emulator.sorted_classes(400, 30, 3, mode)
+    p = batteries.sorted_classes(400, 30, 3, mode)
     assert assert_one_pass_is_two(mma, p, None, 0.98, "negatives") <= p.rows / 50
-    p = emulator.sorted_classes(400, 30, 30, mode)  # of less than a tile: then it is not
+    p = batteries.sorted_classes(400, 30, 30, mode)  # of less than a tile: then it is not
     assert_one_pass_is_two(mma, p, None, 0.98, "negatives")
 
 
 @pytest.mark.parametrize("width", (0.1, 0.3, 1.0))
 def test_one_pass_is_enough_for_cosines_that_lie_close_together(mma, width):
-    p = emulator.cone(300, 20, width, "ntxent")
+    p = batteries.cone(300, 20, width, "ntxent")
     assert_one_pass_is_two(mma, p, False)
 
 
 @pytest.mark.parametrize("processors", (1, 132))
 def test_rows_that_the_sample_deceives_are_counted_in_two_passes(mma, processors):
     mma.device(processors, HOPPER[1])
-    assert_one_pass_is_two(mma, emulator.periodic(150, 3300, 16), True, 0.951, "negatives")
+    assert_one_pass_is_two(mma, batteries.periodic(150, 3300, 16), True, 0.951, "negatives")
 
 
 def test_lists_that_are_too_short_are_noticed(mma):

@@ -13,8 +13,10 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import batteries
 import emulator
 import pytest
+import set_batteries
 
 # file: (what stands there once, what stands there instead): statements, which end in ";", or an
 # expression.
@@ -663,14 +665,14 @@ def finds_nothing(mutants, devices, file=""):
         before = mutants.conflicts
         try:
             if file not in OF_SETS + OF_BRACKETS:
-                emulator.battery()
-                emulator.battery_of_blocks()
-                emulator.battery_of_weights(mutants)
+                batteries.battery()
+                batteries.battery_of_blocks()
+                batteries.battery_of_weights(mutants)
                 mutants.device(*device)
             if file not in OF_BRACKETS:
-                emulator.battery_of_sets()
+                set_batteries.battery_of_sets()
             if file not in OF_SETS:
-                emulator.battery_of_brackets(mutants)
+                batteries.battery_of_brackets(mutants)
         except (AssertionError, RuntimeError):
             return False
         if mutants.conflicts > before:

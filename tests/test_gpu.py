@@ -5,12 +5,15 @@ What only a device can show, and the battery that the emulation has passed. Wher
 every test here is skipped, with that as its reason.
 """
 
+import batteries
 import emulator
 import operators
 import pytest
+import set_batteries
 import torch
+from batteries import assert_half_is_right, assert_threshold_is_right
 from conftest import check, problem
-from emulator import HEX, assert_half_is_right, assert_threshold_is_right
+from emulator import HEX
 from labelled_problems import labelled, logits
 from test_ops import OPS
 
@@ -40,19 +43,19 @@ def kernels():
 
 
 def test_the_primitives_do_what_plain_arithmetic_does(tmp_path):
-    emulator.assert_conforms(emulator.conformance_on_a_gpu(tmp_path), "cuda")
+    batteries.assert_conforms(emulator.conformance_on_a_gpu(tmp_path), "cuda")
 
 
 def test_the_battery_is_right():
-    emulator.battery("cuda")
+    batteries.battery("cuda")
 
 
 def test_the_battery_of_blocks_is_right():
-    emulator.battery_of_blocks("cuda")
+    batteries.battery_of_blocks("cuda")
 
 
 def test_the_battery_of_sets_is_right():
-    emulator.battery_of_sets("cuda")
+    set_batteries.battery_of_sets("cuda")
 
 
 @pytest.mark.parametrize("mode", MODES)
