@@ -78,6 +78,7 @@ def stages(device: str, builds: Sequence[str], record: Path, seconds: float) -> 
         ),
         Stage("first step", 40, python("gpu_stages.py", "first_step"), gate=True),
         Stage("battery", 40, python("gpu_stages.py", "battery"), gate=True),
+        Stage("battery of sets", 60, python("gpu_stages.py", "battery_of_sets")),
         Stage("goals", 65, bench("queue", "sizes", "--only", goals)),
         Stage("kernels", 25, python("gpu_stages.py", "kernels")),
         Stage("tests", 110, python("gpu_stages.py", "tests")),

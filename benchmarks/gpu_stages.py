@@ -2,7 +2,7 @@
 """What the stages of gpu.py do, each in a process of its own: python gpu_stages.py STAGE.
 
 gpu.py gives the device, the record and the rest in the environment, and has tests/ on Python's path
-for emulator.py and what that imports. On a CPU, in a rehearsal, what needs a GPU or its tools is
+for batteries.py and what that imports. On a CPU, in a rehearsal, what needs a GPU or its tools is
 left out or made small. torch takes seconds to import: it is by those that use it.
 """
 
@@ -125,10 +125,14 @@ def first_step() -> None:
 
 def battery() -> None:
     import batteries
-    import set_batteries
 
     batteries.battery(DEVICE)
     batteries.battery_of_blocks(DEVICE)
+
+
+def battery_of_sets() -> None:
+    import set_batteries
+
     set_batteries.battery_of_sets(DEVICE)
 
 
@@ -289,9 +293,11 @@ def few() -> None:
     """Some problems of the battery, small enough for racecheck. They go through most kernels, not
     through those that large batches alone have."""
     import batteries
+    import set_batteries
     import torch
     from conftest import check, problem
     from data import f64
+    from labelled_problems import labelled, logits, viewed
 
     half, single = torch.bfloat16, torch.float32
     for p in (
@@ -310,6 +316,17 @@ def few() -> None:
     ):
         batteries.assert_half_is_right(p)
         print("right:", p, flush=True)
+    for call in (
+        labelled(70, 66, dtype=single),
+        labelled(24, 9, masked=True, dtype=single),
+        labelled(33, 9, "pair", "guide", M=90, dtype=single),
+        viewed(9, 20, "paired", "groups", K=9, dtype=single),
+        logits(5, 300, dtype=single),
+    ):
+        set_batteries.check_call(call.to(DEVICE))
+        if call.pairing != "paired":
+            set_batteries.assert_measures_are_right(call.to(DEVICE))
+        print("right:", call, flush=True)
 
 
 def ncu() -> None:

@@ -359,7 +359,7 @@ class HEXCrossEntropyLoss(ContrastiveLoss):
     Raises:
         TypeError, ValueError: an argument of the wrong type or value. The text names it.
         RuntimeError: a target outside [0, C), on the CPU. On a GPU, for which nobody waits, the
-            loss and the gradient of its row are NaN.
+            loss and the gradient of its row are NaN. There is no `ignore_index`.
 
     Example:
         >>> import torch

@@ -321,6 +321,30 @@ def test_logits_that_a_finite_number_leaves_out_have_a_threshold(mma):
     assert_measures_are_right(p)
 
 
+@pytest.mark.parametrize("variant", ("paper", "released"))
+@pytest.mark.parametrize("dtype", (F64, F32, BF16), ids=str)
+def test_a_row_of_the_lowest_numbers_has_a_loss_and_a_gradient(mma, dtype, variant):
+    """As of padding, which some mask with them whole."""
+    lowest = torch.finfo(dtype).min
+    for row in ([lowest] * 4, [2.0, *[lowest] * 3], [2.0, lowest / 2, lowest / 2]):
+        p = logits(1, len(row), variant=variant)
+        p = dataclasses.replace(p, tensors=(torch.tensor([row], dtype=dtype), p.tensors[1] * 0,
+                                            f64(0.5), f64(1.0)))  # fmt: skip
+        (loss, (ours, _)), (truth, (want, _)) = p.values(p.rows, dtype), p.values(p.plain, F64)
+        torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(ours.double(), want, rtol=4e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ("paper", "released"))
+@pytest.mark.parametrize("value", (math.nan, math.inf))
+def test_a_target_that_is_not_finite_has_no_finite_gradient(mma, value, variant):
+    p = logits(5, 9, dtype=F32, variant=variant)
+    p = changed(p, 0, 3, p.tensors[1][3], value)
+    loss, (grad, _) = p.values(p.rows, F32)
+    assert not loss[3].isfinite() and grad[3].isnan().any()
+    assert grad[[0, 1, 2, 4]].isfinite().all()
+
+
 # ---- work ---------------------------------------------------------------------------------------
 
 

@@ -138,7 +138,8 @@ bool hex_holds_tiles(const hex_run &r); // and so gathers, else weighs and multi
 const char *hex_tile_gather(const hex_problem_t &p, const hex_run &r);
 int64_t hex_bytes_of_weights(const hex_run &r); // 128 rows of a tile of columns
 int64_t hex_most_weights(const hex_run &r);     // so many of these are in memory at a time
-int hex_weights_at_a_time(const hex_run &r);    // so many CUDA blocks run at a time
+int hex_weights_at_a_time(const hex_problem_t &p,
+                          const hex_run &r); // so many CUDA blocks run at a time
 const char *hex_weigh_tiles(const hex_problem_t &p, const hex_run &r);
 int64_t hex_product_chunks(const hex_run &r); // CUDA blocks for each block of rows
 const char *hex_multiply_tiles(const hex_run &r);

@@ -84,7 +84,8 @@ static void lay_out(const hex_problem_t &p, plan &plan, const wants &w, bool spl
     const bool guided = r.guide.width > 0;
     u.inverse = space.take<double>(u.count);
     u.own = space.take<double>(own);
-    u.positive = space.take<double>(p.B);
+    const int64_t parts = cut(p.B + p.M, HEX_SUMMED); // of dL/dtau, where z1 may be the larger
+    u.positive = space.take<double>(p.B > parts ? p.B : parts);
     plan.rows = space.take<double>(hex_block_anchors(&p));
     if (guided) {
         r.guide.inverse = space.take<double>(u.count);
@@ -211,13 +212,15 @@ static const char *of_anchors(hex_problem_t p, const hex_device &d, const hex_ch
     const int64_t tickets = w.tickets;
     if (loss) {
         // A block with more warps reads the columns less often; four warps give a small batch more
-        // blocks, and need less shared memory. 512 threads a processor in any case.
+        // blocks, and need less shared memory. 512 threads a processor in any case; half as many
+        // where they have more registers.
+        const int64_t threads = has_sets(p) ? 256 : 512;
         const bool many = anchors >= 128 * (int64_t)r.processors && r.shared_limit >= 120 * 1024;
         const bool one = r.unit.width <= 2 * TILE && allow_tf32(p, d) && !has_sets(p);
         r.block_rows = r.hopper && one && anchors >= 16 * r.processors ? 256 : many ? 128 : 64;
         const int64_t most = p.block || r.block_rows < 128 ? 64 : r.block_rows / 2;
         slice_parts(r.parts, r.block_rows, most,
-                    p.block ? ANY_ROWS : 512 / (2 * r.block_rows) * r.processors);
+                    p.block ? ANY_ROWS : threads / (2 * r.block_rows) * r.processors);
         const int64_t kinds = has_sets(p) ? SUMS_OF_SETS : SUMS;
         const int64_t sums = most_slices(r.parts) * kinds * anchors * (int64_t)sizeof(float);
         w.tickets += r.parts.row_blocks + 1;
@@ -297,7 +300,7 @@ static int64_t weights_at_a_time(const hex_run &r, const hex_parts &band, bool a
 static const char *weigh_and_multiply(const hex_problem_t &p, const hex_run &r,
                                       const hex_parts &band, int64_t places)
 {
-    const int64_t tiles = most_tiles(band), at_a_time = hex_weights_at_a_time(r);
+    const int64_t tiles = most_tiles(band), at_a_time = hex_weights_at_a_time(p, r);
     const char *error = NULL;
     hex_run some = r;
     for (int64_t first = 0; !error; some.weights.more = true) {

@@ -55,7 +55,7 @@ static __global__ void __launch_bounds__(THREADS, 2)
     logits_row<real> row;
     row.start(p, p.first + at);
     hex_sums<real, true> s;
-    s.clear((real)HEX_LOWEST_LOGIT);
+    s.clear(sizeof(real) == 8 ? (real)-DBL_MAX : (real)-FLT_MAX); // some mask with just that
 #pragma unroll 1
     for (int64_t j = threadIdx.x; j < row.columns; j += THREADS) {
         const real v = row.logit(j);
@@ -170,7 +170,8 @@ static __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll 4
     for (int64_t j = threadIdx.x; j < row.columns; j += THREADS) {
         const real v = row.logit(j);
-        const real entry = j == row.target ? k.positive
+        const bool known = v - v == 0 || v == (real)-INFINITY; // a NaN of the loss is one here
+        const real entry = j == row.target ? (known ? k.positive : (real)NAN)
                            : row.is_negative(j, v)
                                ? k.entry(v, false, v * row.tau > k.eps, scale, beta)
                                : 0;

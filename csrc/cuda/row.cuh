@@ -39,8 +39,6 @@ enum {
     SUMS_OF_SETS
 };
 
-#define HEX_LOWEST_LOGIT (-1e38f) // below every logit that has a part in a sum
-
 template <class real, bool SETS = false> struct hex_sums {
     real v[SETS ? SUMS_OF_SETS : SUMS];
 
@@ -48,6 +46,7 @@ template <class real, bool SETS = false> struct hex_sums {
     {
         return k == SUM_TOP || k == SUM_HARD_TOP || (SETS && k == SUM_POS_TOP);
     }
+    // lowest: that of all values, of cosines by default.
     __device__ __forceinline__ void clear(real lowest = HEX_LOWEST)
     {
 #pragma unroll

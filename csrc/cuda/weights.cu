@@ -154,9 +154,10 @@ int64_t hex_bytes_of_weights(const hex_run &r) { return WEIGHT_ROWS * BN * (r.un
 
 int64_t hex_most_weights(const hex_run &r) { return weight_bytes / hex_bytes_of_weights(r); }
 
-int hex_weights_at_a_time(const hex_run &r)
+int hex_weights_at_a_time(const hex_problem_t &p, const hex_run &r)
 {
-    return (2 * fit_of_weights(r).at.bytes <= r.shared_limit ? 2 : 1) * r.processors;
+    const bool fit = 2 * fit_of_weights(r).at.bytes <= r.shared_limit;
+    return (fit && !(has_sets(p) && r.unit.split) ? 2 : 1) * r.processors; // registers for more
 }
 
 const char *hex_weigh_tiles(const hex_problem_t &p, const hex_run &r)
