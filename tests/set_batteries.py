@@ -217,6 +217,7 @@ def battery_of_sets(device: str = "cpu") -> None:
         ("unpaired", "guide", single, 90),
         ("paired", "groups", single, 9),
         ("paired", "guide", double, 9),
+        ("ntxent", "groups", double, 9),
     ):
         check_call(viewed(40 if K != 9 else 9, 20, mode, source, K=K, dtype=dtype).to(device))
     for dtype, variant in ((single, "paper"), (half, "released"), (double, "paper")):
