@@ -33,6 +33,12 @@ SIZES = ((3, 7), (20, 64), (70, 130), (136, 9), (200, 300))
 FEW = ((3, 7), (13, 70), (37, 5))  # for float64
 
 
+@pytest.fixture(autouse=True)
+def the_battery_alone_under_sanitizers(request):
+    if emulator.SANITIZED and "battery" not in request.node.name:
+        pytest.skip("AddressSanitizer has seen the battery, which goes through every line")
+
+
 @pytest.mark.parametrize(
     "seed, device, extra_bits",
     tuple(zip(emulator.SEEDS, emulator.DEVICES, (ROUNDED, TRUNCATED, TRUNCATED), strict=True)),
