@@ -109,9 +109,12 @@ struct hex_row_bins {
                : in >> 8 == coarse    ? in & 255
                                       : -1;
     }
-    // By each warp, whose lane has the counts of bins 8 lane to 8 lane + 7.
-    __device__ __forceinline__ void pick(uint32_t (&count)[8], int pass, double quantile)
+    // By each warp, from the counts of all bins.
+    __device__ __forceinline__ void pick(const uint32_t *counts, int pass, double quantile)
     {
+        uint32_t count[8]; // of the lane's bins
+        for (int k = 0; k < 8; k++)
+            count[k] = counts[8 * (threadIdx.x & 31) + k];
         if (pass == 0) {
             uint32_t all = 0;
             for (int k = 0; k < 8; k++)

@@ -78,14 +78,8 @@ static __global__ void __launch_bounds__(THREADS, 2)
             for (int k = 0; k < HEX_STATS_SEVERAL; k++)
                 stats[k * anchors + at] = (real)NAN;
         }
-        if (p.reduction == HEX_NONE)
-            ((real *)loss)[at] = (real)rows[at];
     }
-    if (p.reduction == HEX_NONE || !last_to_arrive(r.tickets, anchors, (unsigned *)(parts + WARPS)))
-        return;
-    const double sum = block_sum_of(rows, anchors, (double *)shared);
-    if (threadIdx.x == 0)
-        *(real *)loss = (real)(p.reduction == HEX_MEAN ? sum / (double)anchors : sum);
+    add_up_rows<real>(p, r, rows, loss, (double *)shared, (unsigned *)(parts + WARPS));
 }
 
 // ---- threshold and bounds ----
@@ -97,7 +91,6 @@ static __global__ void __launch_bounds__(THREADS, 2)
     HEX_SHARED_MEMORY(shared);
     uint32_t *counts = (uint32_t *)shared;
     double *scratch = (double *)(counts + HEX_BINS);
-    const int lane = (int)threadIdx.x & 31;
     logits_row<real> row;
     row.start(p, p.first + blockIdx.x);
     hex_row_bins bins;
@@ -127,10 +120,7 @@ static __global__ void __launch_bounds__(THREADS, 2)
                 atomicAdd(counts + at, 1u);
         }
         __syncthreads();
-        uint32_t mine[8];
-        for (int k = 0; k < 8; k++)
-            mine[k] = counts[8 * lane + k];
-        bins.pick(mine, pass, choice.of.quantile); // each warp the same
+        bins.pick(counts, pass, choice.of.quantile); // each warp the same
         __syncthreads();
     }
     static_assert(THREADS == HEX_BINS, "a thread for each bin");

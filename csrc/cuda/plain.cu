@@ -161,14 +161,8 @@ static __global__ void __launch_bounds__(THREADS, 1)
         const hex_row row = {all.v[SUM_NEGATIVES],
                              p.several ? 0 : r.unit.positive[image_of(i, p.B)]};
         rows[at] = finish_row(p, at, row, eps, all, (double)scale, stats, anchors);
-        if (p.reduction == HEX_NONE)
-            ((real *)loss)[at] = (real)rows[at];
     }
-    if (p.reduction == HEX_NONE || !last_to_arrive(r.tickets, anchors, (unsigned *)(parts + WARPS)))
-        return;
-    const double sum = block_sum_of(rows, anchors, (double *)shared);
-    if (threadIdx.x == 0)
-        *(real *)loss = (real)(p.reduction == HEX_MEAN ? sum / (double)anchors : sum);
+    add_up_rows<real>(p, r, rows, loss, (double *)shared, (unsigned *)(parts + WARPS));
 }
 
 // ---- threshold and bounds ----
@@ -208,10 +202,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
                 atomicAdd(counts + at, 1u);
         }
         __syncthreads();
-        uint32_t mine[8];
-        for (int k = 0; k < 8; k++)
-            mine[k] = counts[8 * lane + k];
-        row.pick(mine, pass, choice.of.quantile); // each warp the same
+        row.pick(counts, pass, choice.of.quantile); // each warp the same
         __syncthreads();
     }
     row.finish<real>(r, choice, scratch, flag);

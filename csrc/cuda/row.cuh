@@ -370,6 +370,22 @@ SHARED_DEVICE double finish_row(const hex_problem_t &p, int64_t at, const hex_ro
     return loss;
 }
 
+// The end of a kernel with a block for each row, whose loss its first thread has put into `rows`: to
+// `loss` as it is, or by the last block to arrive the sum or the mean of all.
+template <class real>
+SHARED_DEVICE void add_up_rows(const hex_problem_t &p, const hex_run &r, const double *rows,
+                               void *loss, double *scratch, unsigned *flag)
+{
+    const int64_t at = blockIdx.x, anchors = r.parts.rows;
+    if (p.reduction == HEX_NONE && threadIdx.x == 0)
+        ((real *)loss)[at] = (real)rows[at];
+    if (p.reduction == HEX_NONE || !last_to_arrive(r.tickets, anchors, flag))
+        return;
+    const double sum = block_sum_of(rows, anchors, scratch);
+    if (threadIdx.x == 0)
+        *(real *)loss = (real)(p.reduction == HEX_MEAN ? sum / (double)anchors : sum);
+}
+
 // ---- the gradient ----
 
 // One row's part of a gradient entry, dL_i / dc_ij: see HEX_STAT_*.
