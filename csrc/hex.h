@@ -229,7 +229,8 @@ const char *hex_cpu_row_range(const hex_problem_t *p, void *low, void *high);
 /* The quantile of each anchor of the block; +Inf of one that has no element. */
 const char *hex_cpu_row_quantiles(const hex_problem_t *p, double quantile, bool over_negatives,
                                   void *rows);
-/* Room, in numbers, for the cosines that are kept of such shapes; *used: whether any are. */
+/* Room, in numbers, for the cosines that are kept of such shapes; *used: whether the core has a use
+ * for it. */
 int64_t hex_cpu_kept(const hex_problem_t *p, bool *used);
 
 /* Sums of all ranks' rows, in their order and without an instruction set, so that every rank has the

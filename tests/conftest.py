@@ -220,7 +220,7 @@ class Problem:
             ops.VARIANTS[self.variant],
             self.beta,
             self.tau_plus,
-            False,
+            0,
         )
 
     def with_(self, **changes: Any) -> Problem:

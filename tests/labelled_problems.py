@@ -95,7 +95,7 @@ class Call:
     def forward(self, reduction: int = 0, *differentiable: Tensor):
         """The operator and its arguments."""
         tensors = self.changed(*differentiable)
-        arguments = (*self.inputs(tensors), *tensors[-2:], *self.options(reduction), False, False)
+        arguments = (*self.inputs(tensors), *tensors[-2:], *self.options(reduction), 0, False)
         return HEX.forward.default, arguments
 
     def backward(self, reduction: int = 0, needs: int = 15):
@@ -158,12 +158,12 @@ class Call:
 
         *inputs, eps, tau = self.forward()[1][:9]
         none, rule = eps.new_empty(0, dtype=self.dtype), self.options(0)
-        loss, stats = rows(HEX.block_forward, (*inputs, eps, tau, none, *rule, False, False))
+        loss, stats = rows(HEX.block_forward, (*inputs, eps, tau, none, *rule, 0, False))
         of_all, of_negatives = (
-            rows(HEX.block_quantiles, (*self.quantile(quantile, over)[1], False))[0]
+            rows(HEX.block_quantiles, (*self.quantile(quantile, over)[1], 0))[0]
             for over in (False, True)
         )
-        low, high = rows(HEX.block_quantiles, (*self.quantile(bounds=True)[1], False))
+        low, high = rows(HEX.block_quantiles, (*self.quantile(bounds=True)[1], 0))
         found = {"loss": loss, "stats": stats, "all": of_all, "negatives": of_negatives,
                  "low": low, "high": high}  # fmt: skip
         arguments = (self.grad_output(), *inputs, tau, stats, none, *rule[:4], False, 15)

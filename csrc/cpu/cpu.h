@@ -88,12 +88,6 @@ static inline hex_power_t power_of(double beta)
 
 /* ---- fixed shift: tiles.h ---- */
 
-/* Cosines of the forward that take no more are kept for the backward: at 2048 rows they save a
- * fifth of the time. */
-#define MOST_KEPT_BYTES ((int64_t)24 << 20)
-/* Those of a block save two products of three. */
-#define MOST_KEPT_OF_BLOCK ((int64_t)128 << 20)
-
 /* What is summed of a row, over its negatives, with x = c - 1, e = exp(x / tau), b = e^beta. All of
  * them in every case, so that a row with H empty has the bits of InfoNCE. */
 enum {

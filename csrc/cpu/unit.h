@@ -18,6 +18,7 @@
 typedef struct {
     int64_t count, width, stride;
     real *u;
+    real *strips;    /* the same for products by coefficients, see make_strips; or NULL */
     double *inverse; /* 1 / |z|, count of them; NULL in copies */
     dots_t dots;     /* none: features NULL */
 } unit_t;
@@ -51,6 +52,7 @@ static void copy_row(const unit_t *unit, int64_t i, unit_t *to, int64_t k)
 static void free_unit(unit_t *unit)
 {
     free(unit->u);
+    free(unit->strips);
     free(unit->inverse);
     free_dots(&unit->dots);
 }
