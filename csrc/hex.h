@@ -114,6 +114,7 @@ typedef struct {
     /* values */
     hex_mode_t mode;
     bool compute_f64;     /* compute in double instead of float */
+    bool allow_bf16;      /* of the CPU: float rows may be rounded to bfloat16 */
     int64_t B, M, K, D;   /* rows of z0, of z1; negatives, of all or of one anchor; features */
     bool block;           /* a block of anchors alone, else the whole batch: (0, B) */
     int64_t first, count; /* the block */

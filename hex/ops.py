@@ -87,11 +87,14 @@ def _cache_bytes(wanted: str | None) -> int:
 
 
 _CACHE_BYTES = _cache_bytes(os.environ.get("HEX_CACHE_BYTES"))
+_mkldnn: Any = torch.backends.mkldnn  # mypy knows of no matmul there
+_BF16_LEVELS = ("avx512_bf16", "avx512_amx")
 _KERNELS = {"cpu", "meta"}  # device types with kernels; the fakes below are those of "meta"
 
 
 def isa() -> str:
-    """The level of the CPU kernels in use: "base", "avx2", "avx512" or "avx512_bf16"."""
+    """The level of the CPU kernels in use: "base", "avx2", "avx512", "avx512_bf16" or
+    "avx512_amx"."""
     return _C.isa()
 
 
@@ -430,9 +433,17 @@ def _has_kernel(z: Tensor) -> bool:
     return False
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _allow_bf16() -> bool:
+    """Whether torch lets float32 products of the CPU be rounded, for a level that has them. A
+    compiled graph keeps the answer, as above."""
+    return isa() in _BF16_LEVELS and _mkldnn.matmul.fp32_precision == "bf16"
+
+
 def _allow_tf32(z: Tensor) -> bool:
-    """Whether float32 may be rounded to 11 bits before it is multiplied: as torch is set."""
-    return z.is_cuda and _cuda(z.device.index)[1]
+    """Whether float32 may be rounded before it is multiplied, as torch is set: on a GPU to 11 bits,
+    on a CPU to the 8 of bfloat16."""
+    return _cuda(z.device.index)[1] if z.is_cuda else z.is_cpu and _allow_bf16()
 
 
 def bytes_to_keep(cache_bytes: int | None, wanted: bool = True) -> int:

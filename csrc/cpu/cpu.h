@@ -22,6 +22,10 @@
 #if __GNUC__ >= 10 || (defined(__clang__) && __clang_major__ >= 9)
 #define HEX_HAVE_BF16_LEVEL 1
 #endif
+/* Linux lets a process use tiles if it asks (dispatch.c). */
+#if defined(__linux__) && (__GNUC__ >= 11 || (defined(__clang__) && __clang_major__ >= 12))
+#define HEX_HAVE_AMX_LEVEL 1
+#endif
 #endif
 
 typedef struct {
@@ -38,7 +42,7 @@ typedef struct {
 extern const hex_cpu_entry_t hex_cpu_base_f32, hex_cpu_base_f64;
 extern const hex_cpu_entry_t hex_cpu_avx2_f32, hex_cpu_avx2_f64;
 extern const hex_cpu_entry_t hex_cpu_avx512_f32, hex_cpu_avx512_f64;
-extern const hex_cpu_entry_t hex_cpu_avx512_bf16_f32;
+extern const hex_cpu_entry_t hex_cpu_avx512_bf16_f32, hex_cpu_avx512_amx_f32;
 
 #define HEX_NO_MEMORY "out of memory"
 #define HEX_NO_THREADS "the thread pool could not run the loop"

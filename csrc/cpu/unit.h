@@ -202,6 +202,9 @@ static void unit_body(int64_t begin, int64_t end, void *context)
             continue;
         real *u = c->unit->u + i * stride;
         load(x, row, D, u);
+        if (has_dots(c->unit) && x->dtype == HEX_F32)
+            for (int64_t k = 0; k < D; k++)
+                u[k] = (real)hex_bf16_to_float(hex_float_to_bf16((float)u[k]));
         c->unit->inverse[i] = normalize(u, D);
         for (int64_t k = D; k < stride; k++)
             u[k] = 0;
