@@ -39,7 +39,7 @@ static void forward_row(void *context, int64_t i, row_t *r, int64_t first, int64
     (void)near;
     const forward_context_t *f = context;
     double stats[HEX_STATS_SEVERAL];
-    if (!r->kind)
+    if (!has_classes(r))
         r->n = drop(r->v, r->n, first, second);
     const int64_t at = hex_block_place(f->p, i);
     f->loss[at] = row_forward(f->p, r, read_vector(f->p->eps, at), f->tau, stats);
@@ -212,16 +212,16 @@ static void logits_backward_body(int64_t begin, int64_t end, void *context)
     const hex_problem_t *p = c->p;
     const real tau = (real)read_vector(p->tau, 0);
     const hex_dtype_t dtype = p->input[0].dtype;
-    real *scratch = allocate(p->D + 1, 3, sizeof(real));
+    const bool narrow = dtype != (sizeof(real) == sizeof(double) ? HEX_F64 : HEX_F32);
+    real *scratch = allocate(p->D + 1, 1, sizeof(real));
     if (!scratch)
         c->no_memory = true;
     for (int64_t i = c->owners.begin + begin; scratch && i < c->owners.begin + end; i++) {
-        const row_t r = logits_row(p, i, tau, scratch);
-        row_entries(r.v, r.s, p->D, &c->k, (terms_t){i, -1, r.kind, r.kind});
-        if (dtype == (sizeof(real) == sizeof(double) ? HEX_F64 : HEX_F32))
-            memcpy((real *)c->g->dz[0] + (i - p->first) * p->D, r.v, (size_t)p->D * sizeof(real));
-        else /* rounded, nothing else */
-            store(c->g->dz[0], dtype, i - p->first, p->D, r.v, r.kind, 0, 1);
+        const row_t r = logits_row(p, i, tau, scratch, NULL);
+        real *out = narrow ? scratch : (real *)c->g->dz[0] + (i - p->first) * p->D;
+        logits_entries(&r, out, &c->k, i);
+        if (narrow) /* rounded, nothing else */
+            store(c->g->dz[0], dtype, i - p->first, p->D, out, out, 0, 1);
     }
     free(scratch);
 }

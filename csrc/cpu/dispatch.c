@@ -91,8 +91,7 @@ const char *hex_cpu_select(const char *wanted, const char **problem)
     static const level_t *const levels[] = {
         &base,
 #ifdef HEX_HAVE_X86_LEVELS
-        &avx2,
-        &avx512,
+        &avx2,        &avx512,
 #endif
 #ifdef HEX_HAVE_BF16_LEVEL
         &avx512_bf16,

@@ -26,8 +26,9 @@
 _Static_assert(DOT_COLUMNS % LANES == 0, "whole vectors of columns");
 
 /* any_tile of pairs, `depth` of them; the sum times fi[i] fj[j] where they are given. */
-static void dot_tile_by_vectors(int64_t depth, const uint32_t *a, int64_t ai, int64_t ak, const uint32_t *b,
-                     int64_t ldb, real *c, int64_t ldc, bool add, const real *fi, const real *fj)
+static void dot_tile_by_vectors(int64_t depth, const uint32_t *a, int64_t ai, int64_t ak,
+                                const uint32_t *b, int64_t ldb, real *c, int64_t ldc, bool add,
+                                const real *fi, const real *fj)
 {
     COUNT(WORK_PRODUCTS, 2 * depth * MR * NR);
     dot_sums sum[MR][2] = {{{0}}};

@@ -113,7 +113,8 @@ static const char *make_pairs(const hex_problem_t *p, dots_t *x, int64_t count, 
     x->begin[0] = p->B;
     x->begin[1] = p->B + p->M;
     x->gap[0] = p->mode != HEX_NTXENT ? p->B % 2 : 0; /* there z1 is met as z0 goes on */
-    x->gap[1] = p->several ? 0 : (x->begin[1] + x->gap[0]) % 2; /* and here the negatives as z1 does */
+    x->gap[1] =
+        p->several ? 0 : (x->begin[1] + x->gap[0]) % 2; /* and here the negatives as z1 does */
     x->pair_stride = stride_of(width);
     x->rows = allocate(pairs, 2 * x->pair_stride, sizeof *x->rows);
     if (!x->rows)

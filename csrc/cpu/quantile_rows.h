@@ -38,14 +38,18 @@ static int64_t keep_elements(const threshold_context_t *t, int64_t i, row_t *r, 
     const hex_problem_t *p = t->p;
     const bool self = p->mode == HEX_NTXENT;
     real *c = r->v, cp = (real)r->cp;
+    if (r->logits) {
+        double seen = 0;
+        int64_t n = keep_logits(r, t->over_negatives, &seen);
+        if (p->self_column && !t->over_negatives)
+            r->v[n++] = 1;
+        *finite = (real)seen;
+        return n;
+    }
     if (r->kind) {
         const real own = self ? c[i] : 0;
         double seen = 0;
         int64_t n = keep(c, r->kind, r->n, t->over_negatives, &seen);
-        for (int64_t j = 0; p->mode == HEX_LOGITS && j < n; j++) /* a product may be infinite */
-            c[j] = cosine(c[j] * (real)read_vector(p->tau, 0));
-        if (p->self_column && !t->over_negatives)
-            c[n++] = 1;
         if (self && !t->over_negatives) {
             seen += (double)own * 0;
             c[n++] = own == 0 ? 0 : 1; /* exactly 1, or 0 for a row of zeros */
@@ -80,7 +84,7 @@ static void threshold_row(void *context, int64_t i, row_t *r, int64_t first, int
         t->high[at] = cosine(t->high[at]);
         if (finite != 0)
             t->low[at] = (real)NAN;
-        if (finite != 0 && r->kind)
+        if (finite != 0 && has_classes(r))
             t->high[at] = (real)NAN;
     } else if (finite != 0)
         t->low[at] = (real)NAN;

@@ -9,7 +9,8 @@
  * does not grow with the number of candidates.
  *
  * Most rows have one positive and all of their entries are negatives, compared with eps themselves.
- * For these `classed` is false, a constant that the compiler folds; there is no second formula. */
+ * For these `classed` is false, a constant that the compiler folds; there is no second formula. Of
+ * logits the classes are told from the values, by `logits`, another such constant. */
 #ifndef HEX_ROW_H
 #define HEX_ROW_H
 
@@ -29,13 +30,21 @@ typedef struct {
     int64_t n;
     bool apart; /* its one positive is none of the entries, */
     double cp;  /* but this */
+    /* Of logits, which are only read: v times tau is compared with eps, the target is the positive,
+     * -Inf elsewhere is left out, and s is room for a row and one number more. */
+    bool logits;
+    int64_t target;
+    real tau;
 } row_t;
+
+static inline bool has_classes(const row_t *r) { return r->kind || r->logits; }
 
 /* What is known of a row's sets. */
 typedef struct {
     double positives, negatives, sum; /* |P|, |H| + |G|, sum_P v */
     double largest, shift; /* of the positives, and what their exponentials are taken by */
     double rest, finite;   /* the largest of G; 0, or NaN if any entry is NaN or infinite */
+    bool hard;             /* whether H holds any */
 } sets_t;
 
 /* ---- sums ---- */
@@ -61,15 +70,41 @@ static real row_largest(const real *restrict c, int64_t n, real limit)
     return vec_largest(largest);
 }
 
+/* Entries j on, at most `left`: values, what is compared with eps, and who is a positive and who a
+ * negative. */
+typedef struct {
+    vec_t value, score;
+    mask_t is_p, is_n;
+} entries_t;
+
+INLINE entries_t read_entries(const row_t *r, int64_t j, int64_t left, bool logits)
+{
+    if (!logits) {
+        const vec_t class = read_vec(r->kind + j, left, LEFT_OUT);
+        return (entries_t){read_vec(r->v + j, left, 0), read_vec(r->s + j, left, 0),
+                           class == POSITIVE, class == NEGATIVE};
+    }
+    const vec_t x = read_vec(r->v + j, left, -(real)INFINITY);
+    const mask_t in = ~(x == -(real)INFINITY);
+    entries_t of = {x, x * r->tau, in ^ in, in};
+    if ((uint64_t)(r->target - j) < LANES) {
+        vec_t at = {0};
+        at[r->target - j] = 1;
+        of.is_p = at == 1;
+        of.is_n &= ~of.is_p;
+    }
+    return of;
+}
+
 /* The sets of a row with classes. *hard: the largest of H; *unknown: negatives with a value whose
  * score is NaN. */
-static sets_t row_sets(const row_t *r, real eps, double *hard, double *unknown)
+INLINE sets_t any_sets(const row_t *r, real eps, double *hard, double *unknown, bool logits)
 {
     const int64_t n = r->n;
-    const real *restrict v = r->v, *restrict s = r->s, *restrict kind = r->kind;
     COUNT(WORK_COMPARED, n);
     const vec_t none = -(real)INFINITY - (vec_t){0}, one = 1 - (vec_t){0};
     vec_t top_p = none, top_h = none, top_g = none;
+    vec_t in_h = {0};
     sets_t of = {0};
     *unknown = 0;
     for (int64_t from = 0; from < n; from += SLICE) {
@@ -77,24 +112,25 @@ static sets_t row_sets(const row_t *r, real eps, double *hard, double *unknown)
         vec_t count_p = {0}, count_n = {0}, finite = {0}, lost = {0};
         double sum = 0;
         for (int64_t j = from; j < to; j += LANES) {
-            const vec_t class = read_vec(kind + j, to - j, LEFT_OUT),
-                        x = read_vec(v + j, to - j, 0), score = read_vec(s + j, to - j, 0);
-            const mask_t is_p = class == POSITIVE, is_n = class == NEGATIVE,
-                         is_h = is_n & (score > eps);
+            const entries_t at = read_entries(r, j, to - j, logits);
+            const vec_t x = at.value, score = at.score;
+            const mask_t is_p = at.is_p, is_n = at.is_n, is_h = is_n & (score > eps);
             const vec_t of_p = pick(is_p, x, none), of_h = pick(is_h, x, none),
                         of_g = pick(is_n & ~is_h, x, none);
             top_p = pick(of_p > top_p, of_p, top_p);
             top_h = pick(of_h > top_h, of_h, top_h);
+            in_h += where(is_h, one);
             top_g = pick(of_g > top_g, of_g, top_g);
             count_p += where(is_p, one);
             count_n += where(is_n, one);
             finite += where(is_p | is_n, x * 0);
-            lost += where(is_n & (score != score) & (x == x), one);
+            if (!logits) /* whose scores are NaN where they are */
+                lost += where(is_n & (score != score) & (x == x), one);
         }
         const real positives = vec_sum(count_p);
         if (positives > 0) /* most slices have none */
             for (int64_t j = from; j < to; j++)
-                sum += kind[j] == POSITIVE ? (double)v[j] : 0;
+                sum += (logits ? j == r->target : r->kind[j] == POSITIVE) ? (double)r->v[j] : 0;
         of.positives += (double)positives, of.negatives += (double)vec_sum(count_n);
         of.sum += sum, of.finite += (double)vec_sum(finite);
         *unknown += (double)vec_sum(lost);
@@ -102,11 +138,18 @@ static sets_t row_sets(const row_t *r, real eps, double *hard, double *unknown)
     of.largest = (double)vec_largest(top_p);
     *hard = (double)vec_largest(top_h);
     of.rest = (double)vec_largest(top_g);
+    of.hard = vec_sum(in_h) > 0;
     if (r->apart)
         of.positives = 1, of.sum = of.largest = r->cp, of.finite += r->cp * 0;
     /* A logit of -Inf: its exponential is 0, and differences are taken from another number. */
     of.shift = of.sum == -INFINITY ? 0 : of.largest;
     return of;
+}
+
+static sets_t row_sets(const row_t *r, real eps, double *hard, double *unknown)
+{
+    return r->logits ? any_sets(r, eps, hard, unknown, true)
+                     : any_sets(r, eps, hard, unknown, false);
 }
 
 /* With x = v - shift: over G of e, x e; over H the count, b, b e, x b, x b e; over P, with their own
@@ -129,17 +172,27 @@ enum {
     ADDENDS
 };
 
-/* Adds the first `left` entries from v on, no more than a vector. Of most vectors none is in H, and
- * none is a positive. */
-INLINE void add_vector(const real *v, const real *s, const real *kind, int64_t left, real shift,
-                       real positive, real eps, real scale, real beta, hex_power_t power,
-                       bool classed, vec_t *sum)
+/* What is done about H in a vector of entries: none of the row is in it; or most vectors have none,
+ * and a branch is foreseen; or one in a few has some, and to foresee wrongly costs more than sums of
+ * zeros. */
+typedef enum { HARD_NONE, HARD_RARE, HARD_SOME } hard_t;
+
+/* Adds the entries from j on, `left` of them but no more than a vector. Few vectors have a
+ * positive. */
+INLINE void add_vector(const row_t *r, int64_t j, int64_t left, real shift, real positive, real eps,
+                       real scale, real beta, hex_power_t power, hard_t how, bool classed,
+                       bool logits, vec_t *sum)
 {
     COUNT(WORK_EXPONENTIALS, left);
-    const vec_t zero = {0}, one = 1 - zero, value = read_vec(v, left, -(real)INFINITY);
-    const vec_t class = classed ? read_vec(kind, left, LEFT_OUT) : zero;
-    const mask_t is_p = class == POSITIVE, is_n = classed ? class == NEGATIVE : lanes_below(left);
-    const vec_t score = classed ? read_vec(s, left, 0) : value;
+    const vec_t zero = {0}, one = 1 - zero;
+    entries_t at;
+    if (classed)
+        at = read_entries(r, j, left, logits);
+    else
+        at.value = at.score = read_vec(r->v + j, left, -(real)INFINITY),
+        at.is_n = lanes_below(left);
+    const vec_t value = at.value, score = at.score;
+    const mask_t is_p = classed ? at.is_p : zero != zero, is_n = at.is_n;
     const mask_t hard = is_n & (score > eps), in = classed ? is_p | is_n : is_n;
     const vec_t largest = shift - zero,
                 by = classed ? pick(is_p, positive - zero, largest) : largest;
@@ -148,7 +201,7 @@ INLINE void add_vector(const real *v, const real *s, const real *kind, int64_t l
     const vec_t rest = where(is_n & ~hard, e);
     sum[ADD_REST] += rest;
     sum[ADD_REST_X] += x * rest;
-    if (any(hard)) {
+    if (how == HARD_SOME || (how == HARD_RARE && any(hard))) {
         const vec_t weight = power == POWER_0 ? one : power == POWER_1 ? e : exp2_below(beta * t);
         COUNT(WORK_EXPONENTIALS, power == POWER_ANY ? left : 0);
         const vec_t b = where(hard, weight);
@@ -167,20 +220,19 @@ INLINE void add_vector(const real *v, const real *s, const real *kind, int64_t l
 }
 
 INLINE void add_sums(const row_t *r, real shift, real positive, real eps, real scale, real beta,
-                     hex_power_t power, bool classed, sums_t *out)
+                     hex_power_t power, hard_t how, bool classed, bool logits, sums_t *out)
 {
     const int64_t n = r->n;
-    const real *v = r->v, *s = r->s, *kind = r->kind;
     for (int64_t from = 0; from < n; from += SLICE) {
         const int64_t to = n - from < SLICE ? n : from + SLICE;
         vec_t sum[ADDENDS] = {{0}};
         int64_t j = from;
         for (; j + LANES <= to; j += LANES)
-            add_vector(v + j, s + j, kind + j, LANES, shift, positive, eps, scale, beta, power,
-                       classed, sum);
+            add_vector(r, j, LANES, shift, positive, eps, scale, beta, power, how, classed, logits,
+                       sum);
         if (j < to)
-            add_vector(v + j, s + j, kind + j, to - j, shift, positive, eps, scale, beta, power,
-                       classed, sum);
+            add_vector(r, j, to - j, shift, positive, eps, scale, beta, power, how, classed, logits,
+                       sum);
         out->rest += (double)vec_sum(sum[ADD_REST]);
         out->rest_x += (double)vec_sum(sum[ADD_REST_X]);
         out->count += (double)vec_sum(sum[ADD_COUNT]);
@@ -197,20 +249,23 @@ INLINE void add_sums(const row_t *r, real shift, real positive, real eps, real s
 }
 
 INLINE sums_t row_sums(const row_t *r, double shift, double positive, real eps, real scale,
-                       double beta, bool classed)
+                       double beta, hard_t how, bool classed, bool logits)
 {
     sums_t s = {0};
     const real by = (real)shift, by_p = (real)positive;
-    switch (power_of(beta)) {
-    case POWER_0:
-        add_sums(r, by, by_p, eps, scale, 0, POWER_0, classed, &s);
-        break;
-    case POWER_1:
-        add_sums(r, by, by_p, eps, scale, 1, POWER_1, classed, &s);
-        break;
-    default:
-        add_sums(r, by, by_p, eps, scale, (real)beta, POWER_ANY, classed, &s);
-    }
+    if (how == HARD_NONE)
+        add_sums(r, by, by_p, eps, scale, 0, POWER_0, how, classed, logits, &s);
+    else
+        switch (power_of(beta)) {
+        case POWER_0:
+            add_sums(r, by, by_p, eps, scale, 0, POWER_0, how, classed, logits, &s);
+            break;
+        case POWER_1:
+            add_sums(r, by, by_p, eps, scale, 1, POWER_1, how, classed, logits, &s);
+            break;
+        default:
+            add_sums(r, by, by_p, eps, scale, (real)beta, POWER_ANY, how, classed, logits, &s);
+        }
     if (classed && r->apart)
         s.e = 1;
     return s;
@@ -219,13 +274,18 @@ INLINE sums_t row_sums(const row_t *r, double shift, double positive, real eps, 
 static sums_t plain_sums(const real *c, int64_t n, double shift, real eps, real scale, double beta)
 {
     const row_t r = {.v = (real *)c, .n = n, .apart = true}; /* it is only read */
-    return row_sums(&r, shift, 0, eps, scale, beta, false);
+    return row_sums(&r, shift, 0, eps, scale, beta, HARD_RARE, false, false);
 }
 
+/* hard: whether the row has any of H. */
 static sums_t classed_sums(const row_t *r, double shift, double positive, real eps, real scale,
-                           double beta)
+                           double beta, bool hard)
 {
-    return row_sums(r, shift, positive, eps, scale, beta, true);
+    if (hard)
+        return r->logits ? row_sums(r, shift, positive, eps, scale, beta, HARD_SOME, true, true)
+                         : row_sums(r, shift, positive, eps, scale, beta, HARD_SOME, true, false);
+    return r->logits ? row_sums(r, shift, positive, eps, scale, beta, HARD_NONE, true, true)
+                     : row_sums(r, shift, positive, eps, scale, beta, HARD_NONE, true, false);
 }
 
 /* ---- the loss ---- */
@@ -351,7 +411,7 @@ INLINE double row_scalars(const hex_problem_t *p, sums_t s, const sets_t *of, co
          * so it is summed again, by its own largest. */
         const real scale = (real)(M_LOG2E / t);
         shift = classed ? of->rest : (double)row_largest(again->v, again->n, eps);
-        s = classed ? classed_sums(again, shift, of->shift, eps, scale, p->beta)
+        s = classed ? classed_sums(again, shift, of->shift, eps, scale, p->beta, true)
                     : plain_sums(again->v, again->n, shift, eps, scale, p->beta);
         out[HEX_STAT_SHIFT] = shift;
         above = shift - centre;
@@ -422,7 +482,7 @@ static double row_forward(const hex_problem_t *p, const row_t *r, double eps_giv
         return NAN;
     const bool released = is_released(p, eps);
     const real scale = (real)(M_LOG2E / (p->mode == HEX_LOGITS ? 1 : tau));
-    if (!r->kind) {
+    if (!has_classes(r)) {
         const sets_t of = {.positives = 1, .negatives = (double)r->n, .sum = r->cp};
         const bool one = r->n > ENOUGH && may_have_one_shift(p);
         const real shift = one ? 1 : row_largest(r->v, r->n, released ? eps : (real)INFINITY);
@@ -436,7 +496,7 @@ static double row_forward(const hex_problem_t *p, const row_t *r, double eps_giv
         return NAN;
     }
     const double shift = released || of.rest > hard ? of.rest : hard;
-    const sums_t s = classed_sums(r, shift, of.shift, eps, scale, p->beta);
+    const sums_t s = classed_sums(r, shift, of.shift, eps, scale, p->beta, of.hard);
     return classed_scalars(p, s, &of, r, shift, eps, tau, out);
 }
 

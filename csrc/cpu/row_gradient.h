@@ -113,6 +113,36 @@ INLINE void any_entries(real *restrict v, const real *s, int64_t n, const coeffi
     }
 }
 
+/* Of a row of logits: out[j] = dL_i / dv_ij; maybe v itself. */
+INLINE void any_logits(const row_t *r, real *out, const coefficients_t *c, int64_t i, real beta,
+                       hex_power_t power)
+{
+    const coefficient_t k = coefficient_of(c, i, true);
+    const real *v = r->v, scale = c->scale, tau = r->tau;
+    const real positive = entry(v[r->target], 0, POSITIVE, k, scale, beta, power, true);
+#pragma omp simd
+    for (int64_t j = 0; j < r->n; j++) {
+        const real x = v[j];
+        out[j] = entry(x, x * tau, x == -(real)INFINITY ? LEFT_OUT : NEGATIVE, k, scale, beta,
+                       power, true);
+    }
+    out[r->target] = positive;
+}
+
+static void logits_entries(const row_t *r, real *out, const coefficients_t *c, int64_t i)
+{
+    switch (power_of(c->beta)) {
+    case POWER_0:
+        any_logits(r, out, c, i, 0, POWER_0);
+        break;
+    case POWER_1:
+        any_logits(r, out, c, i, 1, POWER_1);
+        break;
+    default:
+        any_logits(r, out, c, i, (real)c->beta, POWER_ANY);
+    }
+}
+
 INLINE void choose_entries(real *v, const real *s, int64_t n, const coefficients_t *c, terms_t of,
                            real beta, hex_power_t power)
 {

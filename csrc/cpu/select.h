@@ -170,6 +170,38 @@ static real select_near(const real *c, int64_t n, int64_t rank, near_t *near)
 
 /* ---- what it is taken over ---- */
 
+/* Of a row of logits the cosines that its quantile is taken over, in its room, which they are then
+ * read from; how many. *finite: as below. */
+static int64_t keep_logits(row_t *r, bool over_negatives, double *finite)
+{
+    const real *v = r->v, none = -(real)INFINITY, tau = r->tau;
+    const int64_t out = over_negatives ? r->target : -1; /* it does not count */
+    real *to = r->s;
+    int64_t kept = 0;
+    for (int64_t from = 0; from < r->n; from += SLICE) {
+        const int64_t end = r->n - from < SLICE ? r->n : from + SLICE;
+        real seen = 0, left_out = 0;
+#pragma omp simd reduction(+ : seen, left_out)
+        for (int64_t j = from; j < end; j++) {
+            seen += v[j] < (real)INFINITY ? 0 : (real)NAN;
+            left_out += v[j] == none ? (real)1 : (real)0;
+        }
+        *finite += (double)seen;
+        if (left_out == 0 && !(out >= from && out < end)) { /* as most slices are */
+            real *restrict all = to + kept;
+#pragma omp simd
+            for (int64_t j = from; j < end; j++)
+                all[j - from] = cosine(v[j] * tau); /* a product may be infinite */
+            kept += end - from;
+        } else
+            for (int64_t j = from; j < end; j++)
+                if (j != out && (v[j] != none || j == r->target))
+                    to[kept++] = cosine(v[j] * tau);
+    }
+    r->v = to;
+    return kept;
+}
+
 /* Keeps of the row what its quantile is taken over, in place; the new length. *finite gets NaN if a
  * value that is seen, kept or not, is NaN or +Inf. */
 static int64_t keep(real *v, const real *kind, int64_t n, bool over_negatives, double *finite)

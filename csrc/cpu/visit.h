@@ -185,18 +185,19 @@ static row_t anchor_row(const hex_problem_t *p, const inputs_t *in, int64_t i, a
 /* ---- logits: the cosine of a column is its logit times tau; a column of -Inf is left out, but for
  * the target's, whose loss is +Inf ---- */
 
-/* Row i, in scratch of three rows. */
-static row_t logits_row(const hex_problem_t *p, int64_t i, real tau, real *scratch)
+/* Row i where it lies if it may be read there, else in `own`; room: see row_t. */
+static row_t logits_row(const hex_problem_t *p, int64_t i, real tau, real *own, real *room)
 {
-    const int64_t C = p->D, ld = C + 1; /* 1: the self column */
-    real *restrict v = scratch, *restrict s = v + ld, *restrict kind = s + ld;
-    load(&p->input[0], i, C, v);
-    for (int64_t j = 0; j < C; j++)
-        kind[j] = v[j] == -(real)INFINITY ? LEFT_OUT : NEGATIVE;
-    kind[p->ids[0].data[i]] = POSITIVE;
-    for (int64_t j = 0; j < C; j++)
-        s[j] = v[j] * tau;
-    return (row_t){.v = v, .s = s, .kind = kind, .n = C};
+    const hex_rows_t *x = &p->input[0];
+    const bool there = x->col == 1 && x->dtype == (sizeof(real) == 8 ? HEX_F64 : HEX_F32);
+    if (!there)
+        load(x, i, p->D, own);
+    return (row_t){.v = there ? (real *)x->data + row_offset(x, i) : own,
+                   .s = room,
+                   .n = p->D,
+                   .logits = true,
+                   .target = p->ids[0].data[i],
+                   .tau = tau};
 }
 
 /* ---- every row of the anchors, handed to a row function ---- */
@@ -292,12 +293,12 @@ static void logits_rows_body(int64_t begin, int64_t end, void *context)
 {
     rows_context_t *c = context;
     const real tau = (real)read_vector(c->p->tau, 0);
-    real *scratch = allocate(c->p->D + 1, 3, sizeof(real));
+    real *scratch = allocate(c->p->D + 1, 2, sizeof(real));
     near_t near = {0};
     if (!make_near(&near, c->p->D) || !scratch)
         c->no_memory = true;
     for (int64_t i = c->begin + begin; i < c->begin + end && !c->no_memory; i++) {
-        row_t r = logits_row(c->p, i, tau, scratch);
+        row_t r = logits_row(c->p, i, tau, scratch, scratch + c->p->D);
         c->row(c->context, i, &r, -1, -1, &near);
     }
     free(scratch);
