@@ -339,16 +339,17 @@ def _differentiable(operator: Any) -> Callable[..., Any]:
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-            result: list[Tensor | None] = [None] * (n + 2 + len(ctx.options))
+            needed = ctx.needs_input_grad
+            result: list[Tensor | None] = [None] * len(needed)
             if grad is None:
                 return tuple(result)
             needs = 0
             for k, place in enumerate(_LEARNED):
-                needs |= ctx.needs_input_grad[place] << k
+                needs |= needed[place] << k
             function: Any = apply_gradient if torch.is_grad_enabled() else Gradient.forward
             grads = function(grad, *ctx.saved_tensors, *ctx.options[: _RULE + 2], needs)
             for place, g in zip(_LEARNED, grads, strict=True):
-                if ctx.needs_input_grad[place]:
+                if needed[place]:
                     result[place] = g
             return tuple(result)
 
@@ -363,10 +364,18 @@ def in_graph(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     passed twice. Autograd's own tracing, which comes after it, does both.
     """
     forward: Any = function.forward
-    forward.__signature__ = inspect.signature(forward)  # or worked out at each call, for 0.1 ms
+    forward.__signature__ = inspect.signature(forward)  # or worked out at each transformed call
+
+    # What torch's own apply comes to outside the func transforms, but for the binding of the
+    # arguments to the signature of forward: it takes longer than all the rest, and there are no
+    # defaults. A wrapper that has outlived its transform is always a Tensor, of no subclass.
+    plain: Any = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    unwrapped = torch._C._functorch.unwrap_if_dead
 
     def apply(*arguments: Any) -> Any:
-        return function.apply(*arguments)  # type: ignore[no-untyped-call]
+        if torch._C._are_functorch_transforms_active():
+            return function.apply(*arguments)  # type: ignore[no-untyped-call]
+        return plain(*[unwrapped(a) if type(a) is Tensor else a for a in arguments])
 
     applied: Callable[..., Any] = torch.compiler.allow_in_graph(apply)  # type: ignore[no-untyped-call]
     return applied
