@@ -27,6 +27,7 @@ __all__ = [
     "POSITIVES",
     "REDUCTIONS",
     "SHARE",
+    "Seen",
     "VARIANTS",
     "adaptive_loss",
     "block_backward",
@@ -35,6 +36,7 @@ __all__ = [
     "block_range",
     "compute_dtype",
     "has_adaptive",
+    "hard_and_share",
     "has_block",
     "in_graph",
     "isa",
@@ -387,6 +389,8 @@ _apply_adaptive = _differentiable(torch.ops.hex.adaptive)
 
 # ---- kernels, or the reference where there are none --------------------------------------------
 
+Seen = tuple[Tensor, ...]  # the stats of a forward, or |H| and share of each row or their means
+
 _warned: set[str] = set()
 
 
@@ -438,31 +442,40 @@ def _reference(*tensors: Tensor, rule: tuple[Any, ...]) -> reference.Rows:
 
 def loss(
     inputs: tuple[Tensor, ...], eps: Tensor, tau: Tensor, rule: tuple[Any, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The reduced loss, and of each row |H| and the local term's share (no gradient)."""
+) -> tuple[Tensor, Seen]:
+    """The reduced loss, and what `hard_and_share` takes (no gradient)."""
     z0, z1, negatives = inputs[:3]
     if eps.device != z0.device:  # of a tracker that was not moved: right, though it waits
         eps = eps.to(z0.device)
     if not _has_kernel(z0):
         rows, hard, share = _reference(*inputs, eps, tau, rule=rule)
-        return reference.reduce(rows, rule[1]), hard, share
+        return reference.reduce(rows, rule[1]), (hard, share)
     value, stats, _ = _apply_loss(
         *inputs, eps, tau, *rule, _learns(z0, z1, negatives), _allow_tf32(z0)
     )
-    return value, stats[COUNT], stats[SHARE]
+    return value, (stats,)
 
 
 def adaptive_loss(
     inputs: tuple[Tensor, ...], state: Tensor, tau: Tensor, rule: tuple[Any, ...],
     tracking: tuple[Any, ...],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Seen, Tensor, Tensor]:  # fmt: skip
     """`loss` at the eps that a tracker gives for the batch, in one call; and eps, and the tracker's
     new state. tracking: self_column, and the tracker's rule, as in the operator's schema."""
     z0, z1, negatives = inputs[:3]
     value, stats, _, eps, state = _apply_adaptive(
         *inputs, state, tau, *rule, _learns(z0, z1, negatives), _allow_tf32(z0), *tracking
     )
-    return value, stats[COUNT], stats[SHARE], eps, state
+    return value, (stats,), eps, state
+
+
+def hard_and_share(seen: Seen) -> tuple[Tensor, Tensor]:
+    """|H| and the local term's share. They are taken of the stats when they are read, which few
+    steps are."""
+    if len(seen) == 2:
+        return seen[0], seen[1]
+    (stats,) = seen
+    return stats[COUNT], stats[SHARE]
 
 
 def has_adaptive(z: Tensor) -> bool:

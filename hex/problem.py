@@ -129,14 +129,13 @@ class Problem(NamedTuple):
         z = self.inputs[:3] if self.part is None else self.part.own
         return *z, self.tau
 
-    def loss(self, eps: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The reduced loss; |H| and the local term's share, of each row or their means, and eps (no
-        gradient)."""
+    def loss(self, eps: Tensor, rule: Rule) -> tuple[Tensor, ops.Seen, Tensor]:
+        """The reduced loss; what `ops.hard_and_share` takes, and eps (no gradient)."""
         if self.part is not None:
-            value, hard, share, eps = sharded.loss(self, eps, self._options(rule))
+            value, seen, eps = sharded.loss(self, eps, self._options(rule))
         else:
-            value, hard, share = ops.loss(self.inputs, eps, self.tau, self._options(rule))
-        return self._scaled(value, rule), hard, share, eps
+            value, seen = ops.loss(self.inputs, eps, self.tau, self._options(rule))
+        return self._scaled(value, rule), seen, eps
 
     def has_adaptive(self) -> bool:
         """Whether `adaptive_loss` serves it."""
@@ -145,18 +144,18 @@ class Problem(NamedTuple):
 
     def adaptive_loss(
         self, state: Tensor, rule: Rule, tracking: tuple[Any, ...]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ops.Seen, Tensor, Tensor]:
         """`loss` at the eps that a tracker of this state and rule gives, in one call; and eps, and
         the tracker's new state."""
         if self.part is not None:
-            value, hard, share, eps, state = sharded.adaptive_loss(
+            value, seen, eps, state = sharded.adaptive_loss(
                 self, state, self._options(rule), tracking
             )
         else:
-            value, hard, share, eps, state = ops.adaptive_loss(
+            value, seen, eps, state = ops.adaptive_loss(
                 self.inputs, state, self.tau, self._options(rule), (self.self_column, *tracking)
             )
-        return self._scaled(value, rule), hard, share, eps, state
+        return self._scaled(value, rule), seen, eps, state
 
     def threshold(self, quantile: float, over: str) -> Tensor:
         """The mean over rows of the row's quantile; 0-d float64, no gradient."""

@@ -77,7 +77,7 @@ def row_range(p: Problem) -> tuple[Tensor, Tensor]:
 
 def adaptive_loss(
     p: Problem, state: Tensor, rule: tuple[Any, ...], tracking: tuple[Any, ...]
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, ops.Seen, Tensor, Tensor]:
     """The loss, mean |H| and share, at the eps of a tracker; and eps, and its new state."""
     part = _part(p)
     quantile, over_negatives, *step = tracking
@@ -94,15 +94,15 @@ def adaptive_loss(
         eps, state = ops.settle(part.gather(own[None])[0], state, tuple(step))
         every, kept = _forward(p, eps, kept, rule)
     value, hard, share, _ = _finish(p, every, kept, rule)
-    return value, hard, share, eps, state
+    return value, (hard, share), eps, state
 
 
-def loss(p: Problem, eps: Tensor, rule: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and the means of |H|, share and eps. eps: 0-d, or of this rank's anchors."""
+def loss(p: Problem, eps: Tensor, rule: tuple[Any, ...]) -> tuple[Tensor, ops.Seen, Tensor]:
+    """The loss, and the means of |H| and share, and of eps. eps: 0-d, or of this rank's anchors."""
     if not ops.has_block(p.inputs[0]):
         return _plain_loss(p, eps, rule)
     value, hard, share, mean = _finish(p, *_forward(p, eps, None, rule), rule)
-    return value, hard, share, mean if eps.dim() else eps
+    return value, (hard, share), mean if eps.dim() else eps
 
 
 def _part(p: Problem) -> Part:
@@ -267,9 +267,7 @@ class _Own(ops.Function):
 _own = ops.in_graph(_Own)
 
 
-def _plain_loss(
-    p: Problem, eps: Tensor, rule: tuple[Any, ...]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _plain_loss(p: Problem, eps: Tensor, rule: tuple[Any, ...]) -> tuple[Tensor, ops.Seen, Tensor]:
     """`loss` by the formulas. Every rank computes all rows of a gathered problem."""
     part, tau, reduction = _part(p), p.tau, rule[1]
     ranks, (first, _) = part.share.size(), part.block()
@@ -300,4 +298,4 @@ def _plain_loss(
         means = list((ops.total(every[1:4]) / max(rows.shape[0], 1)).unbind())
         total = rows.sum(dtype=torch.float64)
     value = _in_order(_reduce(rows, total, reduction), part.views, reduction)
-    return value, means[0], means[1], means[2] if eps.dim() else eps
+    return value, (means[0], means[1]), means[2] if eps.dim() else eps
