@@ -170,7 +170,7 @@ class ContrastiveLoss(nn.Module):
         if batch.h_is_given:
             return problem.unknown_eps(like)
         if tracker is None:
-            return torch.full((), math.inf, dtype=torch.float64, device=like.device)
+            return problem.number_tensor(math.inf, like)
         if tracker.adaptive_rule:
             tracker.warn_if_too_small(batch.row_length, has_self=batch.has_self)
             candidate = batch.threshold(tracker.quantile, tracker.over)
