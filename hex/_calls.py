@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-__all__ = ["is_compiled_in_checkpoint", "is_first_run", "is_in_backward", "is_transformed", "warn"]
+__all__ = ["is_compiled_in_checkpoint", "is_first_run", "is_in_backward", "is_ordinary",
+           "is_transformed", "warn"]  # fmt: skip
 
 # The packages between a user's line and a warning.
 _PASSED = ("hex", "torch", "lightning", "pytorch_lightning")
@@ -23,6 +24,22 @@ def is_transformed(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling():  # tensors are not wrapped while they are traced
         return bool(torch._C._are_functorch_transforms_active())
     return any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
+
+
+def is_ordinary() -> bool:
+    """Whether a tensor that is made now is an ordinary one, which any later call can use.
+
+    Under a func transform or a mode (fake tensors, say) it may be a wrapper, for a trace it is a
+    step of it, and in inference mode it is one that no backward can use.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch.is_inference_mode_enabled()
+        or torch._C._get_tracing_state()
+    )
 
 
 def is_in_backward() -> bool:

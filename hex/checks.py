@@ -60,14 +60,15 @@ def has_shape(z: Tensor, wanted: Sequence[int]) -> bool:
 
 def check_embeddings(name: str, z: Any) -> None:
     """A dense tensor of a floating dtype that the kernels have."""
-    if isinstance(z, torch.fx.Proxy):
-        raise TypeError(
-            f"{name}: got a Proxy, and torch.fx.symbolic_trace cannot follow the checks of a loss; "
-            "make the loss a leaf module of the Tracer, or use torch.export or torch.compile"
-        )
     if not isinstance(z, Tensor):
+        if isinstance(z, torch.fx.Proxy):
+            raise TypeError(
+                f"{name}: got a Proxy, and torch.fx.symbolic_trace cannot follow the checks of a "
+                "loss; make the loss a leaf module of the Tracer, or use torch.export or "
+                "torch.compile"
+            )
         raise TypeError(f"{name}: got {type(z).__name__}, wanted a torch.Tensor")
-    if hasattr(z, "to_local"):
+    if type(z) is not Tensor and hasattr(z, "to_local"):
         raise TypeError(f"{name}: got DTensor, wanted a plain tensor; call .to_local()")
     if z.dtype not in _DTYPES:
         labels = z.dim() == 1 and not z.is_complex() and not z.is_floating_point()

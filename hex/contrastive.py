@@ -13,8 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import problem
-from . import state as states
+from . import ops, problem
 from ._calls import is_compiled_in_checkpoint, is_first_run, is_in_backward, is_transformed
 from .checks import (
     Positives,
@@ -98,7 +97,7 @@ class ContrastiveLoss(nn.Module):
         if self.threshold is not None and self.variant == "paper":
             # In the released form an empty H makes sense: it is decoupled InfoNCE.
             self.threshold.warn_if_never()
-        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, ...] | None = None  # eps, and what ops.hard_and_share takes
 
     @property
     def process_group(self) -> Any:
@@ -111,9 +110,10 @@ class ContrastiveLoss(nn.Module):
         Args:
             rows: as in `HEXLoss.forward`.
         """
-        if not isinstance(rows, torch.fx.Proxy):  # one is refused with the embeddings
+        # A Proxy is refused with the embeddings.
+        if not isinstance(rows, torch.fx.Proxy) and rows is not None:
             check_gathers(self.gather_distributed, None, rows)
-            rows = None if rows is None else check_rows(rows)
+            rows = check_rows(rows)
         if not self.gather_distributed or not self._ranks.are_several():
             return None
         options: tuple[Any, ...] = ()
@@ -127,38 +127,42 @@ class ContrastiveLoss(nn.Module):
     def loss_of(self, batch: Problem) -> Tensor:
         """The loss of a problem. Also makes the tracker's step and keeps the statistics."""
         tracker = None if batch.h_is_given else self.threshold
-        rule = Rule(*[getattr(self, name) for name in Rule._fields])
+        rule = Rule(
+            self.reduction, self.variant, self.beta, self.tau_plus, self.positives,
+            self.base_temperature, self.cache_bytes,
+        )  # fmt: skip
+        learner, state = batch.learner(), None
         if tracker is None:
-            transformed = is_transformed(*batch.learner())
+            transformed = is_transformed(*learner)
         else:
-            transformed = is_transformed(*batch.learner(), tracker.state)
+            state = tracker.state  # once: to find a buffer takes a module longer than an attribute
+            transformed = is_transformed(*learner, state)
         again = is_in_backward()  # if so, this is most likely the second run of a checkpoint
-        learns = tracker is not None and not transformed and self._learns(batch)
+        learns = tracker is not None and not transformed and self._learns(learner)
         # One operator measures eps, makes the tracker's step and computes the loss, unless
         # the state is on another device or the eps of a checkpoint's first run may be wanted.
         if (
             tracker is not None
+            and state is not None
             and tracker.adaptive_rule
             and batch.has_adaptive()
-            and tracker.state.device == batch.inputs[0].device
-            and tracker.state.dtype == torch.float64
+            and state.device == batch.inputs[0].device
+            and state.dtype == torch.float64
             and not transformed
             and not again
             and not is_compiled_in_checkpoint()
         ):
             tracker.warn_if_too_small(batch.row_length, has_self=batch.has_self)
-            value, hard, share, eps, state = batch.adaptive_loss(
-                tracker.state, rule, tracker.kernel_rule()
-            )
+            value, seen, eps, moved = batch.adaptive_loss(state, rule, tracker.kernel_rule())
             if learns:
-                tracker.remember(state[states.CANDIDATE], eps)
-                tracker.store(state)
+                tracker.remember(moved, eps)
+                tracker.store(moved)
         else:
             eps = self._eps(batch, tracker, learns)
-            value, hard, share, eps = batch.loss(eps, rule)
-            transformed = transformed or is_transformed(hard, eps)  # by vmap over a guide, say
-        if not transformed and not hard.is_meta:
-            self._keep(batch, value, (eps, hard, share), tracker, learns, again)
+            value, seen, eps = batch.loss(eps, rule)
+            transformed = transformed or is_transformed(seen[0], eps)  # by vmap over a guide, say
+        if not transformed and not seen[0].is_meta:
+            self._keep(batch, value, (eps, *seen), tracker, learns, again)
         return value
 
     def _eps(self, batch: Problem, tracker: ThresholdTracker | None, learns: bool) -> Tensor:
@@ -167,7 +171,7 @@ class ContrastiveLoss(nn.Module):
         if batch.h_is_given:
             return problem.unknown_eps(like)
         if tracker is None:
-            return torch.full((), math.inf, dtype=torch.float64, device=like.device)
+            return problem.number_tensor(math.inf, like)
         if tracker.adaptive_rule:
             tracker.warn_if_too_small(batch.row_length, has_self=batch.has_self)
             candidate = batch.threshold(tracker.quantile, tracker.over)
@@ -179,12 +183,12 @@ class ContrastiveLoss(nn.Module):
         low, high = batch.row_range()
         return low + eps.to(low) * (high - low)
 
-    def _learns(self, batch: Problem) -> bool:
+    def _learns(self, learner: tuple[Tensor, ...]) -> bool:
         """Whether this call trains something. Only such calls move the threshold."""
         if not self.training:
             return False
         if torch.is_grad_enabled():
-            for z in batch.learner():
+            for z in learner:
                 if z.requires_grad:
                     return True
             return False
@@ -194,7 +198,7 @@ class ContrastiveLoss(nn.Module):
         self,
         batch: Problem,
         value: Tensor,
-        statistics: tuple[Tensor, Tensor, Tensor],
+        statistics: tuple[Tensor, ...],
         tracker: ThresholdTracker | None,
         learns: bool,
         again: bool,
@@ -203,7 +207,7 @@ class ContrastiveLoss(nn.Module):
 
         Args:
             value: the loss.
-            statistics: eps, |H| and share of each row.
+            statistics: eps, and what `ops.hard_and_share` takes.
             learns: whether the tracker counts the batch.
             again: whether the call may be the second run of a checkpoint, whose statistics are not
                 those of a new batch.
@@ -212,13 +216,14 @@ class ContrastiveLoss(nn.Module):
             # An unknown candidate is that of a new batch inside a backward, whose statistics count.
             known = None if tracker is None else tracker.known
             if known is not None:
-                pairs = zip(self._last, statistics, strict=True)
+                pairs = zip(_rows(self._last), _rows(statistics), strict=True)
                 eps, hard, share = (torch.where(known, _mean(a), _mean(b)) for a, b in pairs)
                 self._last = eps, hard, share
             return
-        self._last = statistics
-        if tracker is not None and learns:
-            hard, value, released = statistics[1], value.detach(), self.variant == "released"
+        object.__setattr__(self, "_last", statistics)  # it is none of what a module looks for
+        if tracker is not None and learns and not tracker.counts_unseen(value):
+            hard, released = _rows(statistics)[1], self.variant == "released"
+            value = value.detach()
             # A loss that is 0 for want of positives says nothing of H: as NaN it is not counted.
             if released and batch.may_lack_positives():
                 value = torch.where(batch.is_without_positives(), math.nan, value)
@@ -235,7 +240,7 @@ class ContrastiveLoss(nn.Module):
         """The `Statistics` of the last batch, or None before the first."""
         if self._last is None:
             return None
-        eps, hard, share = self._last
+        eps, hard, share = _rows(self._last)
         return Statistics(eps.mean(), _mean(hard), _mean(share))
 
     def statistics(self) -> dict[str, float]:
@@ -305,6 +310,11 @@ def _tracker(threshold: Threshold) -> ThresholdTracker | None:
     if isinstance(threshold, str):
         return ThresholdTracker.adaptive()
     return ThresholdTracker.fixed(float(threshold))
+
+
+def _rows(last: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """eps, |H| and share of each row or their means, of what is kept of a batch."""
+    return last[0], *ops.hard_and_share(last[1:])
 
 
 def _mean(rows: Tensor) -> Tensor:

@@ -331,4 +331,4 @@ def _at(batch: Problem, eps: Any, rule: Rule) -> Tensor:
     if batch.h_is_given:
         return batch.loss(unknown_eps(like), rule)[0]
     check_eps(eps, batch.anchors)
-    return batch.loss(eps_tensor(eps, like.device), rule)[0]
+    return batch.loss(eps_tensor(eps, like), rule)[0]

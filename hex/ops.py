@@ -28,6 +28,7 @@ __all__ = [
     "POSITIVES",
     "REDUCTIONS",
     "SHARE",
+    "Seen",
     "VARIANTS",
     "adaptive_loss",
     "block_backward",
@@ -37,6 +38,7 @@ __all__ = [
     "bytes_to_keep",
     "compute_dtype",
     "has_adaptive",
+    "hard_and_share",
     "has_block",
     "in_graph",
     "isa",
@@ -362,16 +364,17 @@ def _differentiable(operator: Any) -> Callable[..., Any]:
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-            result: list[Tensor | None] = [None] * (n + 2 + len(ctx.options))
+            needed = ctx.needs_input_grad
+            result: list[Tensor | None] = [None] * len(needed)
             if grad is None:
                 return tuple(result)
             needs = 0
             for k, place in enumerate(_LEARNED):
-                needs |= ctx.needs_input_grad[place] << k
+                needs |= needed[place] << k
             function: Any = apply_gradient if torch.is_grad_enabled() else Gradient.forward
             grads = function(grad, *ctx.saved_tensors, *ctx.options[: _RULE + 2], needs)
             for place, g in zip(_LEARNED, grads, strict=True):
-                if ctx.needs_input_grad[place]:
+                if needed[place]:
                     result[place] = g
             return tuple(result)
 
@@ -386,10 +389,18 @@ def in_graph(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     passed twice. Autograd's own tracing, which comes after it, does both.
     """
     forward: Any = function.forward
-    forward.__signature__ = inspect.signature(forward)  # or worked out at each call, for 0.1 ms
+    forward.__signature__ = inspect.signature(forward)  # or worked out at each transformed call
+
+    # What torch's own apply comes to outside the func transforms, but for the binding of the
+    # arguments to the signature of forward: it takes longer than all the rest, and there are no
+    # defaults. A wrapper that has outlived its transform is always a Tensor, of no subclass.
+    plain: Any = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    unwrapped = torch._C._functorch.unwrap_if_dead
 
     def apply(*arguments: Any) -> Any:
-        return function.apply(*arguments)  # type: ignore[no-untyped-call]
+        if torch._C._are_functorch_transforms_active():
+            return function.apply(*arguments)  # type: ignore[no-untyped-call]
+        return plain(*[unwrapped(a) if type(a) is Tensor else a for a in arguments])
 
     applied: Callable[..., Any] = torch.compiler.allow_in_graph(apply)  # type: ignore[no-untyped-call]
     return applied
@@ -400,6 +411,8 @@ _apply_adaptive = _differentiable(torch.ops.hex.adaptive)
 
 
 # ---- kernels, or the reference where there are none --------------------------------------------
+
+Seen = tuple[Tensor, ...]  # the stats of a forward, or |H| and share of each row or their means
 
 _warned: set[str] = set()
 
@@ -466,24 +479,24 @@ def _reference(*tensors: Tensor, rule: tuple[Any, ...]) -> reference.Rows:
 def loss(
     inputs: tuple[Tensor, ...], eps: Tensor, tau: Tensor, rule: tuple[Any, ...],
     cache_bytes: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The reduced loss, and of each row |H| and the local term's share (no gradient)."""
+) -> tuple[Tensor, Seen]:  # fmt: skip
+    """The reduced loss, and what `hard_and_share` takes (no gradient)."""
     z0, z1, negatives = inputs[:3]
     if eps.device != z0.device:  # of a tracker that was not moved: right, though it waits
         eps = eps.to(z0.device)
     if not _has_kernel(z0):
         rows, hard, share = _reference(*inputs, eps, tau, rule=rule)
-        return reference.reduce(rows, rule[1]), hard, share
+        return reference.reduce(rows, rule[1]), (hard, share)
     value, stats, _ = _apply_loss(
         *inputs, eps, tau, *rule, _keep(z0, z1, negatives, cache_bytes), _allow_tf32(z0)
     )
-    return value, stats[COUNT], stats[SHARE]
+    return value, (stats,)
 
 
 def adaptive_loss(
     inputs: tuple[Tensor, ...], state: Tensor, tau: Tensor, rule: tuple[Any, ...],
     tracking: tuple[Any, ...], cache_bytes: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Seen, Tensor, Tensor]:  # fmt: skip
     """`loss` at the eps that a tracker gives for the batch, in one call; and eps, and the tracker's
     new state. tracking: self_column, and the tracker's rule, as in the operator's schema."""
     z0, z1, negatives = inputs[:3]
@@ -491,7 +504,16 @@ def adaptive_loss(
         *inputs, state, tau, *rule, _keep(z0, z1, negatives, cache_bytes), _allow_tf32(z0),
         *tracking,
     )  # fmt: skip
-    return value, stats[COUNT], stats[SHARE], eps, state
+    return value, (stats,), eps, state
+
+
+def hard_and_share(seen: Seen) -> tuple[Tensor, Tensor]:
+    """|H| and the local term's share. They are taken of the stats when they are read, which few
+    steps are."""
+    if len(seen) == 2:
+        return seen[0], seen[1]
+    (stats,) = seen
+    return stats[COUNT], stats[SHARE]
 
 
 def has_adaptive(z: Tensor) -> bool:

@@ -22,12 +22,14 @@ ranks, if that is wanted.
 """
 
 import math
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops, sharded
+from ._calls import is_ordinary
 from .checks import (
     Positives,
     Reduction,
@@ -133,16 +135,15 @@ class Problem(NamedTuple):
         z = self.inputs[:3] if self.part is None else self.part.own
         return *z, self.tau
 
-    def loss(self, eps: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The reduced loss; |H| and the local term's share, of each row or their means, and eps (no
-        gradient)."""
+    def loss(self, eps: Tensor, rule: Rule) -> tuple[Tensor, ops.Seen, Tensor]:
+        """The reduced loss; what `ops.hard_and_share` takes, and eps (no gradient)."""
         if self.part is not None:
-            value, hard, share, eps = sharded.loss(self, eps, self._options(rule), rule.cache_bytes)
+            value, seen, eps = sharded.loss(self, eps, self._options(rule), rule.cache_bytes)
         else:
-            value, hard, share = ops.loss(
+            value, seen = ops.loss(
                 self.inputs, eps, self.tau, self._options(rule), rule.cache_bytes
             )
-        return self._scaled(value, rule), hard, share, eps
+        return self._scaled(value, rule), seen, eps
 
     def has_adaptive(self) -> bool:
         """Whether `adaptive_loss` serves it."""
@@ -151,19 +152,19 @@ class Problem(NamedTuple):
 
     def adaptive_loss(
         self, state: Tensor, rule: Rule, tracking: tuple[Any, ...]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ops.Seen, Tensor, Tensor]:
         """`loss` at the eps that a tracker of this state and rule gives, in one call; and eps, and
         the tracker's new state."""
         if self.part is not None:
-            value, hard, share, eps, state = sharded.adaptive_loss(
+            value, seen, eps, state = sharded.adaptive_loss(
                 self, state, self._options(rule), tracking, rule.cache_bytes
             )
         else:
-            value, hard, share, eps, state = ops.adaptive_loss(
+            value, seen, eps, state = ops.adaptive_loss(
                 self.inputs, state, self.tau, self._options(rule), (self.self_column, *tracking),
                 rule.cache_bytes,
             )  # fmt: skip
-        return self._scaled(value, rule), hard, share, eps, state
+        return self._scaled(value, rule), seen, eps, state
 
     def threshold(self, quantile: float, over: str) -> Tensor:
         """The mean over rows of the row's quantile; 0-d float64, no gradient."""
@@ -239,18 +240,18 @@ def of_views(
             groups = None if groups is None else (labels, None)
             guide = None if guide is None else (*guides, None)
 
+    none, ids, mask, no_groups, no_guide = _nothing(z0)
     images = row_length = z0.shape[0]
     anchors, has_self = images, False
     if negatives is not None:
         mode = "paired" if negatives.dim() == 3 else "unpaired"
         row_length = 1 + negatives.shape[-2]
     else:
-        negatives = z0.new_empty((0, z0.shape[1]))
+        negatives = none
         if mode != "query":
             anchors = 2 * images
         if mode == "ntxent":
             row_length, has_self = 2 * images, True
-    ids, mask, no_groups, no_guide = _nothing(z0)
     labels, seen, rows = no_groups, None, no_guide
     if groups is not None:
         of_images, others = groups
@@ -303,8 +304,8 @@ def of_features(
 
     ids = torch.arange(features.shape[0], device=device) if labels is None else labels
     x = in_rows(features)
-    z1, negatives = (x.new_empty((0, x.shape[1])) for _ in range(2))
-    _, no_mask, no_groups, no_guide = _nothing(x)
+    z1 = x.new_empty((0, x.shape[1]))
+    negatives, _, no_mask, no_groups, no_guide = _nothing(x)
     seen = None
     if guide is not None:
         g = in_rows(guide)
@@ -338,8 +339,8 @@ def of_logits(
     target = check_logits(logits, target)
     tau = _tau_tensor(temperature, logits)
     rows, columns = logits.shape
-    z1, negatives = (logits.new_empty((0, columns)) for _ in range(2))
-    _, *none = _nothing(logits)
+    z1 = logits.new_empty((0, columns))
+    negatives, _, *none = _nothing(logits)
     part = None
     if meeting is not None:
         share = meeting.share(rows, tau, logits[:, :0])
@@ -354,13 +355,14 @@ def of_logits(
 # ---- parts --------------------------------------------------------------------------------------
 
 
-def _nothing(like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """ids, mask, groups and guide where there are none: each a tensor of its own, for
+def _nothing(like: Tensor) -> tuple[Tensor, ...]:
+    """negatives, ids, mask, groups and guide where there are none: each a tensor of its own, for
     torch.compile refuses one that is passed twice."""
-    return (
+    return _constant(like, (like.shape[1], like.dtype), lambda: (
+        like.new_empty((0, like.shape[1])),
         like.new_empty(0, dtype=torch.int64), like.new_empty((0, 0), dtype=torch.bool),
         like.new_empty(0, dtype=torch.int64), like.new_empty((0, 0), dtype=torch.float32),
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def _view_major(z: Tensor) -> Tensor:
@@ -371,21 +373,50 @@ def _image_major(z: Tensor) -> Tensor:
     return z if z.dim() == 2 else z.flatten(2).flatten(0, 1)
 
 
+_constants: dict[Hashable, tuple[Tensor, ...]] = {}  # of the CPU, of the last calls
+_MOST_CONSTANTS = 64  # a temperature may have another value at each step
+
+
+def _constant(
+    like: Tensor, key: Hashable, make: Callable[[], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """What `make` gives for the key and a tensor like this one, with numbers that never change.
+
+    To make it takes longer than the loss of a few rows, so it is kept, if it is of the CPU: on a
+    GPU it may be of the memory of a graph that is being captured. What is made while a transform or
+    a mode is at work may be of no use after it, and what somebody wrote to, among the tensors that
+    a loss has saved, is made anew. So is all that is traced, for a graph should show how.
+    """
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    if traced or type(like) is not Tensor or not like.is_cpu:
+        return make()
+    made = _constants.get(key)
+    if made is None or made[0]._version:
+        made = make()
+        if is_ordinary():
+            if len(_constants) >= _MOST_CONSTANTS:
+                _constants.clear()
+            _constants[key] = made
+    return made
+
+
 # ---- numbers ------------------------------------------------------------------------------------
 
 
-def number_tensor(value: float, device: torch.device) -> Tensor:
-    """A Python number as the operators take it: 0-d float64."""
+def number_tensor(value: float, like: Tensor) -> Tensor:
+    """A Python number as the operators take it: 0-d float64, which nobody may write to."""
     if torch.compiler.is_compiling():  # of full() it would make a graph for each value
-        return torch.ones((), dtype=torch.float64, device=device) * value
-    return torch.full((), value, dtype=torch.float64, device=device)
+        return torch.ones((), dtype=torch.float64, device=like.device) * value
+    return _constant(
+        like, value, lambda: (torch.full((), value, dtype=torch.float64, device=like.device),)
+    )[0]
 
 
-def eps_tensor(eps: float | Tensor, device: torch.device) -> Tensor:
+def eps_tensor(eps: float | Tensor, like: Tensor) -> Tensor:
     """A checked eps as the operators take it: float64, 0-d or one value a row, no gradient."""
     if isinstance(eps, Tensor):
-        return eps.detach().to(device, torch.float64)
-    return number_tensor(float(eps), device)
+        return eps.detach().to(like.device, torch.float64)
+    return number_tensor(float(eps), like)
 
 
 def unknown_eps(like: Tensor) -> Tensor:
@@ -397,7 +428,7 @@ def _tau_tensor(temperature: float | Tensor, like: Tensor) -> Tensor:
     """tau as the operators take it: 0-d, float32 or float64, on the batch's device."""
     temperature = check_temperature(temperature)
     if not isinstance(temperature, Tensor):
-        return number_tensor(temperature, like.device)
+        return number_tensor(temperature, like)
     wide = temperature.dtype in (torch.float32, torch.float64)
     if temperature.dim():  # (1,), say: sharded training wants one dimension
         temperature = temperature.reshape(())

@@ -11,6 +11,8 @@ from collections import deque
 import torch
 from torch import Tensor
 
+from .state import CANDIDATE
+
 __all__ = ["Recall", "Tally"]
 
 _RECENT = 256  # training calls that may lie between a forward and its backward
@@ -45,6 +47,13 @@ class Tally:
         other._uncounted, other._is_fine = self._uncounted, self._is_fine
         return other
 
+    def add_unseen(self, loss: Tensor) -> bool:
+        """Counts a batch if those before it say enough. Whether they do."""
+        if not (_is_at_hand(loss) and self._is_fine):
+            return False
+        self._uncounted += 1
+        return True
+
     def add(self, hard: Tensor, loss: Tensor, could_be_0: bool) -> None:
         """Counts a batch. A loss that is not finite tells nothing of H.
 
@@ -56,17 +65,13 @@ class Tally:
         # Not is_exporting(), which torch 2.10 takes to be True in every graph that it compiles.
         if getattr(torch.compiler, "_is_exporting_flag", False) or hard.is_meta:
             return
-        at_hand = hard.is_cpu and type(hard) is Tensor and not torch.compiler.is_compiling()
-        if at_hand and self._is_fine:
-            self._uncounted += 1
-            return
         batches, members, nothing = self._counts
         finite = loss.isfinite().all()
         batches.add_(finite)
         members.add_(hard.any() & finite)
         if could_be_0:
             nothing.add_(~loss.any())
-        if at_hand:
+        if _is_at_hand(hard):
             self._is_fine = bool(members > 0) and bool(nothing < batches)
 
     def read(self) -> tuple[float, float, float]:
@@ -89,6 +94,7 @@ class Recall:
         return len(self._pairs)
 
     def add(self, candidate: Tensor, eps: Tensor) -> None:
+        """Args: see `ThresholdTracker.remember`."""
         if not torch.compiler.is_compiling() and not candidate.is_meta:
             self._pairs.appendleft((candidate, eps))
 
@@ -98,9 +104,15 @@ class Recall:
         Where there was none, the first result is `eps`. A candidate that is not finite counts as
         one that has had its first run. There must be at least one pair.
         """
-        seen, given = (torch.stack(column) for column in zip(*self._pairs, strict=True))
+        candidates, given = zip(*self._pairs, strict=True)
+        seen = torch.stack([x[CANDIDATE] if x.dim() else x for x in candidates])
         distance = (seen.to(candidate.device) - candidate).abs().nan_to_num(nan=math.inf)
         nearest = distance.argmin()  # of several the newest
-        first = given.to(eps.device).index_select(0, nearest.reshape(1)).squeeze(0)
+        first = torch.stack(given).to(eps.device).index_select(0, nearest.reshape(1)).squeeze(0)
         known = distance.amin() <= _NEAR
         return torch.where(known, first, eps), known | ~candidate.isfinite()
+
+
+def _is_at_hand(x: Tensor) -> bool:
+    """Whether its numbers can be read without waiting for a device."""
+    return x.is_cpu and type(x) is Tensor and not torch.compiler.is_compiling()

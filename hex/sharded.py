@@ -78,7 +78,7 @@ def row_range(p: Problem) -> tuple[Tensor, Tensor]:
 def adaptive_loss(
     p: Problem, state: Tensor, rule: tuple[Any, ...], tracking: tuple[Any, ...],
     cache_bytes: int | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor, ops.Seen, Tensor, Tensor]:  # fmt: skip
     """The loss, mean |H| and share, at the eps of a tracker; and eps, and its new state."""
     part = _part(p)
     quantile, over_negatives, *step = tracking
@@ -96,18 +96,18 @@ def adaptive_loss(
         eps, state = ops.settle(part.gather(own[None])[0], state, tuple(step))
         every, kept = _forward(p, eps, kept, rule, 0)
     value, hard, share, _ = _finish(p, every, kept, rule)
-    return value, hard, share, eps, state
+    return value, (hard, share), eps, state
 
 
 def loss(
     p: Problem, eps: Tensor, rule: tuple[Any, ...], cache_bytes: int | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and the means of |H|, share and eps. eps: 0-d, or of this rank's anchors."""
+) -> tuple[Tensor, ops.Seen, Tensor]:
+    """The loss, and the means of |H| and share, and of eps. eps: 0-d, or of this rank's anchors."""
     if not ops.has_block(p.inputs[0]):
         return _plain_loss(p, eps, rule)
     keep = ops.bytes_to_keep(cache_bytes, wanted=_learns(p))
     value, hard, share, mean = _finish(p, *_forward(p, eps, None, rule, keep), rule)
-    return value, hard, share, mean if eps.dim() else eps
+    return value, (hard, share), mean if eps.dim() else eps
 
 
 def _part(p: Problem) -> Part:
@@ -272,9 +272,7 @@ class _Own(ops.Function):
 _own = ops.in_graph(_Own)
 
 
-def _plain_loss(
-    p: Problem, eps: Tensor, rule: tuple[Any, ...]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _plain_loss(p: Problem, eps: Tensor, rule: tuple[Any, ...]) -> tuple[Tensor, ops.Seen, Tensor]:
     """`loss` by the formulas. Every rank computes all rows of a gathered problem."""
     part, tau, reduction = _part(p), p.tau, rule[1]
     ranks, (first, _) = part.share.size(), part.block()
@@ -305,4 +303,4 @@ def _plain_loss(
         means = list((ops.total(every[1:4]) / max(rows.shape[0], 1)).unbind())
         total = rows.sum(dtype=torch.float64)
     value = _in_order(_reduce(rows, total, reduction), part.views, reduction)
-    return value, means[0], means[1], means[2] if eps.dim() else eps
+    return value, (means[0], means[1]), means[2] if eps.dim() else eps

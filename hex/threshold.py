@@ -318,17 +318,27 @@ class ThresholdTracker(nn.Module):
 
     def store(self, state: Tensor) -> None:
         """Takes the new state of an update that another made, such as `torch.ops.hex.adaptive`."""
-        if state.is_meta and not self.state.is_meta:
+        own = self.state
+        if state.is_meta and not own.is_meta:
             return  # the call was for the shapes alone
         if self.options["warmup_epochs"] > 0:
             self._warn_without_epochs("the warm-up never ends")
-        if self.state.dtype != torch.float64:  # FSDP's buffer_dtype casts in place
-            self.state = self.state.to(torch.float64)
-        self.state.copy_(state)
+        if own.dtype != torch.float64:  # FSDP's buffer_dtype casts in place
+            self.state = own = own.to(torch.float64)
+        own.copy_(state)
 
     def remember(self, candidate: Tensor, eps: Tensor) -> None:
-        """Notes which eps a candidate was given, for the second run of a checkpoint."""
+        """Notes which eps a candidate was given, for the second run of a checkpoint.
+
+        Args:
+            candidate: 0-d; or the state that it led to, which has it.
+            eps: 0-d.
+        """
         self._recall.add(candidate, eps)
+
+    def counts_unseen(self, loss: Tensor) -> bool:
+        """Counts a training batch of this loss that `watch` need not look at; whether it is one."""
+        return self._tally.add_unseen(loss)
 
     def watch(self, hard: Tensor, loss: Tensor, could_be_0: bool) -> None:
         """Counts a training batch, for the warnings of `set_epoch` and `look`; see `Tally.add`."""

@@ -175,9 +175,10 @@ def test_the_operators_of_pairs_take_sides_of_nothing(N, M, D, kernels):
         n = sum(len(part) for part in z)
         ids = none.new_zeros(n)
         for groups, guide in ((no_groups, no_guide), (ids, no_guide), (no_groups, leaf(n, 2))):
-            value, hard, share = ops.loss(
+            value, seen = ops.loss(
                 (*z, ids, nobody, groups, guide), f64(0.1), f64(0.1), (code, 1, 1, 1.0, 0, 0.1)
             )
+            hard, share = ops.hard_and_share(seen)
             value.backward()
             assert value.isfinite() and hard.shape == share.shape == (N,)
         measured = *z, ids, nobody, f64(0.1), code, True, False
@@ -193,10 +194,11 @@ def test_the_operators_of_views_take_batches_of_nothing(mode, kernels):
     for B, K, D in itertools.product((0, 1, 3), (0, 2), (0, 4)):
         shapes = (B, D), (B, D), (0, D) if mode < 3 else (K, D) if mode == 3 else (B, K, D)
         inputs = [leaf(*shape) for shape in shapes]
-        value, hard, _ = ops.loss(
+        value, seen = ops.loss(
             (*inputs, *operators.nothing(inputs[0].detach())), f64(0.1), f64(0.1),
             (mode, 1, 0, 1.0, 0, 0.1),
         )  # fmt: skip
+        hard, _ = ops.hard_and_share(seen)
         value.backward()
         assert value.isfinite()
         ids, mask, _, _ = operators.nothing(inputs[0].detach())

@@ -48,7 +48,8 @@ def step(module: HEXLoss, p: Problem) -> tuple[Tensor, ...]:
     inputs = [z.detach().clone().requires_grad_() for z in p.inputs]
     value = module(*inputs)
     grads = torch.autograd.grad(value.sum(), inputs)
-    return value.detach(), *grads, *module._last
+    eps, *seen = module._last
+    return value.detach(), *grads, eps, *ops.hard_and_share(seen)
 
 
 def hex_of(p: Problem, **options) -> HEXLoss:
