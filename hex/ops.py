@@ -142,7 +142,8 @@ def kept_numbers(
     else:
         columns = negatives.shape[0] if mode == MODES["unpaired"] else M
         tiles = ((B + block - 1) // block) * ((columns + block - 1) // block)
-    return _at_most(tiles * tile, most // item)
+    few = 12 * (192 + 16)  # KEPT_ROWS, ENOUGH and KEPT_LINE in csrc/cpu/
+    return _at_most(tiles * tile + few, most // item)
 
 
 def _at_most(numbers: int, most: int) -> int:

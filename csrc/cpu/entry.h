@@ -6,6 +6,12 @@
 
 #include "onepass.h"
 
+/* Whether the quantiles are taken from lists, which write no cosines. */
+static bool by_lists(const hex_problem_t *p, int64_t capacity)
+{
+    return !p->several && enough(p) && columns_of(p) >= FEWEST_LISTED && capacity;
+}
+
 /* The quantile of each row; the same bits whichever way. */
 static const char *row_quantiles(const hex_problem_t *p, double quantile, bool over_negatives,
                                  void *rows)
@@ -16,8 +22,9 @@ static const char *row_quantiles(const hex_problem_t *p, double quantile, bool o
     hex_problem_t all = *p; /* of a block with all rows, whose cosines are not kept, too */
     if (p->count == p->B && !p->kept)
         all.block = false;
-    if (p->several || !enough(&all) || columns_of(p) < FEWEST_LISTED || !capacity)
+    if (!by_lists(&all, capacity))
         return quantiles_by_rows(p, quantile, over_negatives, rows);
+    all.kept = NULL;
     batch_t s = {0};
     selection_t q = {0};
     const char *error = make_batch(&all, &s);
@@ -91,10 +98,12 @@ static const char *adaptive(const hex_problem_t *p, hex_tracker_t *t, void *loss
         free_batch(&s);
         return error;
     }
-    const char *error =
-        hex_is_warm_up(t) ? NULL : threshold(p, t->quantile, t->over_negatives, &candidate);
-    if (error)
-        return error;
+    if (!hex_is_warm_up(t)) {
+        const char *error = threshold(p, t->quantile, t->over_negatives, &candidate);
+        if (error)
+            return error;
+        with.filled = keeps_cosines(p) && !by_lists(p, capacity);
+    }
     hex_track(t, candidate, hex_anchors(p));
     return forward(&with, loss, stats);
 }

@@ -41,32 +41,6 @@ static field_t field_of(const hex_problem_t *p)
                      symmetric, symmetric || p->mode == HEX_CROSS};
 }
 
-/* Candidates of an anchor, itself and its positive among them where they are columns. */
-static int64_t columns_of(const hex_problem_t *p)
-{
-    return p->mode == HEX_NTXENT ? p->B + p->M : p->mode == HEX_UNPAIRED ? p->K : p->M;
-}
-
-/* How many of them are no negatives, where positives are not several. */
-static int64_t not_negatives(const hex_problem_t *p)
-{
-    return p->mode == HEX_NTXENT ? 2 : p->mode == HEX_UNPAIRED ? 0 : 1;
-}
-
-static bool enough(const hex_problem_t *p)
-{
-    return p->mode < HEX_PAIRED && !p->block && p->B >= 16 && columns_of(p) >= ENOUGH;
-}
-
-/* Whether a problem is done this way: enough cosines, sets that a tile can tell from codes, and the
- * shift of every row 1. */
-static bool by_tiles(const hex_problem_t *p)
-{
-    const bool by_codes = !p->mask.data && p->G == 0 && !(p->several && p->by_group) &&
-                          !(p->several && p->mode == HEX_UNPAIRED);
-    return enough(p) && by_codes && may_have_one_shift(p);
-}
-
 static void count_blocks(const field_t *f, int64_t *blocks)
 {
     blocks[0] = (f->anchors.end - f->anchors.begin + f->row_block - 1) / f->row_block;
@@ -87,21 +61,23 @@ static int64_t tile_stride(const field_t *f)
 }
 
 /* Room for the cosines that are kept for the backward: for tiles of the largest blocks, which take
- * no less than those in use. Without a branch on the sizes, for torch.compile has to write it down
- * for all of them (kept_numbers in hex/ops.py); memory that is not used is never touched. *used:
- * whether the core has a use for it, with a problem that is large enough. */
+ * no less than those in use, or for the rows of few candidates, which take little more. Without a
+ * branch on the sizes, for torch.compile has to write it down for all of them (kept_numbers in
+ * hex/ops.py); memory that is not used is never touched. *used: whether the core has a use for
+ * it. */
 static int64_t kept_room(const hex_problem_t *p, bool *used)
 {
-    *used = p->mode < HEX_PAIRED && (p->block || enough(p));
+    *used = p->mode < HEX_PAIRED;
     if (p->mode >= HEX_PAIRED)
         return 0;
-    if (p->block) { /* row after row; see visit.h */
-        const range_t met = met_by(p, 0);
-        return (hex_block_anchors(p) + KEPT_ROWS) * kept_stride(met.end - met.begin);
-    }
+    if (p->block)
+        return kept_numbers(p);
     field_t f = field_of(p);
     f.row_block = f.column_block = LARGEST_BLOCK;
-    return count_tiles(&f) * f.row_block * tile_stride(&f);
+    const int64_t room =
+        count_tiles(&f) * f.row_block * tile_stride(&f) + KEPT_ROWS * (ENOUGH + KEPT_LINE);
+    *used = by_tiles(p) || kept_numbers(p) <= room;
+    return room;
 }
 
 /* ---- the order ---- */

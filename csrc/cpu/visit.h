@@ -7,6 +7,36 @@
 
 #include "sets.h"
 
+/* ---- which way a problem goes ---- */
+
+/* Candidates of an anchor, itself and its positive among them where they are columns. */
+static int64_t columns_of(const hex_problem_t *p)
+{
+    return p->mode == HEX_NTXENT ? p->B + p->M : p->mode == HEX_UNPAIRED ? p->K : p->M;
+}
+
+/* How many of them are no negatives, where positives are not several. */
+static int64_t not_negatives(const hex_problem_t *p)
+{
+    return p->mode == HEX_NTXENT ? 2 : p->mode == HEX_UNPAIRED ? 0 : 1;
+}
+
+static bool enough(const hex_problem_t *p)
+{
+    return p->mode < HEX_PAIRED && !p->block && p->B >= 16 && columns_of(p) >= ENOUGH;
+}
+
+/* Whether a problem is done this way: enough cosines, sets that a tile can tell from codes, and the
+ * shift of every row 1. */
+static bool by_tiles(const hex_problem_t *p)
+{
+    const bool by_codes = !p->mask.data && p->G == 0 && !(p->several && p->by_group) &&
+                          !(p->several && p->mode == HEX_UNPAIRED);
+    return enough(p) && by_codes && may_have_one_shift(p);
+}
+
+/* ---- rows ---- */
+
 /* How many of `rows` rows are multiplied at once by the `met` rows of `width` numbers that they meet,
  * with `columns` cosines each in scratch: as many as keep these in the second-level cache, or, where
  * the rows that are met come from memory, once for each block, in the third. A multiple of MR, by
@@ -20,17 +50,24 @@ static int64_t block_rows(int64_t rows, int64_t columns, int64_t met, int64_t wi
     return fit < MR ? MR : (fit < most ? fit : most) / MR * MR;
 }
 
-/* The cosines of a block of anchors are kept as they are, row after row: from row to row room for
- * whole register tiles of any level, and an odd number of cache lines, see stride_of. */
+/* What goes row by row keeps its cosines as they are, row after row: from row to row room for whole
+ * register tiles of any level, and an odd number of cache lines, see stride_of. */
 #define KEPT_COLUMNS 32 /* a multiple of every NR */
 #define KEPT_ROWS 12    /* and of every MR: as many more may be written after the last */
+#define KEPT_LINE 16    /* numbers of a cache line, or of two */
 
 static int64_t kept_stride(int64_t columns)
 {
     return round_up(columns, KEPT_COLUMNS) + 64 / (int64_t)sizeof(real);
 }
 
-static bool keeps_cosines(const hex_problem_t *p) { return p->block && p->kept; }
+static bool keeps_cosines(const hex_problem_t *p) { return p->kept && !by_tiles(p); }
+
+static int64_t kept_numbers(const hex_problem_t *p)
+{
+    const range_t met = met_by(p, 0);
+    return (hex_block_anchors(p) + KEPT_ROWS) * kept_stride(met.end - met.begin);
+}
 
 /* Those that are kept of anchor i with `columns` candidates. */
 static real *kept_row(const hex_problem_t *p, int64_t i, int64_t columns)
