@@ -80,7 +80,7 @@ _KERNELS = {"cpu", "meta"}  # device types with kernels; the fakes below are tho
 
 
 def isa() -> str:
-    """The level of the CPU kernels in use: "base", "avx2", "avx512" or "avx512_bf16"."""
+    """The level of the CPU kernels in use: "base", "neon", "avx2", "avx512" or "avx512_bf16"."""
     return _C.isa()
 
 

@@ -15,13 +15,16 @@
 #include "../tracker.h"
 #include "convert.h"
 
-/* The vector levels are for x86-64, by gcc's pragma for a target or clang's; elsewhere the portable
- * level is all there is. */
+/* The levels of x86-64 are there by gcc's pragma for a target or clang's, that of aarch64 without one;
+ * elsewhere the portable level is all there is. */
 #if defined(__x86_64__) && defined(__GNUC__)
 #define HEX_HAVE_X86_LEVELS 1
 #if __GNUC__ >= 10 || (defined(__clang__) && __clang_major__ >= 9)
 #define HEX_HAVE_BF16_LEVEL 1
 #endif
+#endif
+#ifdef __aarch64__
+#define HEX_HAVE_NEON_LEVEL 1
 #endif
 
 typedef struct {
@@ -39,6 +42,7 @@ extern const hex_cpu_entry_t hex_cpu_base_f32, hex_cpu_base_f64;
 extern const hex_cpu_entry_t hex_cpu_avx2_f32, hex_cpu_avx2_f64;
 extern const hex_cpu_entry_t hex_cpu_avx512_f32, hex_cpu_avx512_f64;
 extern const hex_cpu_entry_t hex_cpu_avx512_bf16_f32;
+extern const hex_cpu_entry_t hex_cpu_neon_f32, hex_cpu_neon_f64;
 
 #define HEX_NO_MEMORY "out of memory"
 #define HEX_NO_THREADS "the thread pool could not run the loop"

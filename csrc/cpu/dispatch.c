@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* Which level of the CPU core runs: chosen once, when the extension is loaded.
- * HEX_ISA=base|avx2|avx512 forces it down, so that every level can be tested on one machine.
+ * HEX_ISA=base|neon|avx2|avx512 forces it down, so that every level can be tested on one machine.
  *
  * HEX_ISA=avx512_bf16 is for bfloat16 inputs, and never chosen by itself: right on an emulated CPU,
  * it has not been timed on a real one, and its gradient rounds what the other levels do not. */
@@ -20,6 +20,9 @@ static const level_t avx512 = {"avx512", {&hex_cpu_avx512_f32, &hex_cpu_avx512_f
 #endif
 #ifdef HEX_HAVE_BF16_LEVEL
 static const level_t avx512_bf16 = {"avx512_bf16", {&hex_cpu_avx512_bf16_f32, NULL}};
+#endif
+#ifdef HEX_HAVE_NEON_LEVEL
+static const level_t neon = {"neon", {&hex_cpu_neon_f32, &hex_cpu_neon_f64}};
 #endif
 
 static bool supported(const level_t *l)
@@ -42,6 +45,10 @@ static bool supported(const level_t *l)
         return supported(&avx512) && __builtin_cpu_supports("avx512bf16");
 #endif
 #endif
+#ifdef HEX_HAVE_NEON_LEVEL
+    if (l == &neon)
+        return true; /* every aarch64 has it */
+#endif
     return l == &base;
 }
 
@@ -51,7 +58,9 @@ const char *hex_cpu_select(const char *wanted, const char **problem)
 {
     static const level_t *const levels[] = {
         &base,
-#ifdef HEX_HAVE_X86_LEVELS
+#ifdef HEX_HAVE_NEON_LEVEL
+        &neon,
+#elif defined(HEX_HAVE_X86_LEVELS)
         &avx2,
         &avx512,
 #endif
@@ -76,14 +85,14 @@ const char *hex_cpu_select(const char *wanted, const char **problem)
         if (chosen)
             break;
     }
-    static const char *const all[] = {"avx2", "avx512", "avx512_bf16"};
+    static const char *const all[] = {"neon", "avx2", "avx512", "avx512_bf16"};
     for (size_t i = 0; !named && i < sizeof all / sizeof *all; i++)
         if (strcmp(wanted, all[i]) == 0) {
             *problem = "this build does not have it";
             named = true;
         }
     if (!named)
-        *problem = "expected base, avx2, avx512 or avx512_bf16";
+        *problem = "expected base, neon, avx2, avx512 or avx512_bf16";
     return named ? level->name : NULL;
 }
 
