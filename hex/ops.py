@@ -65,23 +65,33 @@ _INPUTS = 7  # tensors that a problem is given as: z0, z1, negatives, ids, mask,
 _LEARNED = (0, 1, 2, _INPUTS + 1)  # among the arguments of forward; the last is tau
 
 
-def _length(operator: Any, last: str) -> int:
+def _operator(name: str) -> Any:
+    """That of the extension; None without it."""
+    return getattr(torch.ops.hex, name) if _C else None
+
+
+def _length(name: str, last: str) -> int:
     """Of the rule in an operator's schema, from mode to the argument before `last`."""
+    operator = _operator(name)
+    if operator is None:
+        return 0
     names = [argument.name for argument in operator.default._schema.arguments]
     return names.index(last) - names.index("mode")
 
 
 # The rule of a call: mode, reduction, positives and beta, and what the forward alone looks at.
-_RULE = _length(torch.ops.hex.forward, "keep")
-_BACKWARD_RULE = _length(torch.ops.hex.backward, "allow_tf32")
+_RULE = _length("forward", "keep")
+_BACKWARD_RULE = _length("backward", "allow_tf32")
 
 _MOST_KEPT, _MOST_KEPT_OF_BLOCK = 24 << 20, 128 << 20  # bytes, as in csrc/cpu/cpu.h
-_KERNELS = {"cpu", "meta"}  # device types with kernels; the fakes below are those of "meta"
+# Device types with kernels; the fakes below are those of "meta".
+_KERNELS = {"cpu", "meta"} if _C else set()
 
 
 def isa() -> str:
-    """The level of the CPU kernels in use: "base", "neon", "avx2", "avx512" or "avx512_bf16"."""
-    return _C.isa()
+    """The level of the CPU kernels in use: "base", "neon", "avx2", "avx512" or "avx512_bf16"; or
+    "none" without the extension."""
+    return str(_C.isa()) if _C else "none"
 
 
 # ---- shapes -------------------------------------------------------------------------------------
@@ -259,7 +269,8 @@ for _name, _fake in (
     ("settle", _fake_settle),
     ("total", _fake_total),
 ):
-    _register(_name, _fake)
+    if _C:
+        _register(_name, _fake)
 
 
 # ---- derivatives -------------------------------------------------------------------------------
@@ -372,13 +383,13 @@ def in_graph(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return applied
 
 
-_apply_loss = _differentiable(torch.ops.hex.forward)
-_apply_adaptive = _differentiable(torch.ops.hex.adaptive)
+_apply_loss = _differentiable(_operator("forward"))
+_apply_adaptive = _differentiable(_operator("adaptive"))
 
 
 # ---- kernels, or the reference where there are none --------------------------------------------
 
-_warned: set[str] = set()
+_warned: set[str] = set() if _C else {"cpu", "meta"}  # of which _load.py has warned
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
