@@ -42,8 +42,11 @@ static int64_t keep_elements(const threshold_context_t *t, int64_t i, row_t *r, 
         const real own = self ? c[i] : 0;
         double seen = 0;
         int64_t n = keep(c, r->kind, r->n, t->over_negatives, &seen);
-        for (int64_t j = 0; p->mode == HEX_LOGITS && j < n; j++) /* a product may be infinite */
-            c[j] = cosine(c[j] * (real)read_vector(p->tau, 0));
+        if (p->mode == HEX_LOGITS) {
+            const real tau = (real)read_vector(p->tau, 0);
+            for (int64_t j = 0; j < n; j++) /* a product may be infinite */
+                c[j] = cosine(c[j] * tau);
+        }
         if (p->self_column && !t->over_negatives)
             c[n++] = 1;
         if (self && !t->over_negatives) {
