@@ -306,11 +306,13 @@ def one_rank(batch: Batch, own: slice) -> Step:
     mine = own.start, own.stop - own.start
 
     def quantiles(block: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        return ops.block_quantiles(p.measured(), QUANTILE, "negatives", True, block)
+        return ops.block_quantiles(
+            p.measured(), QUANTILE, "negatives", ops.bytes_to_keep(None), block
+        )
 
     def forward(q: Tensor, kept: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
         eps, _ = ops.settle(q, tracker.state, tracker.kernel_rule()[2:])
-        return ops.block_forward(p.inputs, eps, p.tau, kept, rule, True, block)[:2]
+        return ops.block_forward(p.inputs, eps, p.tau, kept, rule, 0, block)[:2]
 
     everything = 0, p.anchors // 2
     q, kept = quantiles(everything)

@@ -114,6 +114,7 @@ typedef struct {
     /* values */
     hex_mode_t mode;
     bool compute_f64;     /* compute in double instead of float */
+    bool allow_bf16;      /* of the CPU: float rows may be rounded to bfloat16 */
     int64_t B, M, K, D;   /* rows of z0, of z1; negatives, of all or of one anchor; features */
     bool block;           /* a block of anchors alone, else the whole batch: (0, B) */
     int64_t first, count; /* the block */
@@ -229,7 +230,8 @@ const char *hex_cpu_row_range(const hex_problem_t *p, void *low, void *high);
 /* The quantile of each anchor of the block; +Inf of one that has no element. */
 const char *hex_cpu_row_quantiles(const hex_problem_t *p, double quantile, bool over_negatives,
                                   void *rows);
-/* Room, in numbers, for the cosines that are kept of such shapes; *used: whether any are. */
+/* Room, in numbers, for the cosines that are kept of such shapes; *used: whether the core has a use
+ * for it. */
 int64_t hex_cpu_kept(const hex_problem_t *p, bool *used);
 
 /* Sums of all ranks' rows, in their order and without an instruction set, so that every rank has the

@@ -35,12 +35,17 @@ static int64_t kept_room(const call_t *c, const hex_problem_t *p, bool *used)
     return hex_place_is_cuda(&c->place) ? 0 : hex_cpu_kept(p, used);
 }
 
-/* They as the next output: none if they are not wanted. */
-static bool add_kept(call_t *c, hex_problem_t *p, bool wanted)
+/* They as the next output. None are kept where they take more than `most` bytes: then it is of one
+ * number, for torch.compile wants a size that it knows to be more than 0; or, with 0 bytes, empty. */
+static bool add_kept(call_t *c, hex_problem_t *p, int64_t most)
 {
     bool used = false;
-    const int64_t n = wanted ? kept_room(c, p, &used) : 0;
+    int64_t n = most > 0 ? kept_room(c, p, &used) : 0;
     void *data;
+    if (n > most / item_size(compute_dtype(p))) {
+        used = false;
+        n = 1;
+    }
     if (!add_output(c, 1, &n, compute_dtype(p), &data))
         return false;
     p->kept = used ? data : NULL;
@@ -62,10 +67,10 @@ static bool add_gradient(call_t *c, const hex_problem_t *p, int k, bool wanted, 
 
 /* ---- the operators ---- */
 
-/* keep: whether the cosines are to be kept for a backward, if there is room. */
+/* keep: how many bytes the cosines may take that are kept for a backward; 0: there will be none. */
 static const char forward_schema[] =
     "forward(" TENSORS DECIDERS "Tensor eps, Tensor tau, " FORWARD_RULE
-    "bool keep, bool allow_tf32) -> (Tensor loss, Tensor stats, Tensor kept)";
+    "int keep, bool allow_tf32) -> (Tensor loss, Tensor stats, Tensor kept)";
 
 static void forward(StableIValue *stack, uint64_t arguments, uint64_t outputs)
 {
@@ -74,7 +79,7 @@ static void forward(StableIValue *stack, uint64_t arguments, uint64_t outputs)
     const tensors_t t = next_tensors(&c, true);
     const AtenTensorHandle eps = next_tensor(&c), tau = next_tensor(&c);
     const rule_t rule = next_rule(&c, true);
-    const bool keep = next_bool(&c);
+    const int64_t keep = next_int(&c);
     c.place.allow_tf32 = next_bool(&c);
     hex_problem_t p = {0};
     void *loss, *stats;
@@ -121,7 +126,7 @@ static bool check_quantile(call_t *c, double quantile)
 /* The threshold of the batch, the tracker's step and the forward at the eps that comes of it. */
 static const char adaptive_schema[] =
     "adaptive(" TENSORS DECIDERS "Tensor state, Tensor tau, " FORWARD_RULE
-    "bool keep, bool allow_tf32, bool self_column, float quantile, bool over_negatives, "
+    "int keep, bool allow_tf32, bool self_column, float quantile, bool over_negatives, "
     "float momentum, bool monotonic, bool lagged, int warmup_epochs, float warmup_threshold) "
     "-> (Tensor loss, Tensor stats, Tensor kept, Tensor eps, Tensor new_state)";
 
@@ -132,7 +137,7 @@ static void adaptive(StableIValue *stack, uint64_t arguments, uint64_t outputs)
     const tensors_t t = next_tensors(&c, true);
     const AtenTensorHandle old = next_tensor(&c), tau = next_tensor(&c);
     const rule_t rule = next_rule(&c, true);
-    const bool keep = next_bool(&c);
+    const int64_t keep = next_int(&c);
     c.place.allow_tf32 = next_bool(&c);
     hex_problem_t p = {.self_column = next_bool(&c)};
     hex_tracker_t tracker = {.quantile = next_float(&c)};
@@ -175,7 +180,8 @@ static bool read_stats(call_t *c, AtenTensorHandle t, hex_problem_t *p, hex_grad
     return true;
 }
 
-static bool read_kept(call_t *c, AtenTensorHandle t, hex_problem_t *p)
+/* *given: whether the tensor is of an operator that was to keep them, though they may be too many. */
+static bool read_kept(call_t *c, AtenTensorHandle t, hex_problem_t *p, bool *given)
 {
     view_t v;
     bool used;
@@ -183,10 +189,11 @@ static bool read_kept(call_t *c, AtenTensorHandle t, hex_problem_t *p)
     if (!read_view(c, t, "kept", &v))
         return false;
     if (v.dtype != compute_dtype(p) || v.dim != 1 ||
-        (v.size[0] != 0 && (v.size[0] != room || (room > 1 && v.stride[0] != 1))))
+        (v.size[0] > 1 && (v.size[0] != room || v.stride[0] != 1)))
         return fail(c, "kept: expected the contiguous tensor of the forward");
-    p->kept = used && v.size[0] ? (void *)v.data : NULL;
-    p->filled = v.size[0] > 0;
+    p->kept = used && v.size[0] > 1 ? (void *)v.data : NULL;
+    p->filled = p->kept != NULL;
+    *given = v.size[0] > 0;
     return true;
 }
 
@@ -211,11 +218,12 @@ static void backward(StableIValue *stack, uint64_t arguments, uint64_t outputs)
     hex_problem_t p = {0};
     hex_gradient_t g = {0};
     void *out = NULL;
+    bool given;
     if (read_problem(&c, &t, &rule, block, &p) &&
         read_numbers(&c, grad, "grad", p.reduction == HEX_NONE ? EACH_ROW : ONE, hex_anchors(&p),
                      &g.grad) &&
         read_numbers(&c, tau, "tau", ONE, 0, &p.tau) && read_stats(&c, stats, &p, &g) &&
-        read_kept(&c, kept, &p) && add_gradient(&c, &p, 0, needs & 1, &g) &&
+        read_kept(&c, kept, &p, &given) && add_gradient(&c, &p, 0, needs & 1, &g) &&
         add_gradient(&c, &p, 1, needs & 2, &g) && add_gradient(&c, &p, 2, needs & 4, &g) &&
         add_output(&c, needs & 8 ? 0 : 1, (int64_t[]){0}, p.tau.dtype, &out)) {
         const bool cuda = hex_place_is_cuda(&c.place), wanted = needs & 8;
@@ -292,9 +300,9 @@ static void quantile(StableIValue *stack, uint64_t arguments, uint64_t outputs)
 /* ---- the operators of many ranks: each has a block of anchors, and all have all rows' numbers ---- */
 
 /* low: of each anchor of the block the quantile of its row, +inf where that has no element; or, with
- * `bounds`, low and high as in quantile. keep: whether its cosines are to be kept, if there is room. */
+ * `bounds`, low and high as in quantile. keep: as in forward, from here on to block_forward. */
 static const char block_quantiles_schema[] =
-    "block_quantiles(" MEASURED ", bool keep, " BLOCK ") -> (Tensor low, Tensor high, Tensor kept)";
+    "block_quantiles(" MEASURED ", int keep, " BLOCK ") -> (Tensor low, Tensor high, Tensor kept)";
 
 static void block_quantiles(StableIValue *stack, uint64_t arguments, uint64_t outputs)
 {
@@ -302,7 +310,7 @@ static void block_quantiles(StableIValue *stack, uint64_t arguments, uint64_t ou
     call_t c = begin(stack, 6);
     hex_problem_t p = {0};
     const measured_t m = next_measured(&c, &p);
-    const bool keep = next_bool(&c);
+    const int64_t keep = next_int(&c);
     const block_t block = next_block(&c);
     void *low, *high;
     if (read_measured(&c, &m, &block, &p)) {
@@ -318,10 +326,10 @@ static void block_quantiles(StableIValue *stack, uint64_t arguments, uint64_t ou
 }
 
 /* The loss of each anchor of the block. eps: one, or one for each of these. kept: that of
- * block_quantiles; or, where it is empty and `keep` is true, the output is for the backward. */
+ * block_quantiles; or, where that has none, the output is for the backward, as in forward. */
 static const char block_forward_schema[] =
     "block_forward(" TENSORS DECIDERS "Tensor eps, Tensor tau, Tensor kept, " FORWARD_RULE
-    "bool keep, bool allow_tf32, " BLOCK ") -> (Tensor loss, Tensor stats, Tensor new_kept)";
+    "int keep, bool allow_tf32, " BLOCK ") -> (Tensor loss, Tensor stats, Tensor new_kept)";
 
 static void block_forward(StableIValue *stack, uint64_t arguments, uint64_t outputs)
 {
@@ -330,18 +338,19 @@ static void block_forward(StableIValue *stack, uint64_t arguments, uint64_t outp
     const tensors_t t = next_tensors(&c, true);
     const AtenTensorHandle eps = next_tensor(&c), tau = next_tensor(&c), kept = next_tensor(&c);
     rule_t rule = next_rule(&c, true);
-    const bool keep = next_bool(&c);
+    const int64_t keep = next_int(&c);
     c.place.allow_tf32 = next_bool(&c);
     const block_t block = next_block(&c);
     hex_problem_t p = {0};
     void *loss, *stats, *none;
+    bool given;
     rule.reduction = HEX_NONE;
     if (read_problem(&c, &t, &rule, block, &p) &&
         read_numbers(&c, eps, "eps", ONE | EACH_ROW, hex_block_anchors(&p), &p.eps) &&
-        read_numbers(&c, tau, "tau", ONE, 0, &p.tau) && read_kept(&c, kept, &p) &&
+        read_numbers(&c, tau, "tau", ONE, 0, &p.tau) && read_kept(&c, kept, &p, &given) &&
         add_rows(&c, &p, &loss, &stats) &&
-        (p.filled ? add_output(&c, 1, (int64_t[]){0}, compute_dtype(&p), &none)
-                  : add_kept(&c, &p, keep)))
+        (given ? add_output(&c, 1, (int64_t[]){0}, compute_dtype(&p), &none)
+               : add_kept(&c, &p, keep)))
         ok(&c, hex_run_forward(&c.place, &p, loss, stats));
     finish(&c, "block_forward");
 }

@@ -45,6 +45,7 @@ static bool read_inputs(call_t *c, const tensors_t *t, int64_t mode, bool severa
         return fail(c, "mode: expected 0 to 5");
     p->mode = (hex_mode_t)mode;
     p->several = several;
+    p->allow_bf16 = c->place.allow_tf32; /* of the CPU, which rounds to this */
     for (int k = 0; k < 3; k++) {
         const bool cube = k == 2 && mode == HEX_PAIRED;
         const int64_t dim = cube ? 3 : 2;

@@ -293,6 +293,10 @@ def check_count(name: str, value: Any, low: int) -> int:
     return count
 
 
+def check_cache_bytes(value: Any) -> int | None:
+    return None if value is None else check_count("cache_bytes", value, 0)
+
+
 def check_flag(name: str, value: Any) -> bool:
     """True or False, of Python or numpy."""
     kind = type(value)

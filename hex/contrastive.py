@@ -69,6 +69,7 @@ class ContrastiveLoss(nn.Module):
     tau_plus: float
     positives: Positives = "outside"
     base_temperature: float | None = None
+    cache_bytes: int | None = None
     shown: ClassVar[tuple[str, ...]] = ()  # the options that are in the repr
 
     def __init__(

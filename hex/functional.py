@@ -40,6 +40,7 @@ def hex_loss(
     variant: Variant = "paper",
     mode: Mode = "ntxent",
     reduction: Reduction = "mean",
+    cache_bytes: int | None = None,
 ) -> Tensor:
     """The HEX loss of a batch at a given threshold, in nats.
 
@@ -74,6 +75,9 @@ def hex_loss(
             (SimCLR). "query": z0 against z1 (NNCLR, MoCo v3). "cross": z0 against z1 and z1 against
             z0 (CLIP).
         reduction: "mean", "sum", or "none" for one value for each row.
+        cache_bytes: on a CPU, how many bytes the cosines may take that the forward keeps for the
+            backward. A batch with more computes them again, which takes longer and no memory. None
+            is what HEX_CACHE_BYTES in the environment says, or 1 GiB; with 0 none are kept.
 
     Returns:
         0-d, or (N,) for "none". N = 2B in "ntxent" and "cross", where the rows of z0 come first,
@@ -93,7 +97,9 @@ def hex_loss(
     Source: Kokilepersaud et al., "HEX: Hierarchical Emergence Exploitation in Self-Supervised
     Algorithms", WACV 2025 (arXiv 2410.23200); https://github.com/olivesgatech/HEX.
     """
-    rule = checked_rule(reduction=reduction, variant=variant, beta=beta, tau_plus=tau_plus)
+    rule = checked_rule(
+        reduction=reduction, variant=variant, beta=beta, tau_plus=tau_plus, cache_bytes=cache_bytes
+    )
     batch = problem.of_views(z0, z1, negatives, mode, temperature)
     return _at(batch, eps, rule)
 
@@ -106,13 +112,14 @@ def info_nce(
     temperature: float | Tensor = 0.1,
     mode: Mode = "ntxent",
     reduction: Reduction = "mean",
+    cache_bytes: int | None = None,
 ) -> Tensor:
     """The InfoNCE loss of a batch, in nats: `hex_loss` with H empty, by the same kernels.
 
         L_i = -l_ip + log( exp(l_ip) + sum_{negatives j} exp(l_ij) ),    l = c / tau
 
     Args:
-        z0, z1, negatives, temperature, mode, reduction: as in `hex_loss`.
+        z0, z1, negatives, temperature, mode, reduction, cache_bytes: as in `hex_loss`.
 
     Returns:
         As `hex_loss`: 0-d, or (N,) for reduction "none"; float64 if an input is, else float32.
@@ -129,8 +136,9 @@ def info_nce(
     Source: van den Oord et al. 2018 (arXiv 1807.03748); Chen et al. 2020 (arXiv 2002.05709).
     """
     return hex_loss(
-        z0, z1, negatives, eps=math.inf, temperature=temperature, mode=mode, reduction=reduction
-    )
+        z0, z1, negatives, eps=math.inf, temperature=temperature, mode=mode, reduction=reduction,
+        cache_bytes=cache_bytes,
+    )  # fmt: skip
 
 
 def batch_threshold(
@@ -193,6 +201,7 @@ def hex_sup_con(
     positives: Positives = "outside",
     base_temperature: float | None = None,
     reduction: Reduction = "mean",
+    cache_bytes: int | None = None,
 ) -> Tensor:
     """The HEX loss of rows with several positives at a given threshold, in nats.
 
@@ -231,7 +240,7 @@ def hex_sup_con(
         positives: "outside" or "inside" the logarithm, see the equations.
         base_temperature: None, or a number > 0. The loss is then multiplied by temperature /
             base_temperature, as in SupContrast (where it is 0.07 by default).
-        temperature, beta, tau_plus, reduction: as in `hex_loss`.
+        temperature, beta, tau_plus, reduction, cache_bytes: as in `hex_loss`.
 
     Returns:
         0-d, or (N,) for "none", where N = V B and all rows of the first view come first. float64 if
@@ -252,7 +261,7 @@ def hex_sup_con(
     """
     rule = checked_rule(
         reduction=reduction, variant=variant, beta=beta, tau_plus=tau_plus, positives=positives,
-        base_temperature=base_temperature,
+        base_temperature=base_temperature, cache_bytes=cache_bytes,
     )  # fmt: skip
     check_eps_or_groups(eps, groups)
     rows = problem.of_features(features, labels, mask, temperature, groups, guide)

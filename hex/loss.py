@@ -59,6 +59,9 @@ class HEXLoss(ContrastiveLoss):
         check_sizes: whether the ranks compare, at each call and before they exchange anything, how
             many rows they bring, with what dtype and options. It costs one small exchange on the
             host.
+        cache_bytes: on a CPU, how many bytes the cosines may take that the forward keeps for the
+            backward. A batch with more computes them again, which takes longer and no memory. None
+            is what HEX_CACHE_BYTES in the environment says, or 1 GiB; with 0 none are kept.
 
     Shape:
         z0, z1: (B, D). negatives: (K, D) or (B, K, D). Each is float64, float32, bfloat16 or
@@ -110,11 +113,12 @@ class HEXLoss(ContrastiveLoss):
         gather_distributed: bool = False,
         process_group: Any = None,
         check_sizes: bool = True,
+        cache_bytes: int | None = None,
     ) -> None:
         super().__init__(
             temperature, threshold, beta=beta, tau_plus=tau_plus, variant=variant,
             reduction=reduction, gather_distributed=gather_distributed,
-            process_group=process_group, check_sizes=check_sizes,
+            process_group=process_group, check_sizes=check_sizes, cache_bytes=cache_bytes,
         )  # fmt: skip
         check_mode(mode)
         self.mode: Mode = mode
@@ -168,8 +172,8 @@ class InfoNCELoss(ContrastiveLoss):
         L_i = -l_ip + log( exp(l_ip) + sum_{negatives j} exp(l_ij) ),    l = c / tau
 
     Args:
-        temperature, mode, reduction, gather_distributed, process_group, check_sizes: as in
-            `HEXLoss`.
+        temperature, mode, reduction, gather_distributed, process_group, check_sizes, cache_bytes:
+            as in `HEXLoss`.
 
     Shape:
         As in `HEXLoss`.
@@ -200,11 +204,12 @@ class InfoNCELoss(ContrastiveLoss):
         gather_distributed: bool = False,
         process_group: Any = None,
         check_sizes: bool = True,
+        cache_bytes: int | None = None,
     ) -> None:
         super().__init__(
             temperature, None, beta=1.0, tau_plus=0.0, variant="paper", reduction=reduction,
             gather_distributed=gather_distributed, process_group=process_group,
-            check_sizes=check_sizes,
+            check_sizes=check_sizes, cache_bytes=cache_bytes,
         )  # fmt: skip
         check_mode(mode)
         self.mode: Mode = mode
@@ -246,9 +251,9 @@ class HEXSupConLoss(ContrastiveLoss):
         positives: "outside" the logarithm, which is SupCon's L_out, or "inside" it.
         base_temperature: None, or a number > 0. The loss is then multiplied by temperature /
             base_temperature (SupContrast: 0.07).
-        gather_distributed, process_group, check_sizes: as in `HEXLoss`. Labels, groups and guides
-            are gathered too. Without labels every image of every rank is its own class. A mask is
-            refused.
+        gather_distributed, process_group, check_sizes, cache_bytes: as in `HEXLoss`. Labels, groups
+            and guides are gathered too. Without labels every image of every rank is its own class.
+            A mask is refused.
 
     Shape:
         features: (B, V, D), or (N, D) with labels or a mask. labels: (B,) or (N,) integers. mask:
@@ -291,12 +296,13 @@ class HEXSupConLoss(ContrastiveLoss):
         gather_distributed: bool = False,
         process_group: Any = None,
         check_sizes: bool = True,
+        cache_bytes: int | None = None,
     ) -> None:
         super().__init__(
             temperature, threshold, beta=beta, tau_plus=tau_plus, variant=variant,
             positives=positives, base_temperature=base_temperature, reduction=reduction,
             gather_distributed=gather_distributed, process_group=process_group,
-            check_sizes=check_sizes,
+            check_sizes=check_sizes, cache_bytes=cache_bytes,
         )  # fmt: skip
 
     def forward(

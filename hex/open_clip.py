@@ -34,7 +34,7 @@ class HEXClipLoss(HEXLoss):
         gather_distributed: as in `HEXLoss`, but True by default, because ClipLoss gathers as well.
             Value and gradient are then those of ClipLoss with gather_with_grad=True and
             local_loss=False.
-        process_group, check_sizes: as in `HEXLoss`.
+        process_group, check_sizes, cache_bytes: as in `HEXLoss`.
 
     Shape:
         image_features, text_features: (B, D), float64, float32, bfloat16 or float16. Rows may have
@@ -76,6 +76,7 @@ class HEXClipLoss(HEXLoss):
         gather_distributed: bool = True,
         process_group: Any = None,
         check_sizes: bool = True,
+        cache_bytes: int | None = None,
     ) -> None:
         super().__init__(
             threshold=threshold,
@@ -86,6 +87,7 @@ class HEXClipLoss(HEXLoss):
             gather_distributed=gather_distributed,
             process_group=process_group,
             check_sizes=check_sizes,
+            cache_bytes=cache_bytes,
         )
 
     def forward(  # type: ignore[override]

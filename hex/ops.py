@@ -8,6 +8,7 @@ Arguments arrive checked and laid out (problem.py).
 """
 
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ __all__ = [
     "block_forward",
     "block_quantiles",
     "block_range",
+    "bytes_to_keep",
     "compute_dtype",
     "has_adaptive",
     "has_block",
@@ -83,14 +85,25 @@ def _length(name: str, last: str) -> int:
 _RULE = _length("forward", "keep")
 _BACKWARD_RULE = _length("backward", "allow_tf32")
 
-_MOST_KEPT, _MOST_KEPT_OF_BLOCK = 24 << 20, 128 << 20  # bytes, as in csrc/cpu/cpu.h
+
+def _cache_bytes(wanted: str | None) -> int:
+    if not wanted:
+        return 1 << 30
+    if not wanted.isdecimal() or int(wanted) >= 2**53:
+        raise ValueError(f"HEX_CACHE_BYTES: got {wanted!r}, wanted a number of bytes, or 0")
+    return int(wanted)
+
+
+_CACHE_BYTES = _cache_bytes(os.environ.get("HEX_CACHE_BYTES"))
+_mkldnn: Any = torch.backends.mkldnn  # mypy knows of no matmul there
+_BF16_LEVELS = ("avx512_bf16", "avx512_amx")
 # Device types with kernels; the fakes below are those of "meta".
 _KERNELS = {"cpu", "meta"} if _C else set()
 
 
 def isa() -> str:
-    """The level of the CPU kernels in use: "base", "neon", "avx2", "avx512" or "avx512_bf16"; or
-    "none" without the extension."""
+    """The level of the CPU kernels in use: "base", "neon", "avx2", "avx512", "avx512_bf16" or
+    "avx512_amx"; or "none" without the extension."""
     return str(_C.isa()) if _C else "none"
 
 
@@ -116,14 +129,17 @@ def compute_dtype(z0: Tensor, z1: Tensor, negatives: Tensor, mode: int) -> torch
     return torch.float64 if any(z.dtype == torch.float64 for z in used) else torch.float32
 
 
-def kept_numbers(z0: Tensor, z1: Tensor, negatives: Tensor, mode: int, dtype: torch.dtype) -> int:
-    """Room for what the CPU's forward leaves for the backward: kept_room in csrc/cpu/schedule.h.
+def kept_numbers(
+    z0: Tensor, z1: Tensor, negatives: Tensor, mode: int, dtype: torch.dtype, most: int
+) -> int:
+    """Room for what the CPU's forward leaves for the backward: kept_room in csrc/cpu/schedule.h;
+    and 1 where that is more than `most` bytes.
 
     The sizes may be symbolic, and a branch on one would be a guard: so this bounds from above what
     is used, by an expression that torch knows to be more than 0.
     """
     B, M = z0.shape[0], z1.shape[0]
-    if z0.device.type not in ("cpu", "meta") or mode >= MODES["paired"]:
+    if not most or z0.device.type not in ("cpu", "meta") or mode >= MODES["paired"]:
         return 0
     item, block = (8, 96) if dtype == torch.float64 else (4, 192)
     tile = block * (block + 64 // item)
@@ -133,7 +149,14 @@ def kept_numbers(z0: Tensor, z1: Tensor, negatives: Tensor, mode: int, dtype: to
     else:
         columns = negatives.shape[0] if mode == MODES["unpaired"] else M
         tiles = ((B + block - 1) // block) * ((columns + block - 1) // block)
-    room: int = torch.sym_min(tiles * tile, _MOST_KEPT // item)  # type: ignore[no-untyped-call]
+    return _at_most(tiles * tile, most // item)
+
+
+def _at_most(numbers: int, most: int) -> int:
+    """The numbers, or 1 where they are more than `most`; without a branch on them."""
+    some: int = torch.sym_max(1, numbers)  # type: ignore[no-untyped-call]
+    few = torch.sym_min(1, most // some)  # type: ignore[no-untyped-call]
+    room: int = torch.sym_max(1, some * few)  # type: ignore[no-untyped-call]
     return room
 
 
@@ -141,11 +164,11 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     z0, z1, negatives = arguments[:3]
     options = arguments[_INPUTS + 2 :]
     mode, reduction, positives = options[:3]
-    keep = options[_RULE]
+    most = options[_RULE]
     rows, dtype = _anchors(z0, z1, mode), compute_dtype(z0, z1, negatives, mode)
     loss = z0.new_empty((rows,) if reduction == REDUCTIONS["none"] else (), dtype=dtype)
     stats = z0.new_empty((_STATS_SEVERAL if positives else _STATS, rows), dtype=dtype)
-    kept = kept_numbers(z0, z1, negatives, mode, dtype) if keep else 0
+    kept = kept_numbers(z0, z1, negatives, mode, dtype, most)
     return loss, stats, z0.new_empty((kept,), dtype=dtype)
 
 
@@ -179,10 +202,10 @@ def _fake_quantile(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _kept_of_block(
-    z0: Tensor, z1: Tensor, negatives: Tensor, mode: int, several: int, *block: int
+    z0: Tensor, z1: Tensor, negatives: Tensor, mode: int, several: int, most: int, *block: int
 ) -> int:
-    """As `kept_numbers`, of a block: kept_room in csrc/cpu/schedule.h."""
-    if z0.device.type not in ("cpu", "meta") or mode >= MODES["paired"]:
+    """As `kept_numbers`, of a block."""
+    if not most or z0.device.type not in ("cpu", "meta") or mode >= MODES["paired"]:
         return 0
     columns = z1.shape[0]
     if mode == MODES["ntxent"]:
@@ -193,15 +216,14 @@ def _kept_of_block(
     wide, high = 32, 12  # KEPT_COLUMNS and KEPT_ROWS in csrc/cpu/visit.h
     stride = (columns + wide - 1) // wide * wide + 64 // item
     numbers = (_anchors(z0, z1, mode, *block) + high) * stride
-    room: int = torch.sym_min(numbers, _MOST_KEPT_OF_BLOCK // item)  # type: ignore[no-untyped-call]
-    return room
+    return _at_most(numbers, most // item)
 
 
 def _fake_block_quantiles(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     z0, z1, negatives = arguments[:3]
-    mode, several, _, _, _, _, bounds, keep, *block = arguments[6:]
+    mode, several, _, _, _, _, bounds, most, *block = arguments[6:]
     dtype, rows = compute_dtype(z0, z1, negatives, mode), _anchors(z0, z1, mode, *block)
-    kept = _kept_of_block(z0, z1, negatives, mode, several, *block) if keep else 0
+    kept = _kept_of_block(z0, z1, negatives, mode, several, most, *block)
     low = z0.new_empty(rows, dtype=dtype)
     return low, z0.new_empty(rows if bounds else 0, dtype=dtype), z0.new_empty(kept, dtype=dtype)
 
@@ -209,10 +231,10 @@ def _fake_block_quantiles(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _fake_block_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     z0, z1, negatives = arguments[:3]
     mode, _, positives = arguments[_INPUTS + 3 : _INPUTS + 6]
-    given, (keep, _, *block) = arguments[_INPUTS + 2], arguments[-4:]
+    given, (most, _, *block) = arguments[_INPUTS + 2], arguments[-4:]
     rows, dtype = _anchors(z0, z1, mode, *block), compute_dtype(z0, z1, negatives, mode)
     stats = z0.new_empty((_STATS_SEVERAL if positives else _STATS, rows), dtype=dtype)
-    kept = _kept_of_block(*arguments[:3], mode, positives, *block) if keep else 0
+    kept = _kept_of_block(*arguments[:3], mode, positives, most, *block)
     if given.shape[0]:
         kept = 0
     return z0.new_empty(rows, dtype=dtype), stats, z0.new_empty(kept, dtype=dtype)
@@ -421,15 +443,28 @@ def _has_kernel(z: Tensor) -> bool:
     return False
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _allow_bf16() -> bool:
+    """Whether torch lets float32 products of the CPU be rounded, for a level that has them. A
+    compiled graph keeps the answer, as above."""
+    return isa() in _BF16_LEVELS and _mkldnn.matmul.fp32_precision == "bf16"
+
+
 def _allow_tf32(z: Tensor) -> bool:
-    """Whether float32 may be rounded to 11 bits before it is multiplied: as torch is set."""
-    return z.is_cuda and _cuda(z.device.index)[1]
+    """Whether float32 may be rounded before it is multiplied, as torch is set: on a GPU to 11 bits,
+    on a CPU to the 8 of bfloat16."""
+    return _cuda(z.device.index)[1] if z.is_cuda else z.is_cpu and _allow_bf16()
 
 
-def _learns(z0: Tensor, z1: Tensor, negatives: Tensor) -> bool:
-    """Whether a backward may come, for which the forward keeps its cosines."""
+def bytes_to_keep(cache_bytes: int | None, wanted: bool = True) -> int:
+    """How many bytes of cosines a forward may keep. None: as the environment says."""
+    return 0 if not wanted else _CACHE_BYTES if cache_bytes is None else cache_bytes
+
+
+def _keep(z0: Tensor, z1: Tensor, negatives: Tensor, cache_bytes: int | None) -> int:
+    """The same for a backward, if one may come."""
     learns = z0.requires_grad or z1.requires_grad or negatives.requires_grad
-    return torch.is_grad_enabled() and learns
+    return bytes_to_keep(cache_bytes, torch.is_grad_enabled() and learns)
 
 
 def _reference(*tensors: Tensor, rule: tuple[Any, ...]) -> reference.Rows:
@@ -439,8 +474,9 @@ def _reference(*tensors: Tensor, rule: tuple[Any, ...]) -> reference.Rows:
 
 
 def loss(
-    inputs: tuple[Tensor, ...], eps: Tensor, tau: Tensor, rule: tuple[Any, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
+    inputs: tuple[Tensor, ...], eps: Tensor, tau: Tensor, rule: tuple[Any, ...],
+    cache_bytes: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The reduced loss, and of each row |H| and the local term's share (no gradient)."""
     z0, z1, negatives = inputs[:3]
     if eps.device != z0.device:  # of a tracker that was not moved: right, though it waits
@@ -449,21 +485,22 @@ def loss(
         rows, hard, share = _reference(*inputs, eps, tau, rule=rule)
         return reference.reduce(rows, rule[1]), hard, share
     value, stats, _ = _apply_loss(
-        *inputs, eps, tau, *rule, _learns(z0, z1, negatives), _allow_tf32(z0)
+        *inputs, eps, tau, *rule, _keep(z0, z1, negatives, cache_bytes), _allow_tf32(z0)
     )
     return value, stats[COUNT], stats[SHARE]
 
 
 def adaptive_loss(
     inputs: tuple[Tensor, ...], state: Tensor, tau: Tensor, rule: tuple[Any, ...],
-    tracking: tuple[Any, ...],
+    tracking: tuple[Any, ...], cache_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`loss` at the eps that a tracker gives for the batch, in one call; and eps, and the tracker's
     new state. tracking: self_column, and the tracker's rule, as in the operator's schema."""
     z0, z1, negatives = inputs[:3]
     value, stats, _, eps, state = _apply_adaptive(
-        *inputs, state, tau, *rule, _learns(z0, z1, negatives), _allow_tf32(z0), *tracking
-    )
+        *inputs, state, tau, *rule, _keep(z0, z1, negatives, cache_bytes), _allow_tf32(z0),
+        *tracking,
+    )  # fmt: skip
     return value, stats[COUNT], stats[SHARE], eps, state
 
 
@@ -513,22 +550,22 @@ def _measure(
 
 
 def block_quantiles(
-    measured: Sequence[Any], quantile: float, over: str, keep: bool, block: tuple[int, int]
+    measured: Sequence[Any], quantile: float, over: str, keep: int, block: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """Of each anchor of the block the quantile of its row, +inf where that has no element; and, if
-    they are to be kept, the cosines for `block_forward`. No gradient. measured: as in `row_range`.
-    """
+    they take no more than `keep` bytes, the cosines for `block_forward`. No gradient. measured: as
+    in `row_range`."""
     low, _, kept = _measure_block(measured, quantile, over, False, keep, block)
     return low, kept
 
 
 def block_range(measured: Sequence[Any], block: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """`row_range` of the anchors of the block."""
-    return _measure_block(measured, 0.0, "all", True, False, block)[:2]
+    return _measure_block(measured, 0.0, "all", True, 0, block)[:2]
 
 
 def _measure_block(
-    measured: Sequence[Any], quantile: float, over: str, bounds: bool, keep: bool,
+    measured: Sequence[Any], quantile: float, over: str, bounds: bool, keep: int,
     block: tuple[int, int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     *tensors, mode, several, self_column = measured
@@ -562,10 +599,10 @@ def has_block(z: Tensor) -> bool:
 
 def block_forward(
     inputs: tuple[Tensor, ...], eps: Tensor, tau: Tensor, kept: Tensor | None,
-    rule: tuple[Any, ...], keep: bool, block: tuple[int, int],
+    rule: tuple[Any, ...], keep: int, block: tuple[int, int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss and statistics of each anchor of the block, without gradient, and the cosines for the
-    backward: `kept`, or where there are none and `keep` is true, its own. eps: 0-d, or theirs."""
+    backward: `kept`, or without it its own of at most `keep` bytes. eps: 0-d, or theirs."""
     z0, z1, negatives = inputs[:3]
     given = kept
     if given is None:

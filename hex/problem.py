@@ -33,6 +33,7 @@ from .checks import (
     Reduction,
     Variant,
     check_base_temperature,
+    check_cache_bytes,
     check_features,
     check_groups,
     check_guide,
@@ -75,11 +76,13 @@ class Rule(NamedTuple):
     tau_plus: float
     positives: Positives
     base_temperature: float | None
+    cache_bytes: int | None
 
 
 def checked_rule(
     *, beta: float, tau_plus: float, variant: Variant, reduction: Reduction,
     positives: Positives = "outside", base_temperature: float | None = None,
+    cache_bytes: int | None = None,
 ) -> Rule:  # fmt: skip
     """The options of a loss as one.
 
@@ -92,7 +95,8 @@ def checked_rule(
     check_reduction(reduction)
     check_positives(positives)
     base = check_base_temperature(base_temperature)
-    return Rule(reduction, variant, beta, tau_plus, positives, base)
+    cache = check_cache_bytes(cache_bytes)
+    return Rule(reduction, variant, beta, tau_plus, positives, base, cache)
 
 
 class Problem(NamedTuple):
@@ -133,9 +137,11 @@ class Problem(NamedTuple):
         """The reduced loss; |H| and the local term's share, of each row or their means, and eps (no
         gradient)."""
         if self.part is not None:
-            value, hard, share, eps = sharded.loss(self, eps, self._options(rule))
+            value, hard, share, eps = sharded.loss(self, eps, self._options(rule), rule.cache_bytes)
         else:
-            value, hard, share = ops.loss(self.inputs, eps, self.tau, self._options(rule))
+            value, hard, share = ops.loss(
+                self.inputs, eps, self.tau, self._options(rule), rule.cache_bytes
+            )
         return self._scaled(value, rule), hard, share, eps
 
     def has_adaptive(self) -> bool:
@@ -150,12 +156,13 @@ class Problem(NamedTuple):
         the tracker's new state."""
         if self.part is not None:
             value, hard, share, eps, state = sharded.adaptive_loss(
-                self, state, self._options(rule), tracking
+                self, state, self._options(rule), tracking, rule.cache_bytes
             )
         else:
             value, hard, share, eps, state = ops.adaptive_loss(
-                self.inputs, state, self.tau, self._options(rule), (self.self_column, *tracking)
-            )
+                self.inputs, state, self.tau, self._options(rule), (self.self_column, *tracking),
+                rule.cache_bytes,
+            )  # fmt: skip
         return self._scaled(value, rule), hard, share, eps, state
 
     def threshold(self, quantile: float, over: str) -> Tensor:

@@ -63,7 +63,7 @@ class Part(NamedTuple):
 def threshold(p: Problem, quantile: float, over: str) -> Tensor:
     """The mean over all anchors of the row's quantile; 0-d float64."""
     part = _part(p)
-    own, _ = ops.block_quantiles(p.measured(), quantile, over, False, part.block())
+    own, _ = ops.block_quantiles(p.measured(), quantile, over, 0, part.block())
     rows = part.gather(own[None])
     none = rows.isposinf()
     sums = ops.total(torch.cat([torch.where(none, 0.0, rows), (~none).to(rows)]))
@@ -76,32 +76,37 @@ def row_range(p: Problem) -> tuple[Tensor, Tensor]:
 
 
 def adaptive_loss(
-    p: Problem, state: Tensor, rule: tuple[Any, ...], tracking: tuple[Any, ...]
-) -> tuple[Tensor, ...]:
+    p: Problem, state: Tensor, rule: tuple[Any, ...], tracking: tuple[Any, ...],
+    cache_bytes: int | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """The loss, mean |H| and share, at the eps of a tracker; and eps, and its new state."""
     part = _part(p)
     quantile, over_negatives, *step = tracking
     lagged = step[2]
     over = "negatives" if over_negatives else "all"
-    own, kept = ops.block_quantiles(p.measured(), quantile, over, True, part.block())
+    keep = ops.bytes_to_keep(cache_bytes)  # for the forward, even where no backward comes
+    own, kept = ops.block_quantiles(p.measured(), quantile, over, keep, part.block())
     if lagged:  # eps is known: the quantiles travel with the losses
         unknown = own.new_full((1,), torch.nan)
         eps, _ = ops.settle(unknown, state, tuple(step))
-        every, kept = _forward(p, eps, kept, rule, own)
+        every, kept = _forward(p, eps, kept, rule, 0, own)
         rows, every = every[-1], every[:-1]
         _, state = ops.settle(rows, state, tuple(step))
     else:
         eps, state = ops.settle(part.gather(own[None])[0], state, tuple(step))
-        every, kept = _forward(p, eps, kept, rule)
+        every, kept = _forward(p, eps, kept, rule, 0)
     value, hard, share, _ = _finish(p, every, kept, rule)
     return value, hard, share, eps, state
 
 
-def loss(p: Problem, eps: Tensor, rule: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def loss(
+    p: Problem, eps: Tensor, rule: tuple[Any, ...], cache_bytes: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, and the means of |H|, share and eps. eps: 0-d, or of this rank's anchors."""
     if not ops.has_block(p.inputs[0]):
         return _plain_loss(p, eps, rule)
-    value, hard, share, mean = _finish(p, *_forward(p, eps, None, rule), rule)
+    keep = ops.bytes_to_keep(cache_bytes, wanted=_learns(p))
+    value, hard, share, mean = _finish(p, *_forward(p, eps, None, rule, keep), rule)
     return value, hard, share, mean if eps.dim() else eps
 
 
@@ -111,13 +116,13 @@ def _part(p: Problem) -> Part:
 
 
 def _forward(
-    p: Problem, eps: Tensor, kept: Tensor | None, rule: tuple[Any, ...], *more: Tensor
+    p: Problem, eps: Tensor, kept: Tensor | None, rule: tuple[Any, ...], keep: int, *more: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Loss and statistics, and what else there is a number of for each anchor, of all anchors; and
     the cosines for the backward."""
     part = _part(p)
     rows, stats, kept = ops.block_forward(
-        p.inputs, eps, p.tau.detach(), kept, rule, _learns(p), part.block()
+        p.inputs, eps, p.tau.detach(), kept, rule, keep, part.block()
     )
     return part.gather(torch.cat([rows[None], stats, *(x[None] for x in more)])), kept
 

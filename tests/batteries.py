@@ -273,13 +273,13 @@ class InBlocks(Problem):
     def quantiles(self, quantile: float, over: str) -> Tensor:
         rule = (ops.MODES[self.mode], quantile, over == "negatives")
         arguments = operators.arguments("threshold", *self.raw()[:3], *rule)
-        return self._gather(lambda *block: HEX.block_quantiles(*arguments, False, *block)[0])
+        return self._gather(lambda *block: HEX.block_quantiles(*arguments, 0, *block)[0])
 
     def bounds(self) -> Tensor:
         """Least and greatest cosine of each row, (2, N)."""
         arguments = operators.arguments("row_range", *self.raw()[:3], ops.MODES[self.mode])
         return self._gather(
-            lambda *block: torch.stack(HEX.block_quantiles(*arguments, False, *block)[:2])
+            lambda *block: torch.stack(HEX.block_quantiles(*arguments, 0, *block)[:2])
         )
 
     def statistics(self, allow_tf32: bool = False) -> tuple[Tensor, Tensor]:

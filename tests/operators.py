@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 HEX = torch.ops.hex
+KEEP = 1 << 30  # bytes of cosines that a forward may keep
 
 
 def nothing(like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""HEX_ISA=avx512_bf16 on a machine without it: the extension of a copy of the sources, built with
-the level's three instructions in plain C (HEX_EMULATE_BF16), which give the same bits. It is not
-optimised, for that takes longer than the tests. Part of `make thorough`.
+"""The levels for bfloat16 on a machine without them: the extension of a copy of the sources, built
+with their instructions in plain C (HEX_EMULATE_BF16), which give the same bits. It is not
+optimised much, for that takes longer than the tests. Part of `make thorough`.
 
-test_isa.py tests the level where the CPU has it.
+test_isa.py tests the levels where the CPU has them.
 """
 
 import os
@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+LEVELS = ("avx512_bf16", "avx512_amx")
 
 pytestmark = [
     pytest.mark.skipif(platform.machine() != "x86_64", reason="the level is for x86-64"),
@@ -28,7 +29,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    """The environment of a process that runs the level."""
+    """The environment of a process that runs such a level, which `run` names."""
     tree = tmp_path_factory.mktemp("emulated")
     for name in ("csrc", "hex"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so"))
@@ -36,37 +37,38 @@ def emulated(tmp_path_factory):
         shutil.copy(ROOT / name, tree)
     setup = (ROOT / "setup.py").read_text()
     assert setup.count('"-O3"') == 2  # ours and nvcc's
-    (tree / "setup.py").write_text(setup.replace('"-O3"', '"-O0"'))  # a minute sooner
+    (tree / "setup.py").write_text(setup.replace('"-O3"', '"-O1"'))  # a minute sooner
     flags = "-DHEX_EMULATE_BF16 -Wno-psabi"
     subprocess.run(
         [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
         cwd=tree, env={**os.environ, "HEX_CUDA": "0", "CFLAGS": flags}, check=True,
     )  # fmt: skip
-    return {
-        **os.environ, "PYTHONPATH": str(tree), "HEX_ISA": "avx512_bf16", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+    return {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
 
 
-def run(environment, *command):
+def run(environment, level, *command):
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT / "tests", env=environment, capture_output=True,
-        text=True, timeout=600,
+        [sys.executable, *command], cwd=ROOT / "tests", env={**environment, "HEX_ISA": level},
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return done.stdout
 
 
 def test_it_computes_what_the_reference_computes(emulated):
-    level, batches, of_labels = run(emulated, "test_isa.py").split()
-    assert level == "avx512_bf16"
+    level, batches, of_labels = run(emulated, "avx512_amx", "test_isa.py").split()
+    assert level == "avx512_amx"
     assert int(batches) > 100 and int(of_labels) > 40
 
 
-def test_rows_by_pairs_are_as_good_as_torch(emulated):
-    """Blocks with themselves, odd batches, shared negatives, the threshold in one pass."""
+@pytest.mark.parametrize(
+    "level, file", [("avx512_bf16", "test_tiles.py"), ("avx512_amx", "test_labels_by_tiles.py")]
+)
+def test_rows_by_pairs_are_as_good_as_torch(emulated, level, file):
+    """Blocks with themselves, odd batches, shared negatives, the threshold in one pass; labels."""
     options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--override-ini", "addopts=")
     selected = "bfloat16 or (one_call and cluster)"
-    out = run(emulated, "-m", "pytest", *options, "test_tiles.py", "-k", selected)
+    out = run(emulated, level, "-m", "pytest", *options, file, "-k", selected)
     assert "passed" in out and "failed" not in out
     assert "no tests ran" not in out
 
@@ -91,9 +93,22 @@ for a, b in zip(narrow_grads, wide_grads, strict=True):
     error = ((a - b).norm() / b.norm()).item()
     assert half_a_place <= error < 1.5 * half_a_place, (error, half_a_place)
     assert not torch.equal(a, b.bfloat16())  # else nothing went by dot products
+# float32 where the person lets it be rounded: the loss of the rounded rows, at their gradient
+torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+leaves = [z.to(torch.bfloat16).float().requires_grad_() for z in (z0 * 1.001, z1)]
+near = [(z * (1 + 2**-12)).detach().requires_grad_() for z in leaves]  # rounds to the same
+exact = [z.to(torch.bfloat16).requires_grad_() for z in leaves]
+results = []
+for rows in (leaves, near, exact):
+    loss = hex_loss(*rows, eps=0.2)
+    results.append((loss, *torch.autograd.grad(loss, rows)))
+for of_leaves, of_near, of_exact in zip(*results, strict=True):
+    assert torch.equal(of_leaves, of_near)
+    assert torch.equal(of_leaves.to(of_exact.dtype), of_exact)
 print(ops.isa())
 """
 
 
-def test_what_bfloat16_costs_is_a_rounding_of_the_gradient(emulated):
-    assert run(emulated, "-c", DIGITS).split() == ["avx512_bf16"]
+@pytest.mark.parametrize("level", LEVELS)
+def test_what_bfloat16_costs_is_a_rounding_of_the_gradient(emulated, level):
+    assert run(emulated, level, "-c", DIGITS).split() == [level]

@@ -9,6 +9,7 @@ import operators
 import pytest
 import torch
 from conftest import problem
+from operators import KEEP
 
 from hex import ops
 from hex import state as states
@@ -52,7 +53,7 @@ def backward_of(arguments, grad, stats, kept):
     return grad, *inputs, tau, stats, kept, mode, reduction, positives, beta, False, 15
 
 
-def forward_of(arguments, kept, keep=False):
+def forward_of(arguments, kept, keep=0):
     *inputs, eps, tau, mode, reduction, positives, beta, variant, tau_plus, _, _ = arguments
     rule = mode, reduction, positives, beta, variant, tau_plus
     return *inputs, eps, tau, kept, *rule, keep, False
@@ -64,10 +65,10 @@ def quantile_of(arguments, over_negatives, bounds):
     return *inputs[:5], tau, mode, positives > 0, False, logits, 0.9, over_negatives, bounds
 
 
-def kept_of(arguments, block):
+def kept_of(arguments, block, most=KEEP):
     """The cosines of a block that its quantiles leave; None where its rows are not among those of
     the whole, as of a guide's threshold."""
-    return HEX.block_quantiles(*quantile_of(arguments, True, False), True, **block)[2]
+    return HEX.block_quantiles(*quantile_of(arguments, True, False), most, **block)[2]
 
 
 def blocks(cut):
@@ -85,7 +86,7 @@ def test_the_rows_of_a_block_are_those_of_the_whole(arguments, cut):
         block = dict(first=first, count=count)
         at = anchors_of(arguments, first, count)
         none, its_cosines = stats.new_empty(0), kept_of(arguments, block)
-        for given, keep in ((none, False), (none, True), (its_cosines, True)):
+        for given, keep in ((none, 0), (none, KEEP), (its_cosines, KEEP)):
             own, its, new = HEX.block_forward(*forward_of(arguments, given, keep), **block)
             assert torch.equal(own, loss[at])
             assert torch.equal(its.nan_to_num(7), stats[:, at].nan_to_num(7))
@@ -116,12 +117,10 @@ def test_the_quantiles_of_a_block_are_those_of_its_rows(arguments):
         for first, count in ((0, 7), (7, 0), (7, 6)):
             at = anchors_of(arguments, first, count)
             block = dict(first=first, count=count)
-            *bounds, none = HEX.block_quantiles(
-                *quantile_of(arguments, False, True), False, **block
-            )
+            *bounds, none = HEX.block_quantiles(*quantile_of(arguments, False, True), 0, **block)
             assert torch.equal(torch.stack(bounds), torch.stack([low[at], high[at]]))
             quantiles[at], high_of, kept = HEX.block_quantiles(
-                *quantile_of(arguments, over_negatives, False), True, **block
+                *quantile_of(arguments, over_negatives, False), KEEP, **block
             )
             assert not none.numel() and not high_of.numel()
         eps, state = HEX.settle(quantiles, torch.zeros(11, dtype=F64), *STEP)
@@ -165,36 +164,38 @@ def test_shapes_without_data(arguments):
         block = dict(first=first, count=count)
         kept = kept_of(arguments, block)
         for operator, given in (
-            (HEX.block_quantiles, (*quantile_of(arguments, False, True), False)),
-            (HEX.block_quantiles, (*quantile_of(arguments, True, False), True)),
-            (HEX.block_forward, forward_of(arguments, kept, True)),
-            (HEX.block_forward, forward_of(arguments, kept[:0], True)),
+            (HEX.block_quantiles, (*quantile_of(arguments, False, True), 0)),
+            (HEX.block_quantiles, (*quantile_of(arguments, True, False), KEEP)),
+            (HEX.block_forward, forward_of(arguments, kept, KEEP)),
+            (HEX.block_forward, forward_of(arguments, kept[:0], KEEP)),
             (HEX.backward, backward_of(arguments, torch.ones_like(loss), stats, kept)),
         ):
             torch.library.opcheck(operator, given, block, test_utils=FAKES)
 
 
 def test_cosines_that_are_too_many_are_not_kept():
-    """Of more than 128 MiB the room is there, untouched, and the operators compute again."""
-    p = problem("cluster", 4300, 5, "ntxent", dtype=F32)
-    arguments = operators.arguments("forward", *p.raw())
-    block = dict(first=0, count=2000)  # 4000 anchors, 8600 candidates: 131 MiB
-    kept = kept_of(arguments, block)
-    assert kept.numel() * 4 == 128 << 20
-    kept.fill_(7)
-    with_room, *_ = HEX.block_forward(*forward_of(arguments, kept), **block)
-    without, *_ = HEX.block_forward(*forward_of(arguments, kept.new_empty(0)), **block)
-    assert torch.equal(with_room, without)
+    """Of more bytes than `keep` there is one number, and the operators compute again."""
     p = problem("cluster", 1500, 5, "ntxent", dtype=F32)
     arguments = operators.arguments("forward", *p.raw())
     block = dict(first=0, count=1000)
-    kept = kept_of(arguments, block)
-    assert kept.numel() == (2000 + 12) * (3008 + 16)  # whole register tiles and cache lines
-    computed, *_ = HEX.block_forward(*forward_of(arguments, kept.new_empty(0)), **block)
-    taken, *_ = HEX.block_forward(*forward_of(arguments, kept), **block)
-    assert torch.equal(computed, taken)
-    taken, *_ = HEX.block_forward(*forward_of(arguments, kept.fill_(0.5)), **block)
-    assert not torch.equal(computed, taken)
+    none = torch.empty(0)
+    computed, stats, _ = HEX.block_forward(*forward_of(arguments, none), **block)
+    room = (2000 + 12) * (3008 + 16)  # whole register tiles and cache lines
+    for most, numbers in ((4 * room - 1, 1), (4 * room, room)):
+        kept = kept_of(arguments, block, most)
+        assert kept.numel() == numbers
+        taken, _, new = HEX.block_forward(*forward_of(arguments, kept, most), **block)
+        assert torch.equal(computed, taken) and new.numel() == 0
+        new = HEX.block_forward(*forward_of(arguments, none, most), **block)[2]
+        assert new.numel() == numbers
+        taken, *_ = HEX.block_forward(*forward_of(arguments, kept.fill_(0.5)), **block)
+        assert torch.equal(computed, taken) == (numbers == 1)
+    loss, stats, _ = HEX.forward(*arguments)
+    gradients = (
+        HEX.backward(*backward_of(arguments, torch.ones_like(loss), stats, kept), **block)
+        for kept in (none, torch.full((1,), 7.0))
+    )
+    assert all(map(torch.equal, *gradients))
 
 
 def test_sums_are_those_of_python_in_the_order_of_the_rows():

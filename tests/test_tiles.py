@@ -109,8 +109,8 @@ def test_cosines_that_were_kept_and_computed_again_give_the_same_bits(mode, dtyp
         p = problem("cluster", B + (mode != "unpaired") * 190, 40, mode, K=K, dtype=dtype)
         z0, z1, negatives, eps, tau, *options, _ = p.raw()
         given = z0, z1, negatives, eps, tau, *options
-        loss, stats, kept = operators.forward(*given, True)
-        again, _, nothing = operators.forward(*given, False)
+        loss, stats, kept = operators.forward(*given, operators.KEEP)
+        again, _, nothing = operators.forward(*given, 0)
         assert torch.equal(loss, again)
         assert kept.numel() > p.rows * 190 / 2
         assert nothing.numel() == 0
@@ -128,16 +128,20 @@ def test_the_fake_of_what_is_kept_has_the_size_of_the_real_which_bounds_what_is_
     """The rule is written twice, in csrc/cpu/schedule.h and for shapes without data; the sizes lie
     about each of its limits. That the core writes no more than there is room for, AddressSanitizer
     sees, and the backward by these cosines or by its own is the same."""
+    most = 24 << 20
     sizes = (1, 15, 16, 95, 96, 97, 192, 193, 384, 385, 512, 513, 1000, 1024, 1025)
     sizes += (1152, 1153, 1248, 1249, 1536, 1537, 1600, 2200, 2400, 2500)
     for mode, B, dtype in itertools.product(MODES, sizes, (torch.float32, torch.float64)):
         K = 3 if mode == "paired" else 191 + B % 2 * 1000
         p = problem("gauss", B, 2, mode, K=K, dtype=dtype, eps=f64(0.5))
         z0, z1, negatives, *_, mode_code = p.raw()[:6]
-        real = operators.forward(*p.raw()[:-1], True)[2]
-        fake = ops.kept_numbers(z0, z1, negatives, mode_code, dtype)
-        assert real.numel() == fake, (mode, B, dtype)
-        assert fake * dtype.itemsize <= 24 << 20
+        room = ops.kept_numbers(z0, z1, negatives, mode_code, dtype, 1 << 40)
+        for limit in (most, room * dtype.itemsize, room * dtype.itemsize - 1, 1, 0):
+            real = operators.forward(*p.raw()[:-1], limit)[2]
+            fake = ops.kept_numbers(z0, z1, negatives, mode_code, dtype, limit)
+            assert real.numel() == fake, (mode, B, dtype, limit)
+            assert fake in (room, 1) if limit and room else fake == 0
+            assert fake * dtype.itemsize <= max(limit, dtype.itemsize)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, 1.5])

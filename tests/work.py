@@ -92,14 +92,14 @@ def build(
     levels = csrc / "cpu" / "levels"
     command += [f'-DLEVEL_FILE="{levels}/{level}.h"', f'-DCPU_FILE="{csrc}/cpu/cpu.h"']
     units = [levels / f"{level}_f32.c"]
-    if floats_only or level == "avx512_bf16":
+    if floats_only or level.startswith("avx512_"):
         command += ["-DFLOAT_ONLY"]
     else:
         units += [levels / f"{level}_f64.c"]
     command += ["-DHEX_COUNT_WORK", *extra, str(Path(__file__).with_suffix(".c")), *map(str, units)]
     command += ["-o", str(target), "-lm"]
     subprocess.run(command, check=True)
-    return Core(ctypes.CDLL(str(target)), level == "avx512_bf16")
+    return Core(ctypes.CDLL(str(target)), level.startswith("avx512_"))
 
 
 # ---- what the algorithm needs ----

@@ -22,6 +22,10 @@
 #if __GNUC__ >= 10 || (defined(__clang__) && __clang_major__ >= 9)
 #define HEX_HAVE_BF16_LEVEL 1
 #endif
+/* Linux lets a process use tiles if it asks (dispatch.c). */
+#if defined(__linux__) && (__GNUC__ >= 11 || (defined(__clang__) && __clang_major__ >= 12))
+#define HEX_HAVE_AMX_LEVEL 1
+#endif
 #endif
 #ifdef __aarch64__
 #define HEX_HAVE_NEON_LEVEL 1
@@ -41,7 +45,7 @@ typedef struct {
 extern const hex_cpu_entry_t hex_cpu_base_f32, hex_cpu_base_f64;
 extern const hex_cpu_entry_t hex_cpu_avx2_f32, hex_cpu_avx2_f64;
 extern const hex_cpu_entry_t hex_cpu_avx512_f32, hex_cpu_avx512_f64;
-extern const hex_cpu_entry_t hex_cpu_avx512_bf16_f32;
+extern const hex_cpu_entry_t hex_cpu_avx512_bf16_f32, hex_cpu_avx512_amx_f32;
 extern const hex_cpu_entry_t hex_cpu_neon_f32, hex_cpu_neon_f64;
 
 #define HEX_NO_MEMORY "out of memory"
@@ -91,12 +95,6 @@ static inline hex_power_t power_of(double beta)
 }
 
 /* ---- fixed shift: tiles.h ---- */
-
-/* Cosines of the forward that take no more are kept for the backward: at 2048 rows they save a
- * fifth of the time. */
-#define MOST_KEPT_BYTES ((int64_t)24 << 20)
-/* Those of a block save two products of three. */
-#define MOST_KEPT_OF_BLOCK ((int64_t)128 << 20)
 
 /* What is summed of a row, over its negatives, with x = c - 1, e = exp(x / tau), b = e^beta. All of
  * them in every case, so that a row with H empty has the bits of InfoNCE. */

@@ -1,10 +1,17 @@
 /* SPDX-License-Identifier: MIT */
-/* Which level of the CPU core runs: chosen once, when the extension is loaded.
- * HEX_ISA=base|neon|avx2|avx512 forces it down, so that every level can be tested on one machine.
+/* Which level of the CPU core runs: chosen once, when the extension is loaded. HEX_ISA names another,
+ * so that every level can be tested on one machine.
  *
- * HEX_ISA=avx512_bf16 is for bfloat16 inputs, and never chosen by itself: right on an emulated CPU,
- * it has not been timed on a real one, and its gradient rounds what the other levels do not. */
+ * The last two differ from avx512 for bfloat16 inputs. avx512_bf16 is chosen by itself on CPUs of AMD
+ * alone: vdpbf16ps is as fast as a multiply-add of floats there (Zen 4, Zen 5), while on Sapphire
+ * Rapids it takes four times as long, so that floats are faster. avx512_amx is chosen where it is. */
 #include "cpu.h"
+
+#ifdef HEX_HAVE_AMX_LEVEL
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 static const hex_cpu_entry_t *entry[2]; /* float, double; since hex_cpu_select */
 
@@ -23,6 +30,19 @@ static const level_t avx512_bf16 = {"avx512_bf16", {&hex_cpu_avx512_bf16_f32, NU
 #endif
 #ifdef HEX_HAVE_NEON_LEVEL
 static const level_t neon = {"neon", {&hex_cpu_neon_f32, &hex_cpu_neon_f64}};
+#endif
+
+#ifdef HEX_HAVE_AMX_LEVEL
+static const level_t avx512_amx = {"avx512_amx", {&hex_cpu_avx512_amx_f32, NULL}};
+
+/* Whether the CPU has tiles of bfloat16, and the kernel lets this process use them. */
+static bool may_use_tiles(void)
+{
+    enum { LEAF = 7, BF16 = 1 << 22, TILE = 1 << 24, REQUEST = 0x1023, TILE_DATA = 18 };
+    unsigned int a, b, c, d;
+    return __get_cpuid_count(LEAF, 0, &a, &b, &c, &d) && (d & BF16) && (d & TILE) &&
+           syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+}
 #endif
 
 static bool supported(const level_t *l)
@@ -49,10 +69,29 @@ static bool supported(const level_t *l)
     if (l == &neon)
         return true; /* every aarch64 has it */
 #endif
+#ifdef HEX_HAVE_AMX_LEVEL
+#ifdef HEX_EMULATE_BF16
+    if (l == &avx512_amx)
+        return supported(&avx2);
+#else
+    if (l == &avx512_amx)
+        return supported(&avx512_bf16) && may_use_tiles();
+#endif
+#endif
     return l == &base;
 }
 
-static bool only_by_name(const level_t *l) { return strcmp(l->name, "avx512_bf16") == 0; }
+static bool only_by_name(const level_t *l)
+{
+#ifdef HEX_EMULATE_BF16
+    return strcmp(l->name, "avx512_bf16") == 0 || strcmp(l->name, "avx512_amx") == 0;
+#elif defined(HEX_HAVE_BF16_LEVEL)
+    return l == &avx512_bf16 && !__builtin_cpu_is("amd");
+#else
+    (void)l;
+    return false;
+#endif
+}
 
 const char *hex_cpu_select(const char *wanted, const char **problem)
 {
@@ -66,6 +105,9 @@ const char *hex_cpu_select(const char *wanted, const char **problem)
 #endif
 #ifdef HEX_HAVE_BF16_LEVEL
         &avx512_bf16,
+#endif
+#ifdef HEX_HAVE_AMX_LEVEL
+        &avx512_amx,
 #endif
     };
     const int count = sizeof levels / sizeof *levels;
@@ -85,14 +127,14 @@ const char *hex_cpu_select(const char *wanted, const char **problem)
         if (chosen)
             break;
     }
-    static const char *const all[] = {"neon", "avx2", "avx512", "avx512_bf16"};
+    static const char *const all[] = {"neon", "avx2", "avx512", "avx512_bf16", "avx512_amx"};
     for (size_t i = 0; !named && i < sizeof all / sizeof *all; i++)
         if (strcmp(wanted, all[i]) == 0) {
             *problem = "this build does not have it";
             named = true;
         }
     if (!named)
-        *problem = "expected base, neon, avx2, avx512 or avx512_bf16";
+        *problem = "expected base, neon, avx2, avx512, avx512_bf16 or avx512_amx";
     return named ? level->name : NULL;
 }
 

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* bfloat16 rows, multiplied by an instruction for dot products of pairs of bfloat16: the three
- * products of product.h on the rows of dot_rows.h.
+/* bfloat16 rows, multiplied by an instruction for dot products of pairs of bfloat16, or by one for
+ * tiles of them: the three products of product.h on the rows of dot_rows.h.
  *
  * With z_i the input's row times a power of two, which changes no digit, and f_i = 1 / |z_i|,
  *
@@ -26,7 +26,7 @@
 _Static_assert(DOT_COLUMNS % LANES == 0, "whole vectors of columns");
 
 /* any_tile of pairs, `depth` of them; the sum times fi[i] fj[j] where they are given. */
-static void dot_tile(int64_t depth, const uint32_t *a, int64_t ai, int64_t ak, const uint32_t *b,
+static void dot_tile_by_vectors(int64_t depth, const uint32_t *a, int64_t ai, int64_t ak, const uint32_t *b,
                      int64_t ldb, real *c, int64_t ldc, bool add, const real *fi, const real *fj)
 {
     COUNT(WORK_PRODUCTS, 2 * depth * MR * NR);
@@ -55,6 +55,56 @@ static void dot_tile(int64_t depth, const uint32_t *a, int64_t ai, int64_t ak, c
     }
 }
 
+#ifdef LEVEL_HAS_TILES
+/* Where the columns of a transposed v stand as rows. */
+#define TURNED (DEPTH / 2 + LANES)
+
+/* The same of whole tiles, with ak = 1, and what is left by vectors. */
+static void dot_tile(int64_t depth, const uint32_t *a, int64_t lda, const uint32_t *b, int64_t ldb,
+                     real *c, int64_t ldc, bool add, const real *fi, const real *fj)
+{
+    const int64_t whole = depth / TILE_PAIRS * TILE_PAIRS;
+    COUNT(WORK_PRODUCTS, 2 * whole * MR * NR);
+    if (whole > 0)
+        tile_dots(whole, a, lda, b, ldb, c, ldc, add);
+    if (depth > whole)
+        dot_tile_by_vectors(depth - whole, a + whole, lda, 1, b + whole * ldb, ldb, c, ldc,
+                            add || whole > 0, fi, fj);
+    else if (fi)
+        for (int i = 0; i < MR; i++) {
+            vec_t *out = (vec_t *)(c + i * ldc);
+            out[0] *= fi[i] * *(const vec_t *)fj;
+            out[1] *= fi[i] * *(const vec_t *)(fj + LANES);
+        }
+}
+
+/* a of (depth, DOT_COLUMNS) with its columns as rows, TURNED apart; there is room for whole vectors
+ * in both. */
+static void turn(const uint32_t *a, int64_t depth, uint32_t *turned)
+{
+    for (int64_t k = 0; k < depth; k += LANES)
+        for (int64_t j = 0; j < DOT_COLUMNS; j += LANES) {
+            vec_t square[LANES];
+#pragma GCC unroll 16
+            for (int64_t l = 0; l < LANES; l++)
+                square[l] = *(const vec_t *)(a + (k + l) * DOT_COLUMNS + j);
+            transpose(square);
+#pragma GCC unroll 16
+            for (int64_t l = 0; l < LANES; l++)
+                *(vec_t *)(turned + (j + l) * TURNED + k) = square[l];
+        }
+}
+#else
+INLINE void begin_tiles(void) {}
+INLINE void end_tiles(void) {}
+
+static void dot_tile(int64_t depth, const uint32_t *a, int64_t lda, const uint32_t *b, int64_t ldb,
+                     real *c, int64_t ldc, bool add, const real *fi, const real *fj)
+{
+    dot_tile_by_vectors(depth, a, lda, 1, b, ldb, c, ldc, add, fi, fj);
+}
+#endif
+
 /* A panel of the rows from `first` on, as pairs of features. */
 static void dot_panel(const unit_t *unit, int64_t first, int64_t present, uint32_t *out)
 {
@@ -70,15 +120,17 @@ static void dot_cosines(const unit_t *unit, int64_t first, int64_t rows, const p
 {
     const int64_t width = unit->width / 2, stride = unit->dots.stride, slice = DEPTH / 2;
     const uint32_t *panel = (const uint32_t *)panels->data;
+    begin_tiles();
     for (int64_t k = 0; k < width || k == 0; k += slice) {
         const bool last = k + slice >= width;
         for (int64_t j = 0; j < columns; j += NR)
             for (int64_t i = 0; i < rows; i += MR)
                 dot_tile(last ? width - k : slice, unit->dots.features + (first + i) * stride + k,
-                         stride, 1, panel + (from + j) * width + k * NR, NR, c + i * ldc + j, ldc,
+                         stride, panel + (from + j) * width + k * NR, NR, c + i * ldc + j, ldc,
                          k > 0, last ? unit->dots.factor + first + i : NULL,
                          panels->factor + from + j);
     }
+    end_tiles();
 }
 
 /* v[0..n) times factor[0..n) as pairs of columns, zeros behind them in the last vector. */
@@ -103,6 +155,7 @@ static void dot_accumulate(const unit_t *unit, int64_t first, int64_t columns, c
 {
     const int64_t width = unit->width;
     _Alignas(64) uint32_t a[DOT_ROWS * DEPTH / 2];
+    begin_tiles();
     for (int64_t j = 0; j < columns; j += DEPTH) {
         const int64_t n = columns - j < DEPTH ? columns - j : DEPTH;
         const uint32_t *z = (const uint32_t *)pair_of(&unit->dots, first + j);
@@ -112,11 +165,12 @@ static void dot_accumulate(const unit_t *unit, int64_t first, int64_t columns, c
                 dot_row(v + (i + r) * ldv + j, unit->dots.factor + first + j, n, a + r * DEPTH / 2);
             for (int64_t d = 0; d < width; d += NR)
                 for (int64_t r = 0; r < some; r += MR)
-                    dot_tile((n + 1) / 2, a + r * DEPTH / 2, DEPTH / 2, 1, z + d,
+                    dot_tile((n + 1) / 2, a + r * DEPTH / 2, DEPTH / 2, z + d,
                              unit->dots.pair_stride, du + (i + r) * width + d, width, true, NULL,
                              NULL);
         }
     }
+    end_tiles();
 }
 
 static void dot_accumulate_transposed(const unit_t *unit, int64_t first, int64_t rows,
@@ -125,7 +179,14 @@ static void dot_accumulate_transposed(const unit_t *unit, int64_t first, int64_t
     const int64_t width = unit->width;
     const real *factor = unit->dots.factor + first;
     const uint32_t *z = (const uint32_t *)pair_of(&unit->dots, first);
+    const int64_t depth = (rows + 1) / 2;
     _Alignas(64) uint32_t a[DEPTH / 2 * DOT_COLUMNS];
+#ifdef LEVEL_HAS_TILES
+    _Alignas(64) uint32_t turned[DOT_COLUMNS * TURNED];
+    const int64_t end = round_up(depth, LANES);
+    memset(a + depth * DOT_COLUMNS, 0, (size_t)((end - depth) * DOT_COLUMNS) * sizeof *a);
+#endif
+    begin_tiles();
     for (int64_t j = 0; j < columns; j += DOT_COLUMNS) {
         for (int64_t i = 0; i < rows; i += 2)
             for (int64_t k = 0; k < DOT_COLUMNS; k += LANES) {
@@ -135,11 +196,22 @@ static void dot_accumulate_transposed(const unit_t *unit, int64_t first, int64_t
                     y = *(const dot_sums *)(at + ldv) * (float)factor[i + 1];
                 *(dot_pairs *)(a + i / 2 * DOT_COLUMNS + k) = interleave(narrow(x, y));
             }
+#ifdef LEVEL_HAS_TILES
+        turn(a, depth, turned);
+#endif
         for (int64_t d = 0; d < width; d += NR)
-            for (int64_t k = 0; k < DOT_COLUMNS && j + k < columns; k += MR)
-                dot_tile((rows + 1) / 2, a + k, 1, DOT_COLUMNS, z + d, unit->dots.pair_stride,
-                         du + (j + k) * width + d, width, true, NULL, NULL);
+            for (int64_t k = 0; k < DOT_COLUMNS && j + k < columns; k += MR) {
+                real *out = du + (j + k) * width + d;
+#ifdef LEVEL_HAS_TILES
+                dot_tile(depth, turned + k * TURNED, TURNED, z + d, unit->dots.pair_stride, out,
+                         width, true, NULL, NULL);
+#else
+                dot_tile_by_vectors(depth, a + k, 1, DOT_COLUMNS, z + d, unit->dots.pair_stride,
+                                    out, width, true, NULL, NULL);
+#endif
+            }
     }
+    end_tiles();
 }
 
 #undef DOT_ROWS

@@ -15,14 +15,21 @@ typedef struct {
     uint32_t *features; /* (count + MR, stride): pairs of features of a row */
     uint16_t *rows;     /* (.., pair_stride, 2): two rows by turns, see pair_place; or NULL */
     real *factor;       /* 1 / norm of each row, and zeros for a tile more */
-    int64_t gap;        /* B where a place is left free behind each view, else 0 */
+    int64_t begin[2];   /* the first row of z1, and of the negatives, */
+    int64_t gap[2];     /* and the places left free before it, 0 or 1 */
 } dots_t;
+
+/* Of this type, or rounded to it before they are normalised (unit.h). */
+static bool is_narrow(const hex_problem_t *p, int input)
+{
+    const hex_dtype_t dtype = p->input[input].dtype;
+    return dtype == HEX_BF16 || (dtype == HEX_F32 && p->allow_bf16);
+}
 
 static bool are_dots(const hex_problem_t *p)
 {
-    return DOTS && p->mode != HEX_PAIRED && !p->several && !p->by_group && p->G == 0 &&
-           p->input[0].dtype == HEX_BF16 && p->input[1].dtype == HEX_BF16 &&
-           (p->mode != HEX_UNPAIRED || p->input[2].dtype == HEX_BF16);
+    return DOTS && p->mode != HEX_PAIRED && is_narrow(p, 0) && is_narrow(p, 1) &&
+           (p->mode != HEX_UNPAIRED || is_narrow(p, 2));
 }
 
 static bool allocate_dots(dots_t *x, int64_t count, int64_t width)
@@ -69,10 +76,10 @@ static void make_dots(dots_t *x, int64_t i, const real *u, int64_t width, double
 /* ---- pairs of rows, for the gradient ---- */
 
 /* Where row i stands. Two rows at places 2 q and 2 q + 1 are a pair; every range of rows that is
- * met, ../hex.h, begins with one, so in ntxent z1 goes on where z0 ends, and else starts anew. */
+ * met (met_by) begins with one and has no gap. */
 static int64_t pair_place(const dots_t *x, int64_t i)
 {
-    return x->gap == 0 || i < x->gap ? i : i < 2 * x->gap ? i + 1 : i + 2;
+    return i + (i >= x->begin[0] ? x->gap[0] : 0) + (i >= x->begin[1] ? x->gap[1] : 0);
 }
 
 static const uint16_t *pair_of(const dots_t *x, int64_t i)
@@ -103,7 +110,10 @@ static void pair_body(int64_t begin, int64_t end, void *context)
 static const char *make_pairs(const hex_problem_t *p, dots_t *x, int64_t count, int64_t width)
 {
     const int64_t pairs = count / 2 + 2;
-    x->gap = p->mode != HEX_NTXENT && p->B % 2 ? p->B : 0;
+    x->begin[0] = p->B;
+    x->begin[1] = p->B + p->M;
+    x->gap[0] = p->mode != HEX_NTXENT ? p->B % 2 : 0; /* there z1 is met as z0 goes on */
+    x->gap[1] = p->several ? 0 : (x->begin[1] + x->gap[0]) % 2; /* and here the negatives as z1 does */
     x->pair_stride = stride_of(width);
     x->rows = allocate(pairs, 2 * x->pair_stride, sizeof *x->rows);
     if (!x->rows)

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
-/* Pairs of bfloat16 and what is done with a vector of them, in plain C. A level that has
- * instructions for it defines DOT_INSTRUCTIONS and its own. A pair is one uint32_t, the first in
- * the low half. */
+/* Pairs of bfloat16 and what is done with a vector of them or, where LEVEL_HAS_TILES, with whole
+ * tiles, in plain C. A level that has instructions for it defines DOT_INSTRUCTIONS and its own. A
+ * pair is one uint32_t, the first in the low half. */
 #ifndef HEX_DOTS_H
 #define HEX_DOTS_H
 
@@ -50,6 +50,36 @@ INLINE dot_pairs interleave(dot_pairs x)
     }
     return out;
 }
+
+#ifdef LEVEL_HAS_TILES
+#define TILE_PAIRS 16 /* the depth of a tile */
+
+INLINE void begin_tiles(void) {}
+INLINE void end_tiles(void) {}
+
+/* c[i * ldc + j] (+)= a[i * lda + k] . b[k * ldb + j] for i in [0, MR), j in [0, 32), k in [0, depth),
+ * a multiple of TILE_PAIRS: of each tile the sum of the first of all pairs and that of the second,
+ * then both, rounded after each. */
+static void tile_dots(int64_t depth, const uint32_t *a, int64_t lda, const uint32_t *b, int64_t ldb,
+                      float *c, int64_t ldc, bool add)
+{
+    for (int64_t i = 0; i < MR; i++)
+        for (int64_t j = 0; j < 2 * DOT_LANES; j++) {
+            float sum = add ? c[i * ldc + j] : 0;
+            for (int64_t from = 0; from < depth; from += TILE_PAIRS) {
+                float first = 0, second = 0;
+                for (int64_t k = from; k < from + TILE_PAIRS; k++) {
+                    const uint32_t x = a[i * lda + k], y = b[k * ldb + j];
+                    first = fmaf(hex_from_bits(x << 16), hex_from_bits(y << 16), first);
+                    second = fmaf(hex_from_bits(x & 0xffff0000u), hex_from_bits(y & 0xffff0000u),
+                                  second);
+                }
+                sum += first + second;
+            }
+            c[i * ldc + j] = sum;
+        }
+}
+#endif
 
 #endif
 #endif

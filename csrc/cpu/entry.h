@@ -110,8 +110,9 @@ static const char *backward(const hex_problem_t *p, const hex_gradient_t *g)
     scale_stats(p, g, k, &c.k);
     const bool wanted = g->dz[0] || g->dz[1] || g->dz[2];
     const char *error = wanted && p->mode != HEX_LOGITS ? make_inputs(p, false, &in) : NULL;
-    if (!error && has_dots(&in.unit))
-        error = make_pairs(p, &in.unit.dots, in.unit.count, in.unit.width);
+    if (!error && p->mode < HEX_PAIRED && wanted)
+        error = has_dots(&in.unit) ? make_pairs(p, &in.unit.dots, in.unit.count, in.unit.width)
+                                   : make_strips(&in.unit);
     if (!error && wanted)
         error = by_tiles(p) ? backward_tiles(&c, &panels) : backward_rows(&c, &panels);
     free(k);

@@ -100,6 +100,32 @@ static const char *make_panels(const unit_t *unit, int64_t begin, int64_t end, p
                : HEX_NO_THREADS;
 }
 
+/* ---- strips: unit rows cut into NR features each, so that what a register tile reads of many rows
+ * is one stretch of memory ---- */
+
+static void strip_body(int64_t begin, int64_t end, void *context)
+{
+    const unit_t *unit = context;
+    for (int64_t i = begin; i < end; i++)
+        for (int64_t d = 0; d < unit->width; d += NR)
+            memcpy(unit->strips + d * unit->count + i * NR, unit->u + i * unit->stride + d,
+                   NR * sizeof(real));
+}
+
+static const char *make_strips(unit_t *unit)
+{
+    unit->strips = allocate(unit->count, unit->width, sizeof(real));
+    if (!unit->strips)
+        return HEX_NO_MEMORY;
+    return hex_parallel_for(unit->count, 2 * unit->width, strip_body, unit) ? NULL : HEX_NO_THREADS;
+}
+
+/* Row i of strip d / NR. */
+static const real *strip_of(const unit_t *unit, int64_t d, int64_t i)
+{
+    return unit->strips + d * unit->count + i * NR;
+}
+
 /* c[i * ldc + j] = u_(first + i) . u_(panels->begin + from + j) for i in [0, rows), j in [0,
  * columns). Writes whole tiles: c has round_up(rows, MR) rows and room for round_up(columns, NR)
  * columns. `from` is a multiple of NR. */
@@ -124,7 +150,7 @@ static void cosines(const unit_t *unit, int64_t first, int64_t rows, const panel
 static void accumulate(const unit_t *unit, int64_t first, int64_t columns, const real *v,
                        int64_t ldv, int64_t rows, real *du)
 {
-    const int64_t width = unit->width, stride = unit->stride;
+    const int64_t width = unit->width;
     if (has_dots(unit)) {
         dot_accumulate(unit, first, columns, v, ldv, rows, du);
         return;
@@ -133,7 +159,7 @@ static void accumulate(const unit_t *unit, int64_t first, int64_t columns, const
         for (int64_t d = 0; d < width; d += NR)
             for (int64_t i = 0; i < rows; i += MR)
                 tile(columns - j < DEPTH ? columns - j : DEPTH, v + i * ldv + j, ldv,
-                     unit->u + (first + j) * stride + d, stride, du + i * width + d, width, true);
+                     strip_of(unit, d, first + j), NR, du + i * width + d, width, true);
 }
 
 /* du[j * width + d] += sum_i v[i * ldv + j] u_(first + i)[d] for j in [0, columns), i in [0, rows):
@@ -141,15 +167,15 @@ static void accumulate(const unit_t *unit, int64_t first, int64_t columns, const
 static void accumulate_transposed(const unit_t *unit, int64_t first, int64_t rows, const real *v,
                                   int64_t ldv, int64_t columns, real *du)
 {
-    const int64_t width = unit->width, stride = unit->stride;
+    const int64_t width = unit->width;
     if (has_dots(unit)) {
         dot_accumulate_transposed(unit, first, rows, v, ldv, columns, du);
         return;
     }
     for (int64_t d = 0; d < width; d += NR)
         for (int64_t j = 0; j < columns; j += MR)
-            tile_transposed(rows, v + j, ldv, unit->u + first * stride + d, stride,
-                            du + j * width + d, width);
+            tile_transposed(rows, v + j, ldv, strip_of(unit, d, first), NR, du + j * width + d,
+                            width);
 }
 
 #endif

@@ -86,40 +86,22 @@ static int64_t tile_stride(const field_t *f)
     return f->column_block + 64 / (int64_t)sizeof(real);
 }
 
-/* Numbers that all tiles take, or `most` where they are more. */
-static int64_t tile_numbers(const field_t *f, int64_t most)
-{
-    const int64_t tile = f->row_block * tile_stride(f), fitting = most / tile + 1;
-    int64_t n[2];
-    count_blocks(f, n);
-    if (n[0] > fitting || n[1] > fitting ||
-        count_tiles(f) > fitting) /* whose product may overflow */
-        return most;
-    const int64_t numbers = count_tiles(f) * tile;
-    return numbers < most ? numbers : most;
-}
-
 /* Room for the cosines that are kept for the backward: for tiles of the largest blocks, which take
- * no less than those in use. A bound without a branch on the sizes, for torch.compile has to write
- * it down for all of them (kept_numbers in hex/ops.py); memory that is not used is never touched.
- * *used: whether the core has a use for it, with a problem large enough and not too large. */
+ * no less than those in use. Without a branch on the sizes, for torch.compile has to write it down
+ * for all of them (kept_numbers in hex/ops.py); memory that is not used is never touched. *used:
+ * whether the core has a use for it, with a problem that is large enough. */
 static int64_t kept_room(const hex_problem_t *p, bool *used)
 {
-    const int64_t most = (p->block ? MOST_KEPT_OF_BLOCK : MOST_KEPT_BYTES) / (int64_t)sizeof(real);
-    *used = false;
+    *used = p->mode < HEX_PAIRED && (p->block || enough(p));
     if (p->mode >= HEX_PAIRED)
         return 0;
     if (p->block) { /* row after row; see visit.h */
         const range_t met = met_by(p, 0);
-        const int64_t numbers =
-            (hex_block_anchors(p) + KEPT_ROWS) * kept_stride(met.end - met.begin);
-        *used = numbers <= most;
-        return numbers < most ? numbers : most;
+        return (hex_block_anchors(p) + KEPT_ROWS) * kept_stride(met.end - met.begin);
     }
     field_t f = field_of(p);
-    *used = enough(p) && tile_numbers(&f, most + 1) <= most;
     f.row_block = f.column_block = LARGEST_BLOCK;
-    return tile_numbers(&f, most);
+    return count_tiles(&f) * f.row_block * tile_stride(&f);
 }
 
 /* ---- the order ---- */

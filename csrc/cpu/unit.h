@@ -18,6 +18,7 @@
 typedef struct {
     int64_t count, width, stride;
     real *u;
+    real *strips;    /* the same for products by coefficients, see make_strips; or NULL */
     double *inverse; /* 1 / |z|, count of them; NULL in copies */
     dots_t dots;     /* none: features NULL */
 } unit_t;
@@ -51,6 +52,7 @@ static void copy_row(const unit_t *unit, int64_t i, unit_t *to, int64_t k)
 static void free_unit(unit_t *unit)
 {
     free(unit->u);
+    free(unit->strips);
     free(unit->inverse);
     free_dots(&unit->dots);
 }
@@ -200,6 +202,9 @@ static void unit_body(int64_t begin, int64_t end, void *context)
             continue;
         real *u = c->unit->u + i * stride;
         load(x, row, D, u);
+        if (has_dots(c->unit) && x->dtype == HEX_F32)
+            for (int64_t k = 0; k < D; k++)
+                u[k] = (real)hex_bf16_to_float(hex_float_to_bf16((float)u[k]));
         c->unit->inverse[i] = normalize(u, D);
         for (int64_t k = D; k < stride; k++)
             u[k] = 0;
