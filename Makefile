@@ -9,7 +9,7 @@ TORCHVISION ?= torchvision==0.28.0
 
 BIN := $(CURDIR)/.venv/bin
 C_FILES := $(wildcard csrc/*.[ch] csrc/*/*.[ch] csrc/cpu/levels/*.[ch] csrc/cuda/*.cu* \
-    tests/emulation/*) tests/abi_check.cpp tests/work.c benchmarks/core.c
+    tests/emulation/*) tests/abi_check.cpp tests/work.c tests/other_machine.c benchmarks/core.c
 # The CUDA kernels take minutes to compile; `make cuda` does it once. `make build
 # HEX_CUDA=1` has them in .venv, `make wheel HEX_CUDA=1` in the wheel.
 export HEX_CUDA ?= 0
@@ -30,10 +30,10 @@ build: .venv/hex ## hex in .venv, from this folder, with all that its tests and 
 
 # Those that compile the CUDA kernels, which takes minutes.
 CUDA_TESTS := $(addprefix tests/test_cuda_,emulation.py blocks.py sets.py build.py mutants.py)
-# Those that compile the CPU core again (by another compiler, for instructions that few CPUs have, with
+# Those that compile the CPU core again (by other compilers, for instructions that few CPUs have, with
 # planted errors), those of what a build gives, and those of the benchmarks.
-THOROUGH_TESTS := $(addprefix tests/test_,clang.py bf16_level.py work_done_twice.py build.py \
-    benchmark.py benchmark_gpu.py)
+THOROUGH_TESTS := $(addprefix tests/test_,clang.py aarch64.py bf16_level.py work_done_twice.py \
+    build.py benchmark.py benchmark_gpu.py)
 NOT_ALWAYS := $(addprefix --ignore=,$(CUDA_TESTS) $(THOROUGH_TESTS))
 
 test: lint ## lint, then the tests: five minutes

@@ -9,8 +9,11 @@ The CUDA kernels are a library of their own, hex/_cuda.so, made where nvcc is fo
 nothing but libc, and no GPU to be built. A wheel made with HEX_CUDA=1 has it, one made without
 serves CUDA tensors by plain torch operators.
 
-From the environment: HEX_CUDA=auto (the default: what nvcc can build, or none of it), 0 (leave it
-out) or 1 (an error without nvcc, or where it fails); HEX_CUDA_ARCH, which GPUs ("80,90a", as nvcc
+HEX_EXTENSION=0 in the environment leaves the extension out, for systems where it cannot be built:
+the wheel is then pure Python, and runs the formulas as plain torch operators (hex/_load.py).
+
+Also from there: HEX_CUDA=auto (the default: what nvcc can build, or none of it), 0 (leave it out)
+or 1 (an error without nvcc, or where it fails); HEX_CUDA_ARCH, which GPUs ("80,90a", as nvcc
 names them, a PTX for newer ones in "120+PTX"; all of CUDA_ARCH by default); NVCC, which nvcc; pip
 shows what the build says with -v only. HEX_SANITIZE=1 builds with AddressSanitizer and
 UndefinedBehaviorSanitizer (`make sanitize`), HEX_WERROR=1 makes warnings errors, CC and CFLAGS are
@@ -178,20 +181,23 @@ class BuildExt(build_ext):
         super().build_extension(ext)
 
 
+wanted = os.environ.get("HEX_EXTENSION") or "1"
+if wanted not in ("0", "1"):
+    raise SystemExit(f"HEX_EXTENSION: got {wanted!r}, wanted 0 or 1")
+extension = Extension(
+    "hex._C",
+    sources=sorted(glob("csrc/*.c") + glob("csrc/cpu/*.c") + glob("csrc/cpu/levels/*.c")),
+    depends=sorted(glob("csrc/**/*.h", recursive=True)),
+    # Python's stable ABI as of 3.10: with the tag below, one wheel for all from there on.
+    define_macros=[("Py_LIMITED_API", "0x030A0000")],
+    py_limited_api=True,
+    extra_compile_args=COMPILE,
+    extra_link_args=LINK,
+    libraries=["m", "dl"],  # dl: for older glibc
+)
+
 setup(
-    ext_modules=[
-        Extension(
-            "hex._C",
-            sources=sorted(glob("csrc/*.c") + glob("csrc/cpu/*.c") + glob("csrc/cpu/levels/*.c")),
-            depends=sorted(glob("csrc/**/*.h", recursive=True)),
-            # Python's stable ABI as of 3.10: with the tag below, one wheel for all from there on.
-            define_macros=[("Py_LIMITED_API", "0x030A0000")],
-            py_limited_api=True,
-            extra_compile_args=COMPILE,
-            extra_link_args=LINK,
-            libraries=["m", "dl"],  # dl: for older glibc
-        )
-    ],
+    ext_modules=[extension] if wanted == "1" else [],
     cmdclass={"build_ext": BuildExt},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

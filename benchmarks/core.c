@@ -45,7 +45,12 @@ typedef struct {
     int64_t B, D;
     float *z, *dz; /* (2B, D) */
     float *stats;
+    int64_t *ids; /* (2B): the class; of logits the target */
 } batch;
+
+/* What the rows are: two views; the same with labels, of which the class is one; logits, the first
+ * B of them. */
+typedef enum { VIEWS, LABELS, LOGITS } kind_t;
 
 static float noise(uint64_t *state) /* of mean 0 and variance 1 */
 {
@@ -61,9 +66,12 @@ static float noise(uint64_t *state) /* of mean 0 and variance 1 */
  * from its image. */
 static batch make(int64_t B, int64_t D, int classes, float spread, float moved)
 {
-    batch x = {B, D, malloc((size_t)(2 * B * D) * sizeof(float)),
+    batch x = {B,
+               D,
                malloc((size_t)(2 * B * D) * sizeof(float)),
-               malloc((size_t)(2 * B * HEX_STATS) * sizeof(float))};
+               malloc((size_t)(2 * B * D) * sizeof(float)),
+               malloc((size_t)(2 * B * HEX_STATS_SEVERAL) * sizeof(float)),
+               malloc((size_t)(2 * B) * sizeof(int64_t))};
     float *centres = malloc((size_t)(classes * D) * sizeof(float));
     uint64_t state = 1;
     for (int64_t k = 0; k < classes * D; k++)
@@ -74,29 +82,33 @@ static batch make(int64_t B, int64_t D, int classes, float spread, float moved)
             x.z[i * D + k] = image + moved * noise(&state);
             x.z[(B + i) * D + k] = image + moved * noise(&state);
         }
+    for (int64_t i = 0; i < 2 * B; i++)
+        x.ids[i] = i % B % classes;
     free(centres);
     return x;
 }
 
 /* Forward with the threshold of the batch, and backward: 2B rows, tau = 0.1, beta = 1, the mean. */
-APART bool loss(const batch *x)
+APART bool loss(const batch *x, kind_t kind)
 {
     static const double tau = 0.1, one = 1;
     const int64_t B = x->B, D = x->D;
     const hex_rows_t z0 = {x->z, HEX_F32, B, B, B * D, D, 1},
                      z1 = {x->z + B * D, HEX_F32, B, B, B * D, D, 1};
-    hex_problem_t p = {.mode = HEX_NTXENT,
+    hex_problem_t p = {.mode = kind == LOGITS ? HEX_LOGITS : HEX_NTXENT,
                        .reduction = HEX_MEAN,
+                       .several = kind != VIEWS,
                        .B = B,
                        .count = B,
-                       .M = B,
+                       .M = kind == LOGITS ? 0 : B,
                        .D = D,
                        .input = {z0, z1},
+                       .ids = {{x->ids, 1}, {x->ids + B, 1}},
                        .tau = {&tau, HEX_F64, 0},
                        .beta = 1,
                        .tau_plus = 0.1};
     const hex_gradient_t g = {
-        .grad = {&one, HEX_F64, 0}, .stats = x->stats, .dz = {x->dz, x->dz + B * D}};
+        .grad = {&one, HEX_F64, 0}, .stats = x->stats, .dz = {x->dz, p.M ? x->dz + B * D : NULL}};
     hex_tracker_t t = {.quantile = 0.99};
     bool used;
     const int64_t room = kept_room(&p, &used);
@@ -117,7 +129,8 @@ static double seconds(void)
 }
 
 /* core B D CLASSES SPREAD MOVED TURNS prints the best CPU time of the loss and of 4 (2B)^2 D
- * operations in products, in seconds, by turns; with a word more of the loss alone. */
+ * operations in products, in seconds, by turns; with a word more of the loss alone, which "labels" and
+ * "logits" name. */
 int main(int count, char **words)
 {
     if (count != 7 && count != 8)
@@ -126,13 +139,17 @@ int main(int count, char **words)
     mallopt(M_MMAP_MAX, 0);
     mallopt(M_TRIM_THRESHOLD, -1);
 #endif
+    const kind_t kind = count == 7                        ? VIEWS
+                        : strcmp(words[7], "labels") == 0 ? LABELS
+                        : strcmp(words[7], "logits") == 0 ? LOGITS
+                                                          : VIEWS;
     const batch x = make(atoll(words[1]), atoll(words[2]), atoi(words[3]), (float)atof(words[4]),
                          (float)atof(words[5]));
     const double ideal = 16.0 * (double)(x.B * x.B) * (double)x.D, one = product(1);
     double best[2] = {1e9, 1e9};
     for (int turn = atoi(words[6]); turn > 0; turn--) {
         const double start = seconds();
-        if (!loss(&x))
+        if (!loss(&x, kind))
             return 1;
         const double middle = seconds(),
                      done = product(count == 7 ? (int64_t)(ideal / one) + 1 : 1);
@@ -143,5 +160,6 @@ int main(int count, char **words)
     free(x.z);
     free(x.dz);
     free(x.stats);
+    free(x.ids);
     return 0;
 }

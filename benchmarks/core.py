@@ -11,13 +11,19 @@ products gain more by wide ones than the rest does (on Zen 3, 1.2 to 1.4 at the 
 and after a change. What holds everywhere is the count of the work (../tests/test_work.py).
 
 The program, whose path is printed, stays in build/ and has line numbers, for perf to read.
+
+    python benchmarks/core.py            the multiples, as CC compiles (gcc)
+    python benchmarks/core.py gcc clang  the times as several compile, by turns, and their ratios
 """
 
 from __future__ import annotations
 
 import ast
 import os
+import shlex
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from hex import ops
@@ -31,6 +37,13 @@ BATCHES = {
     "1102 rows": (551, 64, 0.6, 0.4, 8),
     "1102 rows in 4 tight classes": (551, 4, 0.08, 0.06, 8),
 }
+# What core.c knows besides two views; logits have as many rows and columns as features.
+KINDS = {
+    **{name: (images, 128, *batch, "alone") for name, (images, *batch) in BATCHES.items()},
+    "502 rows with labels": (251, 128, 64, 0.6, 0.4, 8, "labels"),
+    "1102 rows with labels": (551, 128, 64, 0.6, 0.4, 4, "labels"),
+    "512 logits of 1024": (512, 1024, 64, 0.6, 0.4, 15, "logits"),
+}
 
 
 def flags() -> list[str]:
@@ -41,18 +54,43 @@ def flags() -> list[str]:
     raise LookupError("setup.py assigns no COMPILE")
 
 
-def build(level: str) -> Path:
-    """The program of a level of csrc/cpu/levels."""
-    program = ROOT / "build" / "benchmarks" / f"core_{level}"
+def build(level: str, compiler: str | None = None) -> Path:
+    """The program of a level of csrc/cpu/levels, as CC or another compiler makes it."""
+    name = f"core_{level}" if compiler is None else f"core_{level}_{Path(compiler).name}"
+    program = ROOT / "build" / "benchmarks" / name
     program.parent.mkdir(parents=True, exist_ok=True)
-    command = [*os.environ.get("CC", "gcc").split(), *flags(), "-fwhole-program", "-g"]
+    command = [*shlex.split(compiler or os.environ.get("CC", "gcc")), *flags()]
+    # clang knows no whole program, and leaves out what is not called without it
+    command += ["-fwhole-program", "-Wno-ignored-optimization-argument", "-g"]
     command += ["-Wno-unused-function", f'-DLEVEL_FILE="{ROOT}/csrc/cpu/levels/{level}_f32.c"']
     command += [str(Path(__file__).with_suffix(".c")), "-lm", "-o", str(program)]
     subprocess.run(command, check=True)
     return program
 
 
+def compare(compilers: list[str]) -> None:
+    """Prints the least time of the loss as each compiler makes it, and its ratio to the first's."""
+    for missing in (c for c in compilers if shutil.which(shlex.split(c)[0]) is None):
+        print(f"{missing} is not installed")
+    if not (there := [c for c in compilers if shutil.which(shlex.split(c)[0])]):
+        return
+    programs = [build(ops.isa(), compiler) for compiler in there]
+    names = "".join((c + ", ms").rjust(12) for c in there)
+    print(f"{ops.isa():<29} {names}   times the first")
+    for name, words in KINDS.items():
+        best = [float("inf")] * len(programs)
+        for _ in range(5):
+            for k, program in enumerate(programs):
+                said = subprocess.check_output([str(w) for w in (program, *words)], text=True)
+                best[k] = min(best[k], 1e3 * float(said.split()[0]))
+        times = "".join(f"{b:12.2f}" for b in best)
+        print(f"{name:<29} {times}   {'  '.join(f'{b / best[0]:.2f}' for b in best[1:])}")
+
+
 def main() -> None:
+    if len(sys.argv) > 1:
+        compare(sys.argv[1:])
+        return
     program = build(ops.isa())
     print(program)
     for name, (images, *batch) in BATCHES.items():

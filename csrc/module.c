@@ -77,7 +77,8 @@ static PyObject *get_isa_problem(PyObject *self, PyObject *unused)
 
 static PyMethodDef methods[] = {
     {"isa", get_isa, METH_NOARGS,
-     "isa() -> str\n\nThe level of the CPU kernels in use: base, avx2, avx512 or avx512_bf16."},
+     "isa() -> str\n\nThe level of the CPU kernels in use: base, neon, avx2, avx512, "
+     "avx512_bf16 or avx512_amx."},
     {"isa_problem", get_isa_problem, METH_NOARGS,
      "isa_problem() -> str | None\n\nWhy it is not the level that HEX_ISA asks for."},
     {"load_cuda", load_cuda, METH_O,

@@ -41,14 +41,17 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m hex",
         description="Prints what is installed and what it runs on, then checks the CPU kernels "
         "against the reference, hex/reference.py, in float64.",
-        epilog="Exit status: 0 if every error is within its limit, 1 otherwise. HEX_ISA=base, avx2 "
-        "or avx512 in the environment chooses a lower level of the CPU kernels. "
+        epilog="Exit status: 0 if every error is within its limit, 1 otherwise. HEX_ISA=base, "
+        "neon, avx2 or avx512 in the environment chooses a lower level of the CPU kernels. "
         "HEX_ISA=avx512_bf16 chooses the level for bfloat16 inputs, which is never chosen without "
         "it.",
     )
     parser.parse_args(arguments)
     for name, value in installation():
         print(f"{name:<13} {value}")
+    if _C is None:
+        print("\nThere are no kernels to check: the formulas of the reference serve every device.")
+        return 0
     print(
         "\nThe kernels against the reference in float64. Each error is the largest, relative to the"
         "\nlargest value. Its limit is twice the error of the reference in the same dtype, plus a"
@@ -77,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def installation() -> list[tuple[str, str]]:
     """What is installed and what it runs on, as (name, value) for each line."""
-    wanted, problem = os.environ.get("HEX_ISA"), _C.isa_problem()
+    wanted, problem = os.environ.get("HEX_ISA"), _C.isa_problem() if _C else None
     asked = (
         f"HEX_ISA = {wanted}{f': {problem}' if problem else ''}" if wanted else "HEX_ISA not set"
     )
@@ -91,6 +94,8 @@ def installation() -> list[tuple[str, str]]:
             "CUDA kernels",
             cuda_problem(torch.cuda.current_device()) or "in use"
             if torch.cuda.is_available()
+            else "none"
+            if _C is None
             else f"{'' if cuda_is_built() else 'not '}in this build; torch sees no CUDA device",
         ),
         ("devices", ", ".join(devices())),

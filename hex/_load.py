@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""Imports torch and then the extension hex._C. If one is missing, the ImportError says what to do.
+"""Imports torch and then the extension hex._C, which has the kernels.
 
 torch comes first, because the extension calls into the libtorch_cpu.so that `import torch` has
-loaded. If torch is installed but cannot be imported, its own error is passed on unchanged.
+loaded. If torch is missing, the ImportError says so; if it is installed but cannot be imported, its
+own error is passed on unchanged.
+
+Where the extension was not built, `_C` is None, the formulas of reference.py serve every device
+(ops.py), and one warning says so. With HEX_EXTENSION=0 in the environment it is not looked for, and
+nothing is said. One that is there and cannot be loaded is an ImportError.
 """
 
 import functools
 import os
 import re
+import warnings
+from typing import Any
 
 try:
     import torch
@@ -20,15 +27,25 @@ _release = re.match(r"(\d+)\.(\d+)", torch.__version__)
 if _release and tuple(map(int, _release.groups())) < (2, 10):
     raise ImportError(f"hex-ssl needs torch >= 2.10, and torch {torch.__version__} is installed")
 
-try:
-    import hex._C as _C
-except ModuleNotFoundError as error:
-    if error.name != "hex._C":
-        raise
-    raise ImportError(
-        f"the extension hex._C is not built in {os.path.dirname(__file__)}: run `pip install -e .` "
-        "in the source tree, or, to use an installed hex-ssl, start Python in another folder"
-    ) from None
+_C: Any = None
+_wanted = os.environ.get("HEX_EXTENSION") or "1"
+if _wanted not in ("0", "1"):
+    raise ImportError(f"HEX_EXTENSION={_wanted}: expected 0 or 1")
+if _wanted == "1":
+    try:
+        import hex._C as _C
+    except ModuleNotFoundError as error:
+        if error.name != "hex._C":
+            raise
+        folder = os.path.dirname(__file__)
+        warnings.warn(
+            f"the extension hex._C is not built in {folder}, so that hex-ssl has no kernels: its "
+            "formulas run as plain PyTorch operators, correct but slower and with N x N memory. On "
+            "Linux run `pip install .` in the source tree, or, to use an installed hex-ssl, start "
+            "Python in another folder. HEX_EXTENSION=0 in the environment turns this warning off",
+            RuntimeWarning,
+            stacklevel=3,  # the line that imports hex
+        )
 
 __all__ = ["_C", "cuda_is_built", "cuda_problem"]
 
@@ -57,9 +74,11 @@ def _cuda_core_problem() -> str | None:
         raise ValueError(f"HEX_CUDA_KERNELS: got {wanted!r}, wanted 0 or 1")
     if wanted == "0":
         return "HEX_CUDA_KERNELS=0 turns them off"
+    if _C is None:
+        return "hex-ssl runs without its extension hex._C"
     if not cuda_is_built():
         return f"this build of hex-ssl has none; {_how()}"
-    problem = _C.load_cuda(_CUDA_LIBRARY)
+    problem: str | None = _C.load_cuda(_CUDA_LIBRARY)
     return problem and f"hex/_cuda.so cannot be used: {problem}"
 
 

@@ -69,15 +69,23 @@ _INPUTS = 7  # tensors that a problem is given as: z0, z1, negatives, ids, mask,
 _LEARNED = (0, 1, 2, _INPUTS + 1)  # among the arguments of forward; the last is tau
 
 
-def _length(operator: Any, last: str) -> int:
+def _operator(name: str) -> Any:
+    """That of the extension; None without it."""
+    return getattr(torch.ops.hex, name) if _C else None
+
+
+def _length(name: str, last: str) -> int:
     """Of the rule in an operator's schema, from mode to the argument before `last`."""
+    operator = _operator(name)
+    if operator is None:
+        return 0
     names = [argument.name for argument in operator.default._schema.arguments]
     return names.index(last) - names.index("mode")
 
 
 # The rule of a call: mode, reduction, positives and beta, and what the forward alone looks at.
-_RULE = _length(torch.ops.hex.forward, "keep")
-_BACKWARD_RULE = _length(torch.ops.hex.backward, "allow_tf32")
+_RULE = _length("forward", "keep")
+_BACKWARD_RULE = _length("backward", "allow_tf32")
 
 
 def _cache_bytes(wanted: str | None) -> int:
@@ -91,13 +99,14 @@ def _cache_bytes(wanted: str | None) -> int:
 _CACHE_BYTES = _cache_bytes(os.environ.get("HEX_CACHE_BYTES"))
 _mkldnn: Any = torch.backends.mkldnn  # mypy knows of no matmul there
 _BF16_LEVELS = ("avx512_bf16", "avx512_amx")
-_KERNELS = {"cpu", "meta"}  # device types with kernels; the fakes below are those of "meta"
+# Device types with kernels; the fakes below are those of "meta".
+_KERNELS = {"cpu", "meta"} if _C else set()
 
 
 def isa() -> str:
-    """The level of the CPU kernels in use: "base", "avx2", "avx512", "avx512_bf16" or
-    "avx512_amx"."""
-    return _C.isa()
+    """The level of the CPU kernels in use: "base", "neon", "avx2", "avx512", "avx512_bf16" or
+    "avx512_amx"; or "none" without the extension."""
+    return str(_C.isa()) if _C else "none"
 
 
 # ---- shapes -------------------------------------------------------------------------------------
@@ -285,7 +294,8 @@ for _name, _fake in (
     ("settle", _fake_settle),
     ("total", _fake_total),
 ):
-    _register(_name, _fake)
+    if _C:
+        _register(_name, _fake)
 
 
 # ---- derivatives -------------------------------------------------------------------------------
@@ -407,15 +417,15 @@ def in_graph(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return applied
 
 
-_apply_loss = _differentiable(torch.ops.hex.forward)
-_apply_adaptive = _differentiable(torch.ops.hex.adaptive)
+_apply_loss = _differentiable(_operator("forward"))
+_apply_adaptive = _differentiable(_operator("adaptive"))
 
 
 # ---- kernels, or the reference where there are none --------------------------------------------
 
 Seen = tuple[Tensor, ...]  # the stats of a forward, or |H| and share of each row or their means
 
-_warned: set[str] = set()
+_warned: set[str] = set() if _C else {"cpu", "meta"}  # of which _load.py has warned
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -5,7 +5,7 @@ an editable install; what a build says and does where nvcc is old or fails.
 
 `make wheel` builds them, with an extension of their own, in an environment of their own. Here they
 are made with the setuptools that is installed, and hold the extension under test: compiling it
-takes a minute. test_clang.py compiles it with clang.
+takes a minute. test_clang.py and test_aarch64.py compile it, with clang and for aarch64.
 """
 
 import email
@@ -173,7 +173,7 @@ def test_the_wheel_works_without_this_tree(built):
     environment.pop("HEX_ISA", None)
     file, isa = run(sys.executable, "-c", code, cwd=built.site, env=environment).split()
     assert Path(file) == built.site / "hex/__init__.py"
-    assert isa in ("base", "avx2", "avx512")
+    assert isa in ("base", "neon", "avx2", "avx512")
 
 
 # ---- type checkers ----

@@ -91,11 +91,25 @@ def test_torch_is_too_old(site, version):
 @pytest.mark.parametrize("version", ["2.10.0", "2.10.0a0+git1234567", "3.0.0", "unknown"])
 def test_the_extension_is_not_built_and_torch_is_new_enough(site, version):
     add_torch(site, version)
+    (site / "hex/__init__.py").write_text("")  # what follows _load needs more of torch
     for extension in site.glob("hex/_C.*so"):
         extension.unlink()
-    assert python(site, "import hex") == (
-        f"ImportError: the extension hex._C is not built in {site / 'hex'}: run `pip install -e .` "
-        "in the source tree, or, to use an installed hex-ssl, start Python in another folder"
+    load = "import warnings; warnings.simplefilter('error'); from hex._load import _C; print(_C)"
+    assert python(site, load) == (
+        f"RuntimeWarning: the extension hex._C is not built in {site / 'hex'}, so that hex-ssl has "
+        "no kernels: its formulas run as plain PyTorch operators, correct but slower and with "
+        "N x N memory. On Linux run `pip install .` in the source tree, or, to use an installed "
+        "hex-ssl, start Python in another folder. HEX_EXTENSION=0 in the environment turns this "
+        "warning off"
+    )
+    assert python(site, load, HEX_EXTENSION="0") == "None"
+
+
+@pytest.mark.parametrize("wanted", ["2", "auto", " "])
+def test_hex_extension_is_neither_0_nor_1(site, wanted):
+    add_torch(site, "2.10.0")
+    assert python(site, "import hex", HEX_EXTENSION=wanted) == (
+        f"ImportError: HEX_EXTENSION={wanted}: expected 0 or 1"
     )
 
 
@@ -125,7 +139,7 @@ def test_torch_refuses_the_operators(site):
 def test_an_unknown_instruction_set_is_asked_for(site):
     add_libtorch(site, FUNCTIONS)
     assert python(site, "import hex", HEX_ISA="mmx") == (
-        "ImportError: HEX_ISA=mmx: expected base, avx2, avx512, avx512_bf16 or avx512_amx"
+        "ImportError: HEX_ISA=mmx: expected base, neon, avx2, avx512, avx512_bf16 or avx512_amx"
     )
 
 

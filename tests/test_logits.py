@@ -129,6 +129,16 @@ def test_columns_of_minus_infinity_are_left_out():
         torch.testing.assert_close(x, y, rtol=1e-13, atol=1e-16)
 
 
+@pytest.mark.parametrize("eps", (1.0, 1.5))
+def test_nothing_is_hard_from_a_threshold_of_1_on_whatever_the_logits(eps):
+    logits = 60 * torch.randn(9, 13, generator=torch.Generator().manual_seed(0))
+    assert (logits * 0.1).max() > 2  # times the temperature no cosines
+    target = torch.arange(9)
+    for values in (logits, logits.double()):
+        loss = hex_cross_entropy(values, target, eps=eps, temperature=0.1)
+        torch.testing.assert_close(loss, F.cross_entropy(values, target))
+
+
 def test_nan_reaches_its_row_only_and_leaves_the_tracker_alone():
     _, logits, target = moco()
     bad = logits.clone()

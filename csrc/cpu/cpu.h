@@ -4,6 +4,7 @@
 #ifndef HEX_CPU_H
 #define HEX_CPU_H
 
+#include <float.h>
 #include <math.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -15,8 +16,8 @@
 #include "../tracker.h"
 #include "convert.h"
 
-/* The vector levels are for x86-64, by gcc's pragma for a target or clang's; elsewhere the portable
- * level is all there is. */
+/* The levels of x86-64 are there by gcc's pragma for a target or clang's, that of aarch64 without one;
+ * elsewhere the portable level is all there is. */
 #if defined(__x86_64__) && defined(__GNUC__)
 #define HEX_HAVE_X86_LEVELS 1
 #if __GNUC__ >= 10 || (defined(__clang__) && __clang_major__ >= 9)
@@ -26,6 +27,9 @@
 #if defined(__linux__) && (__GNUC__ >= 11 || (defined(__clang__) && __clang_major__ >= 12))
 #define HEX_HAVE_AMX_LEVEL 1
 #endif
+#endif
+#ifdef __aarch64__
+#define HEX_HAVE_NEON_LEVEL 1
 #endif
 
 typedef struct {
@@ -43,6 +47,7 @@ extern const hex_cpu_entry_t hex_cpu_base_f32, hex_cpu_base_f64;
 extern const hex_cpu_entry_t hex_cpu_avx2_f32, hex_cpu_avx2_f64;
 extern const hex_cpu_entry_t hex_cpu_avx512_f32, hex_cpu_avx512_f64;
 extern const hex_cpu_entry_t hex_cpu_avx512_bf16_f32, hex_cpu_avx512_amx_f32;
+extern const hex_cpu_entry_t hex_cpu_neon_f32, hex_cpu_neon_f64;
 
 #define HEX_NO_MEMORY "out of memory"
 #define HEX_NO_THREADS "the thread pool could not run the loop"
@@ -116,9 +121,9 @@ enum {
  * sums of the rest are made; the same, and what equals the limit is counted; or all of the sums. */
 typedef enum { SPLIT_NONE, SPLIT_LIST, SPLIT_TIES, SPLIT_SUMS } hex_split_t;
 
-/* eps >= 1 means H empty, though rounding takes some cosines past 1: then none may reach it. +inf
- * stays, for it also means InfoNCE in the released variant. */
-static inline double within_reach(double eps) { return eps >= 1 && eps < INFINITY ? 2 : eps; }
+/* eps >= 1 means H empty, though rounding takes some cosines past 1, and logits are any number: then
+ * none may reach it. +inf stays, for it also means InfoNCE in the released variant. */
+static inline double within_reach(double eps) { return eps >= 1 && eps < INFINITY ? DBL_MAX : eps; }
 
 static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 

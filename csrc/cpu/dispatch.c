@@ -28,6 +28,9 @@ static const level_t avx512 = {"avx512", {&hex_cpu_avx512_f32, &hex_cpu_avx512_f
 #ifdef HEX_HAVE_BF16_LEVEL
 static const level_t avx512_bf16 = {"avx512_bf16", {&hex_cpu_avx512_bf16_f32, NULL}};
 #endif
+#ifdef HEX_HAVE_NEON_LEVEL
+static const level_t neon = {"neon", {&hex_cpu_neon_f32, &hex_cpu_neon_f64}};
+#endif
 
 #ifdef HEX_HAVE_AMX_LEVEL
 static const level_t avx512_amx = {"avx512_amx", {&hex_cpu_avx512_amx_f32, NULL}};
@@ -62,6 +65,10 @@ static bool supported(const level_t *l)
         return supported(&avx512) && __builtin_cpu_supports("avx512bf16");
 #endif
 #endif
+#ifdef HEX_HAVE_NEON_LEVEL
+    if (l == &neon)
+        return true; /* every aarch64 has it */
+#endif
 #ifdef HEX_HAVE_AMX_LEVEL
 #ifdef HEX_EMULATE_BF16
     if (l == &avx512_amx)
@@ -90,8 +97,11 @@ const char *hex_cpu_select(const char *wanted, const char **problem)
 {
     static const level_t *const levels[] = {
         &base,
-#ifdef HEX_HAVE_X86_LEVELS
-        &avx2,        &avx512,
+#ifdef HEX_HAVE_NEON_LEVEL
+        &neon,
+#elif defined(HEX_HAVE_X86_LEVELS)
+        &avx2,
+        &avx512,
 #endif
 #ifdef HEX_HAVE_BF16_LEVEL
         &avx512_bf16,
@@ -117,14 +127,14 @@ const char *hex_cpu_select(const char *wanted, const char **problem)
         if (chosen)
             break;
     }
-    static const char *const all[] = {"avx2", "avx512", "avx512_bf16", "avx512_amx"};
+    static const char *const all[] = {"neon", "avx2", "avx512", "avx512_bf16", "avx512_amx"};
     for (size_t i = 0; !named && i < sizeof all / sizeof *all; i++)
         if (strcmp(wanted, all[i]) == 0) {
             *problem = "this build does not have it";
             named = true;
         }
     if (!named)
-        *problem = "expected base, avx2, avx512, avx512_bf16 or avx512_amx";
+        *problem = "expected base, neon, avx2, avx512, avx512_bf16 or avx512_amx";
     return named ? level->name : NULL;
 }
 
