@@ -68,7 +68,9 @@ CPU = {
         Case("query", 2048, mode="query"), Case("cross", 4096, mode="cross"),
         Case("queue", 512, queue=65536, mode="unpaired"),
     ]),
-    "labels": Part([Case(f"2048 rows, {CLASSES} labels", 2048, mode="labels")], peers.LABELS),
+    "labels": Part(
+        [Case(f"{n} rows, {CLASSES} labels", n, mode="labels") for n in (2048, 4096)], peers.LABELS
+    ),
     "logits": Part([Case("256 x 65537", 256, queue=65537, mode="logits")], peers.LOGITS),
     "small": Part([Case("64", 64)], heaps=("stock",)),
     "large": Part([Case("65536", 65536)], (HEX,)),
@@ -80,7 +82,10 @@ CPU = {
     "ddp": None,  # of ddp.py: what is right, not what is fast
     # A process has one instruction set: HEX_ISA=base and --record FILE add another to a record.
     "isa": Part(
-        [Case("512", 512), Case("4096", 4096), Case("4096 bfloat16", 4096, dtype="bfloat16")]
+        [
+            Case("512", 512), Case("4096", 4096), Case("4096 bfloat16", 4096, dtype="bfloat16"),
+            Case("4096 x 512 bfloat16", 4096, 512, dtype="bfloat16"),
+        ]
     ),
 }  # fmt: skip
 

@@ -4,7 +4,8 @@ libraries on PyPI; and the check of what they give.
 
 Each computes one of these losses of a batch (batches.py), all with tau = 0.1:
 
-    "HEX"       L_i with the threshold of the batch, beta = 1, tau_plus = 0.1 (hex.hex_loss)
+    "HEX"       L_i with the threshold of the batch, beta = 1, tau_plus = 0.1 (hex.hex_loss); of
+                labels and logits with EPS, but for "HEX, measured"
     "released"  the same as the authors' code computes it (docs/released.md)
     "InfoNCE"   L_i with H empty
     "one way"   the same with z0 alone as anchors and z1 as candidates: B x B cosines, not 2B x 2B
@@ -30,6 +31,7 @@ from batches import Batch, Case
 from torch import Tensor, nn
 
 from hex import (
+    HEXCrossEntropyLoss,
     HEXLoss,
     InfoNCELoss,
     ThresholdTracker,
@@ -130,12 +132,12 @@ def reference_loss(batch: Batch, loss: str) -> Tensor:
         code = reference.MODES.index("query" if loss == "one way" else mode)
         table = reference.problem_table(*inputs[:3], none, none, none, code, False, False)
     tau, eps = torch.tensor([TAU, math.inf], dtype=torch.float64, device=table.values.device)
+    score = table.values * (TAU if mode == "logits" else 1)
     if loss in ("HEX", "released") and mode in EPS:
         eps = torch.full_like(tau, EPS[mode])
-    elif loss in ("HEX", "released"):
+    elif loss in ("HEX", "HEX, measured", "released"):
         over = "all" if loss == "released" else "negatives"
-        eps = reference.quantile_of(table, QUANTILE, over)
-    score = table.values * (TAU if mode == "logits" else 1)
+        eps = reference.quantile_of(table._replace(values=score), QUANTILE, over)
     options = {"variant": "released" if loss == "released" else "paper", "logits": mode == "logits"}
     return reference.decided_loss(table, score, eps, tau, BETA, TAU_PLUS, **options)[0].mean()
 
@@ -227,6 +229,7 @@ def plain_hex(z0: Tensor, z1: Tensor, negatives: Tensor | None = None, *, mode: 
     among = c.detach().masked_fill(~negative, -math.inf)
     eps = among.topk(n - round(QUANTILE * (n - 1)), dim=1).values[:, -1].mean()
     logits = c / TAU
+    del c, among  # or they would be held to the end
     e = torch.exp(logits)
     positive = e.gather(1, target[:, None]).squeeze(1)
     return torch.log1p(plain_sum(logits, e, negative, eps, positive) / positive).mean()
@@ -434,6 +437,7 @@ LOGITS = (
     Method("plain HEX", "HEX", lambda _: plain_hex_logits),
     Method("hex_cross_entropy, H empty", "InfoNCE", of_ids(hex_cross_entropy, math.inf)),
     Method("torch's cross_entropy", "InfoNCE", lambda _: F.cross_entropy),
+    Method("HEXCrossEntropyLoss", "HEX, measured", lambda _: HEXCrossEntropyLoss(TAU)),
 )
 
 # On a GPU N x N is worth while up to so many rows only.

@@ -9,6 +9,9 @@
 #include "ops.h"
 
 #include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "problem.h"
 #include "tracker.h"
@@ -35,6 +38,21 @@ static int64_t kept_room(const call_t *c, const hex_problem_t *p, bool *used)
     return hex_place_is_cuda(&c->place) ? 0 : hex_cpu_kept(p, used);
 }
 
+/* Fresh memory is then handed out by 2 MiB where the kernel leaves that to programs: of small pages
+ * it takes as long as a product. */
+static void prefer_large_pages(void *data, int64_t bytes)
+{
+#ifdef MADV_HUGEPAGE
+    const uintptr_t large = (uintptr_t)2 << 20,
+                    begin = ((uintptr_t)data + large - 1) / large * large;
+    const uintptr_t end = ((uintptr_t)data + (uintptr_t)bytes) / large * large;
+    if (begin < end)
+        madvise((void *)begin, end - begin, MADV_HUGEPAGE); /* if it fails, they are small */
+#else
+    (void)data, (void)bytes;
+#endif
+}
+
 /* They as the next output. None are kept where they take more than `most` bytes: then it is of one
  * number, for torch.compile wants a size that it knows to be more than 0; or, with 0 bytes, empty. */
 static bool add_kept(call_t *c, hex_problem_t *p, int64_t most)
@@ -49,6 +67,8 @@ static bool add_kept(call_t *c, hex_problem_t *p, int64_t most)
     if (!add_output(c, 1, &n, compute_dtype(p), &data))
         return false;
     p->kept = used ? data : NULL;
+    if (used)
+        prefer_large_pages(data, n * item_size(compute_dtype(p)));
     return true;
 }
 

@@ -42,9 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
         description="Prints what is installed and what it runs on, then checks the CPU kernels "
         "against the reference, hex/reference.py, in float64.",
         epilog="Exit status: 0 if every error is within its limit, 1 otherwise. HEX_ISA=base, "
-        "neon, avx2 or avx512 in the environment chooses a lower level of the CPU kernels. "
-        "HEX_ISA=avx512_bf16 chooses the level for bfloat16 inputs, which is never chosen without "
-        "it.",
+        "neon, avx2, avx512, avx512_bf16 or avx512_amx in the environment chooses another level of "
+        "the CPU kernels than the one that is taken by itself.",
     )
     parser.parse_args(arguments)
     for name, value in installation():

@@ -284,16 +284,6 @@ BY_DOTS = ops.isa() in ("avx512_bf16", "avx512_amx")
 COSINE_ULPS = 2 if BY_DOTS else 1
 
 
-def assert_as_good_by_norm(ours: Tensor, plain: Tensor, truth: Tensor, about: object) -> None:
-    """A bfloat16 gradient whose terms were rounded to bfloat16 too, many positives' among them that
-    nearly cancel: as a whole it may err twice what plain PyTorch's in float32 does, once rounded.
-
-    truth: plain PyTorch's in float64.
-    """
-    error, theirs = ((g.double() - truth).norm().item() for g in (ours, plain.to(torch.bfloat16)))
-    assert error <= 2 * theirs, f"{error / theirs:.3g} times the error of plain PyTorch, {about}"
-
-
 def assert_as_good_as_torch(
     ours: Tensor,
     same_dtype: Tensor,

@@ -227,6 +227,9 @@ def battery_of_sets(device: str = "cpu") -> None:
             assert_measures_are_right(p, QUANTILES, self_column)
             assert_adaptive_is_two(p, self_column)
         at = int(p.tensors[1][3])
+        far = changed(p, 0, 3, (at + 1) % 700, 45.0)  # times tau no cosine
+        for eps in (1.5, -3.0):
+            check_call(changed(far, 2, eps))
         assert_a_target_that_is_no_column_spoils_its_row(p, 2**40)
         lost = changed(p, 0, 3, at, -math.inf)
         assert torch.equal(lost.rows().isposinf(), lost.plain()[0].isposinf())

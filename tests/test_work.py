@@ -127,7 +127,7 @@ def check_adaptive(need, count, over_negatives, keep, easy):
     maybe a second, at the threshold."""
     _, share = need.share(0.99, over_negatives)
     if not need.by_tiles:
-        check_row_threshold(need, count, over_negatives, passes=2)
+        check_row_threshold(need, count, over_negatives, passes=2, keep=keep)
         return
     assert count["listed"] <= need.rows * need.capacity(share)
     assert count["rows"] == need.unit_rows
@@ -154,11 +154,15 @@ def check_adaptive(need, count, over_negatives, keep, easy):
     assert count["compared"] <= most_passes(need.wide) * count["selected"]
 
 
-def check_row_threshold(need, count, over_negatives, passes):
-    """Row by row: the threshold, and (2 passes) the loss."""
+def check_row_threshold(need, count, over_negatives, passes, keep=False):
+    """Row by row: the threshold, and (2 passes) the loss, which has kept cosines at hand."""
     assert (count["listed"], count["again"]) == (0, 0)
     once = need.row_cosines()
-    assert {name: count[name] for name in once} == {k: passes * n for k, n in once.items()}
+    wanted = {k: passes * n for k, n in once.items()}
+    if keep and need.mode != "paired":
+        wanted["products"] = once["products"]
+        wanted["rows"] -= need.unit_rows - need.B - need.M
+    assert {name: count[name] for name in once} == wanted
     assert count["exponentials"] == (passes - 1) * need.rows * need.negatives
     inside = need.mode in ("unpaired", "paired")  # the positive is added to the row
     n = need.negatives if over_negatives else need.columns + inside
@@ -342,7 +346,7 @@ def test_a_loss_of_logits(core):
     forward, backward = core.count([logits], "logits", ids=[target])
     nothing = dict.fromkeys(forward, 0)
     assert forward == nothing | dict(exponentials=N * C, compared=N * C)
-    assert backward == nothing | dict(exponentials=N * C)
+    assert backward == nothing | dict(exponentials=N * (C + 1))  # the target's as both classes
     rule = dict(what=THRESHOLD, quantile=0.9, over_negatives=1)
     threshold = core.count([logits], "logits", ids=[target], **rule)[0]
     selected = N * (C - 1)

@@ -229,9 +229,10 @@ class Need:
             need["rows"] += passes * self.B * self.K
             need["exponentials"] = passes * self.B * self.K
         else:
-            for (owners, met, terms, _), want in zip(self.sides(), dz, strict=True):
+            for (owners, met, terms, anchors), want in zip(self.sides(), dz, strict=True):
                 for n in parts(met, 512) if want else []:
-                    need["products"] += self.product(owners, n) + self.gathered(owners, n)
+                    need["products"] += 0 if kept and anchors else self.product(owners, n)
+                    need["products"] += self.gathered(owners, n)
                     need["exponentials"] += owners * n * terms
         return need
 

@@ -10,7 +10,9 @@
  * The cosines are as exact as those of float rows. The gradient's coefficients are rounded to 8
  * bits, each by itself and to nearest: of a row's gradient, which is rounded to 8 bits in the end,
  * that is an error of the same size and no larger, for what is rounded off along u_i falls to the
- * projection, and the positive's part does not come this way. */
+ * projection, and the one positive's part does not come this way. Those of several positives do;
+ * they are nearly equal, so their errors would add up, and the terms nearly cancel. Then what was
+ * rounded off is multiplied as a second part. */
 #ifndef HEX_DOT_PRODUCT_H
 #define HEX_DOT_PRODUCT_H
 
@@ -134,8 +136,18 @@ static void dot_cosines(const unit_t *unit, int64_t first, int64_t rows, const p
     end_tiles();
 }
 
+/* Of part 0 the numbers, of part 1 what narrow() rounds off of them. */
+INLINE dot_sums part_of(dot_sums x, int part)
+{
+    if (part == 0)
+        return x;
+    const dot_pairs b = (dot_pairs)x;
+    const dot_sums narrowed = (dot_sums)((b + 0x7fffu + (b >> 16 & 1u)) & 0xffff0000u);
+    return x - narrowed;
+}
+
 /* v[0..n) times factor[0..n) as pairs of columns, zeros behind them in the last vector. */
-INLINE void dot_row(const real *v, const real *factor, int64_t n, uint32_t *out)
+INLINE void dot_row(const real *v, const real *factor, int64_t n, int part, uint32_t *out)
 {
     for (int64_t j = 0; j < n; j += 2 * LANES) {
         real tail[2][2 * LANES] = {{0}};
@@ -146,13 +158,13 @@ INLINE void dot_row(const real *v, const real *factor, int64_t n, uint32_t *out)
             x = tail[0], f = tail[1];
         }
         *(dot_pairs *)(out + j / 2) =
-            narrow(*(const dot_sums *)x * *(const dot_sums *)f,
-                   *(const dot_sums *)(x + LANES) * *(const dot_sums *)(f + LANES));
+            narrow(part_of(*(const dot_sums *)x * *(const dot_sums *)f, part),
+                   part_of(*(const dot_sums *)(x + LANES) * *(const dot_sums *)(f + LANES), part));
     }
 }
 
-static void dot_accumulate(const unit_t *unit, int64_t first, int64_t columns, const real *v,
-                           int64_t ldv, int64_t rows, real *du)
+static void dot_accumulate_part(const unit_t *unit, int64_t first, int64_t columns, const real *v,
+                                int64_t ldv, int64_t rows, int part, real *du)
 {
     const int64_t width = unit->width;
     _Alignas(64) uint32_t a[DOT_ROWS * DEPTH / 2];
@@ -163,7 +175,8 @@ static void dot_accumulate(const unit_t *unit, int64_t first, int64_t columns, c
         for (int64_t i = 0; i < rows; i += DOT_ROWS) {
             const int64_t left = round_up(rows - i, MR), some = left < DOT_ROWS ? left : DOT_ROWS;
             for (int64_t r = 0; r < some; r++)
-                dot_row(v + (i + r) * ldv + j, unit->dots.factor + first + j, n, a + r * DEPTH / 2);
+                dot_row(v + (i + r) * ldv + j, unit->dots.factor + first + j, n, part,
+                        a + r * DEPTH / 2);
             for (int64_t d = 0; d < width; d += NR)
                 for (int64_t r = 0; r < some; r += MR)
                     dot_tile((n + 1) / 2, a + r * DEPTH / 2, DEPTH / 2, z + d,
@@ -174,8 +187,15 @@ static void dot_accumulate(const unit_t *unit, int64_t first, int64_t columns, c
     end_tiles();
 }
 
-static void dot_accumulate_transposed(const unit_t *unit, int64_t first, int64_t rows,
-                                      const real *v, int64_t ldv, int64_t columns, real *du)
+static void dot_accumulate(const unit_t *unit, int64_t first, int64_t columns, const real *v,
+                           int64_t ldv, int64_t rows, real *du)
+{
+    for (int part = 0; part < unit->dots.parts; part++)
+        dot_accumulate_part(unit, first, columns, v, ldv, rows, part, du);
+}
+
+static void dot_transposed_part(const unit_t *unit, int64_t first, int64_t rows, const real *v,
+                                int64_t ldv, int64_t columns, int part, real *du)
 {
     const int64_t width = unit->width;
     const real *factor = unit->dots.factor + first;
@@ -195,7 +215,8 @@ static void dot_accumulate_transposed(const unit_t *unit, int64_t first, int64_t
                 dot_sums x = *(const dot_sums *)at * (float)factor[i], y = {0};
                 if (i + 1 < rows)
                     y = *(const dot_sums *)(at + ldv) * (float)factor[i + 1];
-                *(dot_pairs *)(a + i / 2 * DOT_COLUMNS + k) = interleave(narrow(x, y));
+                *(dot_pairs *)(a + i / 2 * DOT_COLUMNS + k) =
+                    interleave(narrow(part_of(x, part), part_of(y, part)));
             }
 #ifdef LEVEL_HAS_TILES
         turn(a, depth, turned);
@@ -213,6 +234,13 @@ static void dot_accumulate_transposed(const unit_t *unit, int64_t first, int64_t
             }
     }
     end_tiles();
+}
+
+static void dot_accumulate_transposed(const unit_t *unit, int64_t first, int64_t rows,
+                                      const real *v, int64_t ldv, int64_t columns, real *du)
+{
+    for (int part = 0; part < unit->dots.parts; part++)
+        dot_transposed_part(unit, first, rows, v, ldv, columns, part, du);
 }
 
 #undef DOT_ROWS

@@ -17,6 +17,7 @@ typedef struct {
     real *factor;       /* 1 / norm of each row, and zeros for a tile more */
     int64_t begin[2];   /* the first row of z1, and of the negatives, */
     int64_t gap[2];     /* and the places left free before it, 0 or 1 */
+    int parts;          /* in which the gradient's coefficients are multiplied: see dot_product.h */
 } dots_t;
 
 /* Of this type, or rounded to it before they are normalised (unit.h). */
@@ -110,6 +111,7 @@ static void pair_body(int64_t begin, int64_t end, void *context)
 static const char *make_pairs(const hex_problem_t *p, dots_t *x, int64_t count, int64_t width)
 {
     const int64_t pairs = count / 2 + 2;
+    x->parts = p->several ? 2 : 1;
     x->begin[0] = p->B;
     x->begin[1] = p->B + p->M;
     x->gap[0] = p->mode != HEX_NTXENT ? p->B % 2 : 0; /* there z1 is met as z0 goes on */

@@ -182,12 +182,15 @@ SHARED_DEVICE double read_vector(const hex_vector_t &v, int64_t i)
                               : (double)((const float *)v.data)[i * v.stride];
 }
 
-// The threshold of the row in this place as the compute type compares with it: H is empty from 1 on
-// and holds all below -1, though rounding takes some cosines past either.
+// The threshold of the row in this place as the compute type compares with it: H is empty from 1 on,
+// and of cosines it holds all below -1, though rounding takes some past either. Logits are any
+// numbers.
 template <class real> SHARED_DEVICE real row_threshold(const hex_problem_t &p, int64_t at)
 {
     const double eps = read_vector(p.eps, at);
-    const double reach = eps >= 1 && eps < (double)INFINITY ? 2 : eps < -1 ? -2 : eps;
+    const bool cosines = p.mode != HEX_LOGITS;
+    const double most = cosines ? 2 : (double)__FLT_MAX__;
+    const double reach = eps >= 1 && eps < (double)INFINITY ? most : cosines && eps < -1 ? -2 : eps;
     const real rounded = (real)reach;
     return (double)rounded > reach ? (real)nextafterf((float)rounded, -INFINITY) : rounded;
 }
