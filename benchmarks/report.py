@@ -270,7 +270,7 @@ def write() -> None:
         for file in page.documents:
             file.write_text(filled(file.read_text(), blocks))
         if page.picture:
-            draw(page.points(), f"{page.records()[0]['on']}; {page.about}", page.picture)
+            draw(page.points(), f"{page.records()[0]['on']}\n{page.about}", page.picture)
 
 
 def draw(points: pd.DataFrame, about: str, file: Path) -> None:
