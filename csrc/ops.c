@@ -53,8 +53,12 @@ static void prefer_large_pages(void *data, int64_t bytes)
 #endif
 }
 
-/* They as the next output. None are kept where they take more than `most` bytes: then it is of one
- * number, for torch.compile wants a size that it knows to be more than 0; or, with 0 bytes, empty. */
+/* What is not kept, for it would be too much, has so many numbers: sizes of 0 and 1 torch.compile and
+ * torch.export would make a case of their own. */
+#define NONE_KEPT 2
+
+/* They as the next output: NONE_KEPT where they take more than `most` bytes, and with 0 bytes
+ * empty. */
 static bool add_kept(call_t *c, hex_problem_t *p, int64_t most)
 {
     bool used = false;
@@ -62,7 +66,7 @@ static bool add_kept(call_t *c, hex_problem_t *p, int64_t most)
     void *data;
     if (n > most / item_size(compute_dtype(p))) {
         used = false;
-        n = 1;
+        n = NONE_KEPT;
     }
     if (!add_output(c, 1, &n, compute_dtype(p), &data))
         return false;
@@ -209,9 +213,9 @@ static bool read_kept(call_t *c, AtenTensorHandle t, hex_problem_t *p, bool *giv
     if (!read_view(c, t, "kept", &v))
         return false;
     if (v.dtype != compute_dtype(p) || v.dim != 1 ||
-        (v.size[0] > 1 && (v.size[0] != room || v.stride[0] != 1)))
+        (v.size[0] != 0 && v.size[0] != NONE_KEPT && (v.size[0] != room || v.stride[0] != 1)))
         return fail(c, "kept: expected the contiguous tensor of the forward");
-    p->kept = used && v.size[0] > 1 ? (void *)v.data : NULL;
+    p->kept = used && v.size[0] > NONE_KEPT ? (void *)v.data : NULL;
     p->filled = p->kept != NULL;
     *given = v.size[0] > 0;
     return true;

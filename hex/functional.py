@@ -76,8 +76,9 @@ def hex_loss(
             z0 (CLIP).
         reduction: "mean", "sum", or "none" for one value for each row.
         cache_bytes: on a CPU, how many bytes the cosines may take that the forward keeps for the
-            backward. A batch with more computes them again, which takes longer and no memory. None
-            is what HEX_CACHE_BYTES in the environment says, or 1 GiB; with 0 none are kept.
+            backward of each call. A batch with more computes them again, which takes longer and no
+            memory. None is what HEX_CACHE_BYTES in the environment says, or 1 GiB; with 0 none are
+            kept.
 
     Returns:
         0-d, or (N,) for "none". N = 2B in "ntxent" and "cross", where the rows of z0 come first,

@@ -60,8 +60,9 @@ class HEXLoss(ContrastiveLoss):
             many rows they bring, with what dtype and options. It costs one small exchange on the
             host.
         cache_bytes: on a CPU, how many bytes the cosines may take that the forward keeps for the
-            backward. A batch with more computes them again, which takes longer and no memory. None
-            is what HEX_CACHE_BYTES in the environment says, or 1 GiB; with 0 none are kept.
+            backward of each call. A batch with more computes them again, which takes longer and no
+            memory. None is what HEX_CACHE_BYTES in the environment says, or 1 GiB; with 0 none are
+            kept.
 
     Shape:
         z0, z1: (B, D). negatives: (K, D) or (B, K, D). Each is float64, float32, bfloat16 or

@@ -91,8 +91,8 @@ _BACKWARD_RULE = _length("backward", "allow_tf32")
 def _cache_bytes(wanted: str | None) -> int:
     if not wanted:
         return 1 << 30
-    if not wanted.isdecimal() or int(wanted) >= 2**53:
-        raise ValueError(f"HEX_CACHE_BYTES: got {wanted!r}, wanted a number of bytes, or 0")
+    if not (wanted.isascii() and wanted.isdecimal()) or int(wanted) >= 2**53:
+        raise ValueError(f"HEX_CACHE_BYTES: got {wanted!r}, wanted a number of bytes below 2^53")
     return int(wanted)
 
 
@@ -135,13 +135,13 @@ def kept_numbers(
     z0: Tensor, z1: Tensor, negatives: Tensor, mode: int, dtype: torch.dtype, most: int
 ) -> int:
     """Room for what the CPU's forward leaves for the backward: kept_room in csrc/cpu/schedule.h;
-    and 1 where that is more than `most` bytes.
+    and NONE_KEPT where that is more than `most` bytes.
 
     The sizes may be symbolic, and a branch on one would be a guard: so this bounds from above what
-    is used, by an expression that torch knows to be more than 0.
+    is used, by an expression that torch knows to be more than 1, for 0 and 1 it would tell apart.
     """
     B, M = z0.shape[0], z1.shape[0]
-    if not most or z0.device.type not in ("cpu", "meta") or mode >= MODES["paired"]:
+    if most <= 0 or z0.device.type not in ("cpu", "meta") or mode >= MODES["paired"]:
         return 0
     item, block = (8, 96) if dtype == torch.float64 else (4, 192)
     tile = block * (block + 64 // item)
@@ -156,10 +156,11 @@ def kept_numbers(
 
 
 def _at_most(numbers: int, most: int) -> int:
-    """The numbers, or 1 where they are more than `most`; without a branch on them."""
-    some: int = torch.sym_max(1, numbers)  # type: ignore[no-untyped-call]
+    """The numbers, or NONE_KEPT where they are more than `most`; without a branch on them."""
+    none = 2  # NONE_KEPT in csrc/ops.c
+    some: int = torch.sym_max(none, numbers)  # type: ignore[no-untyped-call]
     few = torch.sym_min(1, most // some)  # type: ignore[no-untyped-call]
-    room: int = torch.sym_max(1, some * few)  # type: ignore[no-untyped-call]
+    room: int = torch.sym_max(none, some * few)  # type: ignore[no-untyped-call]
     return room
 
 
@@ -208,7 +209,7 @@ def _kept_of_block(
     z0: Tensor, z1: Tensor, negatives: Tensor, mode: int, several: int, most: int, *block: int
 ) -> int:
     """As `kept_numbers`, of a block."""
-    if not most or z0.device.type not in ("cpu", "meta") or mode >= MODES["paired"]:
+    if most <= 0 or z0.device.type not in ("cpu", "meta") or mode >= MODES["paired"]:
         return 0
     columns = z1.shape[0]
     if mode == MODES["ntxent"]:

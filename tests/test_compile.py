@@ -198,7 +198,7 @@ def test_sizes_that_the_compiler_does_not_know_are_taken_for_right_and_guarded(n
 def test_a_loss_is_exported_for_a_range_of_batch_sizes(name, strict):
     module = resizable()[name].eval()
     given = tuple(numbers(2, 100, D).unbind())
-    images = torch.export.Dim("B", min=2, max=4096)
+    images = torch.export.Dim("B", min=2)  # also where the cosines are too many to be kept
     program = torch.export.export(
         module, given, dynamic_shapes=({0: images},) * 2, strict=strict
     ).module()

@@ -134,7 +134,7 @@ REFUSED = [
     ),
     *(
         ("backward", dict(kept=kept), "kept: expected the contiguous tensor of the forward")
-        for kept in (KEPT.double(), torch.zeros(2), torch.zeros(0, 3))
+        for kept in (KEPT.double(), torch.zeros(1), torch.zeros(0, 3))
     ),
     ("quantile", dict(quantile=-0.01), "quantile: expected a number in [0, 1]"),
     ("quantile", dict(quantile=1.01), "quantile: expected a number in [0, 1]"),

@@ -136,7 +136,7 @@ def check_adaptive(need, count, over_negatives, keep, easy):
     # is made again. Of the split at most one in so many, else all of them get one more pass; of the
     # selection 3 in 100,000, for the limit is 4 sigmas below the quantile.
     again, rest = divmod(count["dots"] - need.B * need.D, need.D)
-    assert rest == 0 and again <= need.rows // (16 if keep else 3)
+    assert rest == 0 and again <= need.rows // 16
     if count["exponentials"] == 2 * each:
         assert not easy
         products += 0 if keep else need.cosines()

@@ -121,9 +121,11 @@ enum {
  * sums of the rest are made; the same, and what equals the limit is counted; or all of the sums. */
 typedef enum { SPLIT_NONE, SPLIT_LIST, SPLIT_TIES, SPLIT_SUMS } hex_split_t;
 
-/* eps >= 1 means H empty, though rounding takes some cosines past 1, and logits are any number: then
- * none may reach it. +inf stays, for it also means InfoNCE in the released variant. */
-static inline double within_reach(double eps) { return eps >= 1 && eps < INFINITY ? DBL_MAX : eps; }
+/* eps >= 1 means H empty, though rounding takes some cosines past 1: then none may reach it. +inf
+ * stays, for it also means InfoNCE in the released variant. */
+static inline bool is_out_of_reach(double eps) { return eps >= 1 && eps < INFINITY; }
+
+static inline double within_reach(double eps) { return is_out_of_reach(eps) ? 2 : eps; }
 
 static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 

@@ -16,8 +16,9 @@
 #include "quantile.h"
 
 /* One row in so many may be computed by itself; of more, a pass of all is sooner done: it makes two
- * rows of each cosine, and none of the cosines that are kept. */
-#define FEW_AGAIN(kept) ((kept) ? 16 : 3)
+ * rows of each cosine, and none of the cosines that are kept. Where none are, one in three would be
+ * better; but what is kept is to change no bit. */
+#define FEW_AGAIN 16
 
 /* Lists of all rows in bytes: beyond, the threshold has a pass of its own, which keeps the lists of
  * a block of rows at a time. */
@@ -229,7 +230,7 @@ static const char *split_rows(batch_t *s, const hex_problem_t *p, void *loss, vo
         }
         if (!f.again)
             error = HEX_NO_MEMORY;
-        else if (count <= s->rows / FEW_AGAIN(p->kept))
+        else if (count <= s->rows / FEW_AGAIN)
             error = visit_again(s, f.again, split_row, &f);
         else {
             f.listed = false;

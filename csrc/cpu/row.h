@@ -290,9 +290,11 @@ static sums_t classed_sums(const row_t *r, double shift, double positive, real e
 
 /* ---- the loss ---- */
 
-/* What eps is for a row: groups give H, as scores of 0 and 1. */
+/* What eps is for a row: groups give H, as scores of 0 and 1; logits are any numbers. */
 static inline real row_eps(const hex_problem_t *p, double eps)
 {
+    if (p->mode == HEX_LOGITS && is_out_of_reach(eps))
+        return sizeof(real) > 4 ? (real)DBL_MAX : (real)FLT_MAX;
     return p->by_group ? (real)0.5 : round_down(eps);
 }
 
