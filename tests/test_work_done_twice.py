@@ -72,7 +72,9 @@ PLANTED = {
         ("row.h", r"const sets_t of = (?=row_sets\()",
          "row_sets(r, eps, &hard, &unknown); const sets_t of = "),
     "logits: entries are made twice":
-        ("blocks.h", r"(?=row_entries\(r\.v, r\.s, p->D)", TWICE),
+        ("blocks.h", r"(?=logits_entries\(&r, out)", TWICE),
+    "row by row, kept cosines are made again for the loss":
+        ("entry.h", r"with\.filled = keeps_cosines\(p\)", "with.filled = false"),
 }  # fmt: skip
 
 
