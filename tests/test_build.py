@@ -173,7 +173,7 @@ def test_the_wheel_works_without_this_tree(built):
     environment.pop("HEX_ISA", None)
     file, isa = run(sys.executable, "-c", code, cwd=built.site, env=environment).split()
     assert Path(file) == built.site / "hex/__init__.py"
-    assert isa in ("base", "neon", "avx2", "avx512")
+    assert isa in ("base", "neon", "avx2", "avx512", "avx512_bf16", "avx512_amx")
 
 
 # ---- type checkers ----
