@@ -98,7 +98,6 @@ def _cache_bytes(wanted: str | None) -> int:
 
 _CACHE_BYTES = _cache_bytes(os.environ.get("HEX_CACHE_BYTES"))
 _mkldnn: Any = torch.backends.mkldnn  # mypy knows of no matmul there
-_BF16_LEVELS = ("avx512_bf16", "avx512_amx")
 # Device types with kernels; the fakes below are those of "meta".
 _KERNELS = {"cpu", "meta"} if _C else set()
 
@@ -107,6 +106,9 @@ def isa() -> str:
     """The level of the CPU kernels in use: "base", "neon", "avx2", "avx512", "avx512_bf16" or
     "avx512_amx"; or "none" without the extension."""
     return str(_C.isa()) if _C else "none"
+
+
+_HAS_BF16 = isa() in ("avx512_bf16", "avx512_amx")  # the levels that multiply rows of bfloat16
 
 
 # ---- shapes -------------------------------------------------------------------------------------
@@ -462,7 +464,7 @@ def _has_kernel(z: Tensor) -> bool:
 def _allow_bf16() -> bool:
     """Whether torch lets float32 products of the CPU be rounded, for a level that has them. A
     compiled graph keeps the answer, as above."""
-    return isa() in _BF16_LEVELS and _mkldnn.matmul.fp32_precision == "bf16"
+    return _HAS_BF16 and _mkldnn.matmul.fp32_precision == "bf16"
 
 
 def _allow_tf32(z: Tensor) -> bool:

@@ -213,15 +213,17 @@ static void logits_backward_body(int64_t begin, int64_t end, void *context)
     const real tau = (real)read_vector(p->tau, 0);
     const hex_dtype_t dtype = p->input[0].dtype;
     const bool narrow = dtype != (sizeof(real) == sizeof(double) ? HEX_F64 : HEX_F32);
-    real *scratch = allocate(p->D + 1, 1, sizeof(real));
-    if (!scratch)
+    real *scratch = allocate(p->D, 2, sizeof(real)), *zeros = scratch ? scratch + p->D : NULL;
+    if (scratch)
+        memset(zeros, 0, (size_t)p->D * sizeof(real));
+    else
         c->no_memory = true;
     for (int64_t i = c->owners.begin + begin; scratch && i < c->owners.begin + end; i++) {
         const row_t r = logits_row(p, i, tau, scratch, NULL);
         real *out = narrow ? scratch : (real *)c->g->dz[0] + (i - p->first) * p->D;
         logits_entries(&r, out, &c->k, i);
         if (narrow) /* rounded, nothing else */
-            store(c->g->dz[0], dtype, i - p->first, p->D, out, out, 0, 1);
+            store(c->g->dz[0], dtype, i - p->first, p->D, out, zeros, 0, 1);
     }
     free(scratch);
 }

@@ -68,7 +68,7 @@ static int64_t tile_stride(const field_t *f)
 static int64_t kept_room(const hex_problem_t *p, bool *used)
 {
     *used = p->mode < HEX_PAIRED;
-    if (p->mode >= HEX_PAIRED)
+    if (!*used)
         return 0;
     if (p->block)
         return kept_numbers(p);

@@ -243,10 +243,7 @@ static double dot_product(const real *restrict x, const real *restrict y, int64_
     {                                                                                              \
         type *restrict out = (type *)dz + row * D;                                                 \
         for (int64_t k = 0; k < D; k++)                                                            \
-            out[k] =                                                                               \
-                convert(inverse == 0 ? 0                                                           \
-                                     : ((double)du[k] - (along == 0 ? 0 : along * (double)u[k])) * \
-                                           inverse);                                               \
+            out[k] = convert(inverse == 0 ? 0 : ((double)du[k] - along * (double)u[k]) * inverse); \
         return;                                                                                    \
     }
 
