@@ -31,9 +31,10 @@ build: .venv/hex ## hex in .venv, from this folder, with all that its tests and 
 # Those that compile the CUDA kernels, which takes minutes.
 CUDA_TESTS := $(addprefix tests/test_cuda_,emulation.py blocks.py sets.py build.py mutants.py)
 # Those that compile the CPU core again (by other compilers, for instructions that few CPUs have, with
-# planted errors), those of what a build gives, and those of the benchmarks.
+# planted errors), those of all levels in memory full of NaN, of what a build gives, and of the
+# benchmarks.
 THOROUGH_TESTS := $(addprefix tests/test_,clang.py aarch64.py bf16_level.py work_done_twice.py \
-    build.py benchmark.py benchmark_gpu.py)
+    unwritten_memory.py build.py benchmark.py benchmark_gpu.py)
 NOT_ALWAYS := $(addprefix --ignore=,$(CUDA_TESTS) $(THOROUGH_TESTS))
 
 test: lint ## lint, then the tests: five minutes
@@ -59,16 +60,18 @@ format: build ## let ruff and clang-format rewrite the sources
 # In a copy of the sources, with an extension of its own; without the tests that never enter it.
 #   detect_leaks                no: Python and torch keep memory until the end
 #   allocator_may_return_null   an allocation that fails is for us to report
+#   malloc_fill_byte            what nothing wrote is NaN, in every type
 #   quarantine_size_mb          freed memory is kept back; less of it, for tests that watch memory
 #   LD_PRELOAD of libstdc++     the sanitizer looks once, at the start, for what throws exceptions
 #   PYTHONPATH                  processes that a test starts import this copy too
 #   --capture=sys               a report ends the process; what pytest had captured would be lost
+sanitize: FILL = malloc_fill_byte=255:max_malloc_fill_size=1048576
 sanitize: build ## the tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	git ls-files -z | xargs -0 cp --parents --target-directory=build/sanitize
 	cd build/sanitize && HEX_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --inplace
 	cd build/sanitize && \
-	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=16 \
+	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=16:$(FILL) \
 	    UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$$PWD \
 	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	    $(PYTEST) --capture=sys --ignore-glob='*/test_build.py' --ignore-glob='*/test_abi.py' \

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import hex
 
-SIZES = [(1, 1, 1), (3, 5, 7), (17, 33, 31), (101, 67, 41), (251, 40, 300)]  # B, D, K
+SIZES = [(1, 1, 1), (2, 0, 3), (3, 5, 7), (17, 33, 31), (101, 67, 41), (251, 40, 300)]  # B, D, K
 LONG = (1100, 24, 2100)  # several blocks, by tiles; lists
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

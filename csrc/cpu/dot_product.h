@@ -62,7 +62,7 @@ static void dot_tile_by_vectors(int64_t depth, const uint32_t *a, int64_t ai, in
 /* Where the columns of a transposed v stand as rows. */
 #define TURNED (DEPTH / 2 + LANES)
 
-/* The same of whole tiles, with ak = 1, and what is left by vectors. */
+/* The same of whole tiles, with ak = 1, and what is left by vectors; so are sums of nothing. */
 static void dot_tile(int64_t depth, const uint32_t *a, int64_t lda, const uint32_t *b, int64_t ldb,
                      real *c, int64_t ldc, bool add, const real *fi, const real *fj)
 {
@@ -70,7 +70,7 @@ static void dot_tile(int64_t depth, const uint32_t *a, int64_t lda, const uint32
     COUNT(WORK_PRODUCTS, 2 * whole * MR * NR);
     if (whole > 0)
         tile_dots(whole, a, lda, b, ldb, c, ldc, add);
-    if (depth > whole)
+    if (depth > whole || whole == 0)
         dot_tile_by_vectors(depth - whole, a + whole, lda, 1, b + whole * ldb, ldb, c, ldc,
                             add || whole > 0, fi, fj);
     else if (fi)
