@@ -9,7 +9,7 @@ TORCHVISION ?= torchvision==0.28.0
 
 BIN := $(CURDIR)/.venv/bin
 C_FILES := $(wildcard csrc/*.[ch] csrc/*/*.[ch] csrc/cpu/levels/*.[ch] csrc/cuda/*.cu* \
-    tests/emulation/*) tests/abi_check.cpp tests/work.c tests/other_machine.c benchmarks/core.c
+    tests/emulation/*) tests/abi_check.cpp $(wildcard tests/*.c) benchmarks/core.c
 # The CUDA kernels take minutes to compile; `make cuda` does it once. `make build
 # HEX_CUDA=1` has them in .venv, `make wheel HEX_CUDA=1` in the wheel.
 export HEX_CUDA ?= 0
