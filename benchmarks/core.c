@@ -84,7 +84,7 @@ static batch make(int64_t B, int64_t D, int classes, float spread, float moved)
         }
     for (int64_t i = 0; i < 2 * B; i++)
         x.ids[i] = i % B % classes;
-    free(centres);
+    release(centres);
     return x;
 }
 
@@ -115,7 +115,7 @@ APART bool loss(const batch *x, kind_t kind)
     p.kept = used ? allocate(room, 1, sizeof(float)) : NULL;
     float value;
     const bool done = !adaptive(&p, &t, &value, x->stats) && !backward(&p, &g);
-    free(p.kept);
+    release(p.kept);
     return done && isfinite(value) && value > 0;
 }
 
@@ -157,9 +157,9 @@ int main(int count, char **words)
         best[1] = fmin(best[1], (seconds() - middle) * ideal / done);
     }
     printf("%g %g\n", best[0], count == 7 ? best[1] : 0);
-    free(x.z);
-    free(x.dz);
-    free(x.stats);
-    free(x.ids);
+    release(x.z);
+    release(x.dz);
+    release(x.stats);
+    release(x.ids);
     return 0;
 }

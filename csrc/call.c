@@ -8,6 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "memory.h"
+
 /* ---- begin and end ---- */
 
 /* Keeps the first error; returns false, so that checks can be chained with &&. */
@@ -169,17 +171,39 @@ bool read_numbers(call_t *c, AtenTensorHandle t, const char *name, numbers_t all
 
 /* ---- outputs ---- */
 
+/* CPU tensors of so many bytes are of allocate(), for the reason given there, if torch can make a
+ * tensor of what others allocated (2.11). */
+#define MUCH_MEMORY ((int64_t)128 << 10)
+
+static void release_data(void *data, void *context)
+{
+    (void)context;
+    release(data);
+}
+
+static bool empty_tensor(const call_t *c, int64_t dim, const int64_t *size, const int64_t *stride,
+                         hex_dtype_t dtype, int64_t bytes, AtenTensorHandle *t)
+{
+    const int32_t type = torch_dtype(dtype), device = c->place.type, index = c->place.index;
+    if (!torch_from_blob || hex_place_is_cuda(&c->place) || bytes < MUCH_MEMORY)
+        return !aoti_torch_empty_strided(dim, size, stride, type, device, index, t);
+    void *data = allocate(bytes, 1, 1);
+    return data && !torch_from_blob(data, dim, size, stride, 0, type, device, index, t,
+                                    aoti_torch_layout_strided(), NULL, 0, release_data, NULL);
+}
+
 /* A new contiguous tensor as the next output; *data points to its first element. */
 bool add_output(call_t *c, int64_t dim, const int64_t *size, hex_dtype_t dtype, void **data)
 {
-    int64_t stride[3], step = 1;
+    int64_t stride[3], step = 1, bytes = item_size(dtype);
     AtenTensorHandle t;
     for (int64_t d = dim - 1; d >= 0; d--) {
         stride[d] = step;
-        step *= size[d] > 0 ? size[d] : 1;
+        if (__builtin_mul_overflow(step, size[d] > 0 ? size[d] : 1, &step) ||
+            __builtin_mul_overflow(bytes, size[d], &bytes))
+            return fail(c, "cannot allocate an output");
     }
-    if (aoti_torch_empty_strided(dim, size, stride, torch_dtype(dtype), c->place.type,
-                                 c->place.index, &t))
+    if (!empty_tensor(c, dim, size, stride, dtype, bytes, &t))
         return fail(c, "cannot allocate an output");
     c->out[c->n_out++] = t;
     return torch_get_mutable_data_ptr(t, data) ? fail(c, SHIM_FAILED) : true;

@@ -3,9 +3,9 @@
  * needs neither torch nor C++. tests/abi_check.cpp holds every line of it against the headers of
  * the installed torch.
  *
- * Everything here is exported by libtorch_cpu.so of torch 2.10 and of every later one; nothing
- * newer may be added. The functions are declared weak: where torch lacks one the extension still
- * loads, and PyInit__C can name it.
+ * Everything here is exported by libtorch_cpu.so of torch 2.10 and of every later one, but for what
+ * has a list of its own at the end and may be NULL. All functions are declared weak: where torch
+ * lacks one the extension still loads, and PyInit__C can name it.
  *
  * An AOTITorchError of 0 is success. Only aoti_torch_check throws. */
 #ifndef HEX_TORCH_SHIM_H
@@ -81,10 +81,18 @@ typedef struct DeviceGuardOpaque *DeviceGuardHandle;
        void (*body)(int64_t begin, int64_t end, void *context), void *context))                    \
     X(void, aoti_torch_check, /* unless condition: throws, a RuntimeError with text in Python */   \
       (bool condition, const char *function, const char *file, uint32_t line, const char *text))
+/* Those of torch 2.11, which is asked for them one by one. */
+#define HEX_TORCH_FUNCTIONS_2_11(X)                                                                \
+    X(AOTITorchError, torch_from_blob,                                                             \
+      (void *data, int64_t dim, const int64_t *sizes, const int64_t *strides, int64_t offset,      \
+       int32_t dtype, int32_t device_type, int32_t device_index, AtenTensorHandle *t,              \
+       int32_t layout, const uint8_t *metadata, int64_t metadata_bytes,                            \
+       void (*deleter)(void *data, void *context), void *context)) /* new */
 /* clang-format on */
 
 #define DECLARE(result, name, parameters) __attribute__((weak)) result name parameters;
 HEX_TORCH_FUNCTIONS(DECLARE)
+HEX_TORCH_FUNCTIONS_2_11(DECLARE)
 #undef DECLARE
 
 /* The name of a function that the loaded torch does not have, or NULL. */

@@ -10,9 +10,12 @@ namespace restated
 #include "torch_shim.h"
 
 static_assert(HEX_TORCH_ABI == TORCH_VERSION_2_10_0, "HEX_TORCH_ABI");
-static_assert(TORCH_FEATURE_VERSION == TORCH_VERSION_2_10_0, "or newer functions would be let in");
 
 #define HOLD(result, name, parameters)                                                             \
     static_assert(std::is_same_v<decltype(::name), result parameters>, #name);
+#if TORCH_FEATURE_VERSION == TORCH_VERSION_2_10_0
 HEX_TORCH_FUNCTIONS(HOLD)
+#else // newer ones are let in
+HEX_TORCH_FUNCTIONS_2_11(HOLD)
+#endif
 } // namespace restated

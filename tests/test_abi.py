@@ -18,16 +18,37 @@ ROOT = Path(__file__).parent.parent
 SHIM = (ROOT / "csrc/torch_shim.h").read_text()
 
 
-def compile_check(folder):
-    """Compile abi_check.cpp with the torch_shim.h of `folder`; "" or what the compiler says."""
+def compile_check(folder, minor=10):
+    """Compile abi_check.cpp with the torch_shim.h of `folder`, for what torch 2.`minor` has; "" or
+    what the compiler says.
+    """
     headers = Path(torch.__file__).parent / "include"
-    command = ["g++", "-fsyntax-only", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    command = [
+        "g++",
+        "-fsyntax-only",
+        "-std=c++20",
+        f"-DTORCH_TARGET_VERSION=0x02{minor:02x}{0:012}",
+    ]
     command += ["-isystem", headers, "-I", folder, ROOT / "tests/abi_check.cpp"]
     return subprocess.run(command, capture_output=True, text=True).stderr
 
 
+NEWEST = 11  # the functions of this minor release are used where they are there
+
+
+def has_newest():
+    return tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, NEWEST)
+
+
 def test_every_prototype_is_the_one_in_torchs_headers():
     assert compile_check(ROOT / "csrc") == ""
+
+
+@pytest.mark.skipif(not has_newest(), reason=f"torch is older than 2.{NEWEST}")
+def test_the_newer_prototypes_too(tmp_path):
+    assert compile_check(ROOT / "csrc", NEWEST) == ""
+    (tmp_path / "torch_shim.h").write_text(SHIM.replace("int64_t metadata_bytes", "int n"))
+    assert "assertion failed: torch_from_blob" in compile_check(tmp_path, NEWEST)
 
 
 CHANGES = (  # what stands in the file, what takes its place, and what the compiler complains of
@@ -68,7 +89,10 @@ def test_every_release_from_2_10_on_exports_what_is_needed_on_cpu_and_cuda():
     table = torch_exports.read()
     releases = {release for exporting in table.values() for release in exporting}
     assert {"2.10.0", "2.11.0", "2.12.0", "2.13.0"} <= releases
-    needed = {("libtorch_cpu.so", name) for name in re.findall(r"^ +X\(\w+, (\w+),", SHIM, re.M)}
+    always, newer = SHIM.split("define HEX_TORCH_FUNCTIONS_2_11")
+    needed = {("libtorch_cpu.so", name) for name in re.findall(r"^ +X\(\w+, (\w+),", always, re.M)}
+    assert re.findall(r"^ +X\(\w+, (\w+),", newer, re.M) == ["torch_from_blob"]
+    assert table[("libtorch_cpu.so", "torch_from_blob")] >= releases - {"2.10.0"}
     by_name = set(re.findall(r'dlsym\(torch_cuda, "(\w+)"\)', (ROOT / "csrc/device.c").read_text()))
     assert by_name == {"aoti_torch_get_current_cuda_stream"}
     needed |= {("libtorch_cuda.so", name) for name in by_name}

@@ -1,10 +1,18 @@
 /* SPDX-License-Identifier: MIT */
-/* Preloaded: memory for numbers, the core's by aligned_alloc and torch's by posix_memalign, comes
- * full of NaN, whatever the type, so that a number that nothing wrote shows. */
+/* Preloaded: memory, the core's by malloc and torch's by posix_memalign, comes full of NaN, whatever
+ * the type, so that a number that nothing wrote shows. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdlib.h>
 #include <string.h>
+
+void *__libc_malloc(size_t size); /* glibc's own; to look malloc up takes malloc */
+
+void *malloc(size_t size)
+{
+    void *memory = __libc_malloc(size);
+    return memory ? memset(memory, 0xff, size) : NULL;
+}
 
 int posix_memalign(void **memory, size_t alignment, size_t size)
 {
@@ -14,10 +22,4 @@ int posix_memalign(void **memory, size_t alignment, size_t size)
     if (!error)
         memset(*memory, 0xff, size);
     return error;
-}
-
-void *aligned_alloc(size_t alignment, size_t size)
-{
-    void *memory = NULL;
-    return posix_memalign(&memory, alignment, size) ? NULL : memory;
 }

@@ -171,10 +171,10 @@ PUBLIC const char *count(const request *r, int64_t counts[2][WORK_KINDS])
         error = level->backward(&p, &g);
     take(counts[1]);
     for (int k = 0; k < 3; k++)
-        free(dz[k]);
-    free(stats);
-    free(of_block);
-    free(p.kept);
-    free(bounds);
+        release(dz[k]);
+    release(stats);
+    release(of_block);
+    release(p.kept);
+    release(bounds);
     return error;
 }

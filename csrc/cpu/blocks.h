@@ -69,7 +69,7 @@ static const char *forward_rows(const hex_problem_t *p, void *loss, void *stats)
     const char *error = for_each_row(p, forward_row, &f);
     if (!error)
         reduce(p->reduction, f.loss, rows, loss);
-    free(f.loss);
+    release(f.loss);
     return error;
 }
 
@@ -167,7 +167,7 @@ static void backward_body(int64_t begin, int64_t end, void *context)
     if (!ready)
         c->no_memory = true;
     free_table(&t);
-    free(du);
+    release(du);
 }
 
 /* Anchor i with its own negatives: dz of the anchor, and of each negative
@@ -202,8 +202,8 @@ static void paired_backward_body(int64_t begin, int64_t end, void *context)
     if (!ready)
         c->no_memory = true;
     free_anchor(&a);
-    free(du);
-    free(g);
+    release(du);
+    release(g);
 }
 
 static void logits_backward_body(int64_t begin, int64_t end, void *context)
@@ -225,7 +225,7 @@ static void logits_backward_body(int64_t begin, int64_t end, void *context)
         if (narrow) /* rounded, nothing else */
             store(c->g->dz[0], dtype, i - p->first, p->D, out, zeros, 0, 1);
     }
-    free(scratch);
+    release(scratch);
 }
 
 /* The coefficients of every row, those from REST on times its grad_output, into `out` of
@@ -297,7 +297,7 @@ static const char *backward_rows(backward_context_t *c, panels_t *panels)
         if (!error && c->no_memory)
             error = HEX_NO_MEMORY;
     }
-    free(guide.data);
+    release(guide.data);
     return error;
 }
 

@@ -9,10 +9,10 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <stddef.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "../hex.h"
+#include "../memory.h"
 #include "../tracker.h"
 #include "convert.h"
 
@@ -126,20 +126,6 @@ typedef enum { SPLIT_NONE, SPLIT_LIST, SPLIT_TIES, SPLIT_SUMS } hex_split_t;
 static inline bool is_out_of_reach(double eps) { return eps >= 1 && eps < INFINITY; }
 
 static inline double within_reach(double eps) { return is_out_of_reach(eps) ? 2 : eps; }
-
-static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-/* Cache-line aligned, never NULL for zero elements. The sizes come from tensors that exist, so the
- * product overflows only for buffers many times as large as their inputs: that is refused as out of
- * memory. */
-static inline void *allocate(int64_t n, int64_t m, size_t size)
-{
-    int64_t bytes;
-    if (__builtin_mul_overflow(n, m, &bytes) ||
-        __builtin_mul_overflow(bytes, (int64_t)size, &bytes) || bytes > INT64_MAX - 128)
-        return NULL;
-    return aligned_alloc(64, (size_t)round_up(bytes + 1, 64));
-}
 
 static inline double read_vector(hex_vector_t v, int64_t i)
 {

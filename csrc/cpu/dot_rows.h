@@ -47,9 +47,9 @@ static bool allocate_dots(dots_t *x, int64_t count, int64_t width)
 
 static void free_dots(dots_t *x)
 {
-    free(x->features);
-    free(x->rows);
-    free(x->factor);
+    release(x->features);
+    release(x->rows);
+    release(x->factor);
 }
 
 static void copy_dots(const dots_t *x, int64_t i, dots_t *to, int64_t k)

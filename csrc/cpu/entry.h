@@ -47,7 +47,7 @@ static const char *threshold(const hex_problem_t *p, double quantile, bool over_
     const char *error = rows ? row_quantiles(p, quantile, over_negatives, rows) : HEX_NO_MEMORY;
     if (!error)
         *mean = mean_of(rows, n);
-    free(rows);
+    release(rows);
     return error;
 }
 
@@ -124,8 +124,8 @@ static const char *backward(const hex_problem_t *p, const hex_gradient_t *g)
                                    : make_strips(&in.unit);
     if (!error && wanted)
         error = by_tiles(p) ? backward_tiles(&c, &panels) : backward_rows(&c, &panels);
-    free(k);
-    free(panels.data);
+    release(k);
+    release(panels.data);
     free_inputs(&in);
     return error;
 }

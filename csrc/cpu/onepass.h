@@ -86,7 +86,7 @@ static void select_body(int64_t begin, int64_t end, void *context)
     }
     if (!list)
         q->no_memory = true;
-    free(list);
+    release(list);
 }
 
 /* The batch's threshold, from lists; the sums of the rest are made on the way. */
@@ -104,7 +104,7 @@ static const char *select_threshold(batch_t *s, const hex_tracker_t *t, int64_t 
     error = end_selection(&q, error);
     if (!error)
         *mean = mean_of(rows, s->rows);
-    free(rows);
+    release(rows);
     return error;
 }
 
@@ -234,7 +234,7 @@ static const char *split_rows(batch_t *s, const hex_problem_t *p, void *loss, vo
             error = visit_again(s, f.again, split_row, &f);
         else {
             f.listed = false;
-            free(f.again);
+            release(f.again);
             f.again = NULL;
         }
     }
@@ -244,8 +244,8 @@ static const char *split_rows(batch_t *s, const hex_problem_t *p, void *loss, vo
         error = HEX_NO_THREADS;
     if (!error)
         reduce(p->reduction, f.loss, s->rows, loss);
-    free(f.again);
-    free(f.loss);
+    release(f.again);
+    release(f.loss);
     return error;
 }
 

@@ -86,7 +86,7 @@ static const char *make_panels(const unit_t *unit, int64_t begin, int64_t end, p
 {
     if (panels->data && panels->begin == begin && panels->end == end)
         return NULL;
-    free(panels->data);
+    release(panels->data);
     panels->begin = begin;
     panels->end = end;
     panels->data = allocate(round_up(end - begin, NR), unit->width,

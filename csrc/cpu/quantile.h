@@ -60,12 +60,12 @@ static range_t candidates_of(const batch_t *s, int side)
 
 static void free_batch(batch_t *s)
 {
-    free(s->panels.data);
-    free(s->cp);
-    free(s->limit);
-    free(s->pass.sums);
-    free(s->pass.list);
-    free(s->pass.length);
+    release(s->panels.data);
+    release(s->cp);
+    release(s->limit);
+    release(s->pass.sums);
+    release(s->pass.list);
+    release(s->pass.length);
     free_inputs(&s->in);
 }
 
@@ -147,7 +147,7 @@ static void bound_body(int64_t begin, int64_t end, void *context)
     }
     if (!c)
         b->no_memory = true;
-    free(c);
+    release(c);
 }
 
 /* The rank from above that `sigmas` deviations more than a share of the samples reach. */
@@ -181,7 +181,7 @@ static const char *sample_side(bound_t *b, int side)
     if (!error && !hex_parallel_for((b->anchors.end - b->anchors.begin + MR - 1) / MR,
                                     2 * MR * m * unit->width, bound_body, b))
         error = HEX_NO_THREADS;
-    free(b->panels.data);
+    release(b->panels.data);
     b->panels.data = NULL;
     free_unit(&sampled);
     return error ? error : b->no_memory ? HEX_NO_MEMORY : NULL;
@@ -215,8 +215,8 @@ static const char *make_bound(batch_t *s, double share, bool reach)
         }
         s->pass.split = ties > rows / FEW_TIES ? SPLIT_TIES : SPLIT_LIST;
     }
-    free(b.low);
-    free(b.guess);
+    release(b.low);
+    release(b.guess);
     return error;
 }
 
@@ -282,9 +282,9 @@ static const char *visit_again(batch_t *s, const bool *again, row_function_t row
                             .context = context};
         if (count && !error)
             error = visit_rows(&c);
-        free(other.data);
+        release(other.data);
     }
-    free(some);
+    release(some);
     return error;
 }
 
@@ -306,7 +306,7 @@ static const char *end_selection(selection_t *q, const char *error)
         error = HEX_NO_MEMORY;
     if (!error)
         error = visit_again(q->s, q->again, threshold_row, &q->threshold);
-    free(q->again);
+    release(q->again);
     return error;
 }
 
@@ -349,8 +349,8 @@ static void listing_body(int64_t begin, int64_t end, void *context)
     }
     if (!c || !lists)
         l->q->no_memory = true;
-    free(c);
-    free(lists);
+    release(c);
+    release(lists);
 }
 
 static const char *list_side(selection_t *q, int side, int64_t capacity)
@@ -364,7 +364,7 @@ static const char *list_side(selection_t *q, int side, int64_t capacity)
     const int64_t work = 2 * LISTED * (of.end - of.begin) * (s->in.unit.width + 4);
     if (!error && !hex_parallel_for(blocks, work, listing_body, &l))
         error = HEX_NO_THREADS;
-    free(other.data);
+    release(other.data);
     return error;
 }
 

@@ -196,7 +196,7 @@ static void run_meetings(int64_t begin, int64_t end, void *context)
         if (!one)
             atomic_store_explicit(&t->done[1][J], (int)m.before[1] + 1, memory_order_release);
     }
-    free(scratch);
+    release(scratch);
 }
 
 /* Every tile once, `visit` with each; work: operations a cosine, roughly. kept: all tiles' cosines,
@@ -215,7 +215,7 @@ static const char *for_each_tile(schedule_t *t, int64_t work)
     t->done[1] = f->symmetric ? done : done + t->blocks[0];
     const bool ran =
         hex_parallel_for(count_tiles(f), f->row_block * f->column_block * work, run_meetings, t);
-    free(done);
+    release(done);
     return !ran ? HEX_NO_THREADS : t->no_memory ? HEX_NO_MEMORY : NULL;
 }
 

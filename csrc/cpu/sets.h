@@ -34,7 +34,7 @@ static const char *make_codes(const hex_problem_t *p, const hex_ids_t *labels, w
     int64_t *all = allocate(n, 1, sizeof *all), *sorted = NULL;
     *codes = allocate(n + NR + LANES, 1, sizeof **codes);
     if (!all || !*codes) {
-        free(all);
+        release(all);
         return HEX_NO_MEMORY;
     }
     memset(*codes + n, 0, (NR + LANES) * sizeof **codes);
@@ -50,7 +50,7 @@ static const char *make_codes(const hex_problem_t *p, const hex_ids_t *labels, w
     if (!near) {
         sorted = allocate(n, 1, sizeof *sorted);
         if (!sorted) {
-            free(all);
+            release(all);
             return HEX_NO_MEMORY;
         }
         memcpy(sorted, all, (size_t)n * sizeof *sorted);
@@ -66,8 +66,8 @@ static const char *make_codes(const hex_problem_t *p, const hex_ids_t *labels, w
     } else
         for (int64_t i = 0; i < n; i++)
             (*codes)[i] = (word)((uint64_t)all[i] - (uint64_t)least);
-    free(sorted);
-    free(all);
+    release(sorted);
+    release(all);
     return NULL;
 }
 
@@ -88,8 +88,8 @@ static void free_inputs(inputs_t *in)
 {
     free_unit(&in->unit);
     free_unit(&in->guide);
-    free(in->ids);
-    free(in->groups);
+    release(in->ids);
+    release(in->groups);
 }
 
 /* The classes of row o with the rows [among.begin, among.end) that it meets. `anchor`: it is the

@@ -411,7 +411,7 @@ static const char *backward_tiles(backward_context_t *c, panels_t *panels)
             error = HEX_NO_THREADS;
     }
     for (int input = 0; input < 3; input++)
-        free(du[input]);
+        release(du[input]);
     return error;
 }
 

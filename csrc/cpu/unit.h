@@ -51,9 +51,9 @@ static void copy_row(const unit_t *unit, int64_t i, unit_t *to, int64_t k)
 
 static void free_unit(unit_t *unit)
 {
-    free(unit->u);
-    free(unit->strips);
-    free(unit->inverse);
+    release(unit->u);
+    release(unit->strips);
+    release(unit->inverse);
     free_dots(&unit->dots);
 }
 

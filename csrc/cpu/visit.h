@@ -120,9 +120,9 @@ static bool make_table(const hex_problem_t *p, int64_t rows, int64_t block, int6
 
 static void free_table(table_t *t)
 {
-    free(t->c);
-    free(t->guide);
-    free(t->group);
+    release(t->c);
+    release(t->guide);
+    release(t->group);
 }
 
 /* The row of cosines v, of the unit row o with those it meets, k-th of a block: it has its classes
@@ -163,9 +163,9 @@ static bool make_paired(const hex_problem_t *p, int64_t width, paired_t *own)
 
 static void free_paired(paired_t *own)
 {
-    free(own->u);
-    free(own->c);
-    free(own->inverse);
+    release(own->u);
+    release(own->c);
+    release(own->inverse);
 }
 
 static void paired_cosines(const hex_problem_t *p, const hex_rows_t *negatives, int64_t D,
@@ -305,7 +305,7 @@ static void rows_body(int64_t begin, int64_t end, void *context)
         }
     }
     free_table(&t);
-    free(near.list);
+    release(near.list);
     free_unit(&copies);
 }
 
@@ -323,7 +323,7 @@ static void paired_rows_body(int64_t begin, int64_t end, void *context)
     else
         c->no_memory = true;
     free_anchor(&a);
-    free(near.list);
+    release(near.list);
 }
 
 static void logits_rows_body(int64_t begin, int64_t end, void *context)
@@ -338,8 +338,8 @@ static void logits_rows_body(int64_t begin, int64_t end, void *context)
         row_t r = logits_row(c->p, i, tau, scratch, scratch + c->p->D);
         c->row(c->context, i, &r, -1, -1, &near);
     }
-    free(scratch);
-    free(near.list);
+    release(scratch);
+    release(near.list);
 }
 
 /* The rows of a context, all but the block of which is set. */
@@ -390,8 +390,8 @@ static const char *for_each_row(const hex_problem_t *p, row_function_t row, void
         if (!error)
             error = visit_rows(&c);
     }
-    free(panels.data);
-    free(guide.data);
+    release(panels.data);
+    release(guide.data);
     free_inputs(&in);
     return error;
 }
