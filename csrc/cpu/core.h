@@ -13,6 +13,7 @@
  *     schedule, tiles       where many anchors share their candidates: order and threads; sums and
  *                           gradient
  *     quantile, onepass     the threshold from lists; it and the loss from one pass
+ *     onepass_logits        the same of logits
  *     entry                 which way a problem goes */
 #include "cpu.h"
 #ifdef LEVEL_TARGET

@@ -4,7 +4,7 @@
 #ifndef HEX_ENTRY_H
 #define HEX_ENTRY_H
 
-#include "onepass.h"
+#include "onepass_logits.h"
 
 /* Whether the quantiles are taken from lists, which write no cosines. */
 static bool by_lists(const hex_problem_t *p, int64_t capacity)
@@ -98,6 +98,9 @@ static const char *adaptive(const hex_problem_t *p, hex_tracker_t *t, void *loss
         free_batch(&s);
         return error;
     }
+    const int64_t room = hex_is_warm_up(t) ? 0 : logits_capacity(p, t->quantile);
+    if (room)
+        return adaptive_logits(p, t, room, loss, stats);
     if (!hex_is_warm_up(t)) {
         const char *error = threshold(p, t->quantile, t->over_negatives, &candidate);
         if (error)

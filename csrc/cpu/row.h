@@ -288,6 +288,13 @@ static sums_t classed_sums(const row_t *r, double shift, double positive, real e
                      : row_sums(r, shift, positive, eps, scale, beta, HARD_NONE, true, false);
 }
 
+/* Whether a sum of n exponentials is so small that those below 2^EXP2_LOWEST, which are taken for it,
+ * are more of it than rounding. */
+static inline bool is_lost(double sum, double n)
+{
+    return !(sum > n * ldexp(1, (int)EXP2_LOWEST + (sizeof(real) > 4 ? 53 : 24)));
+}
+
 /* ---- the loss ---- */
 
 /* What eps is for a row: groups give H, as scores of 0 and 1; logits are any numbers. */
@@ -408,9 +415,9 @@ INLINE double row_scalars(const hex_problem_t *p, sums_t s, const sets_t *of, co
         clamped = local < floor_;
         local = clamped ? floor_ : local;
     }
-    if (clamped && s.count < negatives && again) {
-        /* The largest is in H and no longer counts. G may lie too far below it for the first sums,
-         * so it is summed again, by its own largest. */
+    if (clamped && s.count < negatives && again && is_lost(s.rest, negatives)) {
+        /* The largest is in H and no longer counts. G lies too far below it for the first sums, so
+         * it is summed again, by its own largest. */
         const real scale = (real)(M_LOG2E / t);
         shift = classed ? of->rest : (double)row_largest(again->v, again->n, eps);
         s = classed ? classed_sums(again, shift, of->shift, eps, scale, p->beta, true)
