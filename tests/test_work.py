@@ -131,7 +131,7 @@ def check_adaptive(need, count, over_negatives, keep, easy):
         return
     assert count["listed"] <= need.rows * need.capacity(share)
     assert count["rows"] == need.unit_rows
-    products, each = need.bound() + need.cosines(), need.summed()
+    products, each = need.bound(share) + need.cosines(), need.summed()
     # Rows that their list does not serve are done again whole, and then their positive's cosine too
     # is made again. Of the split at most one in so many, else all of them get one more pass; of the
     # selection 3 in 100,000, for the limit is 4 sigmas below the quantile.
@@ -239,7 +239,7 @@ def test_the_threshold_of_long_rows_goes_by_lists(core):
     _, share = need.share(0.99, False)
     blocks = [min(192, 6200 - k) for k in range(0, 6200, 192)]
     cosines = sum(need.product(min(96, 100 - i), n) for i in (0, 96) for n in blocks)
-    assert count["products"] == need.bound() + cosines
+    assert count["products"] == need.bound(share) + cosines
     assert (count["dots"], count["rows"]) == (need.B * need.D, need.unit_rows)
     assert (count["exponentials"], count["again"]) == (0, 0)
     least, most = need.selected_of_bound(share)

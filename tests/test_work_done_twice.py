@@ -38,7 +38,7 @@ PLANTED = {
         ("entry.h", r"if \(by_tiles\(p\) && !is_classed",
          "if (false && by_tiles(p) && !is_classed"),
     "the bound is made twice":
-        ("quantile.h", r"(?=cosines\(&b->s->in\.unit, from, rows)", TWICE),
+        ("quantile.h", r"(?=cosines\(&b->sampled, 0, m)", TWICE),
     "twice as many rows are sampled":
         ("quantile.h", r"<= 1024 \? 128 : 256", "<= 1024 ? 256 : 512"),
     "a list's quantile is selected twice":

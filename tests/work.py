@@ -177,16 +177,23 @@ class Need:
         most = share + 11 * math.sqrt(share * (1 - share) / self.samples())
         return up(int(most * self.columns) + 16, 16) if most <= 0.25 else 0
 
-    def bound(self) -> int:
-        """Products with the sampled rows."""
-        side = self.product(self.anchors, self.samples())
+    def lowest(self, share: float) -> int:
+        """The rank of the lowest limit among the samples."""
+        m = self.samples()
+        return math.ceil(m * share + 6 * math.sqrt(m * share * (1 - share)))
+
+    def bound(self, share: float) -> int:
+        """Products with the sampled rows, which are the rows where a vector of anchors is done at
+        once."""
+        sides = self.anchors, self.samples()
+        side = self.product(*(sides[::-1] if self.lowest(share) <= 16 else sides))
         return 2 * side if self.mode == "cross" else side
 
     def selected_of_bound(self, share: float) -> tuple[int, int]:
-        """Three selections a row: among all samples, then among those above what that gave."""
-        m = self.samples()
-        lowest = math.ceil(m * share + 6 * math.sqrt(m * share * (1 - share)))
-        return self.rows * m, self.rows * (m + 2 * up(lowest - 1, self.lanes))
+        """One among all samples; or three a row, the others among those above what that gave."""
+        m, lowest = self.samples(), self.lowest(share)
+        more = 0 if lowest <= 16 else 2 * up(lowest - 1, self.lanes)
+        return self.rows * m, self.rows * (m + more)
 
     def sides(self) -> list[tuple[int, int, int, bool]]:
         """Of each input in its turn, row by row: owners, rows that they meet, how many of the two

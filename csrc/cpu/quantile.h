@@ -114,15 +114,61 @@ static int64_t list_capacity(int64_t n, double share)
 
 /* ---- bound ---- */
 
+/* Ranks up to this are found for a vector of rows at once. */
+#define MOST_AT_ONCE 16
+
 typedef struct {
     batch_t *s;
     range_t anchors;
-    panels_t panels;                     /* of the sampled candidates */
+    unit_t sampled;
+    panels_t panels;                     /* of the anchors, or of the sampled candidates */
     int64_t samples, limit, lowest, eps; /* ranks among a row's samples, from above */
     real *low, *guess;                   /* the lowest limit, the low estimate of the quantile */
     atomic_bool no_memory;
 } bound_t;
 
+/* Of each column of c the `most` largest, downwards. */
+INLINE void largest_of_columns(const real *c, int64_t rows, int64_t ld, int64_t most, vec_t *top)
+{
+    for (int64_t k = 0; k < most; k++)
+        top[k] = -(real)INFINITY - (vec_t){0};
+    for (int64_t i = 0; i < rows; i++) {
+        vec_t x = *(const vec_t *)(c + i * ld);
+        for (int64_t k = 0; k < most; k++) {
+            const vec_t y = top[k];
+            const mask_t larger = x > y;
+            top[k] = pick(larger, x, y);
+            x = pick(larger, y, x);
+        }
+    }
+}
+
+/* By panels of anchors, which are the columns here. */
+static void bound_at_once_body(int64_t begin, int64_t end, void *context)
+{
+    bound_t *b = context;
+    const int64_t m = b->samples, n = b->anchors.end - b->anchors.begin;
+    real *c = allocate(round_up(m, MR), NR, sizeof(real));
+    for (int64_t from = begin * NR; c && from < n && from < end * NR; from += NR) {
+        cosines(&b->sampled, 0, m, &b->panels, from, NR, c, NR);
+        for (int64_t side = 0; side < NR; side += LANES) {
+            const int64_t at = b->anchors.begin + from + side, left = n - from - side;
+            vec_t top[MOST_AT_ONCE];
+            largest_of_columns(c + side, m, NR, b->lowest, top);
+            for (int64_t i = 0; i < LANES && i < left; i++) {
+                COUNT(WORK_SELECTED, m);
+                b->low[at + i] = top[b->lowest - 1][i];
+                b->s->limit[at + i] = top[b->limit - 1][i];
+                b->guess[at + i] = top[b->eps - 1][i];
+            }
+        }
+    }
+    if (!c)
+        b->no_memory = true;
+    release(c);
+}
+
+/* By register tiles of anchors, which are the rows. */
 static void bound_body(int64_t begin, int64_t end, void *context)
 {
     bound_t *b = context;
@@ -158,32 +204,44 @@ static int64_t sample_rank(int64_t samples, double share, double sigmas)
     return rank < 1 ? 1 : rank > m ? samples : (int64_t)rank;
 }
 
-/* The bound of one side's anchors. */
-static const char *sample_side(bound_t *b, int side)
+static const char *sample_rows(const unit_t *unit, range_t of, int64_t m, unit_t *sampled)
 {
-    const unit_t *unit = &b->s->in.unit;
-    const range_t of = candidates_of(b->s, side);
-    const int64_t m = b->samples;
-    unit_t sampled = {0};
-    if (!allocate_rows(&sampled, m, unit->width, has_dots(unit))) {
-        free_unit(&sampled);
+    if (!allocate_rows(sampled, m, unit->width, has_dots(unit)))
         return HEX_NO_MEMORY;
-    }
     uint32_t random = 1;
     for (int64_t q = 0; q < m; q++) { /* any will do; always the same, for the bits' sake */
         random = random * 1664525u + 1013904223u;
         const int64_t row =
             of.begin + (int64_t)((uint64_t)random * (uint64_t)(of.end - of.begin) >> 32);
-        copy_row(unit, row, &sampled, q);
+        copy_row(unit, row, sampled, q);
     }
-    const char *error = make_panels(&sampled, 0, m, &b->panels);
+    return NULL;
+}
+
+/* The bound of one side's anchors. */
+static const char *sample_side(bound_t *b, int side)
+{
+    const unit_t *unit = &b->s->in.unit;
+    const int64_t m = b->samples;
+    const bool at_once = b->lowest <= MOST_AT_ONCE;
+    b->sampled = (unit_t){0};
+    const char *error = sample_rows(unit, candidates_of(b->s, side), m, &b->sampled);
     b->anchors = anchors_of(b->s, side);
-    if (!error && !hex_parallel_for((b->anchors.end - b->anchors.begin + MR - 1) / MR,
-                                    2 * MR * m * unit->width, bound_body, b))
+    panels_t own = {0};
+    const panels_t *at_hand = &b->s->panels;
+    if (!error) {
+        if (!at_once)
+            error = make_panels(&b->sampled, 0, m, &own);
+        else if (at_hand->begin != b->anchors.begin || at_hand->end != b->anchors.end)
+            error = make_panels(unit, b->anchors.begin, b->anchors.end, &own);
+    }
+    b->panels = own.data ? own : *at_hand;
+    const int64_t share = at_once ? NR : MR, n = b->anchors.end - b->anchors.begin;
+    if (!error && !hex_parallel_for((n + share - 1) / share, 2 * share * m * unit->width,
+                                    at_once ? bound_at_once_body : bound_body, b))
         error = HEX_NO_THREADS;
-    release(b->panels.data);
-    b->panels.data = NULL;
-    free_unit(&sampled);
+    release(own.data);
+    free_unit(&b->sampled);
     return error ? error : b->no_memory ? HEX_NO_MEMORY : NULL;
 }
 
