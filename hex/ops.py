@@ -66,12 +66,12 @@ EPS, DTAU, COUNT, SHARE = 0, 6, 7, 8
 _STATS, _STATS_SEVERAL = 9, 12  # rows of one positive, and of several
 
 _INPUTS = 7  # tensors that a problem is given as: z0, z1, negatives, ids, mask, groups, guide
-_LEARNED = (0, 1, 2, _INPUTS + 1)  # among the arguments of forward; the last is tau
+_TAU = _INPUTS + 1  # its place among the arguments of forward
 
 
 def _operator(name: str) -> Any:
-    """That of the extension; None without it."""
-    return getattr(torch.ops.hex, name) if _C else None
+    """That of the extension; None without it. Its one overload: to choose it takes time."""
+    return getattr(torch.ops.hex, name).default if _C else None
 
 
 def _length(name: str, last: str) -> int:
@@ -79,7 +79,7 @@ def _length(name: str, last: str) -> int:
     operator = _operator(name)
     if operator is None:
         return 0
-    names = [argument.name for argument in operator.default._schema.arguments]
+    names = [argument.name for argument in operator._schema.arguments]
     return names.index(last) - names.index("mode")
 
 
@@ -318,26 +318,30 @@ class Function(torch.autograd.Function):
 
 
 def _differentiable(operator: Any) -> Callable[..., Any]:
-    """forward or adaptive, with its first and second derivative."""
+    """forward or adaptive, with its first and second derivative. Their numbers come as one tuple,
+    for each argument of a Function takes time."""
     n = _INPUTS
+    gradient_operator = _operator("backward")
+
+    def gradients(tensors: Sequence[Tensor], options: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """tensors: grad, the inputs, tau, stats, kept. options: the rule, allow_tf32, needs."""
+        result: tuple[Tensor, ...] = gradient_operator(
+            *tensors, *options[:_BACKWARD_RULE], *options[_RULE:]
+        )
+        return result
 
     class Gradient(Function):
         """The gradient as a function of its own, so that it can be differentiated again."""
 
         @staticmethod
         def forward(*arguments: Any) -> tuple[Tensor, ...]:
-            # grad, *inputs, tau, stats, kept; then the rule, keep, allow_tf32, needs
-            tensors, options = arguments[: n + 4], arguments[n + 4 :]
-            *_, allow_tf32, needs = options
-            gradients: tuple[Tensor, ...] = torch.ops.hex.backward(
-                *tensors, *options[:_BACKWARD_RULE], allow_tf32, needs
-            )
-            return gradients
+            *tensors, options = arguments
+            return gradients(tensors, options)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.save_for_backward(*inputs[: n + 3])
-            ctx.options = inputs[n + 4 :]
+            ctx.options = inputs[-1]
 
         @staticmethod
         def backward(ctx: Any, *outer: Tensor) -> tuple[Any, ...]:
@@ -357,15 +361,15 @@ def _differentiable(operator: Any) -> Callable[..., Any]:
 
             pull = torch.func.vjp(gradient, grad, *inputs[:3], tau)[1]
             dgrad, dz0, dz1, dnegatives, dtau = pull(tuple(outer[k] for k in there))
-            rest = [None] * (2 + len(ctx.options))
-            return dgrad, dz0, dz1, dnegatives, *[None] * (n - 3), dtau, *rest
+            return dgrad, dz0, dz1, dnegatives, *[None] * (n - 3), dtau, None, None, None
 
     apply_gradient = in_graph(Gradient)
 
     class Loss(Function):
         @staticmethod
         def forward(*arguments: Any) -> tuple[Tensor, ...]:
-            outputs: tuple[Tensor, ...] = operator(*arguments)
+            *tensors, options = arguments
+            outputs: tuple[Tensor, ...] = operator(*tensors, *options)
             return outputs
 
         @staticmethod
@@ -373,8 +377,8 @@ def _differentiable(operator: Any) -> Callable[..., Any]:
             _, stats, kept, *others = output  # stats has each row's eps: a later write changes none
             ctx.mark_non_differentiable(stats, kept, *others)
             ctx.set_materialize_grads(False)  # zeros as large as what is kept
-            ctx.save_for_backward(*inputs[:n], inputs[n + 1], stats, kept)
-            ctx.options = inputs[n + 2 :]
+            ctx.save_for_backward(*inputs[:n], inputs[_TAU], stats, kept)
+            ctx.options = inputs[-1]
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -382,12 +386,14 @@ def _differentiable(operator: Any) -> Callable[..., Any]:
             result: list[Tensor | None] = [None] * len(needed)
             if grad is None:
                 return tuple(result)
-            needs = 0
-            for k, place in enumerate(_LEARNED):
-                needs |= needed[place] << k
-            function: Any = apply_gradient if torch.is_grad_enabled() else Gradient.forward
-            grads = function(grad, *ctx.saved_tensors, *ctx.options[: _RULE + 2], needs)
-            for place, g in zip(_LEARNED, grads, strict=True):
+            needs = needed[0] | needed[1] << 1 | needed[2] << 2 | needed[_TAU] << 3
+            tensors, options = (grad, *ctx.saved_tensors), ctx.options
+            options = *options[:_RULE], options[_RULE + 1], needs  # all but keep
+            if torch.is_grad_enabled():
+                grads = apply_gradient(*tensors, options)
+            else:
+                grads = gradients(tensors, options)
+            for place, g in zip((0, 1, 2, _TAU), grads, strict=True):
                 if needed[place]:
                     result[place] = g
             return tuple(result)
@@ -502,7 +508,7 @@ def loss(
         rows, hard, share = _reference(*inputs, eps, tau, rule=rule)
         return reference.reduce(rows, rule[1]), (hard, share)
     value, stats, _ = _apply_loss(
-        *inputs, eps, tau, *rule, _keep(z0, z1, negatives, cache_bytes), _allow_tf32(z0)
+        *inputs, eps, tau, (*rule, _keep(z0, z1, negatives, cache_bytes), _allow_tf32(z0))
     )
     return value, (stats,)
 
@@ -515,8 +521,8 @@ def adaptive_loss(
     new state. tracking: self_column, and the tracker's rule, as in the operator's schema."""
     z0, z1, negatives = inputs[:3]
     value, stats, _, eps, state = _apply_adaptive(
-        *inputs, state, tau, *rule, _keep(z0, z1, negatives, cache_bytes), _allow_tf32(z0),
-        *tracking,
+        *inputs, state, tau,
+        (*rule, _keep(z0, z1, negatives, cache_bytes), _allow_tf32(z0), *tracking),
     )  # fmt: skip
     return value, (stats,), eps, state
 
