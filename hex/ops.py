@@ -134,7 +134,7 @@ def compute_dtype(z0: Tensor, z1: Tensor, negatives: Tensor, mode: int) -> torch
 
 
 def kept_numbers(
-    z0: Tensor, z1: Tensor, negatives: Tensor, mode: int, dtype: torch.dtype, most: int
+    z0: Tensor, z1: Tensor, negatives: Tensor, mode: int, several: int, most: int
 ) -> int:
     """Room for what the CPU's forward leaves for the backward: kept_room in csrc/cpu/schedule.h;
     and NONE_KEPT where that is more than `most` bytes.
@@ -142,19 +142,45 @@ def kept_numbers(
     The sizes may be symbolic, and a branch on one would be a guard: so this bounds from above what
     is used, by an expression that torch knows to be more than 1, for 0 and 1 it would tell apart.
     """
-    B, M = z0.shape[0], z1.shape[0]
-    if most <= 0 or z0.device.type not in ("cpu", "meta") or mode >= MODES["paired"]:
+    if not _keeps(z0, mode, most):
         return 0
-    item, block = (8, 96) if dtype == torch.float64 else (4, 192)
+    B, M = z0.shape[0], z1.shape[0]
+    item = compute_dtype(z0, z1, negatives, mode).itemsize
+    block = 96 if item == 8 else 192
     tile = block * (block + 64 // item)
+    columns = M
     if mode == MODES["ntxent"]:
-        across = (B + M + block - 1) // block
+        columns = B + M
+        across = (columns + block - 1) // block
         tiles = across * (across + 1) // 2
     else:
-        columns = negatives.shape[0] if mode == MODES["unpaired"] else M
+        if mode == MODES["unpaired"]:
+            columns = negatives.shape[0]
         tiles = ((B + block - 1) // block) * ((columns + block - 1) // block)
-    few = 12 * (192 + 16)  # KEPT_ROWS, ENOUGH and KEPT_LINE in csrc/cpu/
-    return _at_most(tiles * tile + few, most // item)
+    enough = 192  # ENOUGH in csrc/cpu/row.h
+    many: int = torch.sym_min(1, columns // enough)  # type: ignore[no-untyped-call]
+    rows = _row_numbers(z0, z1, negatives, mode, several)
+    by_tiles = tiles * tile + 12 * (enough + 16)  # KEPT_ROWS and KEPT_LINE in csrc/cpu/visit.h
+    return _at_most(many * by_tiles + (1 - many) * rows, most // item)
+
+
+def _keeps(z: Tensor, mode: int, most: int) -> bool:
+    return most > 0 and z.device.type in ("cpu", "meta") and mode < MODES["paired"]
+
+
+def _row_numbers(
+    z0: Tensor, z1: Tensor, negatives: Tensor, mode: int, several: int, *block: int
+) -> int:
+    """Room for the cosines of the anchors, row by row: kept_numbers in csrc/cpu/visit.h."""
+    columns = z1.shape[0]
+    if mode == MODES["ntxent"]:
+        columns += z0.shape[0]
+    elif mode == MODES["unpaired"]:
+        columns = negatives.shape[0] + (columns if several else 0)
+    item = compute_dtype(z0, z1, negatives, mode).itemsize
+    wide, high = 32, 12  # KEPT_COLUMNS and KEPT_ROWS
+    stride = (columns + wide - 1) // wide * wide + 64 // item
+    return (_anchors(z0, z1, mode, *block) + high) * stride
 
 
 def _at_most(numbers: int, most: int) -> int:
@@ -174,7 +200,7 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     rows, dtype = _anchors(z0, z1, mode), compute_dtype(z0, z1, negatives, mode)
     loss = z0.new_empty((rows,) if reduction == REDUCTIONS["none"] else (), dtype=dtype)
     stats = z0.new_empty((_STATS_SEVERAL if positives else _STATS, rows), dtype=dtype)
-    kept = kept_numbers(z0, z1, negatives, mode, dtype, most)
+    kept = kept_numbers(z0, z1, negatives, mode, positives, most)
     return loss, stats, z0.new_empty((kept,), dtype=dtype)
 
 
@@ -211,18 +237,10 @@ def _kept_of_block(
     z0: Tensor, z1: Tensor, negatives: Tensor, mode: int, several: int, most: int, *block: int
 ) -> int:
     """As `kept_numbers`, of a block."""
-    if most <= 0 or z0.device.type not in ("cpu", "meta") or mode >= MODES["paired"]:
+    if not _keeps(z0, mode, most):
         return 0
-    columns = z1.shape[0]
-    if mode == MODES["ntxent"]:
-        columns += z0.shape[0]
-    elif mode == MODES["unpaired"]:
-        columns = negatives.shape[0] + (columns if several else 0)
     item = compute_dtype(z0, z1, negatives, mode).itemsize
-    wide, high = 32, 12  # KEPT_COLUMNS and KEPT_ROWS in csrc/cpu/visit.h
-    stride = (columns + wide - 1) // wide * wide + 64 // item
-    numbers = (_anchors(z0, z1, mode, *block) + high) * stride
-    return _at_most(numbers, most // item)
+    return _at_most(_row_numbers(z0, z1, negatives, mode, several, *block), most // item)
 
 
 def _fake_block_quantiles(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
