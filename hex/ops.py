@@ -98,6 +98,7 @@ def _cache_bytes(wanted: str | None) -> int:
 
 _CACHE_BYTES = _cache_bytes(os.environ.get("HEX_CACHE_BYTES"))
 _mkldnn: Any = torch.backends.mkldnn  # mypy knows of no matmul there
+_matmul = _mkldnn.matmul
 # Device types with kernels; the fakes below are those of "meta".
 _KERNELS = {"cpu", "meta"} if _C else set()
 
@@ -401,9 +402,8 @@ def _differentiable(operator: Any) -> Callable[..., Any]:
         @staticmethod
         def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
             needed = ctx.needs_input_grad
-            result: list[Tensor | None] = [None] * len(needed)
             if grad is None:
-                return tuple(result)
+                return (None,) * len(needed)
             needs = needed[0] | needed[1] << 1 | needed[2] << 2 | needed[_TAU] << 3
             tensors, options = (grad, *ctx.saved_tensors), ctx.options
             options = *options[:_RULE], options[_RULE + 1], needs  # all but keep
@@ -411,10 +411,15 @@ def _differentiable(operator: Any) -> Callable[..., Any]:
                 grads = apply_gradient(*tensors, options)
             else:
                 grads = gradients(tensors, options)
-            for place, g in zip((0, 1, 2, _TAU), grads, strict=True):
-                if needed[place]:
-                    result[place] = g
-            return tuple(result)
+            dz0, dz1, dnegatives, dtau = grads
+            return (
+                dz0 if needed[0] else None,
+                dz1 if needed[1] else None,
+                dnegatives if needed[2] else None,
+                *[None] * (n - 2),
+                dtau if needed[_TAU] else None,
+                None,
+            )
 
     return in_graph(Loss)
 
@@ -488,7 +493,7 @@ def _has_kernel(z: Tensor) -> bool:
 def _allow_bf16() -> bool:
     """Whether torch lets float32 products of the CPU be rounded, for a level that has them. A
     compiled graph keeps the answer, as above."""
-    return _HAS_BF16 and _mkldnn.matmul.fp32_precision == "bf16"
+    return _HAS_BF16 and _matmul.fp32_precision == "bf16"
 
 
 def _allow_tf32(z: Tensor) -> bool:
