@@ -206,8 +206,8 @@ class Need:
         if self.mode == "paired":
             dots, rows = (visits * self.K + 1) * self.B * self.D, visits * self.B * self.K
             return dict(products=0, dots=dots, rows=self.unit_rows + rows)
-        products = visits * sum(self.product(n, met) for n, met, _, anchors in self.sides() if anchors)
-        return dict(products=products, dots=self.B * self.D, rows=self.unit_rows)
+        products = sum(self.product(n, met) for n, met, _, anchors in self.sides() if anchors)
+        return dict(products=visits * products, dots=self.B * self.D, rows=self.unit_rows)
 
     def backward(self, kept: bool, dz: tuple[int, int, int]) -> dict[str, int]:
         wanted = [owners for (owners, *_), want in zip(self.sides(), dz, strict=True) if want]
