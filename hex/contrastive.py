@@ -156,7 +156,7 @@ class ContrastiveLoss(nn.Module):
             value, seen, eps, moved = batch.adaptive_loss(state, rule, tracker.kernel_rule())
             if learns:
                 tracker.remember(moved, eps)
-                tracker.store(moved)
+                tracker.store(moved, state)
         else:
             eps = self._eps(batch, tracker, learns)
             value, seen, eps = batch.loss(eps, rule)

@@ -66,12 +66,12 @@ EPS, DTAU, COUNT, SHARE = 0, 6, 7, 8
 _STATS, _STATS_SEVERAL = 9, 12  # rows of one positive, and of several
 
 _INPUTS = 7  # tensors that a problem is given as: z0, z1, negatives, ids, mask, groups, guide
-_LEARNED = (0, 1, 2, _INPUTS + 1)  # among the arguments of forward; the last is tau
+_TAU = _INPUTS + 1  # its place among the arguments of forward
 
 
 def _operator(name: str) -> Any:
-    """That of the extension; None without it."""
-    return getattr(torch.ops.hex, name) if _C else None
+    """That of the extension; None without it. Its one overload: to choose it takes time."""
+    return getattr(torch.ops.hex, name).default if _C else None
 
 
 def _length(name: str, last: str) -> int:
@@ -79,7 +79,7 @@ def _length(name: str, last: str) -> int:
     operator = _operator(name)
     if operator is None:
         return 0
-    names = [argument.name for argument in operator.default._schema.arguments]
+    names = [argument.name for argument in operator._schema.arguments]
     return names.index(last) - names.index("mode")
 
 
@@ -98,6 +98,7 @@ def _cache_bytes(wanted: str | None) -> int:
 
 _CACHE_BYTES = _cache_bytes(os.environ.get("HEX_CACHE_BYTES"))
 _mkldnn: Any = torch.backends.mkldnn  # mypy knows of no matmul there
+_matmul = _mkldnn.matmul
 # Device types with kernels; the fakes below are those of "meta".
 _KERNELS = {"cpu", "meta"} if _C else set()
 
@@ -134,7 +135,7 @@ def compute_dtype(z0: Tensor, z1: Tensor, negatives: Tensor, mode: int) -> torch
 
 
 def kept_numbers(
-    z0: Tensor, z1: Tensor, negatives: Tensor, mode: int, dtype: torch.dtype, most: int
+    z0: Tensor, z1: Tensor, negatives: Tensor, mode: int, several: int, most: int
 ) -> int:
     """Room for what the CPU's forward leaves for the backward: kept_room in csrc/cpu/schedule.h;
     and NONE_KEPT where that is more than `most` bytes.
@@ -142,19 +143,45 @@ def kept_numbers(
     The sizes may be symbolic, and a branch on one would be a guard: so this bounds from above what
     is used, by an expression that torch knows to be more than 1, for 0 and 1 it would tell apart.
     """
-    B, M = z0.shape[0], z1.shape[0]
-    if most <= 0 or z0.device.type not in ("cpu", "meta") or mode >= MODES["paired"]:
+    if not _keeps(z0, mode, most):
         return 0
-    item, block = (8, 96) if dtype == torch.float64 else (4, 192)
+    B, M = z0.shape[0], z1.shape[0]
+    item = compute_dtype(z0, z1, negatives, mode).itemsize
+    block = 96 if item == 8 else 192
     tile = block * (block + 64 // item)
+    columns = M
     if mode == MODES["ntxent"]:
-        across = (B + M + block - 1) // block
+        columns = B + M
+        across = (columns + block - 1) // block
         tiles = across * (across + 1) // 2
     else:
-        columns = negatives.shape[0] if mode == MODES["unpaired"] else M
+        if mode == MODES["unpaired"]:
+            columns = negatives.shape[0]
         tiles = ((B + block - 1) // block) * ((columns + block - 1) // block)
-    few = 12 * (192 + 16)  # KEPT_ROWS, ENOUGH and KEPT_LINE in csrc/cpu/
-    return _at_most(tiles * tile + few, most // item)
+    enough = 192  # ENOUGH in csrc/cpu/row.h
+    many: int = torch.sym_min(1, columns // enough)  # type: ignore[no-untyped-call]
+    rows = _row_numbers(z0, z1, negatives, mode, several)
+    by_tiles = tiles * tile + 12 * (enough + 16)  # KEPT_ROWS and KEPT_LINE in csrc/cpu/visit.h
+    return _at_most(many * by_tiles + (1 - many) * rows, most // item)
+
+
+def _keeps(z: Tensor, mode: int, most: int) -> bool:
+    return most > 0 and z.device.type in ("cpu", "meta") and mode < MODES["paired"]
+
+
+def _row_numbers(
+    z0: Tensor, z1: Tensor, negatives: Tensor, mode: int, several: int, *block: int
+) -> int:
+    """Room for the cosines of the anchors, row by row: kept_numbers in csrc/cpu/visit.h."""
+    columns = z1.shape[0]
+    if mode == MODES["ntxent"]:
+        columns += z0.shape[0]
+    elif mode == MODES["unpaired"]:
+        columns = negatives.shape[0] + (columns if several else 0)
+    item = compute_dtype(z0, z1, negatives, mode).itemsize
+    wide, high = 32, 12  # KEPT_COLUMNS and KEPT_ROWS
+    stride = (columns + wide - 1) // wide * wide + 64 // item
+    return (_anchors(z0, z1, mode, *block) + high) * stride
 
 
 def _at_most(numbers: int, most: int) -> int:
@@ -174,7 +201,7 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     rows, dtype = _anchors(z0, z1, mode), compute_dtype(z0, z1, negatives, mode)
     loss = z0.new_empty((rows,) if reduction == REDUCTIONS["none"] else (), dtype=dtype)
     stats = z0.new_empty((_STATS_SEVERAL if positives else _STATS, rows), dtype=dtype)
-    kept = kept_numbers(z0, z1, negatives, mode, dtype, most)
+    kept = kept_numbers(z0, z1, negatives, mode, positives, most)
     return loss, stats, z0.new_empty((kept,), dtype=dtype)
 
 
@@ -211,18 +238,10 @@ def _kept_of_block(
     z0: Tensor, z1: Tensor, negatives: Tensor, mode: int, several: int, most: int, *block: int
 ) -> int:
     """As `kept_numbers`, of a block."""
-    if most <= 0 or z0.device.type not in ("cpu", "meta") or mode >= MODES["paired"]:
+    if not _keeps(z0, mode, most):
         return 0
-    columns = z1.shape[0]
-    if mode == MODES["ntxent"]:
-        columns += z0.shape[0]
-    elif mode == MODES["unpaired"]:
-        columns = negatives.shape[0] + (columns if several else 0)
     item = compute_dtype(z0, z1, negatives, mode).itemsize
-    wide, high = 32, 12  # KEPT_COLUMNS and KEPT_ROWS in csrc/cpu/visit.h
-    stride = (columns + wide - 1) // wide * wide + 64 // item
-    numbers = (_anchors(z0, z1, mode, *block) + high) * stride
-    return _at_most(numbers, most // item)
+    return _at_most(_row_numbers(z0, z1, negatives, mode, several, *block), most // item)
 
 
 def _fake_block_quantiles(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -318,26 +337,30 @@ class Function(torch.autograd.Function):
 
 
 def _differentiable(operator: Any) -> Callable[..., Any]:
-    """forward or adaptive, with its first and second derivative."""
+    """forward or adaptive, with its first and second derivative. Their numbers come as one tuple,
+    for each argument of a Function takes time."""
     n = _INPUTS
+    gradient_operator = _operator("backward")
+
+    def gradients(tensors: Sequence[Tensor], options: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """tensors: grad, the inputs, tau, stats, kept. options: the rule, allow_tf32, needs."""
+        result: tuple[Tensor, ...] = gradient_operator(
+            *tensors, *options[:_BACKWARD_RULE], *options[_RULE:]
+        )
+        return result
 
     class Gradient(Function):
         """The gradient as a function of its own, so that it can be differentiated again."""
 
         @staticmethod
         def forward(*arguments: Any) -> tuple[Tensor, ...]:
-            # grad, *inputs, tau, stats, kept; then the rule, keep, allow_tf32, needs
-            tensors, options = arguments[: n + 4], arguments[n + 4 :]
-            *_, allow_tf32, needs = options
-            gradients: tuple[Tensor, ...] = torch.ops.hex.backward(
-                *tensors, *options[:_BACKWARD_RULE], allow_tf32, needs
-            )
-            return gradients
+            *tensors, options = arguments
+            return gradients(tensors, options)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.save_for_backward(*inputs[: n + 3])
-            ctx.options = inputs[n + 4 :]
+            ctx.options = inputs[-1]
 
         @staticmethod
         def backward(ctx: Any, *outer: Tensor) -> tuple[Any, ...]:
@@ -357,15 +380,15 @@ def _differentiable(operator: Any) -> Callable[..., Any]:
 
             pull = torch.func.vjp(gradient, grad, *inputs[:3], tau)[1]
             dgrad, dz0, dz1, dnegatives, dtau = pull(tuple(outer[k] for k in there))
-            rest = [None] * (2 + len(ctx.options))
-            return dgrad, dz0, dz1, dnegatives, *[None] * (n - 3), dtau, *rest
+            return dgrad, dz0, dz1, dnegatives, *[None] * (n - 3), dtau, None, None, None
 
     apply_gradient = in_graph(Gradient)
 
     class Loss(Function):
         @staticmethod
         def forward(*arguments: Any) -> tuple[Tensor, ...]:
-            outputs: tuple[Tensor, ...] = operator(*arguments)
+            *tensors, options = arguments
+            outputs: tuple[Tensor, ...] = operator(*tensors, *options)
             return outputs
 
         @staticmethod
@@ -373,24 +396,30 @@ def _differentiable(operator: Any) -> Callable[..., Any]:
             _, stats, kept, *others = output  # stats has each row's eps: a later write changes none
             ctx.mark_non_differentiable(stats, kept, *others)
             ctx.set_materialize_grads(False)  # zeros as large as what is kept
-            ctx.save_for_backward(*inputs[:n], inputs[n + 1], stats, kept)
-            ctx.options = inputs[n + 2 :]
+            ctx.save_for_backward(*inputs[:n], inputs[_TAU], stats, kept)
+            ctx.options = inputs[-1]
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
             needed = ctx.needs_input_grad
-            result: list[Tensor | None] = [None] * len(needed)
             if grad is None:
-                return tuple(result)
-            needs = 0
-            for k, place in enumerate(_LEARNED):
-                needs |= needed[place] << k
-            function: Any = apply_gradient if torch.is_grad_enabled() else Gradient.forward
-            grads = function(grad, *ctx.saved_tensors, *ctx.options[: _RULE + 2], needs)
-            for place, g in zip(_LEARNED, grads, strict=True):
-                if needed[place]:
-                    result[place] = g
-            return tuple(result)
+                return (None,) * len(needed)
+            needs = needed[0] | needed[1] << 1 | needed[2] << 2 | needed[_TAU] << 3
+            tensors, options = (grad, *ctx.saved_tensors), ctx.options
+            options = *options[:_RULE], options[_RULE + 1], needs  # all but keep
+            if torch.is_grad_enabled():
+                grads = apply_gradient(*tensors, options)
+            else:
+                grads = gradients(tensors, options)
+            dz0, dz1, dnegatives, dtau = grads
+            return (
+                dz0 if needed[0] else None,
+                dz1 if needed[1] else None,
+                dnegatives if needed[2] else None,
+                *[None] * (n - 2),
+                dtau if needed[_TAU] else None,
+                None,
+            )
 
     return in_graph(Loss)
 
@@ -464,7 +493,7 @@ def _has_kernel(z: Tensor) -> bool:
 def _allow_bf16() -> bool:
     """Whether torch lets float32 products of the CPU be rounded, for a level that has them. A
     compiled graph keeps the answer, as above."""
-    return _HAS_BF16 and _mkldnn.matmul.fp32_precision == "bf16"
+    return _HAS_BF16 and _matmul.fp32_precision == "bf16"
 
 
 def _allow_tf32(z: Tensor) -> bool:
@@ -502,7 +531,7 @@ def loss(
         rows, hard, share = _reference(*inputs, eps, tau, rule=rule)
         return reference.reduce(rows, rule[1]), (hard, share)
     value, stats, _ = _apply_loss(
-        *inputs, eps, tau, *rule, _keep(z0, z1, negatives, cache_bytes), _allow_tf32(z0)
+        *inputs, eps, tau, (*rule, _keep(z0, z1, negatives, cache_bytes), _allow_tf32(z0))
     )
     return value, (stats,)
 
@@ -515,8 +544,8 @@ def adaptive_loss(
     new state. tracking: self_column, and the tracker's rule, as in the operator's schema."""
     z0, z1, negatives = inputs[:3]
     value, stats, _, eps, state = _apply_adaptive(
-        *inputs, state, tau, *rule, _keep(z0, z1, negatives, cache_bytes), _allow_tf32(z0),
-        *tracking,
+        *inputs, state, tau,
+        (*rule, _keep(z0, z1, negatives, cache_bytes), _allow_tf32(z0), *tracking),
     )  # fmt: skip
     return value, (stats,), eps, state
 

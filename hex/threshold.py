@@ -316,9 +316,13 @@ class ThresholdTracker(nn.Module):
             self.store(moved)
         return eps
 
-    def store(self, state: Tensor) -> None:
-        """Takes the new state of an update that another made, such as `torch.ops.hex.adaptive`."""
-        own = self.state
+    def store(self, state: Tensor, own: Tensor | None = None) -> None:
+        """Takes the new state of an update that another made, such as `torch.ops.hex.adaptive`.
+
+        Args:
+            own: `self.state`, from who has it: to find a buffer takes a module time.
+        """
+        own = self.state if own is None else own
         if state.is_meta and not own.is_meta:
             return  # the call was for the shapes alone
         if self.options["warmup_epochs"] > 0:
@@ -432,7 +436,7 @@ class ThresholdTracker(nn.Module):
             n_row: how many cosines a row has.
             has_self: whether the anchor's own is one of them, as in mode "ntxent".
         """
-        if torch.compiler.is_compiling() or self.over != "all" or not self.adaptive_rule:
+        if self.over != "all" or not self.adaptive_rule or torch.compiler.is_compiling():
             return
         above = n_row - 1 - round(self.quantile * (n_row - 1))  # elements after the one taken
         longest, self._longest_row = self._longest_row, max(n_row, self._longest_row)

@@ -157,12 +157,8 @@ def check_adaptive(need, count, over_negatives, keep, easy):
 def check_row_threshold(need, count, over_negatives, passes, keep=False):
     """Row by row: the threshold, and (2 passes) the loss, which has kept cosines at hand."""
     assert (count["listed"], count["again"]) == (0, 0)
-    once = need.row_cosines()
-    wanted = {k: passes * n for k, n in once.items()}
-    if keep and need.mode != "paired":
-        wanted["products"] = once["products"]
-        wanted["rows"] -= need.unit_rows - need.B - need.M
-    assert {name: count[name] for name in once} == wanted
+    wanted = need.row_cosines(1 if keep and need.mode != "paired" else passes)
+    assert {name: count[name] for name in wanted} == wanted
     assert count["exponentials"] == (passes - 1) * need.rows * need.negatives
     inside = need.mode in ("unpaired", "paired")  # the positive is added to the row
     n = need.negatives if over_negatives else need.columns + inside
@@ -263,7 +259,7 @@ def test_a_block_takes_its_share_of_the_work(core, mode):
     assert need.columns < forward.pop("compared") / own
     assert 0 < forward.pop("selected") < listed / 2
     assert forward == dict(
-        products=sides * need.product(images, need.columns), dots=2 * own * D,
+        products=sides * need.product(images, need.columns), dots=2 * images * D,
         rows=need.unit_rows + 2 * images, exponentials=own * need.negatives, listed=0, again=0,
     )  # fmt: skip
     expected = dict.fromkeys(backward, 0) | dict(rows=need.unit_rows)

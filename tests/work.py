@@ -207,13 +207,14 @@ class Need:
             "paired": [(B, 0, 0, True), (B, 0, 0, False), (B * K, 0, 0, False)],
         }[self.mode]
 
-    def row_cosines(self) -> dict[str, int]:
-        """Of every anchor with its candidates, row by row."""
+    def row_cosines(self, visits: int = 1) -> dict[str, int]:
+        """Of every anchor with its candidates, row by row; unit rows, and the cosine of an image's
+        views, are made once for all visits."""
         if self.mode == "paired":
-            dots, rows = (self.K + 1) * self.B * self.D, self.B * self.K
+            dots, rows = (visits * self.K + 1) * self.B * self.D, visits * self.B * self.K
             return dict(products=0, dots=dots, rows=self.unit_rows + rows)
         products = sum(self.product(n, met) for n, met, _, anchors in self.sides() if anchors)
-        return dict(products=products, dots=self.rows * self.D, rows=self.unit_rows)
+        return dict(products=visits * products, dots=self.B * self.D, rows=self.unit_rows)
 
     def backward(self, kept: bool, dz: tuple[int, int, int]) -> dict[str, int]:
         wanted = [owners for (owners, *_), want in zip(self.sides(), dz, strict=True) if want]

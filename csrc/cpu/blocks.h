@@ -59,14 +59,14 @@ static void reduce(hex_reduction_t reduction, const double *rows, int64_t n, rea
         *out = (real)(reduction == HEX_MEAN && n ? sum / (double)n : sum);
 }
 
-static const char *forward_rows(const hex_problem_t *p, void *loss, void *stats)
+static const char *forward_rows(const hex_problem_t *p, visit_t *v, void *loss, void *stats)
 {
     const int64_t rows = hex_block_anchors(p);
     forward_context_t f = {p, rows, read_vector(p->tau, 0), stats,
                            allocate(rows, 1, sizeof(double))};
     if (!f.loss)
         return HEX_NO_MEMORY;
-    const char *error = for_each_row(p, forward_row, &f);
+    const char *error = for_each_row(p, v, forward_row, &f);
     if (!error)
         reduce(p->reduction, f.loss, rows, loss);
     release(f.loss);

@@ -13,8 +13,8 @@ static bool by_lists(const hex_problem_t *p, int64_t capacity)
 }
 
 /* The quantile of each row; the same bits whichever way. */
-static const char *row_quantiles(const hex_problem_t *p, double quantile, bool over_negatives,
-                                 void *rows)
+static const char *quantiles(const hex_problem_t *p, visit_t *v, double quantile,
+                             bool over_negatives, real *rows)
 {
     double share;
     const int64_t k = rank_above(p, quantile, over_negatives, &share);
@@ -23,7 +23,7 @@ static const char *row_quantiles(const hex_problem_t *p, double quantile, bool o
     if (p->count == p->B && !p->kept)
         all.block = false;
     if (!by_lists(&all, capacity))
-        return quantiles_by_rows(p, quantile, over_negatives, rows);
+        return quantiles_by_rows(p, v, quantile, over_negatives, rows);
     all.kept = NULL;
     batch_t s = {0};
     selection_t q = {0};
@@ -39,28 +39,51 @@ static const char *row_quantiles(const hex_problem_t *p, double quantile, bool o
     return error;
 }
 
-static const char *threshold(const hex_problem_t *p, double quantile, bool over_negatives,
-                             double *mean)
+/* Their mean. */
+static const char *mean_quantile(const hex_problem_t *p, visit_t *v, double quantile,
+                                 bool over_negatives, double *mean)
 {
     const int64_t n = hex_anchors(p);
     real *rows = allocate(n, 1, sizeof(real));
-    const char *error = rows ? row_quantiles(p, quantile, over_negatives, rows) : HEX_NO_MEMORY;
+    const char *error = rows ? quantiles(p, v, quantile, over_negatives, rows) : HEX_NO_MEMORY;
     if (!error)
         *mean = mean_of(rows, n);
     release(rows);
     return error;
 }
 
-static const char *row_range(const hex_problem_t *p, void *low, void *high)
+static const char *row_quantiles(const hex_problem_t *p, double quantile, bool over_negatives,
+                                 void *rows)
 {
-    threshold_context_t t = {p, 0, false, true, low, high};
-    return for_each_row(p, threshold_row, &t);
+    visit_t v = {0};
+    const char *error = quantiles(p, &v, quantile, over_negatives, rows);
+    free_visit(&v);
+    return error;
 }
 
-static const char *forward(const hex_problem_t *p, void *loss, void *stats)
+static const char *threshold(const hex_problem_t *p, double quantile, bool over_negatives,
+                             double *mean)
+{
+    visit_t v = {0};
+    const char *error = mean_quantile(p, &v, quantile, over_negatives, mean);
+    free_visit(&v);
+    return error;
+}
+
+static const char *row_range(const hex_problem_t *p, void *low, void *high)
+{
+    visit_t v = {0};
+    threshold_context_t t = {p, 0, false, true, low, high};
+    const char *error = for_each_row(p, &v, threshold_row, &t);
+    free_visit(&v);
+    return error;
+}
+
+/* v: of the rows, if they are visited. */
+static const char *forward_by(const hex_problem_t *p, visit_t *v, void *loss, void *stats)
 {
     if (!by_tiles(p))
-        return forward_rows(p, loss, stats);
+        return forward_rows(p, v, loss, stats);
     batch_t s = {0};
     const char *error = make_batch(p, &s);
     if (!error)
@@ -68,6 +91,14 @@ static const char *forward(const hex_problem_t *p, void *loss, void *stats)
     if (!error)
         error = split_rows(&s, p, loss, stats);
     free_batch(&s);
+    return error;
+}
+
+static const char *forward(const hex_problem_t *p, void *loss, void *stats)
+{
+    visit_t v = {0};
+    const char *error = forward_by(p, &v, loss, stats);
+    free_visit(&v);
     return error;
 }
 
@@ -101,14 +132,18 @@ static const char *adaptive(const hex_problem_t *p, hex_tracker_t *t, void *loss
     const int64_t room = hex_is_warm_up(t) ? 0 : logits_capacity(p, t->quantile);
     if (room)
         return adaptive_logits(p, t, room, loss, stats);
+    visit_t v = {0};
+    const char *error = NULL;
     if (!hex_is_warm_up(t)) {
-        const char *error = threshold(p, t->quantile, t->over_negatives, &candidate);
-        if (error)
-            return error;
+        error = mean_quantile(p, &v, t->quantile, t->over_negatives, &candidate);
         with.filled = keeps_cosines(p) && !by_lists(p, capacity);
     }
-    hex_track(t, candidate, hex_anchors(p));
-    return forward(&with, loss, stats);
+    if (!error) {
+        hex_track(t, candidate, hex_anchors(p));
+        error = forward_by(&with, &v, loss, stats);
+    }
+    free_visit(&v);
+    return error;
 }
 
 static const char *backward(const hex_problem_t *p, const hex_gradient_t *g)

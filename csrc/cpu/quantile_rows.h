@@ -94,11 +94,11 @@ static void threshold_row(void *context, int64_t i, row_t *r, int64_t first, int
         t->low[at] = cosine(select_near(r->v, n, rank(t->quantile, n), near));
 }
 
-static const char *quantiles_by_rows(const hex_problem_t *p, double quantile, bool over_negatives,
-                                     real *rows)
+static const char *quantiles_by_rows(const hex_problem_t *p, visit_t *v, double quantile,
+                                     bool over_negatives, real *rows)
 {
     threshold_context_t t = {p, quantile, over_negatives, false, rows, NULL};
-    return for_each_row(p, threshold_row, &t);
+    return for_each_row(p, v, threshold_row, &t);
 }
 
 #endif

@@ -99,23 +99,6 @@ INLINE vec_t read_vec(const real *x, int64_t n, real rest)
     return v;
 }
 
-/* The largest and the least lane that is no NaN. */
-static real vec_largest(vec_t v)
-{
-    real largest = -(real)INFINITY;
-    for (int l = 0; l < LANES; l++)
-        largest = v[l] > largest ? v[l] : largest;
-    return largest;
-}
-
-static real vec_least(vec_t v)
-{
-    real least = (real)INFINITY;
-    for (int l = 0; l < LANES; l++)
-        least = v[l] < least ? v[l] : least;
-    return least;
-}
-
 /* The first n lanes, or all. */
 INLINE mask_t lanes_below(int64_t n)
 {
@@ -138,18 +121,36 @@ INLINE vec_t shuffle(vec_t a, vec_t b, words_t places)
 #endif
 }
 
-/* By halves. */
+/* Of every two lanes that are LANES >> (step + 1) apart, combine(x, y) in both; x is v, and y v with
+ * the two changed. With steps 0 to 3 every lane has the result of all. */
+#define BY_HALVES(v, combine)                                                                      \
+    _Pragma("GCC unroll 4") for (int step = 0; step < 4; step++)                                   \
+    {                                                                                              \
+        const int half = LANES >> (step + 1);                                                      \
+        words_t other = {0};                                                                       \
+        for (int l = 0; l < LANES; l++)                                                            \
+            other[l] = (word)(l ^ half);                                                           \
+        const vec_t x = v, y = shuffle(v, v, other);                                               \
+        if (half)                                                                                  \
+            v = combine;                                                                           \
+    }
+
+/* By halves: the sum, and the largest and the least of lanes of which none is NaN. */
 INLINE real vec_sum(vec_t v)
 {
-#pragma GCC unroll 4
-    for (int step = 0; step < 4; step++) {
-        const int half = LANES >> (step + 1);
-        words_t other = {0};
-        for (int l = 0; l < LANES; l++)
-            other[l] = (word)(l ^ half);
-        if (half)
-            v += shuffle(v, v, other);
-    }
+    BY_HALVES(v, x + y)
+    return v[0];
+}
+
+INLINE real vec_largest(vec_t v)
+{
+    BY_HALVES(v, pick(x > y, x, y))
+    return v[0];
+}
+
+INLINE real vec_least(vec_t v)
+{
+    BY_HALVES(v, pick(x < y, x, y))
     return v[0];
 }
 

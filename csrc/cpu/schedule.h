@@ -60,17 +60,17 @@ static int64_t tile_stride(const field_t *f)
     return f->column_block + 64 / (int64_t)sizeof(real);
 }
 
-/* Room for the cosines that are kept for the backward: for tiles of the largest blocks, which take
- * no less than those in use, or for the rows of few candidates, which take little more. Without a
- * branch on the sizes, for torch.compile has to write it down for all of them (kept_numbers in
- * hex/ops.py); memory that is not used is never touched. *used: whether the core has a use for
- * it. */
+/* Room for the cosines that are kept for the backward: for the rows of few candidates, which never
+ * go by tiles, and else for tiles of the largest blocks, which take no less than those in use. Of the
+ * sizes no more is asked than whether there are enough columns, for torch.compile has to write it
+ * down for all of them (kept_numbers in hex/ops.py); memory that is not used is never touched. *used:
+ * whether the core has a use for it. */
 static int64_t kept_room(const hex_problem_t *p, bool *used)
 {
     *used = p->mode < HEX_PAIRED;
     if (!*used)
         return 0;
-    if (p->block)
+    if (p->block || columns_of(p) < ENOUGH)
         return kept_numbers(p);
     field_t f = field_of(p);
     f.row_block = f.column_block = LARGEST_BLOCK;

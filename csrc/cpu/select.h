@@ -48,6 +48,28 @@ static inline int64_t count_up_to(const real *restrict c, int64_t n, real limit)
     return count;
 }
 
+/* The element of c[0..n) that is `above`-th from above, 1 the largest, which is `top`: pass by pass
+ * down to it, equal elements at once. */
+static real select_from_top(const real *restrict c, int64_t n, int64_t above, real top)
+{
+    const vec_t none = -(real)INFINITY - (vec_t){0}, one = 1 - (vec_t){0};
+    while (above > 1) {
+        COUNT(WORK_COMPARED, n);
+        vec_t next = none, equal = {0};
+        for (int64_t j = 0; j < n; j += LANES) {
+            const vec_t x = read_vec(c + j, n - j, -(real)INFINITY), below = pick(x < top, x, none);
+            next = pick(below > next, below, next);
+            equal += where(x == top, one);
+        }
+        above -= (int64_t)vec_sum(equal);
+        if (above > 0)
+            top = vec_largest(next);
+    }
+    return top;
+}
+
+#define NEAR_TOP 5 /* so few passes are fewer than a bisection takes */
+
 /* The element of rank `rank` (0 the least) of c[0..n), exactly: the value is bisected and each step
  * counts the elements below, which is one compare and one add a vector. Two more passes end it as
  * soon as the element stands alone in the bracket, some ten steps for a batch of cosines; equal
@@ -60,6 +82,8 @@ static real row_select(const real *restrict c, int64_t n, int64_t rank)
     row_bounds(c, n, &low, &high);
     if (low != low || rank == n - 1)
         return high;
+    if (n - rank <= NEAR_TOP)
+        return select_from_top(c, n, n - rank, high);
     if (rank == 0 || low == high || count_up_to(c, n, low) > rank)
         return low;
     for (;;) { /* #(c <= low) <= rank < #(c <= high) */

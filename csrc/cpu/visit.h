@@ -250,6 +250,7 @@ typedef struct {
     const inputs_t *in;
     range_t met;                    /* the candidates */
     const panels_t *panels, *guide; /* of them */
+    const real *positive;           /* cosine of each image's two views in the block; or NULL */
     int64_t begin, end, block;      /* anchors [begin, end), a block at once, */
     const int64_t *some;            /* or, if not NULL, some[begin .. end): they have no guide */
     row_function_t row;
@@ -261,6 +262,13 @@ static real positive_cosine(const hex_problem_t *p, const unit_t *unit, int64_t 
 {
     return (real)dot_product(unit->u + i * unit->stride, unit->u + partner(p, i) * unit->stride,
                              p->D);
+}
+
+static double positive_of(const rows_context_t *c, int64_t i)
+{
+    const hex_problem_t *p = c->p;
+    return (double)(c->positive ? c->positive[i - (i < p->B ? 0 : p->B) - p->first]
+                                : positive_cosine(p, &c->in->unit, i));
 }
 
 /* Register tiles of rows [begin, end). */
@@ -298,7 +306,7 @@ static void rows_body(int64_t begin, int64_t end, void *context)
                 v = memcpy(t.c, v, (size_t)n * sizeof(real));
             row_t r = table_row(p, c->in, &t, k, i, met, true, v);
             if (r.apart) {
-                r.cp = (double)positive_cosine(p, unit, i);
+                r.cp = positive_of(c, i);
                 places_of(p, i, met, &first, &second);
             }
             c->row(c->context, i, &r, first, second, &near);
@@ -317,7 +325,7 @@ static void paired_rows_body(int64_t begin, int64_t end, void *context)
     if (make_anchor(c->p, c->in, &a) && make_near(&near, c->p->K))
         for (int64_t i = c->begin + begin; i < c->begin + end; i++) {
             row_t r = anchor_row(c->p, c->in, i, &a);
-            r.cp = (double)positive_cosine(c->p, &c->in->unit, i);
+            r.cp = positive_of(c, i);
             c->row(c->context, i, &r, -1, -1, &near);
         }
     else
@@ -364,19 +372,62 @@ static const char *visit_rows(rows_context_t *c)
     return c->no_memory ? HEX_NO_MEMORY : NULL;
 }
 
-static const char *for_each_row(const hex_problem_t *p, row_function_t row, void *context)
+/* What the rows of a problem are visited with. The first visit makes it, and others may follow. */
+typedef struct {
+    bool made;
+    inputs_t in;
+    panels_t panels, guide;
+    real *positive; /* see rows_context_t */
+} visit_t;
+
+static void free_visit(visit_t *v)
 {
-    inputs_t in = {0};
-    panels_t panels = {0}, guide = {0};
+    release(v->panels.data);
+    release(v->guide.data);
+    release(v->positive);
+    free_inputs(&v->in);
+}
+
+typedef struct {
+    const hex_problem_t *p;
+    visit_t *v;
+} views_context_t;
+
+static void views_body(int64_t begin, int64_t end, void *context)
+{
+    const views_context_t *c = context;
+    for (int64_t i = begin; i < end; i++)
+        c->v->positive[i] = positive_cosine(c->p, &c->v->in.unit, c->p->first + i);
+}
+
+static const char *make_visit(const hex_problem_t *p, bool at_hand, visit_t *v)
+{
+    v->made = true;
+    if (p->mode == HEX_LOGITS)
+        return NULL;
+    const char *error = make_inputs(p, at_hand, &v->in);
+    if (error || p->several)
+        return error;
+    v->positive = allocate(p->count, 1, sizeof(real));
+    if (!v->positive)
+        return HEX_NO_MEMORY;
+    views_context_t c = {p, v};
+    return hex_parallel_for(p->count, 4 * p->D, views_body, &c) ? NULL : HEX_NO_THREADS;
+}
+
+static const char *for_each_row(const hex_problem_t *p, visit_t *v, row_function_t row,
+                                void *context)
+{
     const bool blocks = p->mode < HEX_PAIRED, at_hand = keeps_cosines(p) && p->filled;
-    const char *error = p->mode == HEX_LOGITS ? NULL : make_inputs(p, at_hand, &in);
+    const char *error = v->made ? NULL : make_visit(p, at_hand, v);
     for (int input = 0; !error && input < 2; input++) {
         const range_t rows = block_of(p, input), met = met_by(p, input);
         rows_context_t c = {.p = p,
-                            .in = &in,
+                            .in = &v->in,
                             .met = met,
-                            .panels = &panels,
-                            .guide = p->G > 0 && blocks ? &guide : NULL,
+                            .panels = &v->panels,
+                            .guide = p->G > 0 && blocks ? &v->guide : NULL,
+                            .positive = v->positive,
                             .begin = rows.begin,
                             .end = rows.end,
                             .row = row,
@@ -384,15 +435,12 @@ static const char *for_each_row(const hex_problem_t *p, row_function_t row, void
         if (input == 1 && !hex_both_anchors(p))
             break;
         if (blocks && !at_hand)
-            error = make_panels(&in.unit, met.begin, met.end, &panels);
+            error = make_panels(&v->in.unit, met.begin, met.end, &v->panels);
         if (!error && c.guide)
-            error = make_panels(&in.guide, met.begin, met.end, &guide);
+            error = make_panels(&v->in.guide, met.begin, met.end, &v->guide);
         if (!error)
             error = visit_rows(&c);
     }
-    release(panels.data);
-    release(guide.data);
-    free_inputs(&in);
     return error;
 }
 
