@@ -350,6 +350,22 @@ def test_a_loss_of_logits(core):
     assert selected <= threshold["compared"] <= most_passes(False) * selected
 
 
+def test_many_logits_are_read_once_for_threshold_and_loss(core):
+    N, C = 5, 4999
+    g = torch.Generator().manual_seed(0)
+    logits, target = torch.randn(N, C, generator=g), torch.arange(N) * 1000
+    rule = dict(what=ADAPTIVE, quantile=0.99, over_negatives=1)
+    forward, _ = core.count([logits], "logits", ids=[target], **rule)
+    listed = forward["listed"]  # about 23 of 1,024 of a sample are above a limit
+    assert 0.01 * N * C < listed < 0.04 * N * C
+    selected = N * 1024 + listed
+    assert N * 1024 < forward["selected"] <= selected + N * 16
+    assert N * C < forward["compared"] <= N * C + most_passes(False) * forward["selected"]
+    assert forward["exponentials"] == N * C + listed
+    rest = {k: n for k, n in forward.items() if k in ("products", "dots", "rows", "again")}
+    assert not any(rest.values())
+
+
 # ---- products of bfloat16, in plain C where the CPU has none ----
 
 

@@ -71,6 +71,11 @@ PLANTED = {
     "row by row, the sets of a row are found twice":
         ("row.h", r"const sets_t of = (?=row_sets\()",
          "row_sets(r, eps, &hard, &unknown); const sets_t of = "),
+    "many logits: sums are made twice":
+        ("onepass_logits.h", r"l->sums = (?=row_sums\()", "l->sums = " + "row_sums(&r, 0, 0, "
+         "l->limit, 1, 0, HARD_NONE, true, true), l->sums = "),
+    "many logits: every row is done again":
+        ("onepass_logits.h", r"if \(l->again \|\| ", "if (true || "),
     "logits: entries are made twice":
         ("blocks.h", r"(?=logits_entries\(&r, out)", TWICE),
     "row by row, kept cosines are made again for the loss":
@@ -80,7 +85,10 @@ PLANTED = {
 
 def is_found(core) -> bool:
     """By each mode by tiles and by rows, or by a loss of labels or logits."""
-    attempts = [(test_work.test_a_loss_of_logits,)]
+    attempts = [
+        (test_work.test_a_loss_of_logits,),
+        (test_work.test_many_logits_are_read_once_for_threshold_and_loss,),
+    ]
     for mode, sizes in (case.values for case in SMALLER):
         attempts += [
             (test_work.test_a_loss_with_its_threshold_given, mode, sizes, 1),

@@ -41,7 +41,8 @@ typedef struct {
 
 /* ---- bound ---- */
 
-/* A limit below the quantile of which a share of the row is above; of a row that is left out, NaN. */
+/* A limit that the row's quantile, which has a share of the row above it, is most often above; NaN
+ * where all of the sample is left out. */
 static real sampled_limit(const row_t *r, double share)
 {
     real sample[PIECES * PIECE + LANES];
@@ -88,8 +89,10 @@ static sets_t list_logits(const row_t *r, listed_t *l, real *list, int64_t capac
                 above |= (uint64_t)bits(at.is_n & (at.score > l->limit)) << (j - some);
             }
             for (; above; above &= above - 1, l->length++)
-                if (l->length < capacity)
+                if (l->length < capacity) {
+                    COUNT(WORK_LISTED, 1);
                     list[l->length] = r->v[some + __builtin_ctzll(above)];
+                }
         }
         of.negatives += (double)vec_sum(count);
         of.finite += (double)vec_sum(finite);
