@@ -57,7 +57,8 @@ format: build ## let ruff and clang-format rewrite the sources
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(C_FILES)
 
-# In a copy of the sources, with an extension of its own; without the tests that never enter it.
+# In a copy of the sources, with an extension of its own; without the tests that never enter it, and
+# without that of the heap, which is the sanitizer's here.
 #   detect_leaks                no: Python and torch keep memory until the end
 #   allocator_may_return_null   an allocation that fails is for us to report
 #   malloc_fill_byte            what nothing wrote is NaN, in every type
@@ -76,6 +77,7 @@ sanitize: build ## the tests under AddressSanitizer and UndefinedBehaviorSanitiz
 	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	    $(PYTEST) --capture=sys --ignore-glob='*/test_build.py' --ignore-glob='*/test_abi.py' \
 	    --ignore-glob='*/test_work.py' --ignore-glob='*/test_reference*.py' \
+	    --ignore-glob='*/test_heap.py' \
 	    $(filter-out %_emulation.py %_blocks.py %_sets.py,$(NOT_ALWAYS))
 
 demo: build ## train on handwritten digits, with InfoNCE and with HEX: three minutes, with pictures
