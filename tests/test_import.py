@@ -19,7 +19,11 @@ import hex
 
 PACKAGE = Path(hex.__file__).parent
 SHIM = Path(__file__).parent.parent / "csrc/torch_shim.h"
-FUNCTIONS = re.findall(r"^ +X\(\w+, (\w+),", SHIM.read_text(), re.MULTILINE)
+# What every torch has to have, and what newer ones have.
+FUNCTIONS, NEWER = (
+    re.findall(r"^ +X\(\w+, (\w+),", text, re.MULTILINE)
+    for text in SHIM.read_text().split("#define HEX_TORCH_FUNCTIONS_2_11")
+)
 LOAD_LIBRARY = "import ctypes; ctypes.CDLL(__path__[0] + '/libtorch_cpu.so')"
 
 
@@ -123,8 +127,9 @@ def test_torch_lacks_a_function(site, missing):
     )
 
 
-def test_torch_lacks_nothing(site):
-    add_libtorch(site, FUNCTIONS)
+@pytest.mark.parametrize("newer", [[], NEWER], ids=["2.10", "2.11"])
+def test_torch_lacks_nothing(site, newer):
+    add_libtorch(site, FUNCTIONS + newer)
     (site / "hex/__init__.py").write_text("")  # what follows _load needs more of torch
     assert python(site, "from hex._load import _C; print(_C.__name__)") == "hex._C"
 
