@@ -187,7 +187,7 @@ static bool empty_tensor(const call_t *c, int64_t dim, const int64_t *size, cons
     const int32_t type = torch_dtype(dtype), device = c->place.type, index = c->place.index;
     if (!torch_from_blob || hex_place_is_cuda(&c->place) || bytes < MUCH_MEMORY)
         return !aoti_torch_empty_strided(dim, size, stride, type, device, index, t);
-    void *data = allocate(bytes, 1, 1);
+    void *data = allocate(bytes, 1, 1); /* torch's from here on, also if it fails */
     return data && !torch_from_blob(data, dim, size, stride, 0, type, device, index, t,
                                     aoti_torch_layout_strided(), NULL, 0, release_data, NULL);
 }

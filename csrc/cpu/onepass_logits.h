@@ -226,14 +226,17 @@ static const char *adaptive_logits(const hex_problem_t *p, hex_tracker_t *t, int
     const char *error = quantiles && c.list && c.rows && c.forward.loss ? NULL : HEX_NO_MEMORY;
     if (!error && !hex_parallel_for(p->B, 64 * p->D, list_body, &c))
         error = HEX_NO_THREADS;
-    if (!error && !c.no_memory) {
+    if (!error && c.no_memory)
+        error = HEX_NO_MEMORY;
+    if (!error) {
         hex_track(t, mean_of(quantiles, p->B), p->B);
         if (!hex_parallel_for(p->B, 64 * capacity, split_logits_body, &c))
             error = HEX_NO_THREADS;
-        reduce(p->reduction, c.forward.loss, p->B, loss);
+        else if (c.no_memory)
+            error = HEX_NO_MEMORY;
+        else
+            reduce(p->reduction, c.forward.loss, p->B, loss);
     }
-    if (!error && c.no_memory)
-        error = HEX_NO_MEMORY;
     release(quantiles);
     release(c.list);
     release(c.rows);
