@@ -38,10 +38,14 @@ static const level_t avx512_amx = {"avx512_amx", {&hex_cpu_avx512_amx_f32, NULL}
 /* Whether the CPU has tiles of bfloat16, and the kernel lets this process use them. */
 static bool may_use_tiles(void)
 {
+#ifdef HEX_EMULATE_BF16
+    return true;
+#else
     enum { LEAF = 7, BF16 = 1 << 22, TILE = 1 << 24, REQUEST = 0x1023, TILE_DATA = 18 };
     unsigned int a, b, c, d;
     return __get_cpuid_count(LEAF, 0, &a, &b, &c, &d) && (d & BF16) && (d & TILE) &&
            syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#endif
 }
 #endif
 
@@ -70,13 +74,8 @@ static bool supported(const level_t *l)
         return true; /* every aarch64 has it */
 #endif
 #ifdef HEX_HAVE_AMX_LEVEL
-#ifdef HEX_EMULATE_BF16
-    if (l == &avx512_amx)
-        return supported(&avx2);
-#else
     if (l == &avx512_amx)
         return supported(&avx512_bf16) && may_use_tiles();
-#endif
 #endif
     return l == &base;
 }
