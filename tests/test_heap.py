@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The heap stays as large as a few steps make it. In a process of its own, for each loss: what a
+"""The heap stays as large as a few steps make it. In a process of its own, for each loss: what
 fifty steps add to the memory in use is less than a tenth of what they kept for their backwards.
 """
 
