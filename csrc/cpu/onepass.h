@@ -54,39 +54,37 @@ static const char *sum_batch(batch_t *s)
 
 static const char *make_lists(batch_t *s, int64_t capacity)
 {
-    s->pass.capacity = capacity;
-    s->pass.list = allocate(s->rows, capacity, sizeof(real));
-    s->pass.length = allocate(s->rows, 1, sizeof(int32_t));
-    if (!s->pass.list || !s->pass.length)
+    const int64_t space = LIST_SPACE(capacity);
+    s->numbers = allocate(s->rows, space, sizeof(real));
+    s->pass.list = allocate(s->rows, 1, sizeof(list_t));
+    if (!s->numbers || !s->pass.list)
         return HEX_NO_MEMORY;
-    memset(s->pass.length, 0, (size_t)s->rows * sizeof(int32_t));
+    for (int64_t i = 0; i < s->rows; i++)
+        s->pass.list[i] = (list_t){s->numbers + i * space, 0, capacity};
     return NULL;
 }
 
 /* ---- select ---- */
 
-static bool list_is_whole(const batch_t *s, int64_t i)
-{
-    return s->pass.length[i] <= s->pass.capacity;
-}
 
 static void select_body(int64_t begin, int64_t end, void *context)
 {
     selection_t *q = context;
     const batch_t *s = q->s;
     const pass_t *pass = &s->pass;
-    real *list = allocate(pass->capacity + 2 + LANES, 1, sizeof(real));
-    for (int64_t i = begin; list && i < end; i++) {
+    real *numbers = allocate(LIST_SPACE(pass->list->room + 2), 1, sizeof(real));
+    for (int64_t i = begin; numbers && i < end; i++) {
         const double sum = pass->sums[SUM_ALL * pass->rows + i];
         const double ties =
             pass->split == SPLIT_TIES ? pass->sums[SUM_COUNT * pass->rows + i] : 0; /* unknown */
-        if (list_is_whole(s, i))
-            memcpy(list, pass->list + i * pass->capacity, (size_t)pass->length[i] * sizeof(real));
-        select_row(q, i, list, pass->length[i], pass->capacity, (int64_t)ties, sum == sum);
+        list_t list = pass->list[i]; /* as it is, it is needed once more */
+        if (list_is_whole(&list))
+            list.to = memcpy(numbers, list.to, (size_t)list.length * sizeof(real));
+        select_row(q, i, list, (int64_t)ties, sum == sum);
     }
-    if (!list)
+    if (!numbers)
         q->no_memory = true;
-    release(list);
+    release(numbers);
 }
 
 /* The batch's threshold, from lists; the sums of the rest are made on the way. */
@@ -99,7 +97,7 @@ static const char *select_threshold(batch_t *s, const hex_tracker_t *t, int64_t 
         error = make_selection(s, t->quantile, t->over_negatives, k, rows, &q);
     if (!error)
         error = sum_batch(s);
-    if (!error && !hex_parallel_for(s->rows, 16 * s->pass.capacity, select_body, &q))
+    if (!error && !hex_parallel_for(s->rows, 16 * s->pass.list->room, select_body, &q))
         error = HEX_NO_THREADS;
     error = end_selection(&q, error);
     if (!error)
@@ -175,7 +173,7 @@ static void split_body(int64_t begin, int64_t end, void *context)
                        of[SUM_PX * n],   of[SUM_PXE * n]};
         if (f->listed) {
             const double rest = sums.rest, rest_x = sums.rest_x;
-            sums = plain_sums(pass->list + i * pass->capacity, pass->length[i], 1,
+            sums = plain_sums(pass->list[i].to, pass->list[i].length, 1,
                               round_down(read_vector(f->p->eps, i)), pass->scale, f->p->beta);
             sums.rest += rest;
             sums.rest_x += rest_x;
@@ -225,7 +223,7 @@ static const char *split_rows(batch_t *s, const hex_problem_t *p, void *loss, vo
         f.again = allocate(s->rows, 1, sizeof(bool));
         for (int64_t i = 0; f.again && i < s->rows; i++) {
             f.again[i] =
-                !list_is_whole(s, i) || !(round_down(read_vector(p->eps, i)) >= s->limit[i]);
+                !list_is_whole(&s->pass.list[i]) || !(round_down(read_vector(p->eps, i)) >= s->limit[i]);
             count += f.again[i];
         }
         if (!f.again)

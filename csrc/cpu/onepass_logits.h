@@ -33,7 +33,7 @@ typedef struct {
 typedef struct {
     threshold_context_t threshold; /* quantiles go to threshold.low */
     int64_t capacity;
-    real *list; /* (rows, capacity) logits */
+    real *list; /* of each row */
     listed_t *rows;
     forward_context_t forward; /* its p has the eps, once that is known */
     atomic_bool no_memory;
@@ -72,33 +72,30 @@ static sets_t list_logits(const row_t *r, listed_t *l, real *list, int64_t capac
                  .sum = (double)r->v[r->target],
                  .largest = (double)r->v[r->target],
                  .shift = (double)r->v[r->target]};
-    l->length = 0;
+    list_t above = {list, 0, capacity};
     for (int64_t from = 0; from < r->n; from += SLICE) {
         const int64_t end = r->n - from < SLICE ? r->n : from + SLICE;
         vec_t count = {0}, equal = {0}, finite = {0};
         for (int64_t some = from; some < end; some += 64) {
             const int64_t to = end - some < 64 ? end : some + 64;
-            uint64_t above = 0;
+            uint64_t picked = 0;
             for (int64_t j = some; j < to; j += LANES) {
                 const entries_t at = read_entries(r, j, to - j, true);
                 const vec_t x = pick(at.is_n, at.value, none);
-                top = pick(x > top, x, top);
+                top = larger(x, top);
                 count += where(at.is_n, one);
                 equal += where(at.is_n & (at.score == l->limit), one);
                 finite += where(at.is_p | at.is_n, at.value * 0);
-                above |= (uint64_t)bits(at.is_n & (at.score > l->limit)) << (j - some);
+                picked |= list_lanes(&above, at.is_n & (at.score > l->limit), at.value, j - some);
             }
-            for (; above; above &= above - 1, l->length++)
-                if (l->length < capacity) {
-                    COUNT(WORK_LISTED, 1);
-                    list[l->length] = r->v[some + __builtin_ctzll(above)];
-                }
+            list_rest(&above, r->v + some, picked);
         }
         of.negatives += (double)vec_sum(count);
         of.finite += (double)vec_sum(finite);
         *ties += (int64_t)vec_sum(equal);
     }
     of.rest = (double)vec_largest(top);
+    l->length = above.length;
     return of;
 }
 
@@ -135,7 +132,7 @@ static void list_body(int64_t begin, int64_t end, void *context)
         c->no_memory = true;
     for (int64_t i = begin; i < end && !c->no_memory; i++) {
         row_t r = logits_row(p, i, tau, own, own + p->D);
-        real *list = c->list + i * c->capacity, *quantile = &c->threshold.low[i];
+        real *list = c->list + i * LIST_SPACE(c->capacity), *quantile = &c->threshold.low[i];
         listed_t *l = &c->rows[i];
         int64_t ties = 0;
         l->limit = sampled_limit(&r, share);
@@ -163,7 +160,7 @@ static bool split_list(const logits_pass_t *c, int64_t i, double *loss, double *
     const real eps = row_eps(p, read_vector(p->eps, i));
     if (l->again || !(eps >= l->limit))
         return false;
-    const row_t r = {.v = c->list + i * c->capacity,
+    const row_t r = {.v = c->list + i * LIST_SPACE(c->capacity),
                      .n = l->length,
                      .logits = true,
                      .target = -1, /* it is not in the list */
@@ -220,7 +217,7 @@ static const char *adaptive_logits(const hex_problem_t *p, hex_tracker_t *t, int
     logits_pass_t c = {
         .threshold = {p, t->quantile, t->over_negatives, false, quantiles, NULL},
         .capacity = capacity,
-        .list = allocate(p->B, capacity, sizeof(real)),
+        .list = allocate(p->B, LIST_SPACE(capacity), sizeof(real)),
         .rows = allocate(p->B, 1, sizeof(listed_t)),
         .forward = {&with, p->B, read_vector(p->tau, 0), stats, allocate(p->B, 1, sizeof(double))}};
     const char *error = quantiles && c.list && c.rows && c.forward.loss ? NULL : HEX_NO_MEMORY;

@@ -40,7 +40,7 @@ typedef struct {
     pass_t pass;
     double tau, *cp; /* the positive cosine of every row */
     int64_t rows;    /* anchors */
-    real *limit;
+    real *limit, *numbers; /* of the lists */
     bool kept; /* p->kept holds the cosines already */
 } batch_t;
 
@@ -65,7 +65,7 @@ static void free_batch(batch_t *s)
     release(s->limit);
     release(s->pass.sums);
     release(s->pass.list);
-    release(s->pass.length);
+    release(s->numbers);
     free_inputs(&s->in);
 }
 
@@ -127,18 +127,19 @@ typedef struct {
     atomic_bool no_memory;
 } bound_t;
 
-/* Of each column of c the `most` largest, downwards. */
-INLINE void largest_of_columns(const real *c, int64_t rows, int64_t ld, int64_t most, vec_t *top)
+/* Of each column of c the largest, downwards: in registers, so as many as there can be. */
+INLINE void largest_of_columns(const real *c, int64_t rows, int64_t ld, vec_t *top)
 {
-    for (int64_t k = 0; k < most; k++)
+#pragma GCC unroll 16
+    for (int k = 0; k < MOST_AT_ONCE; k++)
         top[k] = -(real)INFINITY - (vec_t){0};
     for (int64_t i = 0; i < rows; i++) {
         vec_t x = *(const vec_t *)(c + i * ld);
-        for (int64_t k = 0; k < most; k++) {
+#pragma GCC unroll 16
+        for (int k = 0; k < MOST_AT_ONCE; k++) {
             const vec_t y = top[k];
-            const mask_t larger = x > y;
-            top[k] = pick(larger, x, y);
-            x = pick(larger, y, x);
+            top[k] = larger(x, y);
+            x = smaller(y, x);
         }
     }
 }
@@ -154,7 +155,7 @@ static void bound_at_once_body(int64_t begin, int64_t end, void *context)
         for (int64_t side = 0; side < NR; side += LANES) {
             const int64_t at = b->anchors.begin + from + side, left = n - from - side;
             vec_t top[MOST_AT_ONCE];
-            largest_of_columns(c + side, m, NR, b->lowest, top);
+            largest_of_columns(c + side, m, NR, top);
             for (int64_t i = 0; i < LANES && i < left; i++) {
                 COUNT(WORK_SELECTED, m);
                 b->low[at + i] = top[b->lowest - 1][i];
@@ -288,10 +289,9 @@ typedef struct {
     atomic_bool no_memory;
 } selection_t;
 
-/* Row i's quantile from its list, which has room for two and a vector more: n candidates are above
- * its limit, of which more than the capacity are not in it; at least `ties` equal it. */
-static void select_row(const selection_t *q, int64_t i, real *list, int64_t n, int64_t capacity,
-                       int64_t ties, bool finite)
+/* Row i's quantile from the list of what is above its limit, which has space for two and a vector
+ * more; at least `ties` candidates equal the limit. */
+static void select_row(const selection_t *q, int64_t i, list_t list, int64_t ties, bool finite)
 {
     const batch_t *s = q->s;
     const real cp = (real)s->cp[i], limit = s->limit[i], self = s->in.unit.inverse[i] != 0;
@@ -301,18 +301,18 @@ static void select_row(const selection_t *q, int64_t i, real *list, int64_t n, i
         q->threshold.low[i] = (real)NAN;
         return;
     }
-    if (n > capacity) {
+    if (!list_is_whole(&list)) {
         q->again[i] = true;
         return;
     }
     if (with_self && self > limit)
-        list[n++] = self;
+        list.to[list.length++] = self;
     if (all && cp > limit)
-        list[n++] = cp;
+        list.to[list.length++] = cp;
     ties += (with_self && self == limit) + (all && cp == limit);
-    q->again[i] = n + ties < q->k;
+    q->again[i] = list.length + ties < q->k;
     if (!q->again[i])
-        q->threshold.low[i] = cosine(select_above(list, n, q->k, limit));
+        q->threshold.low[i] = cosine(select_above(list.to, list.length, q->k, limit));
 }
 
 /* The rows with a flag, each by itself and whole. */
@@ -384,13 +384,16 @@ static void listing_body(int64_t begin, int64_t end, void *context)
     const listing_t *l = context;
     const batch_t *s = l->q->s;
     const int64_t width = s->field.column_block, ld = tile_stride(&s->field);
-    const int64_t room = l->capacity + 2 + LANES, n = l->panels->end - l->panels->begin;
-    real *c = allocate(LISTED, ld, sizeof(real)), *lists = allocate(LISTED, room, sizeof(real));
-    for (int64_t block = begin; c && lists && block < end; block++) {
+    const int64_t space = LIST_SPACE(l->capacity + 2), n = l->panels->end - l->panels->begin;
+    real *c = allocate(LISTED, ld, sizeof(real)), *to = allocate(LISTED, space, sizeof(real));
+    for (int64_t block = begin; c && to && block < end; block++) {
         const int64_t first = l->anchors.begin + block * LISTED, left = l->anchors.end - first;
         tile_t t = {.i = first, .rows = left < LISTED ? left : LISTED, .ld = ld, .c = c};
-        int64_t length[LISTED] = {0}, ties[LISTED] = {0};
+        list_t lists[LISTED];
+        int64_t ties[LISTED] = {0};
         real sum[LISTED] = {0};
+        for (int64_t i = 0; i < t.rows; i++)
+            lists[i] = (list_t){to + i * space, 0, l->capacity};
         for (int64_t from = 0; from < n; from += width) {
             const int64_t columns = n - from < width ? n - from : width;
             t.j = l->panels->begin + from;
@@ -398,17 +401,16 @@ static void listing_body(int64_t begin, int64_t end, void *context)
             cosines(&s->in.unit, first, t.rows, l->panels, from, columns, c, ld);
             blank(s->p, &t, -2); /* below every cosine, and every limit */
             for (int64_t i = 0; i < t.rows; i++)
-                length[i] = list_above(c + i * ld, round_up(columns, NR), s->limit[first + i],
-                                       lists + i * room, length[i], l->capacity, &ties[i], &sum[i]);
+                list_above(c + i * ld, round_up(columns, NR), s->limit[first + i], &lists[i],
+                           &ties[i], &sum[i]);
         }
         for (int64_t i = 0; i < t.rows; i++)
-            select_row(l->q, first + i, lists + i * room, length[i], l->capacity, ties[i],
-                       sum[i] == sum[i]);
+            select_row(l->q, first + i, lists[i], ties[i], sum[i] == sum[i]);
     }
-    if (!c || !lists)
+    if (!c || !to)
         l->q->no_memory = true;
     release(c);
-    release(lists);
+    release(to);
 }
 
 static const char *list_side(selection_t *q, int side, int64_t capacity)

@@ -11,15 +11,14 @@
 #endif
 
 /* real; word, the unsigned integer of its size; DOTS, whether bfloat16 rows are multiplied as they
- * are (dot_product.h); MASK_BITS, where the level has an instruction for the bits of a comparison;
- * EXP2_*, the numbers of exp2_of below. */
+ * are (dot_product.h); EXP2_*, the numbers of exp2_of below. Where the level has instructions for
+ * them, OF_TYPE names the one of this type: MASK_BITS, the bits of a comparison; LARGER(x, y), which
+ * is x > y ? x : y, and SMALLER; PACK, the lanes of a vector that bits name, one after the other. */
 #ifdef HEX_REAL_IS_DOUBLE
+#define OF_TYPE(name) name##_F64
 typedef double real;
 typedef uint64_t word;
 #define DOTS 0
-#ifdef MASK_BITS_F64
-#define MASK_BITS MASK_BITS_F64
-#endif
 #define EXP2_LOWEST (-500.0)
 #define EXP2_ROUND (0x1.8p52 + 1023)
 #define EXP2_MANTISSA 52
@@ -33,15 +32,13 @@ typedef uint64_t word;
     y = y * t + 0x1.ebfbdff82c598p-3;                                                              \
     y = y * t + 0x1.62e42fefa39efp-1;
 #else
+#define OF_TYPE(name) name##_F32
 typedef float real;
 typedef uint32_t word;
 #ifdef LEVEL_HAS_DOTS
 #define DOTS 1
 #else
 #define DOTS 0
-#endif
-#ifdef MASK_BITS_F32
-#define MASK_BITS MASK_BITS_F32
 #endif
 #define EXP2_LOWEST (-60.0f)
 #define EXP2_ROUND (0x1.8p23f + 127)
@@ -87,6 +84,25 @@ INLINE vec_t where(mask_t m, vec_t x) { return (vec_t)((mask_t)x & m); }
 INLINE vec_t pick(mask_t m, vec_t x, vec_t y)
 {
     return (vec_t)(((mask_t)x & m) | ((mask_t)y & ~m));
+}
+
+/* x > y ? x : y and x < y ? x : y, so y where either is NaN. */
+INLINE vec_t larger(vec_t x, vec_t y)
+{
+#ifdef LEVEL_HAS_LARGER
+    return (vec_t)OF_TYPE(LARGER)(x, y);
+#else
+    return pick(x > y, x, y);
+#endif
+}
+
+INLINE vec_t smaller(vec_t x, vec_t y)
+{
+#ifdef LEVEL_HAS_LARGER
+    return (vec_t)OF_TYPE(SMALLER)(x, y);
+#else
+    return pick(x < y, x, y);
+#endif
 }
 
 /* x[0..n), and `rest` where that is no whole vector. */
@@ -144,13 +160,13 @@ INLINE real vec_sum(vec_t v)
 
 INLINE real vec_largest(vec_t v)
 {
-    BY_HALVES(v, pick(x > y, x, y))
+    BY_HALVES(v, larger(x, y))
     return v[0];
 }
 
 INLINE real vec_least(vec_t v)
 {
-    BY_HALVES(v, pick(x < y, x, y))
+    BY_HALVES(v, smaller(x, y))
     return v[0];
 }
 
@@ -179,8 +195,8 @@ INLINE void transpose(vec_t *v)
 /* A bit for each lane of a comparison. */
 INLINE uint32_t bits(mask_t m)
 {
-#ifdef MASK_BITS
-    return (uint32_t)MASK_BITS(m);
+#ifdef LEVEL_HAS_MASK_BITS
+    return (uint32_t)OF_TYPE(MASK_BITS)(m);
 #else
     uint32_t bits = 0;
     for (int l = 0; l < LANES; l++)
@@ -190,6 +206,46 @@ INLINE uint32_t bits(mask_t m)
 }
 
 INLINE bool any(mask_t m) { return bits(m) != 0; }
+
+/* ---- lists of numbers that a comparison picks ---- */
+
+/* How many were picked, in their order, and where the first `room` of them are: with space behind
+ * them for a whole vector. */
+typedef struct {
+    real *to;
+    int64_t length, room;
+} list_t;
+
+#define LIST_SPACE(room) ((room) + LANES)
+
+static inline bool list_is_whole(const list_t *l) { return l->length <= l->room; }
+
+/* The lanes of x = c[place ..], of up to 64 numbers c, that m picks. Without an instruction it is
+ * done for all of c by list_rest(c, what this returned for any of them). */
+INLINE uint64_t list_lanes(list_t *l, mask_t m, vec_t x, int64_t place)
+{
+#ifdef LEVEL_HAS_PACK
+    const uint32_t picked = bits(m);
+    const int64_t at = l->length < l->room ? l->length : l->room;
+    *(vec_t *)(l->to + at) = (vec_t)OF_TYPE(PACK)(x, picked);
+    l->length += __builtin_popcount(picked);
+    COUNT(WORK_LISTED, (l->length < l->room ? l->length : l->room) - at);
+    (void)place;
+    return 0;
+#else
+    (void)l, (void)x;
+    return (uint64_t)bits(m) << place;
+#endif
+}
+
+INLINE void list_rest(list_t *l, const real *c, uint64_t picked)
+{
+    for (; picked; picked &= picked - 1, l->length++)
+        if (l->length < l->room) {
+            COUNT(WORK_LISTED, 1);
+            l->to[l->length] = c[__builtin_ctzll(picked)];
+        }
+}
 
 /* ---- 2^x ---- */
 
@@ -239,8 +295,7 @@ INLINE vec_t exp2_vec(vec_t x)
 INLINE vec_t exp2_below(vec_t x)
 {
     const vec_t zero = {0};
-    x = pick(x > zero, zero, x);
-    return exp2_lanes(pick(x < EXP2_LOWEST, EXP2_LOWEST - zero, x));
+    return exp2_lanes(larger(EXP2_LOWEST - zero, smaller(zero, x)));
 }
 
 #endif

@@ -65,7 +65,7 @@ static real row_largest(const real *restrict c, int64_t n, real limit)
     for (int64_t j = 0; j < n; j += LANES) {
         const vec_t x = read_vec(c + j, n - j, -(real)INFINITY);
         const vec_t kept = pick(x <= limit, x, none);
-        largest = pick(kept > largest, kept, largest);
+        largest = larger(kept, largest);
     }
     return vec_largest(largest);
 }
@@ -117,10 +117,10 @@ INLINE sets_t any_sets(const row_t *r, real eps, double *hard, double *unknown, 
             const mask_t is_p = at.is_p, is_n = at.is_n, is_h = is_n & (score > eps);
             const vec_t of_p = pick(is_p, x, none), of_h = pick(is_h, x, none),
                         of_g = pick(is_n & ~is_h, x, none);
-            top_p = pick(of_p > top_p, of_p, top_p);
-            top_h = pick(of_h > top_h, of_h, top_h);
+            top_p = larger(of_p, top_p);
+            top_h = larger(of_h, top_h);
             in_h += where(is_h, one);
-            top_g = pick(of_g > top_g, of_g, top_g);
+            top_g = larger(of_g, top_g);
             count_p += where(is_p, one);
             count_n += where(is_n, one);
             finite += where(is_p | is_n, x * 0);

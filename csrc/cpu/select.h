@@ -24,8 +24,8 @@ static void row_bounds(const real *restrict c, int64_t n, real *low, real *high)
     vec_t least = (real)INFINITY - (vec_t){0}, largest = -least, sum = {0};
     for (int64_t j = 0; j < n; j += LANES) {
         const vec_t x = read_vec(c + j, n - j, c[0]);
-        least = pick(x < least, x, least);
-        largest = pick(x > largest, x, largest);
+        least = smaller(x, least);
+        largest = larger(x, largest);
         sum += x * 0;
     }
     const bool finite = n && vec_sum(sum) == 0;
@@ -58,7 +58,7 @@ static real select_from_top(const real *restrict c, int64_t n, int64_t above, re
         vec_t next = none, equal = {0};
         for (int64_t j = 0; j < n; j += LANES) {
             const vec_t x = read_vec(c + j, n - j, -(real)INFINITY), below = pick(x < top, x, none);
-            next = pick(below > next, below, next);
+            next = larger(below, next);
             equal += where(x == top, one);
         }
         above -= (int64_t)vec_sum(equal);
@@ -100,7 +100,7 @@ static real row_select(const real *restrict c, int64_t n, int64_t rank)
             for (int64_t j = 0; j < n; j += LANES) {
                 const vec_t x = read_vec(c + j, n - j, (real)INFINITY);
                 const vec_t above = pick(x > middle, x, none);
-                least = pick(above < least, above, least);
+                least = smaller(above, least);
             }
             return vec_least(least);
         }
@@ -116,30 +116,27 @@ static real row_select(const real *restrict c, int64_t n, int64_t rank)
 /* Lists longer than this share of a row are no gain over a pass of its own. */
 #define LONGEST_LIST 0.25
 
-/* What of c[0..n) is above a row's limit goes to its list, as far as there is room. Returns how many
- * were, and adds what equals the limit, and everything. */
-static int64_t list_above(const real *c, int64_t n, real limit, real *list, int64_t length,
-                          int64_t capacity, int64_t *ties, real *all)
+/* What of c[0..n) is above a row's limit goes to its list. Adds what equals the limit, and
+ * everything. */
+static void list_above(const real *c, int64_t n, real limit, list_t *list, int64_t *ties,
+                       real *all)
 {
     COUNT(WORK_COMPARED, n);
     const vec_t one = 1 - (vec_t){0};
     vec_t sum = {0}, equal = {0};
     for (int64_t from = 0; from < n; from += 64) {
         const int64_t to = n - from < 64 ? n : from + 64;
-        uint64_t above = 0;
+        uint64_t picked = 0;
         for (int64_t j = from; j < to; j += LANES) {
             const vec_t x = read_vec(c + j, to - j, BELOW_COSINES);
             sum += x;
             equal += where(x == limit, one);
-            above |= (uint64_t)bits(x > limit) << (j - from);
+            picked |= list_lanes(list, x > limit, x, j - from);
         }
-        for (; above; above &= above - 1, length++)
-            if (length < capacity)
-                list[length] = c[from + __builtin_ctzll(above)];
+        list_rest(list, c + from, picked);
     }
     *ties += (int64_t)vec_sum(equal);
     *all += vec_sum(sum);
-    return length;
 }
 
 /* The rank'th from above of c[0..n) and of infinitely many `rest` below them. Writes up to LANES of
@@ -182,12 +179,12 @@ static real select_near(const real *c, int64_t n, int64_t rank, near_t *near)
             near->limit = row_select(c, n, n - wanted);
         int64_t ties = 0;
         real all = 0;
-        const int64_t length =
-            list_above(c, n, near->limit, near->list, 0, near->capacity, &ties, &all);
+        list_t list = {near->list, 0, near->capacity};
+        list_above(c, n, near->limit, &list, &ties, &all);
         if (all * 0 != 0)
             return (real)NAN;
-        if (length <= near->capacity && length + ties >= k)
-            return select_above(near->list, length, k, near->limit);
+        if (list_is_whole(&list) && list.length + ties >= k)
+            return select_above(list.to, list.length, k, near->limit);
         near->limit = (real)NAN;
     }
 }

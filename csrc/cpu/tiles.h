@@ -56,33 +56,23 @@ typedef struct {
     double *sums;      /* sums[kind * rows + row] */
     int64_t rows, column_block;
     bool both;
-    real *list;      /* candidates above the limit, list[row * capacity + k] */
-    int32_t *length; /* how many there were, also beyond the capacity */
-    int64_t capacity;
+    list_t *list; /* of each row, what is above its limit */
 } pass_t;
 
 /* Above every hole and below every cosine: what is no entry is in no set. */
 #define ABOVE_HOLES ((real) - 2)
 
-static inline void push(const pass_t *s, int64_t row, real c)
+/* c[k] to the list of row j + k, for the bits k. */
+static void list_columns(const pass_t *s, int64_t j, const real *c, uint64_t picked)
 {
-    const int32_t n = s->length[row]++;
-    if (n < s->capacity) {
-        COUNT(WORK_LISTED, 1);
-        s->list[row * s->capacity + n] = c;
-    }
-}
-
-/* The candidates of row i among c[0..n), columns j on, at most 64: bits of those above its own
- * limit, and of those above the columns'. */
-static void push_all(const pass_t *s, int64_t i, int64_t j, const real *c, uint64_t own,
-                     uint64_t other)
-{
-    for (; own; own &= own - 1)
-        push(s, i, c[__builtin_ctzll(own)]);
-    for (; other; other &= other - 1) {
-        const int b = __builtin_ctzll(other);
-        push(s, j + b, c[b]);
+    for (; picked; picked &= picked - 1) {
+        const int k = __builtin_ctzll(picked);
+        list_t *l = &s->list[j + k];
+        if (l->length < l->room) {
+            COUNT(WORK_LISTED, 1);
+            l->to[l->length] = c[k];
+        }
+        l->length++;
     }
 }
 
@@ -107,9 +97,10 @@ INLINE void tile_sums(const pass_t *s, const tile_t *t, real *scratch, bool colu
         const real own_limit = s->limit[t->i + i];
         const word own_code = by == BY_EPS ? 0 : s->codes[t->i + i];
         vec_t sum[SUM_KINDS_IDS] = {{0}};
+        list_t list = lists ? s->list[t->i + i] : (list_t){0};
         for (int64_t from = 0; from < width; from += 64) {
             const int64_t to = width - from < 64 ? width : from + 64;
-            uint64_t own_bits = 0, other_bits = 0;
+            uint64_t own_rest = 0, others = 0;
             for (int64_t j = from; j < to; j += LANES) {
                 const vec_t one = 1 - (vec_t){0};
                 const vec_t c = *(const vec_t *)(row + j), x = c - 1;
@@ -161,9 +152,9 @@ INLINE void tile_sums(const pass_t *s, const tile_t *t, real *scratch, bool colu
                         out[SUM_COUNT * step] += where(c == other_limit, one);
                 }
                 if (lists) {
-                    own_bits |= (uint64_t)bits(own) << (j - from);
+                    own_rest |= list_lanes(&list, own, c, j - from);
                     if (columns)
-                        other_bits |= (uint64_t)bits(other) << (j - from);
+                        others |= (uint64_t)bits(other) << (j - from);
                     continue;
                 }
                 const vec_t b = power == POWER_0   ? one
@@ -176,9 +167,13 @@ INLINE void tile_sums(const pass_t *s, const tile_t *t, real *scratch, bool colu
                         out[(SUM_COUNT + k) * step] += where(other, of[k]);
                 }
             }
-            if (lists && (own_bits | other_bits))
-                push_all(s, t->i + i, t->j + from, row + from, own_bits, other_bits);
+            if (lists && own_rest)
+                list_rest(&list, row + from, own_rest);
+            if (lists && others)
+                list_columns(s, t->j + from, row + from, others);
         }
+        if (lists)
+            s->list[t->i + i] = list;
         for (int k = 0; k < kinds; k++)
             s->sums[(k == kind_x ? SUM_REST_X : k) * s->rows + t->i + i] += (double)vec_sum(sum[k]);
         for (int k = 0; k < more; k++)

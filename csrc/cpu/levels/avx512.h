@@ -12,7 +12,5 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 #endif
 
-/* The bits of a comparison of two vectors, by an instruction. */
-#define MASK_BITS_F32(m) __builtin_ia32_cvtd2mask512(m)
-#define MASK_BITS_F64(m) __builtin_ia32_cvtq2mask512(m)
+#include "avx512_vectors.h"
 #endif

@@ -38,8 +38,7 @@
 #pragma GCC target("amx-tile,amx-bf16")
 #endif
 #endif
-#include <immintrin.h> /* its functions have targets of their own for clang, that of here for gcc */
-#define MASK_BITS_F32(m) __builtin_ia32_cvtd2mask512(m) /* as in avx512.h */
+#include "avx512_vectors.h"
 #define DOT_INSTRUCTIONS
 #include "../dots.h"
 

@@ -14,7 +14,7 @@
 #pragma GCC optimize("no-schedule-insns")
 #endif
 
-/* The bits of a comparison of two vectors: of each lane its own, added up. */
+#define LEVEL_HAS_MASK_BITS /* of each lane its own, added up */
 #define MASK_BITS_F32(m) vaddvq_u32((uint32x4_t)(m) & (uint32x4_t){1, 2, 4, 8})
 #define MASK_BITS_F64(m) vaddvq_u64((uint64x2_t)(m) & (uint64x2_t){1, 2})
 #endif
