@@ -326,6 +326,9 @@ def test_a_labelled_loss(core, mode, guided, positives):
         )
         assert backward == need.backward(False, (1, 1, 0))
 
+    if mode == "ntxent" and not guided:
+        adaptive = core.count(z, mode, what=ADAPTIVE, over_negatives=1, **given)[0]
+        check_one_pass(need, adaptive, unit_rows)
     threshold = core.count(z, mode, what=THRESHOLD, quantile=0.9, over_negatives=1, **given)[0]
     negatives = int((ids[0][:, None] != ids[-1]).sum())
     assert threshold["selected"] == negatives
@@ -333,6 +336,23 @@ def test_a_labelled_loss(core, mode, guided, positives):
     assert threshold | dict(selected=0, compared=0) == nothing | dict(
         products=sum(each.product(N, candidates) for each in widths), rows=unit_rows
     )
+
+
+def check_one_pass(need, count, rows):
+    """Threshold and loss of several positives, with one product of all rows and one of the sample;
+    the sums may have a second pass, and a row that its list does not serve is done whole."""
+    _, share = need.share(0.99, True)
+    assert count["rows"] == rows
+    again = count["again"] * -(-need.columns // need.NR) * need.NR * need.width
+    few = need.rows // 16 + 2 * (need.MR - 1)
+    assert count["again"] <= few
+    once = need.bound(share) + need.cosines() + again
+    if count["products"] == once:
+        most = count["again"] * need.columns
+        assert 0 < count["listed"] <= count["exponentials"] - need.summed() <= count["listed"] + most
+    else:
+        assert count["products"] == once + need.cosines()
+        assert count["exponentials"] == 2 * need.summed()
 
 
 def test_a_loss_of_logits(core):

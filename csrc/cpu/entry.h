@@ -102,6 +102,15 @@ static const char *forward(const hex_problem_t *p, void *loss, void *stats)
     return error;
 }
 
+/* Whether threshold and loss come from one pass over tiles, with room for such lists. Of several
+ * positives a list holds no positive, so the quantile has to be over the negatives. */
+static bool by_one_pass(const hex_problem_t *p, const hex_tracker_t *t, int64_t capacity)
+{
+    const bool listed = !p->several || (p->mode == HEX_NTXENT && t->over_negatives);
+    return by_tiles(p) && listed && !p->by_group && capacity &&
+           capacity <= MOST_LIST_BYTES / (int64_t)sizeof(real) / hex_anchors(p);
+}
+
 static const char *adaptive(const hex_problem_t *p, hex_tracker_t *t, void *loss, void *stats)
 {
     double share;
@@ -110,8 +119,7 @@ static const char *adaptive(const hex_problem_t *p, hex_tracker_t *t, void *loss
     double candidate = NAN; /* not looked at in warm-up */
     hex_problem_t with = *p;
     with.eps = (hex_vector_t){&t->eps, HEX_F64, 0};
-    if (by_tiles(p) && !is_classed(p) && !hex_is_warm_up(t) && capacity &&
-        capacity <= MOST_LIST_BYTES / (int64_t)sizeof(real) / hex_anchors(p)) {
+    if (!hex_is_warm_up(t) && by_one_pass(p, t, capacity)) {
         batch_t s = {0};
         const char *error = make_batch(p, &s);
         if (!error)

@@ -74,13 +74,20 @@ static void select_body(int64_t begin, int64_t end, void *context)
     const pass_t *pass = &s->pass;
     real *numbers = allocate(LIST_SPACE(pass->list->room + 2), 1, sizeof(real));
     for (int64_t i = begin; numbers && i < end; i++) {
-        const double sum = pass->sums[SUM_ALL * pass->rows + i];
+        double sum = pass->sums[SUM_ALL * pass->rows + i];
+        int64_t k = q->k;
+        if (s->p->several) { /* a row has its own number of negatives */
+            const int64_t n = columns_of(s->p) - s->field.symmetric -
+                              (int64_t)pass->sums[SUM_P * pass->rows + i];
+            sum += pass->sums[SUM_PX * pass->rows + i];
+            k = n > 0 ? n - rank(q->threshold.quantile, n) : 0;
+        }
         const double ties =
             pass->split == SPLIT_TIES ? pass->sums[SUM_COUNT * pass->rows + i] : 0; /* unknown */
         list_t list = pass->list[i]; /* as it is, it is needed once more */
         if (list_is_whole(&list))
             list.to = memcpy(numbers, list.to, (size_t)list.length * sizeof(real));
-        select_row(q, i, list, (int64_t)ties, sum == sum);
+        select_row(q, i, k, list, (int64_t)ties, sum == sum);
     }
     if (!numbers)
         q->no_memory = true;
@@ -172,26 +179,29 @@ static void split_body(int64_t begin, int64_t end, void *context)
                        of[SUM_BE * n],   of[SUM_BX * n],     of[SUM_BEX * n],   of[SUM_PE * n],
                        of[SUM_PX * n],   of[SUM_PXE * n]};
         if (f->listed) {
-            const double rest = sums.rest, rest_x = sums.rest_x;
+            const sums_t others = sums;
             sums = plain_sums(pass->list[i].to, pass->list[i].length, 1,
                               round_down(read_vector(f->p->eps, i)), pass->scale, f->p->beta);
-            sums.rest += rest;
-            sums.rest_x += rest_x;
+            sums.rest += others.rest, sums.rest_x += others.rest_x;
+            sums.e = others.e, sums.x = others.x, sums.ex = others.ex;
         }
         write_row(f, i, sums);
     }
 }
 
-/* A row function, of rows without classes. */
+/* A row function. All exponentials are taken by 1, as of the other rows, also those of positives. */
 static void split_row(void *context, int64_t i, row_t *r, int64_t first, int64_t second,
                       near_t *near)
 {
     (void)near;
     const splitting_t *f = context;
+    const real eps = round_down(read_vector(f->p->eps, i)), scale = f->s->pass.scale;
+    if (has_classes(r)) {
+        write_row(f, i, classed_sums(r, 1, 1, eps, scale, f->p->beta, true));
+        return;
+    }
     r->n = drop(r->v, r->n, first, second);
-    write_row(f, i,
-              plain_sums(r->v, r->n, 1, round_down(read_vector(f->p->eps, i)), f->s->pass.scale,
-                         f->p->beta));
+    write_row(f, i, plain_sums(r->v, r->n, 1, eps, scale, f->p->beta));
 }
 
 /* All sums of all rows, split at their eps. */

@@ -95,6 +95,7 @@ static sets_t list_logits(const row_t *r, listed_t *l, real *list, int64_t capac
         *ties += (int64_t)vec_sum(equal);
     }
     of.rest = (double)vec_largest(top);
+    COUNT(WORK_LISTED, list_held(&above));
     l->length = above.length;
     return of;
 }

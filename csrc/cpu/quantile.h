@@ -121,6 +121,8 @@ typedef struct {
     batch_t *s;
     range_t anchors;
     unit_t sampled;
+    const word *codes; /* ids of all rows, where positives are told by them; */
+    word *of_sampled;  /* and of those sampled */
     panels_t panels;                     /* of the anchors, or of the sampled candidates */
     int64_t samples, limit, lowest, eps; /* ranks among a row's samples, from above */
     real *low, *guess;                   /* the lowest limit, the low estimate of the quantile */
@@ -144,6 +146,12 @@ INLINE void largest_of_columns(const real *c, int64_t rows, int64_t ld, vec_t *t
     }
 }
 
+/* A positive is none of the numbers that the quantile is taken over, which the sample stands for. */
+static inline real unless_positive(const bound_t *b, int64_t i, int64_t q, real c)
+{
+    return b->codes && b->codes[i] == b->of_sampled[q] ? BELOW_COSINES : c;
+}
+
 /* By panels of anchors, which are the columns here. */
 static void bound_at_once_body(int64_t begin, int64_t end, void *context)
 {
@@ -152,6 +160,9 @@ static void bound_at_once_body(int64_t begin, int64_t end, void *context)
     real *c = allocate(round_up(m, MR), NR, sizeof(real));
     for (int64_t from = begin * NR; c && from < n && from < end * NR; from += NR) {
         cosines(&b->sampled, 0, m, &b->panels, from, NR, c, NR);
+        for (int64_t q = 0; b->codes && q < m; q++)
+            for (int64_t i = 0; i < NR; i++) /* codes has as many more */
+                c[q * NR + i] = unless_positive(b, b->anchors.begin + from + i, q, c[q * NR + i]);
         for (int64_t side = 0; side < NR; side += LANES) {
             const int64_t at = b->anchors.begin + from + side, left = n - from - side;
             vec_t top[MOST_AT_ONCE];
@@ -181,6 +192,8 @@ static void bound_body(int64_t begin, int64_t end, void *context)
         cosines(&b->s->in.unit, from, rows, &b->panels, 0, m, c, ld);
         for (int64_t i = 0; i < rows; i++) {
             real *row = c + i * ld;
+            for (int64_t q = 0; b->codes && q < m; q++)
+                row[q] = unless_positive(b, from + i, q, row[q]);
             const real low = row_select(row, m, m - b->lowest);
             int64_t n = 0; /* the others are among what is above */
             for (int64_t k = 0; k < m; k++) {
@@ -205,16 +218,20 @@ static int64_t sample_rank(int64_t samples, double share, double sigmas)
     return rank < 1 ? 1 : rank > m ? samples : (int64_t)rank;
 }
 
-static const char *sample_rows(const unit_t *unit, range_t of, int64_t m, unit_t *sampled)
+static const char *sample_rows(bound_t *b, range_t of)
 {
-    if (!allocate_rows(sampled, m, unit->width, has_dots(unit)))
+    const unit_t *unit = &b->s->in.unit;
+    const int64_t m = b->samples;
+    b->of_sampled = allocate(m, 1, sizeof *b->of_sampled);
+    if (!b->of_sampled || !allocate_rows(&b->sampled, m, unit->width, has_dots(unit)))
         return HEX_NO_MEMORY;
     uint32_t random = 1;
     for (int64_t q = 0; q < m; q++) { /* any will do; always the same, for the bits' sake */
         random = random * 1664525u + 1013904223u;
         const int64_t row =
             of.begin + (int64_t)((uint64_t)random * (uint64_t)(of.end - of.begin) >> 32);
-        copy_row(unit, row, sampled, q);
+        copy_row(unit, row, &b->sampled, q);
+        b->of_sampled[q] = b->codes ? b->codes[row] : 0;
     }
     return NULL;
 }
@@ -226,7 +243,7 @@ static const char *sample_side(bound_t *b, int side)
     const int64_t m = b->samples;
     const bool at_once = b->lowest <= MOST_AT_ONCE;
     b->sampled = (unit_t){0};
-    const char *error = sample_rows(unit, candidates_of(b->s, side), m, &b->sampled);
+    const char *error = sample_rows(b, candidates_of(b->s, side));
     b->anchors = anchors_of(b->s, side);
     panels_t own = {0};
     const panels_t *at_hand = &b->s->panels;
@@ -242,6 +259,7 @@ static const char *sample_side(bound_t *b, int side)
                                     at_once ? bound_at_once_body : bound_body, b))
         error = HEX_NO_THREADS;
     release(own.data);
+    release(b->of_sampled);
     free_unit(&b->sampled);
     return error ? error : b->no_memory ? HEX_NO_MEMORY : NULL;
 }
@@ -252,6 +270,7 @@ static const char *make_bound(batch_t *s, double share, bool reach)
 {
     const int64_t rows = s->rows, m = SAMPLES(columns_of(s->p));
     bound_t b = {.s = s,
+                 .codes = s->p->several ? s->in.ids : NULL,
                  .samples = m,
                  .low = allocate(rows, 1, sizeof(real)),
                  .guess = allocate(rows, 1, sizeof(real)),
@@ -284,21 +303,27 @@ static const char *make_bound(batch_t *s, double share, bool reach)
 typedef struct {
     batch_t *s;
     threshold_context_t threshold; /* quantiles go to threshold.low */
-    int64_t k;                     /* the quantile's rank from above, 1 the largest */
+    int64_t k;                     /* the quantile's rank from above, 1 the largest: of every row,
+                                    * unless positives are several */
     bool *again;                   /* rows that their list does not serve */
     atomic_bool no_memory;
 } selection_t;
 
-/* Row i's quantile from the list of what is above its limit, which has space for two and a vector
- * more; at least `ties` candidates equal the limit. */
-static void select_row(const selection_t *q, int64_t i, list_t list, int64_t ties, bool finite)
+/* Row i's quantile, k-th from above, from the list of what is above its limit, which has space for
+ * two and a vector more; at least `ties` candidates equal the limit. */
+static void select_row(const selection_t *q, int64_t i, int64_t k, list_t list, int64_t ties,
+                       bool finite)
 {
     const batch_t *s = q->s;
-    const real cp = (real)s->cp[i], limit = s->limit[i], self = s->in.unit.inverse[i] != 0;
+    const real cp = s->p->several ? 0 : (real)s->cp[i], limit = s->limit[i], self = s->in.unit.inverse[i] != 0;
     const bool all = !q->threshold.over_negatives, with_self = all && s->field.symmetric;
     q->again[i] = false;
     if (!finite || cp != cp) {
         q->threshold.low[i] = (real)NAN;
+        return;
+    }
+    if (k == 0) { /* it has no element */
+        q->threshold.low[i] = (real)INFINITY;
         return;
     }
     if (!list_is_whole(&list)) {
@@ -310,9 +335,9 @@ static void select_row(const selection_t *q, int64_t i, list_t list, int64_t tie
     if (all && cp > limit)
         list.to[list.length++] = cp;
     ties += (with_self && self == limit) + (all && cp == limit);
-    q->again[i] = list.length + ties < q->k;
+    q->again[i] = list.length + ties < k;
     if (!q->again[i])
-        q->threshold.low[i] = cosine(select_above(list.to, list.length, q->k, limit));
+        q->threshold.low[i] = cosine(select_above(list.to, list.length, k, limit));
 }
 
 /* The rows with a flag, each by itself and whole. */
@@ -405,7 +430,7 @@ static void listing_body(int64_t begin, int64_t end, void *context)
                            &ties[i], &sum[i]);
         }
         for (int64_t i = 0; i < t.rows; i++)
-            select_row(l->q, first + i, lists[i], ties[i], sum[i] == sum[i]);
+            select_row(l->q, first + i, l->q->k, lists[i], ties[i], sum[i] == sum[i]);
     }
     if (!c || !to)
         l->q->no_memory = true;

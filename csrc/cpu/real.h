@@ -220,16 +220,19 @@ typedef struct {
 
 static inline bool list_is_whole(const list_t *l) { return l->length <= l->room; }
 
+static inline int64_t list_held(const list_t *l)
+{
+    return l->length < l->room ? l->length : l->room;
+}
+
 /* The lanes of x = c[place ..], of up to 64 numbers c, that m picks. Without an instruction it is
  * done for all of c by list_rest(c, what this returned for any of them). */
 INLINE uint64_t list_lanes(list_t *l, mask_t m, vec_t x, int64_t place)
 {
 #ifdef LEVEL_HAS_PACK
     const uint32_t picked = bits(m);
-    const int64_t at = l->length < l->room ? l->length : l->room;
-    *(vec_t *)(l->to + at) = (vec_t)OF_TYPE(PACK)(x, picked);
+    *(vec_t *)(l->to + list_held(l)) = (vec_t)OF_TYPE(PACK)(x, picked);
     l->length += __builtin_popcount(picked);
-    COUNT(WORK_LISTED, (l->length < l->room ? l->length : l->room) - at);
     (void)place;
     return 0;
 #else
@@ -241,10 +244,8 @@ INLINE uint64_t list_lanes(list_t *l, mask_t m, vec_t x, int64_t place)
 INLINE void list_rest(list_t *l, const real *c, uint64_t picked)
 {
     for (; picked; picked &= picked - 1, l->length++)
-        if (l->length < l->room) {
-            COUNT(WORK_LISTED, 1);
+        if (l->length < l->room)
             l->to[l->length] = c[__builtin_ctzll(picked)];
-        }
 }
 
 /* ---- 2^x ---- */

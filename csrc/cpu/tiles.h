@@ -147,9 +147,10 @@ INLINE void tile_sums(const pass_t *s, const tile_t *t, real *scratch, bool colu
                     out[SUM_REST_X * step] += where(~other, xe);
                 }
                 if (split == SPLIT_TIES) {
-                    sum[SUM_COUNT] += where(c == own_limit, one);
+                    const mask_t of = by == BY_IDS ? ~same : c == c;
+                    sum[SUM_COUNT] += where((c == own_limit) & of, one);
                     if (columns)
-                        out[SUM_COUNT * step] += where(c == other_limit, one);
+                        out[SUM_COUNT * step] += where((c == other_limit) & of, one);
                 }
                 if (lists) {
                     own_rest |= list_lanes(&list, own, c, j - from);
@@ -172,8 +173,10 @@ INLINE void tile_sums(const pass_t *s, const tile_t *t, real *scratch, bool colu
             if (lists && others)
                 list_columns(s, t->j + from, row + from, others);
         }
-        if (lists)
+        if (lists) {
+            COUNT(WORK_LISTED, list_held(&list) - list_held(&s->list[t->i + i]));
             s->list[t->i + i] = list;
+        }
         for (int k = 0; k < kinds; k++)
             s->sums[(k == kind_x ? SUM_REST_X : k) * s->rows + t->i + i] += (double)vec_sum(sum[k]);
         for (int k = 0; k < more; k++)
@@ -188,6 +191,14 @@ INLINE void tile_sums(const pass_t *s, const tile_t *t, real *scratch, bool colu
 
 INLINE void split_sums(const pass_t *s, const tile_t *t, real *scratch, bool columns, decider_t by)
 {
+    if (by != BY_GROUPS && s->split == SPLIT_LIST) {
+        tile_sums(s, t, scratch, columns, SPLIT_LIST, by, POWER_0);
+        return;
+    }
+    if (by != BY_GROUPS && s->split == SPLIT_TIES) {
+        tile_sums(s, t, scratch, columns, SPLIT_TIES, by, POWER_0);
+        return;
+    }
     switch (power_of(s->p->beta)) {
     case POWER_0:
         tile_sums(s, t, scratch, columns, SPLIT_SUMS, by, POWER_0);
@@ -210,10 +221,6 @@ INLINE void choose_sums(const pass_t *s, const tile_t *t, real *scratch, bool co
         split_sums(s, t, scratch, columns, BY_GROUPS);
     else if (s->split == SPLIT_NONE)
         tile_sums(s, t, scratch, columns, SPLIT_NONE, BY_EPS, POWER_0);
-    else if (s->split == SPLIT_LIST)
-        tile_sums(s, t, scratch, columns, SPLIT_LIST, BY_EPS, POWER_0);
-    else if (s->split == SPLIT_TIES)
-        tile_sums(s, t, scratch, columns, SPLIT_TIES, BY_EPS, POWER_0);
     else
         split_sums(s, t, scratch, columns, BY_EPS);
 }
