@@ -348,8 +348,9 @@ def check_one_pass(need, count, rows):
     assert count["again"] <= few
     once = need.bound(share) + need.cosines() + again
     if count["products"] == once:
-        most = count["again"] * need.columns
-        assert 0 < count["listed"] <= count["exponentials"] - need.summed() <= count["listed"] + most
+        listed = count["listed"]
+        more = count["exponentials"] - need.summed()
+        assert 0 < listed <= more <= listed + count["again"] * need.columns
     else:
         assert count["products"] == once + need.cosines()
         assert count["exponentials"] == 2 * need.summed()

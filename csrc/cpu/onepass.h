@@ -66,7 +66,6 @@ static const char *make_lists(batch_t *s, int64_t capacity)
 
 /* ---- select ---- */
 
-
 static void select_body(int64_t begin, int64_t end, void *context)
 {
     selection_t *q = context;
@@ -77,8 +76,8 @@ static void select_body(int64_t begin, int64_t end, void *context)
         double sum = pass->sums[SUM_ALL * pass->rows + i];
         int64_t k = q->k;
         if (s->p->several) { /* a row has its own number of negatives */
-            const int64_t n = columns_of(s->p) - s->field.symmetric -
-                              (int64_t)pass->sums[SUM_P * pass->rows + i];
+            const int64_t n =
+                columns_of(s->p) - s->field.symmetric - (int64_t)pass->sums[SUM_P * pass->rows + i];
             sum += pass->sums[SUM_PX * pass->rows + i];
             k = n > 0 ? n - rank(q->threshold.quantile, n) : 0;
         }
@@ -232,8 +231,8 @@ static const char *split_rows(batch_t *s, const hex_problem_t *p, void *loss, vo
         int64_t count = 0;
         f.again = allocate(s->rows, 1, sizeof(bool));
         for (int64_t i = 0; f.again && i < s->rows; i++) {
-            f.again[i] =
-                !list_is_whole(&s->pass.list[i]) || !(round_down(read_vector(p->eps, i)) >= s->limit[i]);
+            f.again[i] = !list_is_whole(&s->pass.list[i]) ||
+                         !(round_down(read_vector(p->eps, i)) >= s->limit[i]);
             count += f.again[i];
         }
         if (!f.again)

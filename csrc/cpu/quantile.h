@@ -38,10 +38,10 @@ typedef struct {
     inputs_t in;
     panels_t panels; /* of the field's candidates */
     pass_t pass;
-    double tau, *cp; /* the positive cosine of every row */
-    int64_t rows;    /* anchors */
+    double tau, *cp;       /* the positive cosine of every row */
+    int64_t rows;          /* anchors */
     real *limit, *numbers; /* of the lists */
-    bool kept; /* p->kept holds the cosines already */
+    bool kept;             /* p->kept holds the cosines already */
 } batch_t;
 
 /* In cross the anchors of z1 have the rows of z0 as their candidates; else all anchors have the
@@ -121,8 +121,8 @@ typedef struct {
     batch_t *s;
     range_t anchors;
     unit_t sampled;
-    const word *codes; /* ids of all rows, where positives are told by them; */
-    word *of_sampled;  /* and of those sampled */
+    const word *codes;                   /* ids of all rows, where positives are told by them; */
+    word *of_sampled;                    /* and of those sampled */
     panels_t panels;                     /* of the anchors, or of the sampled candidates */
     int64_t samples, limit, lowest, eps; /* ranks among a row's samples, from above */
     real *low, *guess;                   /* the lowest limit, the low estimate of the quantile */
@@ -315,7 +315,8 @@ static void select_row(const selection_t *q, int64_t i, int64_t k, list_t list, 
                        bool finite)
 {
     const batch_t *s = q->s;
-    const real cp = s->p->several ? 0 : (real)s->cp[i], limit = s->limit[i], self = s->in.unit.inverse[i] != 0;
+    const real cp = s->p->several ? 0 : (real)s->cp[i], limit = s->limit[i],
+               self = s->in.unit.inverse[i] != 0;
     const bool all = !q->threshold.over_negatives, with_self = all && s->field.symmetric;
     q->again[i] = false;
     if (!finite || cp != cp) {

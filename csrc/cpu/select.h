@@ -118,8 +118,7 @@ static real row_select(const real *restrict c, int64_t n, int64_t rank)
 
 /* What of c[0..n) is above a row's limit goes to its list. Adds what equals the limit, and
  * everything. */
-static void list_above(const real *c, int64_t n, real limit, list_t *list, int64_t *ties,
-                       real *all)
+static void list_above(const real *c, int64_t n, real limit, list_t *list, int64_t *ties, real *all)
 {
     COUNT(WORK_COMPARED, n);
     const vec_t one = 1 - (vec_t){0};
