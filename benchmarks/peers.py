@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from hex import (
     HEXCrossEntropyLoss,
     HEXLoss,
+    HEXSupConLoss,
     InfoNCELoss,
     ThresholdTracker,
     batch_threshold,
@@ -431,6 +432,7 @@ LABELS = (
     Method("hex_sup_con, H empty", "InfoNCE", of_ids(hex_sup_con, math.inf)),
     Method("plain SupCon", "InfoNCE", lambda _: plain_sup_con),
     Method("pytorch-metric-learning SupConLoss", "InfoNCE", SUP_CON),
+    Method("HEXSupConLoss", "HEX, measured", lambda _: HEXSupConLoss(TAU)),
 )
 LOGITS = (
     Method("hex_cross_entropy", "HEX", of_ids(hex_cross_entropy)),

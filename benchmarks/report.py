@@ -29,7 +29,7 @@ RATIOS = (
     (PLAIN_HEX, HEX), (COMPILED_HEX, HEX), (PLAIN_INFO_NCE, HEX), (PLAIN_INFO_NCE, INFO_NCE),
     *((other.name, ours.name) for ours, other in (peers.LABELS[:2], peers.LABELS[2:4])),
     *((other.name, ours.name) for ours, other in (peers.LOGITS[:2], peers.LOGITS[2:4])),
-    (peers.LOGITS[3].name, peers.LOGITS[4].name),
+    (peers.LABELS[3].name, peers.LABELS[5].name), (peers.LOGITS[3].name, peers.LOGITS[4].name),
 )  # fmt: skip
 COLUMNS = ("on", "part", "method", "case", "rows", "features", "queue", "dtype", "heap", "isa",
            "ms", "peak_mb", "loss_error", "gradient_error")  # fmt: skip
