@@ -35,15 +35,16 @@ PLANTED = {
         ("tiles.h", r"x = \(c\[j\] - 1\) \* scale, e = ", "x = (c[j] - 1) * scale, "
          "column_e = exp2_of(x), e = 0 * column_e + "),
     "the threshold has a pass of its own":
-        ("entry.h", r"if \(by_tiles\(p\) && !is_classed",
-         "if (false && by_tiles(p) && !is_classed"),
+        ("entry.h", r"return (?=by_tiles\(p\) && listed)", "return false && "),
+    "labels: the threshold has a pass of its own":
+        ("entry.h", r"const bool listed = .*;", "const bool listed = !p->several;"),
     "the bound is made twice":
         ("quantile.h", r"(?=cosines\(&b->sampled, 0, m)", TWICE),
     "twice as many rows are sampled":
         ("quantile.h", r"<= 1024 \? 128 : 256", "<= 1024 ? 256 : 512"),
     "a list's quantile is selected twice":
         ("quantile.h", r"q->threshold\.low\[i\] = (?=cosine\()",
-         "select_above(list, n, q->k, limit), q->threshold.low[i] = "),
+         "select_above(list.to, list.length, k, limit), q->threshold.low[i] = "),
     "every row is normalised twice":
         ("unit.h", r"c->unit->inverse\[i\] = (?=normalize\()",
          "normalize(u, D), c->unit->inverse[i] = "),

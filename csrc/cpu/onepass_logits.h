@@ -127,7 +127,7 @@ static void list_body(int64_t begin, int64_t end, void *context)
     const double share = 1 - c->threshold.quantile;
     const real tau = (real)c->forward.tau;
     real *own = allocate(p->D + 1, 2, sizeof(real));
-    real *room = allocate(c->capacity + 2 + LANES, 1, sizeof(real));
+    real *room = allocate(LIST_SPACE(c->capacity + 2), 1, sizeof(real));
     near_t near = {0};
     if (!make_near(&near, p->D) || !own || !room)
         c->no_memory = true;

@@ -129,7 +129,8 @@ typedef struct {
     atomic_bool no_memory;
 } bound_t;
 
-/* Of each column of c the largest, downwards: in registers, so as many as there can be. */
+/* The MOST_AT_ONCE largest of each column of c, downwards. Always so many, for they stay in
+ * registers then. */
 INLINE void largest_of_columns(const real *c, int64_t rows, int64_t ld, vec_t *top)
 {
 #pragma GCC unroll 16

@@ -161,7 +161,7 @@ static bool make_near(near_t *near, int64_t n)
 {
     near->limit = (real)NAN;
     near->capacity = (int64_t)(LONGEST_LIST * (double)n);
-    near->list = allocate(near->capacity + LANES, 1, sizeof(real));
+    near->list = allocate(LIST_SPACE(near->capacity), 1, sizeof(real));
     return near->list;
 }
 
