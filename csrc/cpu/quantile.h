@@ -282,13 +282,16 @@ static const char *make_bound(batch_t *s, double share, bool reach)
     for (int side = 0; !error && side < count_sides(s->p); side++)
         error = sample_side(&b, side);
     if (!error) {
-        double sum = 0;
-        for (int64_t i = 0; i < rows; i++)
-            sum += (double)b.guess[i];
-        const real guess = (real)(sum / (double)rows);
+        double sum = 0, count = 0;
+        for (int64_t i = 0; i < rows; i++) { /* but of those whose sample has too few negatives */
+            const bool known = !(b.guess[i] <= BELOW_COSINES);
+            sum += known ? (double)b.guess[i] : 0;
+            count += known;
+        }
+        const real guess = (real)(sum / count);
         int64_t ties = 0;
         for (int64_t i = 0; i < rows; i++) {
-            ties += s->limit[i] == b.low[i];
+            ties += s->limit[i] == b.low[i] && s->limit[i] > BELOW_COSINES;
             if (reach && guess < s->limit[i])
                 s->limit[i] = guess > b.low[i] ? guess : b.low[i];
         }
