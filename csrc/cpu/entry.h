@@ -164,10 +164,12 @@ static const char *backward(const hex_problem_t *p, const hex_gradient_t *g)
     backward_context_t c = {.p = p, .g = g, .in = &in, .panels = &panels};
     scale_stats(p, g, k, &c.k);
     const bool wanted = g->dz[0] || g->dz[1] || g->dz[2];
-    const char *error = wanted && p->mode != HEX_LOGITS ? make_inputs(p, false, &in) : NULL;
-    if (!error && p->mode < HEX_PAIRED && wanted)
-        error = has_dots(&in.unit) ? make_pairs(p, &in.unit.dots, in.unit.count, in.unit.width)
-                                   : make_strips(&in.unit);
+    const bool shared = p->mode < HEX_PAIRED; /* rows that many others meet */
+    const char *error = NULL;
+    if (wanted && p->mode != HEX_LOGITS)
+        error = make_inputs(p, false, shared, &in);
+    if (!error && wanted && shared && has_dots(&in.unit))
+        error = make_pairs(p, &in.unit.dots, in.unit.count, in.unit.width);
     if (!error && wanted)
         error = by_tiles(p) ? backward_tiles(&c, &panels) : backward_rows(&c, &panels);
     release(k);

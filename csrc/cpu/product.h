@@ -100,27 +100,7 @@ static const char *make_panels(const unit_t *unit, int64_t begin, int64_t end, p
                : HEX_NO_THREADS;
 }
 
-/* ---- strips: unit rows cut into NR features each, so that what a register tile reads of many rows
- * is one stretch of memory ---- */
-
-static void strip_body(int64_t begin, int64_t end, void *context)
-{
-    const unit_t *unit = context;
-    for (int64_t i = begin; i < end; i++)
-        for (int64_t d = 0; d < unit->width; d += NR)
-            memcpy(unit->strips + d * unit->count + i * NR, unit->u + i * unit->stride + d,
-                   NR * sizeof(real));
-}
-
-static const char *make_strips(unit_t *unit)
-{
-    unit->strips = allocate(unit->count, unit->width, sizeof(real));
-    if (!unit->strips)
-        return HEX_NO_MEMORY;
-    return hex_parallel_for(unit->count, 2 * unit->width, strip_body, unit) ? NULL : HEX_NO_THREADS;
-}
-
-/* Row i of strip d / NR. */
+/* Row i of strip d / NR: what a register tile reads of many rows is one stretch of memory. */
 static const real *strip_of(const unit_t *unit, int64_t d, int64_t i)
 {
     return unit->strips + d * unit->count + i * NR;

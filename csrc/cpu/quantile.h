@@ -84,7 +84,7 @@ static const char *make_batch(const hex_problem_t *p, batch_t *s)
 {
     s->p = p;
     s->field = field_of(p);
-    const char *error = make_inputs(p, false, &s->in);
+    const char *error = make_inputs(p, false, false, &s->in);
     if (!error)
         error = make_panels(&s->in.unit, s->field.candidates.begin, s->field.candidates.end,
                             &s->panels);

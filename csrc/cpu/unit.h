@@ -18,7 +18,7 @@
 typedef struct {
     int64_t count, width, stride;
     real *u;
-    real *strips;    /* the same for products by coefficients, see make_strips; or NULL */
+    real *strips;    /* the same cut into NR features each, see strip_of; or NULL */
     double *inverse; /* 1 / |z|, count of them; NULL in copies */
     dots_t dots;     /* none: features NULL */
 } unit_t;
@@ -208,20 +208,28 @@ static void unit_body(int64_t begin, int64_t end, void *context)
         c->unit->inverse[i] = normalize(u, D);
         for (int64_t k = D; k < stride; k++)
             u[k] = 0;
+        for (int64_t d = 0; c->unit->strips && d < c->unit->width; d += NR)
+            memcpy(c->unit->strips + d * c->unit->count + i * NR, u + d, NR * sizeof(real));
         if (has_dots(c->unit))
             make_dots(&c->unit->dots, i, u, c->unit->width, c->unit->inverse[i]);
     }
 }
 
 /* All unit rows of the problem, or of its guide, but negatives of each anchor's own, which are many
- * and used once each; or, with `own`, those of the block alone. */
+ * and used once each; or, with `own`, those of the block alone. strips: those of rows that are no
+ * pairs of bfloat16, too. */
 static const char *make_unit(const hex_problem_t *p, const hex_rows_t input[3], int64_t D,
-                             bool dots, bool own, unit_t *unit)
+                             bool dots, bool own, bool strips, unit_t *unit)
 {
     const int64_t count = rows_of(p, 2).end;
     unit->inverse = allocate(count, 1, sizeof(double));
     if (!unit->inverse || !allocate_rows(unit, count, round_up(D, NR), dots))
         return HEX_NO_MEMORY;
+    if (strips && !has_dots(unit)) {
+        unit->strips = allocate(unit->count, unit->width, sizeof(real));
+        if (!unit->strips)
+            return HEX_NO_MEMORY;
+    }
     unit_context_t c = {p, input, D, own, unit};
     return hex_parallel_for(unit->count, 8 * unit->width, unit_body, &c) ? NULL : HEX_NO_THREADS;
 }
