@@ -167,7 +167,7 @@ static const char *backward(const hex_problem_t *p, const hex_gradient_t *g)
     const bool shared = p->mode < HEX_PAIRED; /* rows that many others meet */
     const char *error = NULL;
     if (wanted && p->mode != HEX_LOGITS)
-        error = make_inputs(p, false, shared, &in);
+        error = make_inputs(p, shared ? ROWS_AND_STRIPS : ALL_ROWS, &in);
     if (!error && wanted && shared && has_dots(&in.unit))
         error = make_pairs(p, &in.unit.dots, in.unit.count, in.unit.width);
     if (!error && wanted)

@@ -26,14 +26,14 @@ typedef struct {
     sets_t of; /* of.rest: the largest of all negatives */
     sums_t sums;
     real limit;
-    int64_t length; /* of its list */
+    list_t list; /* logits above it */
     bool again;
 } listed_t;
 
 typedef struct {
     threshold_context_t threshold; /* quantiles go to threshold.low */
     int64_t capacity;
-    real *list; /* of each row */
+    real *numbers; /* of the lists */
     listed_t *rows;
     forward_context_t forward; /* its p has the eps, once that is known */
     atomic_bool no_memory;
@@ -63,7 +63,7 @@ static real sampled_limit(const row_t *r, double share)
 
 /* The sets of a row, all negatives in G, and the list of those above the limit. *ties: how many
  * negatives equal it. */
-static sets_t list_logits(const row_t *r, listed_t *l, real *list, int64_t capacity, int64_t *ties)
+static sets_t list_logits(const row_t *r, listed_t *l, int64_t *ties)
 {
     COUNT(WORK_COMPARED, r->n);
     const vec_t none = -(real)INFINITY - (vec_t){0}, one = 1 - (vec_t){0};
@@ -72,7 +72,7 @@ static sets_t list_logits(const row_t *r, listed_t *l, real *list, int64_t capac
                  .sum = (double)r->v[r->target],
                  .largest = (double)r->v[r->target],
                  .shift = (double)r->v[r->target]};
-    list_t above = {list, 0, capacity};
+    list_t above = l->list;
     for (int64_t from = 0; from < r->n; from += SLICE) {
         const int64_t end = r->n - from < SLICE ? r->n : from + SLICE;
         vec_t count = {0}, equal = {0}, finite = {0};
@@ -96,7 +96,7 @@ static sets_t list_logits(const row_t *r, listed_t *l, real *list, int64_t capac
     }
     of.rest = (double)vec_largest(top);
     COUNT(WORK_LISTED, list_held(&above));
-    l->length = above.length;
+    l->list = above;
     return of;
 }
 
@@ -104,14 +104,14 @@ static sets_t list_logits(const row_t *r, listed_t *l, real *list, int64_t capac
 
 /* The quantile from the list, or NaN; room: for the list, two more, and a vector. */
 static real listed_quantile(const threshold_context_t *t, const row_t *r, const listed_t *l,
-                            const real *list, int64_t ties, real *room)
+                            int64_t ties, real *room)
 {
     const bool all = !t->over_negatives, with_self = all && t->p->self_column;
     const real cp = cosine(r->v[r->target] * r->tau);
     const int64_t n = (int64_t)l->of.negatives + all + with_self, k = n - rank(t->quantile, n);
-    int64_t m = l->length;
+    int64_t m = l->list.length;
     for (int64_t j = 0; j < m; j++)
-        room[j] = cosine(list[j] * r->tau);
+        room[j] = cosine(l->list.to[j] * r->tau);
     if (all && cp > l->limit)
         room[m++] = cp;
     if (with_self && 1 > l->limit)
@@ -133,13 +133,14 @@ static void list_body(int64_t begin, int64_t end, void *context)
         c->no_memory = true;
     for (int64_t i = begin; i < end && !c->no_memory; i++) {
         row_t r = logits_row(p, i, tau, own, own + p->D);
-        real *list = c->list + i * LIST_SPACE(c->capacity), *quantile = &c->threshold.low[i];
+        real *quantile = &c->threshold.low[i];
         listed_t *l = &c->rows[i];
         int64_t ties = 0;
         l->limit = sampled_limit(&r, share);
-        l->of = list_logits(&r, l, list, c->capacity, &ties);
-        l->again = l->of.finite != 0 || l->of.negatives == 0 || l->length > c->capacity;
-        *quantile = l->again ? (real)NAN : listed_quantile(&c->threshold, &r, l, list, ties, room);
+        l->list = (list_t){c->numbers + i * LIST_SPACE(c->capacity), 0, c->capacity};
+        l->of = list_logits(&r, l, &ties);
+        l->again = l->of.finite != 0 || l->of.negatives == 0 || !list_is_whole(&l->list);
+        *quantile = l->again ? (real)NAN : listed_quantile(&c->threshold, &r, l, ties, room);
         if (!l->again)
             l->sums = row_sums(&r, l->of.rest, l->of.shift, l->limit, (real)M_LOG2E, 0, HARD_NONE,
                                true, true);
@@ -161,8 +162,8 @@ static bool split_list(const logits_pass_t *c, int64_t i, double *loss, double *
     const real eps = row_eps(p, read_vector(p->eps, i));
     if (l->again || !(eps >= l->limit))
         return false;
-    const row_t r = {.v = c->list + i * LIST_SPACE(c->capacity),
-                     .n = l->length,
+    const row_t r = {.v = l->list.to,
+                     .n = l->list.length,
                      .logits = true,
                      .target = -1, /* it is not in the list */
                      .tau = (real)c->forward.tau};
@@ -218,10 +219,10 @@ static const char *adaptive_logits(const hex_problem_t *p, hex_tracker_t *t, int
     logits_pass_t c = {
         .threshold = {p, t->quantile, t->over_negatives, false, quantiles, NULL},
         .capacity = capacity,
-        .list = allocate(p->B, LIST_SPACE(capacity), sizeof(real)),
+        .numbers = allocate(p->B, LIST_SPACE(capacity), sizeof(real)),
         .rows = allocate(p->B, 1, sizeof(listed_t)),
         .forward = {&with, p->B, read_vector(p->tau, 0), stats, allocate(p->B, 1, sizeof(double))}};
-    const char *error = quantiles && c.list && c.rows && c.forward.loss ? NULL : HEX_NO_MEMORY;
+    const char *error = quantiles && c.numbers && c.rows && c.forward.loss ? NULL : HEX_NO_MEMORY;
     if (!error && !hex_parallel_for(p->B, 64 * p->D, list_body, &c))
         error = HEX_NO_THREADS;
     if (!error && c.no_memory)
@@ -236,7 +237,7 @@ static const char *adaptive_logits(const hex_problem_t *p, hex_tracker_t *t, int
             reduce(p->reduction, c.forward.loss, p->B, loss);
     }
     release(quantiles);
-    release(c.list);
+    release(c.numbers);
     release(c.rows);
     release(c.forward.loss);
     return error;

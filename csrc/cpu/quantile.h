@@ -84,7 +84,7 @@ static const char *make_batch(const hex_problem_t *p, batch_t *s)
 {
     s->p = p;
     s->field = field_of(p);
-    const char *error = make_inputs(p, false, false, &s->in);
+    const char *error = make_inputs(p, ALL_ROWS, &s->in);
     if (!error)
         error = make_panels(&s->in.unit, s->field.candidates.begin, s->field.candidates.end,
                             &s->panels);
@@ -150,7 +150,7 @@ INLINE void largest_of_columns(const real *c, int64_t rows, int64_t ld, vec_t *t
 /* A positive is none of the numbers that the quantile is taken over, which the sample stands for. */
 static inline real unless_positive(const bound_t *b, int64_t i, int64_t q, real c)
 {
-    return b->codes && b->codes[i] == b->of_sampled[q] ? BELOW_COSINES : c;
+    return b->codes[i] == b->of_sampled[q] ? BELOW_COSINES : c;
 }
 
 /* By panels of anchors, which are the columns here. */

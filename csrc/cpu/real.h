@@ -241,11 +241,17 @@ INLINE uint64_t list_lanes(list_t *l, mask_t m, vec_t x, int64_t place)
 #endif
 }
 
+static inline void list_one(list_t *l, real c)
+{
+    if (l->length < l->room)
+        l->to[l->length] = c;
+    l->length++;
+}
+
 INLINE void list_rest(list_t *l, const real *c, uint64_t picked)
 {
-    for (; picked; picked &= picked - 1, l->length++)
-        if (l->length < l->room)
-            l->to[l->length] = c[__builtin_ctzll(picked)];
+    for (; picked; picked &= picked - 1)
+        list_one(l, c[__builtin_ctzll(picked)]);
 }
 
 /* ---- 2^x ---- */

@@ -71,12 +71,11 @@ static const char *make_codes(const hex_problem_t *p, const hex_ids_t *labels, w
     return NULL;
 }
 
-/* own: of the unit rows those of the block, for its cosines are at hand. strips: see make_unit. */
-static const char *make_inputs(const hex_problem_t *p, bool own, bool strips, inputs_t *in)
+static const char *make_inputs(const hex_problem_t *p, wanted_t wanted, inputs_t *in)
 {
-    const char *error = make_unit(p, p->input, p->D, are_dots(p), own, strips, &in->unit);
+    const char *error = make_unit(p, p->input, p->D, are_dots(p), wanted, &in->unit);
     if (!error && p->G > 0)
-        error = make_unit(p, p->guide, p->G, false, false, false, &in->guide);
+        error = make_unit(p, p->guide, p->G, false, ALL_ROWS, &in->guide);
     if (!error && p->several && p->ids[0].data)
         error = make_codes(p, p->ids, &in->ids);
     if (!error && p->by_group)

@@ -68,11 +68,8 @@ static void list_columns(const pass_t *s, int64_t j, const real *c, uint64_t pic
     for (; picked; picked &= picked - 1) {
         const int k = __builtin_ctzll(picked);
         list_t *l = &s->list[j + k];
-        if (l->length < l->room) {
-            COUNT(WORK_LISTED, 1);
-            l->to[l->length] = c[k];
-        }
-        l->length++;
+        COUNT(WORK_LISTED, l->length < l->room);
+        list_one(l, c[k]);
     }
 }
 
@@ -168,8 +165,7 @@ INLINE void tile_sums(const pass_t *s, const tile_t *t, real *scratch, bool colu
                         out[(SUM_COUNT + k) * step] += where(other, of[k]);
                 }
             }
-            if (lists && own_rest)
-                list_rest(&list, row + from, own_rest);
+            list_rest(&list, row + from, own_rest);
             if (lists && others)
                 list_columns(s, t->j + from, row + from, others);
         }
@@ -189,40 +185,32 @@ INLINE void tile_sums(const pass_t *s, const tile_t *t, real *scratch, bool colu
     }
 }
 
-INLINE void split_sums(const pass_t *s, const tile_t *t, real *scratch, bool columns, decider_t by)
+INLINE void sums_by(const pass_t *s, const tile_t *t, real *scratch, bool columns, decider_t by)
 {
-    if (by != BY_GROUPS && s->split == SPLIT_LIST) {
+    const hex_power_t power = power_of(s->p->beta);
+    const hex_split_t split = by == BY_GROUPS ? SPLIT_SUMS : s->split; /* groups need no eps */
+    if (split == SPLIT_NONE)
+        tile_sums(s, t, scratch, columns, SPLIT_NONE, by, POWER_0);
+    else if (split == SPLIT_LIST)
         tile_sums(s, t, scratch, columns, SPLIT_LIST, by, POWER_0);
-        return;
-    }
-    if (by != BY_GROUPS && s->split == SPLIT_TIES) {
+    else if (split == SPLIT_TIES)
         tile_sums(s, t, scratch, columns, SPLIT_TIES, by, POWER_0);
-        return;
-    }
-    switch (power_of(s->p->beta)) {
-    case POWER_0:
+    else if (power == POWER_0)
         tile_sums(s, t, scratch, columns, SPLIT_SUMS, by, POWER_0);
-        break;
-    case POWER_1:
+    else if (power == POWER_1)
         tile_sums(s, t, scratch, columns, SPLIT_SUMS, by, POWER_1);
-        break;
-    default:
+    else
         tile_sums(s, t, scratch, columns, SPLIT_SUMS, by, POWER_ANY);
-    }
 }
 
 INLINE void choose_sums(const pass_t *s, const tile_t *t, real *scratch, bool columns)
 {
-    if (s->by == BY_IDS && s->split == SPLIT_NONE)
-        tile_sums(s, t, scratch, columns, SPLIT_NONE, BY_IDS, POWER_0);
-    else if (s->by == BY_IDS)
-        split_sums(s, t, scratch, columns, BY_IDS);
+    if (s->by == BY_IDS)
+        sums_by(s, t, scratch, columns, BY_IDS);
     else if (s->by == BY_GROUPS)
-        split_sums(s, t, scratch, columns, BY_GROUPS);
-    else if (s->split == SPLIT_NONE)
-        tile_sums(s, t, scratch, columns, SPLIT_NONE, BY_EPS, POWER_0);
+        sums_by(s, t, scratch, columns, BY_GROUPS);
     else
-        split_sums(s, t, scratch, columns, BY_EPS);
+        sums_by(s, t, scratch, columns, BY_EPS);
 }
 
 static void sum_tile(void *context, const tile_t *t, real *scratch)

@@ -174,6 +174,10 @@ static double normalize(real *restrict x, int64_t D)
     return scale * inverse;
 }
 
+/* Which unit rows: all; those of the block alone, whose cosines are at hand; or all, and strips of
+ * those that are no pairs of bfloat16. */
+typedef enum { ALL_ROWS, ROWS_OF_BLOCK, ROWS_AND_STRIPS } wanted_t;
+
 typedef struct {
     const hex_problem_t *p;
     const hex_rows_t *input; /* its own, or the guide's */
@@ -215,22 +219,21 @@ static void unit_body(int64_t begin, int64_t end, void *context)
     }
 }
 
-/* All unit rows of the problem, or of its guide, but negatives of each anchor's own, which are many
- * and used once each; or, with `own`, those of the block alone. strips: those of rows that are no
- * pairs of bfloat16, too. */
+/* Unit rows of the problem, or of its guide, but negatives of each anchor's own, which are many and
+ * used once each. */
 static const char *make_unit(const hex_problem_t *p, const hex_rows_t input[3], int64_t D,
-                             bool dots, bool own, bool strips, unit_t *unit)
+                             bool dots, wanted_t wanted, unit_t *unit)
 {
     const int64_t count = rows_of(p, 2).end;
     unit->inverse = allocate(count, 1, sizeof(double));
     if (!unit->inverse || !allocate_rows(unit, count, round_up(D, NR), dots))
         return HEX_NO_MEMORY;
-    if (strips && !has_dots(unit)) {
+    if (wanted == ROWS_AND_STRIPS && !has_dots(unit)) {
         unit->strips = allocate(unit->count, unit->width, sizeof(real));
         if (!unit->strips)
             return HEX_NO_MEMORY;
     }
-    unit_context_t c = {p, input, D, own, unit};
+    unit_context_t c = {p, input, D, wanted == ROWS_OF_BLOCK, unit};
     return hex_parallel_for(unit->count, 8 * unit->width, unit_body, &c) ? NULL : HEX_NO_THREADS;
 }
 

@@ -405,7 +405,7 @@ static const char *make_visit(const hex_problem_t *p, bool at_hand, visit_t *v)
     v->made = true;
     if (p->mode == HEX_LOGITS)
         return NULL;
-    const char *error = make_inputs(p, at_hand, false, &v->in);
+    const char *error = make_inputs(p, at_hand ? ROWS_OF_BLOCK : ALL_ROWS, &v->in);
     if (error || p->several)
         return error;
     v->positive = allocate(p->count, 1, sizeof(real));
