@@ -11,7 +11,7 @@
  *     b_j = exp(beta d_j), up to any common factor           r   = sum_H b e / sum_H b
  *     q   = N_h (r - tau_plus e_0) / (1 - tau_plus)          f   = N_h exp(-(1 + c_p) / tau - m)
  *     S   = max(q, f) + sum_G e
- *     L   = log(1 + S / e_0)                                 computed as softplus(m + log S)
+ *     L   = log(1 + S / e_0)                                 computed as log1p(S exp(m)), m <= 30
  *
  * Where positives may be several, P(i) of them, n_P, with l_ij = v_ij / t, v the cosines and t = tau,
  * or v logits that are given and t = 1, and e_0 gives way to

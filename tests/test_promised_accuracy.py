@@ -11,6 +11,7 @@ anchor has its own negatives, whose gradients are those of their cosines one by 
     dL/dn_j = dL/dc_j (u - c_j n_j) / |n_j|,    n unit rows
 
 and the truth is the closed form of the gradient in extended precision, written here once more.
+A loss near 0 in float64 has all digits where nothing but its last steps rounds.
 """
 
 import functools
@@ -23,6 +24,8 @@ import pytest
 import torch
 from data import f64
 from torch import Tensor
+
+from hex import hex_cross_entropy, hex_sup_con, info_nce
 
 LONG = np.longdouble
 BETAS, TAU_PLUS = (0.0, 0.5, 1.0, 2.0), (0.0, 0.1, 0.9)
@@ -144,3 +147,31 @@ def test_loss_and_gradient_given_the_cosines(tau, dtype):
     _, _, condition, clamped = np.concatenate(results, 1)
     assert (condition > 100).mean() < 0.02
     assert 0.05 < clamped.mean() < 0.5
+
+
+@pytest.mark.parametrize("positives", ["one", "inside", "a logit"])
+@pytest.mark.parametrize("power", [16, 32, 64])
+def test_a_loss_near_0_has_all_its_digits_in_float64(power, positives):
+    """K negatives of the cosine 0, each of n_P positives of 1: L = log(1 + K exp(-1/tau) / n_P).
+
+    The cosines, 1/tau and so the sums are exact. An exponential, a quotient, a product and the
+    logarithm are left, each right to about an ulp.
+    """
+    errors = []
+    for n in range(3, 40):
+        z = torch.eye(n, 41, dtype=torch.float64)
+        options = {"temperature": 1 / power, "reduction": "none"}
+        if positives == "one":
+            rows, ratio = info_nce(z, z, **options), 2 * (n - 1)
+        elif positives == "a logit":
+            logits = torch.zeros(2, n, dtype=torch.float64)
+            logits[:, 0] = power
+            rows = hex_cross_entropy(logits, torch.zeros(2, dtype=torch.int64), eps=2, **options)
+            ratio = n - 1
+        else:
+            labels = torch.arange(n).repeat(3)
+            rows = hex_sup_con(z.repeat(3, 1), labels, eps=2, positives="inside", **options)
+            ratio = 3 * (n - 1) / 2
+        wanted = np.log1p(ratio * np.exp(-np.longdouble(power)))
+        errors.append((abs(rows.numpy() - wanted) / wanted).max())
+    assert max(errors) <= 4 * np.finfo(np.float64).eps

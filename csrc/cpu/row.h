@@ -436,11 +436,11 @@ INLINE double row_scalars(const hex_problem_t *p, sums_t s, const sets_t *of, co
     out[HEX_STAT_SHARE] = local / (E + S);
     /* -tau dL/dtau = sum_j (v_j - centre) dL/dv_j: only differences, but for the floor, which knows
      * the centre itself */
-    double moment = k * unit * (s.rest_x + above * s.rest), x;
+    double moment = k * unit * (s.rest_x + above * s.rest), W; /* L = log(1 + exp(m) W) */
     if (inside) { /* L = log(E + S) - log E; E itself may underflow, and below is 0 */
         out[HEX_STAT_POS_E] = -k * S / s.e - debias;
         moment += out[HEX_STAT_POS_E] * s.ex;
-        x = log(S) - log(s.e) + m;
+        W = S / s.e;
     } else { /* L = log(E + S) - mean_P l */
         const double mean = classed ? s.e / nP : 1;
         out[HEX_STAT_POSITIVE] = -k * S / nP;
@@ -449,7 +449,7 @@ INLINE double row_scalars(const hex_problem_t *p, sums_t s, const sets_t *of, co
             out[HEX_STAT_POS_E] = k * exp(below - m) - debias;
             moment += out[HEX_STAT_POS_E] * (s.ex - mean * s.x);
         }
-        x = m + log(S + (nP > 1 ? E - e0 : 0));
+        W = S + (nP > 1 ? E - e0 : 0);
     }
     if (s.count > 0 && !clamped) {
         const double h = k * s.count / ((1 - p->tau_plus) * s.b);
@@ -465,6 +465,9 @@ INLINE double row_scalars(const hex_problem_t *p, sums_t s, const sets_t *of, co
         out[HEX_STAT_DTAU] = at_floor / (tau * tau);
     else
         out[HEX_STAT_DTAU] = (at_floor * (1 + centre) - moment) / tau;
+    if (m <= 30 && !lost) /* with the logarithm x, L would lose |x| ulp where x is far below 0 */
+        return log1p(W * exp(m));
+    const double x = m + log(W);
     if (lost)
         return x + INFINITY;                            /* or NaN */
     return x <= 0 ? log1p(exp(x)) : x + log1p(exp(-x)); /* softplus */

@@ -315,11 +315,11 @@ SHARED_DEVICE double row_loss(const hex_problem_t &p, const hex_row &row, double
     // -tau dL/dtau = sum_j (v_j - centre) dL/dv_j: only differences, but for the floor, which knows
     // the centre itself
     double moment = k * rest_unit * (s.v[SUM_REST_T] / scale + (rest_top - centre) * s.v[SUM_REST]);
-    double x;
+    double W;     // L = log(1 + exp(m) W)
     if (inside) { // L = log(E + S) - log E; E itself may underflow, and `below` is 0
         out[HEX_STAT_POS_E] = -k * S / pos_e - debias;
         moment += out[HEX_STAT_POS_E] * pos_ex;
-        x = log(S) - log(pos_e) + m;
+        W = S / pos_e;
     } else { // L = log(E + S) - mean_P l
         const double mean = pos_e / positives;
         out[HEX_STAT_POSITIVE] = -k * S / positives;
@@ -328,7 +328,7 @@ SHARED_DEVICE double row_loss(const hex_problem_t &p, const hex_row &row, double
             out[HEX_STAT_POS_E] = k * pos_unit - debias;
             moment += out[HEX_STAT_POS_E] * (pos_ex - mean * pos_x);
         }
-        x = m + log(S + (positives > 1 ? E - e0 : 0));
+        W = S + (positives > 1 ? E - e0 : 0);
     }
     if (debiased) {
         // Relative to the row's shift; where H lies so far below it that b would leave the range, a
@@ -350,6 +350,9 @@ SHARED_DEVICE double row_loss(const hex_problem_t &p, const hex_row &row, double
         out[HEX_STAT_DTAU] = at_floor / (tau * tau);
     else
         out[HEX_STAT_DTAU] = (at_floor * (1 + centre) - moment) / tau;
+    if (m <= 30 && !lost) // with the logarithm x, L would lose |x| ulp where x is far below 0
+        return log1p(W * exp(m));
+    const double x = m + log(W);
     if (lost)
         return x + (double)INFINITY; // or NaN
     return x <= 0 ? log1p(exp(x)) : x + log1p(exp(-x));
