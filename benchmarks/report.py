@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import accuracy_report
 import cost
 import ddp
 import numpy as np
@@ -238,6 +239,34 @@ class Page(NamedTuple):
         )
         return found[["method", "rows", "ms", "peak_mb"]]
 
+    def draw(self) -> None:
+        draw(self.points(), f"{self.records()[0]['on']}\n{self.about}", self.picture)
+
+
+class Errors(Page):
+    """Of the record of accuracy.py."""
+
+    def records(self) -> list[Record]:
+        """Of each part the last, behind the machines."""
+        found = read(self.record.read_text()).values()
+        parts = {r["name"]: r for r in found if r["name"] != "machine"}.values()
+        used = {r["on"] for r in parts}
+        return [r for r in found if r["name"] == "machine" and r["on"] in used] + [*parts]
+
+    def blocks(self) -> dict[str, str]:
+        records = self.records()
+        tables = accuracy_report.tables(records).items()
+        about = "\n\n".join(machine(r) for r in records if r["name"] == "machine")
+        return {"machine": about} | {name: markdown("", cells) for name, cells in tables}
+
+    def points(self) -> pd.DataFrame:
+        return accuracy_report.points(self.records())
+
+    def draw(self) -> None:
+        points = self.points()
+        figure = accuracy_report.draw(points, self.records()[0]["on"])
+        save(figure, points, self.picture)
+
 
 PAGES = (
     Page(
@@ -250,6 +279,7 @@ PAGES = (
         "bfloat16, D = 128; dotted: in a CUDA graph",
     ),
     Page(HERE / "results.jsonl", (DOCS / "distributed.md",)),
+    Errors(HERE / "accuracy.jsonl", (DOCS / "numbers.md",), DOCS / "images" / "numbers.png"),
 )  # fmt: skip
 
 
@@ -270,11 +300,11 @@ def write() -> None:
         for file in page.documents:
             file.write_text(filled(file.read_text(), blocks))
         if page.picture:
-            draw(page.points(), f"{page.records()[0]['on']}\n{page.about}", page.picture)
+            page.draw()
 
 
 def draw(points: pd.DataFrame, about: str, file: Path) -> None:
-    """Time and memory by rows, on a panel each. A sum in the file tells a test what was drawn."""
+    """Time and memory by rows, on a panel each."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -298,8 +328,13 @@ def draw(points: pd.DataFrame, about: str, file: Path) -> None:
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles[::-1], names[::-1], loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(about, fontsize=8.5, color="#555555", x=0.01, ha="left")
-    figure.savefig(file, dpi=150, metadata={"Figures": checksum(points), "Software": "hex-ssl"})
+    save(figure, points, file)
     pyplot.close(figure)
+
+
+def save(figure: Any, points: pd.DataFrame, file: Path) -> None:
+    """A sum in the file tells a test what was drawn."""
+    figure.savefig(file, dpi=150, metadata={"Figures": checksum(points), "Software": "hex-ssl"})
 
 
 def checksum(points: pd.DataFrame) -> str:

@@ -19,6 +19,8 @@ pictures = pytest.importorskip("PIL.Image")
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+import accuracy  # noqa: E402
+import accuracy_report  # noqa: E402
 import batches  # noqa: E402
 import bench  # noqa: E402
 import cost  # noqa: E402
@@ -172,15 +174,41 @@ def test_the_report_makes_documents_and_pictures(tmp_path, monkeypatch):
     pages = []
     for page in (page for page in report.PAGES if page.picture):
         file = tmp_path / f"{page.record.stem}.md"
-        file.write_text("before\n<!-- sizes -->\nold\n<!-- end -->\nafter\n")
+        name = next(iter(page.blocks().keys() & {"sizes", "worst"}))
+        file.write_text(f"before\n<!-- {name} -->\nold\n<!-- end -->\nafter\n")
         pages.append(page._replace(documents=[file], picture=file.with_suffix(".png")))
     monkeypatch.setattr(report, "PAGES", pages)
     assert bench.main(["--report"]) == 0
     for page in pages:
         text = page.documents[0].read_text()
-        assert text == f"before\n<!-- sizes -->\n{page.blocks()['sizes']}\n<!-- end -->\nafter\n"
+        name, block = re.search(r"<!-- (\w+) -->\n(.*)\n<!-- end -->", text, re.DOTALL).groups()
+        assert block == page.blocks()[name] and text.startswith("before\n")
+        assert text.endswith("<!-- end -->\nafter\n")
         with pictures.open(page.picture) as file:
             assert file.info["Figures"] == report.checksum(page.points())
+
+
+def test_errors_are_recorded_and_named_in_tables(tmp_path, monkeypatch, capsys):
+    few = [accuracy.Case(loss, "float32", 0.1, 26) for loss in accuracy.LOSSES]
+    for part in ("temperature", "features", "rows"):
+        monkeypatch.setitem(accuracy.PARTS, part, lambda: few)
+    monkeypatch.setattr(accuracy_report, "DTYPES", ("float32",))
+    file = tmp_path / "accuracy.jsonl"
+    accuracy.main(["--record", str(file)])
+    page = report.Errors(file, (), file.with_suffix(".png"))
+    machine, *parts = page.records()
+    assert [r["name"] for r in parts] == [*accuracy.PARTS]
+    assert re.search(r", torch \d\S*, hex-ssl \d\S* at [0-9a-f]+", machine["on"])
+    blocks = page.blocks()
+    assert re.search(r"\| float32, row \| \d\.\de-0\d \|", blocks["worst"])
+    assert blocks["wrong"].count("| 0 of 3 | 0 of 3 |") == len(accuracy.LOSSES)
+    assert re.search(r"\| 4 \| exp.* \| 127.6 .* \| nan \(inf or nan\) \|$", blocks["places"], re.M)
+    page.draw()
+    with pictures.open(page.picture) as picture:
+        assert picture.info["Figures"] == report.checksum(page.points())
+    with pytest.raises(SystemExit):
+        accuracy.main(["sizes"])
+    assert "no part 'sizes': the parts are temperature" in capsys.readouterr().err
 
 
 def test_a_result_measured_again_and_another_instruction_set():
