@@ -33,7 +33,8 @@ static bool register_operators(void)
 /* The CUDA core, if it can be had, and its operators with it. */
 static PyObject *load_cuda(PyObject *self, PyObject *path)
 {
-    static TorchLibraryHandle library;
+    static TorchLibraryHandle library; /* as those above */
+    static bool registered;
     PyObject *bytes = NULL;
     (void)self;
     if (path != Py_None && !PyUnicode_FSConverter(path, &bytes))
@@ -42,9 +43,10 @@ static PyObject *load_cuda(PyObject *self, PyObject *path)
     Py_XDECREF(bytes);
     if (problem)
         return PyUnicode_FromString(problem);
-    if (bytes && !hex_cuda_is_emulated() && !library) {
-        bool done = !aoti_torch_library_init_impl("hex", "CUDA", __FILE__, __LINE__, &library);
-        if (!done || !register_kernels(library))
+    if (bytes && !hex_cuda_is_emulated() && !registered) {
+        registered = !aoti_torch_library_init_impl("hex", "CUDA", __FILE__, __LINE__, &library) &&
+                     register_kernels(library);
+        if (!registered)
             return PyUnicode_FromString("its operators could not be registered with torch");
     }
     Py_RETURN_NONE;

@@ -384,7 +384,7 @@ static bool read_matrix(call_t *c, AtenTensorHandle t, const char *name, int64_t
                         hex_matrix_t *out)
 {
     view_t v;
-    if (!read_view(c, t, name, &v))
+    if (!read_view(c, t, name, &v) || !check_sizes(c, name, &v))
         return false;
     if ((v.dtype != HEX_F32 && v.dtype != HEX_F64) || v.dim != dim)
         return fail(c, "%s: expected float32 or float64 in %d dimensions", name, (int)dim);
