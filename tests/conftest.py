@@ -11,8 +11,10 @@ import contextlib
 import dataclasses
 import math
 import os
+import random
 import sys
 import types
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,11 +38,29 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
+# What tests draw at random they draw from this; a worker has that of the process that started it.
+os.environ.setdefault("HEX_SEED", str(random.randrange(1_000_000)))
+
 torch.set_num_threads(1)  # the tensors are small; test_threads.py takes more
 
 DEVICES = ("cpu",)  # those with kernels
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("z0", "z1", "negatives", "tau")
+
+
+def pytest_report_header() -> str:
+    share = os.environ.get("HEX_SHARE", "1")
+    return f"HEX_SEED={os.environ['HEX_SEED']} HEX_SHARE={share} draws the same again"
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """With HEX_SHARE=n one file of tests in n, others with another seed; those of alone/ always."""
+    share = int(os.environ.get("HEX_SHARE", 1))
+    name = collection_path.name
+    if not name.startswith("test_") or name.startswith("test_alone"):
+        return None
+    left_out = (zlib.crc32(name.encode()) + int(os.environ["HEX_SEED"])) % share != 0
+    return left_out or None
 
 
 @pytest.fixture(params=DEVICES)

@@ -1,0 +1,133 @@
+/* SPDX-License-Identifier: MIT */
+/* What fuzz.h declares. Sizes are small, for a problem of any kind has to be solved in no time, or so
+ * large that nobody has such a tensor: those are expanded, and only refused. */
+#include "fuzz.h"
+
+#include <math.h>
+#include <string.h>
+
+static int64_t any_size(random_t *r)
+{
+    static const int64_t edges[] = {((int64_t)1 << 27) + 1, (int64_t)1 << 31, (int64_t)1 << 32,
+                                    (int64_t)1 << 40,       (int64_t)1 << 60, INT64_MAX};
+    return chance(r, 0.8) ? below(r, chance(r, 0.8) ? 9 : 300) : edges[below(r, 6)];
+}
+
+static int64_t any_int(random_t *r)
+{
+    static const int64_t edges[] = {-1, 1 << 20, INT64_MAX, INT64_MIN, (int64_t)1 << 40};
+    return chance(r, 0.6) ? below(r, 9) : chance(r, 0.3) ? (int64_t)draw(r) : edges[below(r, 5)];
+}
+
+static double any_real(random_t *r)
+{
+    static const double edges[] = {NAN, INFINITY, -INFINITY, 0, -0.0, 1, -1, 1e300, 5e-324, 1e-30};
+    return chance(r, 0.4) ? 3 * unit(r) - 1 : edges[below(r, 10)];
+}
+
+static int32_t any_dtype(random_t *r)
+{
+    static const int32_t all[] = {F64, F32, F16, BF16, I64, BOOL, U8, COMPLEX};
+    return all[below(r, 8)];
+}
+
+/* Elements as any bytes, or some of them. */
+static void scramble(random_t *r, tensor_t *t)
+{
+    char *data = t->storage->data;
+    const int64_t bytes = t->storage->bytes;
+    const bool all = chance(r, 0.5);
+    for (int64_t i = 0; i < bytes; i++)
+        if (all || chance(r, 0.05))
+            data[i] = (char)draw(r);
+}
+
+/* New memory for a tensor of small sizes with any strides; that of an expanded one is a few
+ * elements. */
+static tensor_t *any_tensor(random_t *r, int32_t dtype, int64_t dim, const int64_t *size)
+{
+    int64_t stride[MOST_DIM], last = 0;
+    for (int64_t d = 0; d < dim; d++) {
+        stride[d] = size[d] > 300 ? 0 : below(r, 40);
+        last += size[d] > 0 ? (size[d] - 1) * stride[d] : 0;
+    }
+    const int64_t offset = below(r, 3);
+    tensor_t *t = new_tensor(dtype, last + offset + 1, dim, size, stride);
+    t->offset = offset;
+    scramble(r, t);
+    return t;
+}
+
+/* A copy with its own memory, so that nobody else's changes. */
+static tensor_t *with_own_memory(const tensor_t *t)
+{
+    tensor_t *copy = new_tensor(U8, t->storage->bytes, t->dim, t->size, t->stride);
+    memcpy(copy->storage->data, t->storage->data, (size_t)t->storage->bytes);
+    copy->dtype = t->dtype;
+    copy->offset = t->offset;
+    return copy;
+}
+
+static tensor_t *changed_tensor(random_t *r, const tensor_t *t)
+{
+    tensor_t *other = with_own_memory(t);
+    const int64_t d = t->dim > 0 ? below(r, t->dim) : 0;
+    int64_t size[MOST_DIM] = {0};
+    switch (below(r, 9)) {
+    case 0: /* another size, of memory that is there */
+        memcpy(size, t->size, sizeof size);
+        size[d] = any_size(r);
+        delete_tensor(other);
+        return any_tensor(r, t->dtype, t->dim, size);
+    case 1: /* another shape */
+        for (int64_t k = 0; k < MOST_DIM; k++)
+            size[k] = any_size(r);
+        delete_tensor(other);
+        return any_tensor(r, chance(r, 0.7) ? t->dtype : any_dtype(r), below(r, MOST_DIM + 1),
+                          size);
+    case 2: /* one that claims more than its storage has, as if it had been resized */
+        other->size[d] = any_size(r);
+        break;
+    case 3:
+        other->storage->bytes = below(r, other->storage->bytes + 1);
+        break;
+    case 4:
+        other->stride[d] = any_size(r);
+        break;
+    case 5:
+        other->offset = any_size(r);
+        break;
+    case 6:
+        if (chance(r, 0.5))
+            other->layout = SPARSE;
+        else
+            other->device = CUDA, other->index = (int32_t)below(r, 3);
+        break;
+    case 7:
+        other->dtype = any_dtype(r);
+        break;
+    default:
+        scramble(r, other);
+    }
+    return other;
+}
+
+values_t changed_values(random_t *r, const values_t *v)
+{
+    values_t copy = *v;
+    for (int k = 0; k < copy.count; k++)
+        if (copy.value[k].tensor)
+            copy.value[k].tensor = another(copy.value[k].tensor);
+    for (int64_t changes = between(r, 1, 3); changes > 0; changes--) {
+        value_t *value = &copy.value[below(r, copy.count)];
+        if (value->tensor) {
+            tensor_t *changed = changed_tensor(r, value->tensor);
+            delete_tensor(value->tensor);
+            value->tensor = changed;
+        } else {
+            value->number = any_int(r);
+            value->real = any_real(r);
+        }
+    }
+    return copy;
+}
