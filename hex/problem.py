@@ -193,7 +193,8 @@ class Problem(NamedTuple):
     def _scaled(self, value: Tensor, rule: Rule) -> Tensor:
         if rule.base_temperature is None:
             return value
-        return value * (self.tau / rule.base_temperature).to(value)
+        # In float64, for tau may be narrower than the loss.
+        return value * (self.tau.to(torch.float64) / rule.base_temperature).to(value)
 
     def is_without_positives(self) -> Tensor:
         """Of features: whether no row has one, so that every loss is 0; 0-d bool, on the device."""

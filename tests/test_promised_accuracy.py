@@ -175,3 +175,13 @@ def test_a_loss_near_0_has_all_its_digits_in_float64(power, positives):
         wanted = np.log1p(ratio * np.exp(-np.longdouble(power)))
         errors.append((abs(rows.numpy() - wanted) / wanted).max())
     assert max(errors) <= 4 * np.finfo(np.float64).eps
+
+
+def test_a_base_temperature_scales_a_wide_loss_in_its_own_precision():
+    """By a temperature that is narrower than the loss, whose ratio float32 would round."""
+    tau = torch.tensor(0.02)
+    features, labels = torch.eye(6, 5, dtype=torch.float64), torch.arange(6) % 2
+    options = dict(eps=0.3, temperature=tau, reduction="none")
+    plain = hex_sup_con(features, labels, **options)
+    scaled = hex_sup_con(features, labels, base_temperature=0.07, **options)
+    torch.testing.assert_close(scaled, plain * (tau.item() / 0.07), rtol=4e-16, atol=0)
