@@ -31,6 +31,8 @@ from .threshold import ThresholdTracker
 
 __all__ = ["ContrastiveLoss", "Statistics", "Threshold"]
 
+_ANY_RULE: dict[str, Any] = dict(beta=0.0, tau_plus=0.0, variant="paper", reduction="mean")
+
 Threshold = float | Literal["adaptive"] | ThresholdTracker | None
 
 
@@ -98,6 +100,17 @@ class ContrastiveLoss(nn.Module):
             # In the released form an empty H makes sense: it is decoupled InfoNCE.
             self.threshold.warn_if_never()
         self._last: tuple[Tensor, ...] | None = None  # eps, and what ops.hard_and_share takes
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Checks an option that is set, when the loss is made or later. A temperature is checked by
+        each call."""
+        if name in Rule._fields:
+            value = getattr(checked_rule(**{**_ANY_RULE, name: value}), name)
+        elif name in ("gather_distributed", "self_column"):
+            value = check_flag(name, value)
+        elif name == "threshold":
+            value = _tracker(value)
+        super().__setattr__(name, value)
 
     @property
     def process_group(self) -> Any:

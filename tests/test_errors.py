@@ -425,6 +425,26 @@ def test_a_temperature_that_is_set_later_is_checked_at_the_next_call(name):
     assert torch.equal(MODULES[name](module), MODULES[name](made(name, 0.2)))
 
 
+def test_an_option_that_is_set_later_is_checked_when_it_is_set():
+    module, other = HEXSupConLoss(), HEXCrossEntropyLoss(0.1)
+    for name, bad, good in (
+        ("reduction", "avg", "none"), ("variant", None, "released"), ("positives", 1, "inside"),
+        ("beta", -1, np.float32(2)), ("tau_plus", math.nan, 0), ("base_temperature", 0, 0.07),
+        ("cache_bytes", 1.5, 0), ("gather_distributed", 1, True), ("threshold", "x", None),
+    ):  # fmt: skip
+        before = getattr(module, name)
+        with pytest.raises((TypeError, ValueError), match=f"^{name}: got "):
+            setattr(module, name, bad)
+        assert getattr(module, name) is before
+        setattr(module, name, good)
+        assert getattr(module, name) == good
+    with pytest.raises(TypeError, match="^self_column: got int"):
+        other.self_column = 1
+    module.threshold = 0.3
+    assert module.threshold.rule == "fixed"
+    assert module(X, ONES).shape == (8,)
+
+
 @pytest.mark.filterwarnings("ignore:ThresholdTracker")
 @pytest.mark.parametrize("name", MODULES)
 def test_a_temperature_may_be_any_tensor_of_one_element_whose_gradient_has_its_shape(name):
