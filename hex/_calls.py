@@ -6,6 +6,7 @@
 
 import sys
 import warnings
+from collections.abc import Callable
 from types import FrameType
 
 import torch
@@ -13,17 +14,20 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 __all__ = ["is_compiled_in_checkpoint", "is_first_run", "is_in_backward", "is_ordinary",
-           "is_transformed", "warn"]  # fmt: skip
+           "is_transformed", "is_wrapped", "warn"]  # fmt: skip
 
 # The packages between a user's line and a warning.
 _PASSED = ("hex", "torch", "lightning", "pytorch_lightning")
+
+# Whether a tensor stands for another in a vmap or func.grad, and has no memory of its own.
+is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def is_transformed(*tensors: Tensor) -> bool:
     """Whether tensors belong to a vmap or func.grad in progress, so that none may be kept."""
     if torch.compiler.is_compiling():  # tensors are not wrapped while they are traced
         return bool(torch._C._are_functorch_transforms_active())
-    return any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
+    return any(map(is_wrapped, tensors))
 
 
 def is_ordinary() -> bool:

@@ -13,17 +13,19 @@ from typing import Any, Literal, TypeGuard, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from ._calls import is_transformed
+from ._calls import is_transformed, is_wrapped
 
-__all__ = ["Mode", "Over", "Positives", "Reduction", "Variant", "check_base_temperature",
-           "check_choice", "check_count", "check_device", "check_embeddings", "check_eps",
-           "check_eps_or_groups", "check_features", "check_flag", "check_gathers", "check_groups",
-           "check_guide", "check_guide_of_features", "check_labels", "check_logits", "check_mask",
-           "check_mode", "check_negatives", "check_no_mask_to_gather", "check_number",
+__all__ = ["Mode", "Over", "Positives", "Reduction", "Variant", "as_float",
+           "check_base_temperature", "check_bias", "check_candidate", "check_choice", "check_count",
+           "check_dense", "check_device", "check_embeddings", "check_eps", "check_eps_or_groups",
+           "check_features", "check_flag", "check_gathers", "check_groups", "check_guide",
+           "check_guide_of_features", "check_has_numbers", "check_labels", "check_logits",
+           "check_mask", "check_mode", "check_negatives", "check_no_mask_to_gather", "check_number",
            "check_one_decider", "check_over", "check_positives", "check_process_group",
            "check_reduction", "check_rows", "check_rows_are", "check_temperature",
-           "check_threshold", "check_views", "has_shape", "is_number"]  # fmt: skip
+           "check_threshold", "check_views", "has_shape", "is_number", "shown"]  # fmt: skip
 
 Mode = Literal["ntxent", "query", "cross"]
 Variant = Literal["paper", "released"]
@@ -32,7 +34,9 @@ Over = Literal["all", "negatives"]
 Positives = Literal["outside", "inside"]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+             torch.uint16, torch.uint32, torch.uint64)  # fmt: skip
+_PLAIN = (Tensor, torch.nn.Parameter)
 _MODES, _VARIANTS, _REDUCTIONS = get_args(Mode), get_args(Variant), get_args(Reduction)
 
 
@@ -76,8 +80,40 @@ def check_embeddings(name: str, z: Any) -> None:
             f"{name}: got {z.dtype}, wanted torch.float64, float32, bfloat16 or float16"
             + "; labels go to HEXSupConLoss, the target of logits to HEXCrossEntropyLoss" * labels
         )
-    if z.layout != torch.strided:
-        raise TypeError(f"{name}: got layout {z.layout}, wanted a dense tensor")
+    check_dense(name, z)
+
+
+def check_dense(name: str, z: Tensor) -> None:
+    """A tensor with a shape, and with memory for it.
+
+    torch has no shape of a nested tensor, and reads past the end where a storage was freed.
+    """
+    if z.layout != torch.strided or z.is_nested:
+        got = "a nested tensor" if z.is_nested else f"layout {z.layout}"
+        raise TypeError(f"{name}: got {got}, wanted a dense tensor")
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state():
+        return
+    if type(z) not in _PLAIN:  # whose memory may be elsewhere
+        if isinstance(z, (UninitializedBuffer, UninitializedParameter)):
+            raise TypeError(f"{name}: got {type(z).__name__}, wanted a tensor that has a shape")
+        return
+    if not (z.is_cpu or z.is_cuda) or is_wrapped(z):
+        return
+    count = z.numel()
+    if count and not z.is_contiguous():
+        count = 1 + sum((n - 1) * step for n, step in zip(z.shape, z.stride(), strict=True))
+    wanted = (z.storage_offset() + count) * z.itemsize if count else 0
+    there = z.untyped_storage().nbytes()
+    if there < wanted:
+        raise ValueError(
+            f"{name}: got a storage of {there} bytes, wanted {wanted} or more, as its shape says"
+        )
+
+
+def check_has_numbers(name: str, z: Tensor, device: torch.device) -> None:
+    """That z can be taken to the device of the embeddings, which a meta tensor cannot."""
+    if z.is_meta and device.type != "meta":
+        check_device(name, z, device, "the embeddings")
 
 
 def check_device(name: str, z: Tensor, device: torch.device, of: str) -> None:
@@ -119,8 +155,10 @@ def check_labels(name: str, labels: Any, shape: tuple[int, ...], device: torch.d
         raise TypeError(f"{name}: got {type(labels).__name__}, wanted a torch.Tensor")
     if labels.dtype not in _INTEGERS:
         raise TypeError(f"{name}: got {labels.dtype}, wanted an integer dtype")
+    check_dense(name, labels)
     if not has_shape(labels, shape):
         raise ValueError(f"{name}: got shape {tuple(labels.shape)}, wanted {shape}")
+    check_has_numbers(name, labels, device)
     return labels.to(device, torch.int64)
 
 
@@ -205,8 +243,10 @@ def check_mask(mask: Any, images: int, device: torch.device) -> Tensor:
         raise TypeError(f"mask: got {type(mask).__name__}, wanted a torch.Tensor")
     if mask.is_complex() or mask.layout != torch.strided:
         raise TypeError(f"mask: got {mask.dtype}, {mask.layout}, wanted bool or real, dense")
+    check_dense("mask", mask)
     if not has_shape(mask, (images, images)):
         raise ValueError(f"mask: got shape {tuple(mask.shape)}, wanted ({images}, {images})")
+    check_has_numbers("mask", mask, device)
     positive = mask != 0
     if mask.dtype != torch.bool:
         _check_ones(mask)
@@ -261,7 +301,21 @@ def check_positives(positives: object) -> None:
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(map(repr, choices))}")
+        wanted = ", ".join(map(repr, choices))
+        raise ValueError(f"{name}: got {shown(value)}, wanted one of {wanted}")
+
+
+def shown(value: object) -> str:
+    """For an error: the value where it is short, else its type. The repr of a tensor reads it."""
+    if value is None or isinstance(value, (str, bool, int, float)):
+        if not isinstance(value, int) or abs(value) < 2**64:
+            text = repr(value)
+            return text if len(text) < 80 else f"{text[:76]}..."
+    elif isinstance(value, (tuple, list)) and len(value) <= 64:
+        of_each = ", ".join(map(shown, value))
+        brackets = "[]" if isinstance(value, list) else "(,)" if len(value) == 1 else "()"
+        return brackets[0] + of_each + brackets[1:]
+    return type(value).__name__
 
 
 def check_over(name: str, value: Any) -> Any:
@@ -279,10 +333,20 @@ def check_number(
 ) -> float:
     if not is_number(value):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted a number")
-    if not (low <= value < high or (value == high and not open_end)):
+    number = as_float(name, value)
+    if not (low <= number < high or (number == high and not open_end)):
         end = ")" if open_end else "]"
         raise ValueError(f"{name}: got {value}, wanted a number in [{low}, {high}{end}")
-    return float(value)
+    return number
+
+
+def as_float(name: str, value: Any) -> float:
+    """A real number as a float, in whose range it must be."""
+    try:
+        return float(value)
+    except OverflowError:
+        got = type(value).__name__
+        raise ValueError(f"{name}: got {got} beyond float64, wanted a number within") from None
 
 
 def check_count(name: str, value: Any, low: int) -> int:
@@ -290,7 +354,8 @@ def check_count(name: str, value: Any, low: int) -> int:
         raise TypeError(f"{name}: got {type(value).__name__}, wanted an integer")
     count = int(value)
     if not low <= count < 2**53:  # float64 represents all of these exactly
-        raise ValueError(f"{name}: got {value!r}, wanted an integer >= {low}")
+        most = "" if count < low else " and < 2^53"
+        raise ValueError(f"{name}: got {shown(value)}, wanted an integer >= {low}{most}")
     return count
 
 
@@ -311,6 +376,7 @@ def check_temperature(temperature: float | Tensor, name: str = "temperature") ->
     if isinstance(temperature, Tensor):
         if not temperature.is_floating_point():
             raise TypeError(f"{name}: got {temperature.dtype}, wanted a floating dtype")
+        check_dense(name, temperature)
         if temperature.numel() != 1:
             raise ValueError(
                 f"{name}: got shape {tuple(temperature.shape)}, wanted a number or one element"
@@ -318,9 +384,32 @@ def check_temperature(temperature: float | Tensor, name: str = "temperature") ->
         return temperature
     if not is_number(temperature):
         raise TypeError(f"{name}: got {type(temperature).__name__}, wanted a number or a tensor")
-    if not 0 < temperature < math.inf:
+    number = as_float(name, temperature)
+    if not 0 < number < math.inf:
         raise ValueError(f"{name}: got {temperature}, wanted a finite number > 0")
-    return float(temperature)
+    return number
+
+
+def check_bias(name: str, bias: Any, like: Tensor) -> None:
+    """None, a number, or a tensor of one element."""
+    if isinstance(bias, Tensor):
+        check_temperature(bias, name)
+        check_has_numbers(name, bias, like.device)
+    elif bias is not None and not is_number(bias):
+        raise TypeError(f"{name}: got {type(bias).__name__}, wanted None, a number or a tensor")
+
+
+def check_candidate(name: str, value: Any) -> None:
+    """A real number as a tensor without dimensions."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted a torch.Tensor")
+    if value.dtype not in _DTYPES:
+        raise TypeError(
+            f"{name}: got {value.dtype}, wanted torch.float64, float32, bfloat16 or float16"
+        )
+    check_dense(name, value)
+    if value.dim():
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, wanted ()")
 
 
 def check_base_temperature(base_temperature: Any) -> float | None:
@@ -337,11 +426,13 @@ def check_eps(eps: Any, rows: int) -> None:
     if not isinstance(eps, Tensor):
         if not is_number(eps):
             raise TypeError(f"eps: got {type(eps).__name__}, wanted a number or a tensor")
-        if eps != eps:  # torch.compile does not trace math.isnan
+        number = as_float("eps", eps)
+        if number != number:  # torch.compile does not trace math.isnan
             raise ValueError("eps: got nan, wanted a cosine")
         return
     if not eps.is_floating_point():
         raise TypeError(f"eps: got {eps.dtype}, wanted a floating dtype")
+    check_dense("eps", eps)
     if eps.dim() and tuple(eps.shape) != (rows,):
         raise ValueError(f"eps: got shape {tuple(eps.shape)}, wanted () or ({rows},)")
 
@@ -360,7 +451,7 @@ def check_threshold(threshold: Any) -> None:
             raise ValueError(f"threshold: got {threshold!r}, {wanted}")
     elif not is_number(threshold):
         raise TypeError(f"threshold: got {type(threshold).__name__}, {wanted}")
-    elif math.isnan(threshold):
+    elif math.isnan(as_float("threshold", threshold)):
         raise ValueError("threshold: got nan, wanted a cosine")
 
 
@@ -383,7 +474,9 @@ def check_rows(rows: Any) -> tuple[int, ...]:
     """Integers, the images of every rank."""
     listed = isinstance(rows, Sequence) and not isinstance(rows, str)
     if not listed or not all(isinstance(n, int) and not isinstance(n, bool) for n in rows):
-        raise TypeError(f"rows: got {rows!r}, wanted a tuple of ints, the images of every rank")
+        raise TypeError(
+            f"rows: got {shown(rows)}, wanted a tuple of ints, the images of every rank"
+        )
     return tuple(rows)
 
 

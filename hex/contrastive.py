@@ -149,6 +149,11 @@ class ContrastiveLoss(nn.Module):
             transformed = is_transformed(*learner)
         else:
             state = tracker.state  # once: to find a buffer takes a module longer than an attribute
+            if state.is_meta and not learner[0].is_meta:
+                raise ValueError(
+                    "threshold: got a state on device meta, wanted that of the batch, "
+                    f"{learner[0].device}; call to_empty and reset_parameters"
+                )
             transformed = is_transformed(*learner, state)
         again = is_in_backward()  # if so, this is most likely the second run of a checkpoint
         learns = tracker is not None and not transformed and self._learns(learner)

@@ -4,12 +4,20 @@
 open_clip itself is not imported. The mathematics is that of `HEXLoss` in mode "cross".
 """
 
+import math
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .checks import Variant, check_temperature, check_views
+from .checks import (
+    Variant,
+    check_bias,
+    check_flag,
+    check_has_numbers,
+    check_temperature,
+    check_views,
+)
 from .contrastive import Threshold
 from .loss import HEXLoss
 
@@ -103,23 +111,31 @@ class HEXClipLoss(HEXLoss):
         Args:
             image_features, text_features: (B, D). Row i of both is a pair.
             logit_scale: exp of the model's parameter, which gets its gradient.
-            logit_bias: None, or the bias of a model that has one. It does not change the loss,
-                because one number added to all logits changes no softmax. Its gradient is 0, as in
-                ClipLoss, because DDP would refuse a missing one.
+            logit_bias: None, or the bias of a model that has one, a number or a tensor of one
+                element. It does not change the loss, because one number added to all logits changes
+                no softmax. Its gradient is 0, as in ClipLoss, because DDP would refuse a missing
+                one.
             output_dict: whether to return a dict.
         """
         check_views(image_features, text_features, ("image_features", "text_features"))
-        value: Tensor = super().forward(
-            image_features, text_features, temperature=_inverse(logit_scale)
-        )
+        temperature = _inverse(logit_scale, image_features)
+        check_bias("logit_bias", logit_bias, image_features)
+        output_dict = check_flag("output_dict", output_dict)
+        value: Tensor = super().forward(image_features, text_features, temperature=temperature)
         if isinstance(logit_bias, Tensor):
-            value = value + 0 * logit_bias.sum().to(value)
+            value = value + 0 * logit_bias.to(value).sum()
         return {"contrastive_loss": value} if output_dict else value
 
 
-def _inverse(logit_scale: Tensor | float) -> Tensor | float:
+def _inverse(logit_scale: Tensor | float, like: Tensor) -> Tensor | float:
     """The temperature of a logit_scale: a number, or a 0-d tensor if logit_scale is a tensor."""
     scale = check_temperature(logit_scale, "logit_scale")
-    if isinstance(scale, Tensor):  # dividing in half precision would round once more
-        scale = scale.reshape(()).to(torch.promote_types(scale.dtype, torch.float32))
+    if isinstance(scale, Tensor):
+        check_has_numbers("logit_scale", scale, like.device)
+        scale = scale.reshape(())
+        if scale.dtype.itemsize < 4:  # dividing in half precision would round once more
+            scale = scale.to(torch.float32)
+        return 1 / scale
+    if math.isinf(1 / scale):
+        raise ValueError(f"logit_scale: got {scale}, wanted a number with a finite inverse")
     return 1 / scale

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from .checks import check_choice, check_number
+from .checks import check_candidate, check_choice, check_number, shown
 from .threshold import ThresholdTracker
 
 __all__ = ["authors_mix", "authors_threshold"]
@@ -66,10 +66,10 @@ def authors_threshold(
     check_choice("name", name, get_args(Threshold))
     if (epochs is not None) != (name == "cosine"):
         wanted = "the number of epochs" if name == "cosine" else f"None for {name!r}"
-        raise ValueError(f"epochs: got {epochs}, wanted {wanted}")
+        raise ValueError(f"epochs: got {shown(epochs)}, wanted {wanted}")
     if (every is not None) != (name == "step"):
         wanted = "a number of epochs" if name == "step" else f"None for {name!r}"
-        raise ValueError(f"every: got {every}, wanted {wanted}")
+        raise ValueError(f"every: got {shown(every)}, wanted {wanted}")
     if name == "simclr":
         return ThresholdTracker.adaptive(over="all", warmup_epochs=11)
     if name == "nnclr":
@@ -110,6 +110,8 @@ def authors_mix(method: Method, hex_loss: Tensor, base: Tensor, alpha: float = 0
     with a fixed threshold is hex + base.)
     """
     check_choice("method", method, get_args(Method))
-    check_number("alpha", alpha, 0, 1)
+    alpha = check_number("alpha", alpha, 0, 1)
+    check_candidate("hex_loss", hex_loss)
+    check_candidate("base", base)
     weight = alpha * (5 if method == "vicreg" else 1)
     return weight * hex_loss + (1 - alpha) * base

@@ -40,6 +40,7 @@ from .checks import (
     check_groups,
     check_guide,
     check_guide_of_features,
+    check_has_numbers,
     check_labels,
     check_logits,
     check_mask,
@@ -416,6 +417,7 @@ def number_tensor(value: float, like: Tensor) -> Tensor:
 def eps_tensor(eps: float | Tensor, like: Tensor) -> Tensor:
     """A checked eps as the operators take it: float64, 0-d or one value a row, no gradient."""
     if isinstance(eps, Tensor):
+        check_has_numbers("eps", eps, like.device)
         return eps.detach().to(like.device, torch.float64)
     return number_tensor(float(eps), like)
 
@@ -430,6 +432,7 @@ def _tau_tensor(temperature: float | Tensor, like: Tensor) -> Tensor:
     temperature = check_temperature(temperature)
     if not isinstance(temperature, Tensor):
         return number_tensor(temperature, like)
+    check_has_numbers("temperature", temperature, like.device)
     wide = temperature.dtype in (torch.float32, torch.float64)
     if temperature.dim():  # (1,), say: sharded training wants one dimension
         temperature = temperature.reshape(())

@@ -14,6 +14,8 @@ from .checks import check_count, check_flag, check_number, check_over
 
 __all__ = ["OPTIONS", "at", "checked", "is_falling", "lowest"]
 
+_MOST_FACTORS = 1 << 20  # 8 MiB of them
+
 
 def at(rule: str, options: dict[str, Any], epoch: Tensor) -> Tensor:
     """The threshold of the rule "fixed", "step" or "cosine": a new 0-d float64 on epoch's device.
@@ -66,6 +68,11 @@ def checked(rule: str, options: dict[str, Any]) -> dict[str, Any]:
     for name in ("t", "start", "drop", "end"):  # an infinite t has a meaning: InfoNCE, or all in H
         if math.isinf(values.get(name, 0)) and (name != "t" or values["normalize_rows"]):
             raise ValueError(f"{name}: got {options[name]}, wanted a finite number")
+    if values.get("compounded") and values["epochs"] > _MOST_FACTORS:
+        raise ValueError(
+            f"epochs: got {values['epochs']}, wanted at most {_MOST_FACTORS} with compounded=True, "
+            "for which the factors of all epochs are multiplied"
+        )
     return values
 
 

@@ -30,6 +30,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .checks import check_dense
+
 __all__ = ["HISTORY", "STATE", "converted", "pack_history", "step", "stored", "unpack_history"]
 
 # In the order of HEX_STATE_* in csrc/hex.h, where each is explained.
@@ -131,17 +133,24 @@ def unpack_history(rows: Tensor) -> list[tuple[int, float]]:
     """The history that was packed. An average of several gives the averages of their epochs.
 
     Raises:
-        ValueError: rows is neither (epochs, 3) nor, as an old state_dict has it, (epochs, 2).
+        TypeError, ValueError: rows is neither (epochs, 3) nor, as an old state_dict has it,
+            (epochs, 2), or no dense tensor of real numbers, or an epoch is not finite.
     """
+    if isinstance(rows, Tensor):
+        check_dense("_extra_state", rows)
     if not isinstance(rows, Tensor) or rows.dim() != 2 or rows.shape[1] not in (2, 3):
         got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
         raise ValueError(f"_extra_state: got {got}, wanted the tensor of a history, (epochs, 3)")
-    if rows.shape[1] == 2:
-        return [(int(epoch), value) for epoch, value in rows.tolist()]
+    if rows.is_complex() or rows.is_quantized or rows.is_meta:
+        what = "device meta" if rows.is_meta else str(rows.dtype)
+        raise ValueError(f"_extra_state: got {what}, wanted real numbers of a history")
     history = []
-    for weight, epoch, value in rows.tolist():
+    for *weights, epoch, value in rows.tolist():
+        weight = weights[0] if weights else 1.0
         if weight > 0:
-            far = abs(value) > weight * _INFINITE / 4
+            far = bool(weights) and abs(value) > weight * _INFINITE / 4
             shown = math.copysign(math.inf, value) if far else value / weight
-            history.append((round(epoch / weight), shown))
+            if not math.isfinite(number := epoch / weight):
+                raise ValueError(f"_extra_state: got epoch {number}, wanted a finite number")
+            history.append((round(number), shown))
     return history

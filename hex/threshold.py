@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import schedules
 from . import state as states
 from ._calls import is_in_backward, warn
-from .checks import Over, check_choice, check_count
+from .checks import Over, check_candidate, check_choice, check_count, check_flag
 from .recent import Recall, Tally
 
 __all__ = ["ThresholdTracker"]
@@ -299,9 +299,14 @@ class ThresholdTracker(nn.Module):
 
         Raises:
             RuntimeError: the tracker is a schedule.
+            TypeError, ValueError: an argument of the wrong type or shape.
         """
         if not self.adaptive_rule:
             raise RuntimeError(f"update: got a {self.rule} schedule, wanted an adaptive tracker")
+        check_candidate("candidate", candidate)
+        store = check_flag("store", store)
+        if not isinstance(anchors, (int, torch.SymInt)) or isinstance(anchors, bool):
+            raise TypeError(f"anchors: got {type(anchors).__name__}, wanted an integer")
         candidate = candidate.detach().to(torch.float64)
         state = self.state.to(candidate.device, torch.float64)
         eps, moved = states.step(state, candidate, anchors, *self.kernel_rule()[2:])

@@ -14,6 +14,7 @@ import traceback
 
 import numpy as np
 import pytest
+import refused_arguments
 import torch
 from conftest import problem
 from torch import nn
@@ -357,6 +358,7 @@ ERRORS = (
         ValueError,
         "every: got 0, wanted an integer >= 1",
     ),
+    *refused_arguments.ERRORS,
 )
 
 

@@ -11,7 +11,15 @@ import torch
 from data import MODES, batch, f64
 from torch import Tensor
 
-from hex import HEXLoss, InfoNCELoss, ThresholdTracker, batch_threshold, hex_loss, ops
+from hex import (
+    HEXLoss,
+    InfoNCELoss,
+    ThresholdTracker,
+    batch_threshold,
+    hex_loss,
+    hex_sup_con,
+    ops,
+)
 from hex.reference import Table, cosines, row_loss
 
 B, D, K = 17, 6, 11
@@ -191,6 +199,15 @@ ERRORS = [
     (dict(guide=(Z, Z[:3])), ValueError, "guide: z1: got shape (3, 3)"),
     (dict(guide=(Z, Z.int())), TypeError, "guide: z1: got torch.int32"),
 ]
+
+
+@pytest.mark.parametrize("dtype", (torch.uint16, torch.uint32, torch.uint64, torch.uint8), ids=str)
+def test_labels_and_groups_may_be_unsigned(dtype):
+    z, labels = inputs("ntxent")[0], torch.arange(B) % 3
+    largest = torch.iinfo(dtype).max - 2
+    unsigned = torch.tensor([int(k) + largest for k in labels], dtype=dtype)
+    ours = hex_sup_con(z, unsigned, groups=unsigned, reduction="none")
+    assert torch.equal(ours, hex_sup_con(z, labels, groups=labels, reduction="none"))
 
 
 @pytest.mark.parametrize("arguments, error, text", ERRORS)

@@ -431,7 +431,7 @@ def test_a_short_last_batch_alone_is_not_warned_of_but_a_short_first_one_is():
             TypeError,
             "ThresholdTracker: got 'fixed' with t, beta",
         ),
-        (lambda t: t.adaptive(over=np.array(["all"])), ValueError, "over: got array"),
+        (lambda t: t.adaptive(over=np.array(["all"])), ValueError, "over: got ndarray"),
         (lambda t: t("fixed", t=NAN, normalize_rows=False), ValueError, "t: got nan"),
         (lambda t: t("fixed", t="x", normalize_rows=False), TypeError, "t: got str"),
         (
