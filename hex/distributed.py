@@ -183,6 +183,8 @@ def _bytes(t: Tensor) -> Tensor:
 
 
 def _restore(part: Tensor, like: Tensor) -> Tensor:
+    if not part.shape[1]:  # without features, and torch views no bytes as wider numbers there
+        return like.new_empty((part.shape[0], *like.shape[1:]))
     aligned = part.clone(memory_format=torch.contiguous_format)  # also of one row, or none
     return aligned.view(like.dtype).reshape(part.shape[0], *like.shape[1:])
 

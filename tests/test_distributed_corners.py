@@ -32,7 +32,7 @@ FEW = ((1, 0), (0, 1), (0, 0), (2, 1))
 
 def few(rank: int, gathers: bool, images: tuple[int, int]) -> list[Tensor]:
     """Values and gradients of a view in bfloat16 with five features, beside one in float64; and of
-    labelled rows: nothing is where a float64 or an int64 may be."""
+    labelled rows: nothing is where a float64 or an int64 may be. And of views without features."""
     first = rank * images[0]
     own = slice(first, first + images[rank]) if gathers else slice(None)
     more = {"rows": images} if gathers else {}
@@ -42,6 +42,9 @@ def few(rank: int, gathers: bool, images: tuple[int, int]) -> list[Tensor]:
     value = HEXLoss(threshold=0.1, gather_distributed=gathers)(z0, z1, **more)
     value.backward()
     found += [value, z0.grad.double(), z1.grad]
+    nothing = HEXLoss(threshold=0.1, gather_distributed=gathers)(z0[:, :0], z1[:, :0], **more)
+    nothing.backward()
+    found.append(nothing)
     x = rows(sum(images), 5, 2, BF16)[own].clone().requires_grad_()
     labels = torch.zeros(len(x), dtype=torch.int64)
     value = HEXSupConLoss(threshold=0.1, gather_distributed=gathers)(x, labels, **more)
