@@ -4,16 +4,17 @@
 `warn` warns at the line of the user's code that made the call.
 """
 
+import functools
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-__all__ = ["is_compiled_in_checkpoint", "is_first_run", "is_in_backward", "is_ordinary",
+__all__ = ["cat", "is_compiled_in_checkpoint", "is_first_run", "is_in_backward", "is_ordinary",
            "is_transformed", "is_wrapped", "warn"]  # fmt: skip
 
 # The packages between a user's line and a warning.
@@ -88,6 +89,14 @@ def is_first_run() -> bool:
                 return True
         frame = frame.f_back
     return False
+
+
+def cat(tensors: Sequence[Tensor]) -> Tensor:
+    """torch.cat under autocast too, which has an error for the half-precision type that is not its
+    own, such as float16 where it is set to bfloat16."""
+    dtype = functools.reduce(torch.promote_types, [t.dtype for t in tensors])
+    half = dtype in (torch.float16, torch.bfloat16)
+    return torch.cat([t.to(torch.float32 if half else dtype) for t in tensors]).to(dtype)
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:

@@ -132,10 +132,7 @@ def _inverse(logit_scale: Tensor | float, like: Tensor) -> Tensor | float:
     scale = check_temperature(logit_scale, "logit_scale")
     if isinstance(scale, Tensor):
         check_has_numbers("logit_scale", scale, like.device)
-        scale = scale.reshape(())
-        if scale.dtype.itemsize < 4:  # dividing in half precision would round once more
-            scale = scale.to(torch.float32)
-        return 1 / scale
+        return 1 / scale.reshape(()).to(torch.float64)  # or it would round once more
     if math.isinf(1 / scale):
         raise ValueError(f"logit_scale: got {scale}, wanted a number with a finite inverse")
     return 1 / scale

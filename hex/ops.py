@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._calls import warn
+from ._calls import cat, warn
 from ._load import _C, cuda_problem
 
 __all__ = [
@@ -298,8 +298,8 @@ def _register(name: str, fake: Callable[..., Any]) -> None:
             for i in range(info.batch_size)
         ]
         if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        stacked = tuple(torch.stack(column) for column in zip(*results, strict=True))
+            return cat([x[None] for x in results]), 0
+        stacked = tuple(cat([x[None] for x in of]) for of in zip(*results, strict=True))
         return stacked, (0,) * len(stacked)
 
     torch.library.register_fake(f"hex::{name}", on_one_device)

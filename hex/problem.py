@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from . import ops, sharded
-from ._calls import is_ordinary
+from ._calls import cat, is_ordinary
 from .checks import (
     Positives,
     Reduction,
@@ -262,7 +262,7 @@ def of_views(
     if guide is not None:
         g0, g1, its = guide
         seen = g0, g1, g0.new_empty((0, g0.shape[1])) if its is None else its
-        rows = torch.cat([g.flatten(0, -2) for g in seen])
+        rows = cat([g.flatten(0, -2) for g in seen])
     part = None
     if share is not None:
         sides = 2 if gathered and mode != "query" else 1

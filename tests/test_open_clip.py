@@ -208,3 +208,10 @@ def test_a_scale_in_half_precision_is_inverted_in_more(dtype):
     got = HEXClipLoss(threshold=None)(image, text, scale)
     # 100 cosines of float32 are off by 4 of its ulp, and the loss with them
     assert abs(float(got) - float(wanted)) < 100 * 4 * torch.finfo(torch.float32).eps
+
+
+def test_a_wide_loss_does_not_round_the_temperature_of_a_narrow_scale():
+    images, texts = torch.eye(6, 5, dtype=torch.float64), torch.ones(6, 5, dtype=torch.float64)
+    scale = torch.tensor(14.3)
+    narrow, wide = (HEXClipLoss()(images, texts, s) for s in (scale, scale.double()))
+    assert torch.equal(narrow, wide)

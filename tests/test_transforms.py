@@ -376,6 +376,21 @@ def test_autocast_changes_neither_value_nor_gradient_nor_dtype(mode, dtype):
     assert torch.equal(plain_grad, cast_grad)
 
 
+@pytest.mark.parametrize("own", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_a_guide_and_vmap_take_either_half_precision_under_autocast(own, dtype):
+    z0, z1 = problem("cluster", 9, 5, dtype=dtype).inputs
+    z, wide = torch.stack([z0.float(), z1.float()]).to(dtype), z1.double()
+
+    def values():
+        grads = torch.vmap(torch.func.grad(lambda x: hex_loss(x, z1, eps=0.2)))(z)
+        return grads, *(HEXLoss(threshold=0.2)(z0, z1, guide=(z0, g)) for g in (z1, wide))
+
+    with torch.autocast("cpu", own):
+        ours = values()
+    assert all(map(torch.equal, ours, values()))
+
+
 def test_under_autocast_the_output_of_a_half_layer_goes_in_as_it_is():
     z0, z1 = batches(1)[0]
     layer, module = torch.nn.Linear(11, 7), HEXLoss(threshold=0.2)
