@@ -300,8 +300,8 @@ def test_a_target_of_minus_infinity_loses_and_has_a_gradient(mma, dtype, variant
     assert rows[3] == math.inf and torch.equal(rows.isposinf(), truth.isposinf())
     torch.testing.assert_close(ours.double(), want, rtol=4e-3 if dtype == F16 else 1e-4, atol=1e-5)
     assert_measures_are_right(q)
-    for value in (math.nan, math.inf):  # of a negative
-        q = changed(p, 0, 3, (p.tensors[1][3] + 1) % 37, value)
+    for of, value in ((1, math.nan), (1, math.inf), (0, math.inf)):  # a negative, and the target
+        q = changed(p, 0, 3, (p.tensors[1][3] + of) % 37, value)
         assert torch.equal(q.rows().isnan(), q.plain()[0].isnan())
         assert_measures_are_right(q)
 

@@ -411,6 +411,30 @@ def test_a_target_of_minus_infinity_alone_in_the_denominator_is_nan_as_torchs(
 
 
 @pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize("columns", [2, 700])
+def test_a_target_of_infinity_is_nan_as_torchs(columns, variant, kernels, monkeypatch):
+    if not kernels:
+        without_kernels(monkeypatch)
+    for dtype in DTYPES:
+        logits = torch.linspace(-8, 8, 20 * columns).view(20, columns).to(dtype)
+        logits[3, 1] = math.inf
+        target = torch.ones(20, dtype=torch.int64)
+        logits.requires_grad_()
+        wanted = F.cross_entropy(logits.float(), target, reduction="none").isnan()
+        assert wanted.tolist() == [i == 3 for i in range(20)]
+        options = dict(variant=variant, reduction="none")
+        calls = [
+            hex_cross_entropy(logits, target, eps=eps, temperature=0.1, **options)
+            for eps in (math.inf, 2.0, 0.3, -2.0)
+        ]
+        for rows in (*calls, HEXCrossEntropyLoss(0.1, **options)(logits, target)):
+            assert torch.equal(rows.isnan(), wanted)
+            (gradient,) = torch.autograd.grad(rows.sum(), logits)
+            assert gradient[3].isnan().any() and gradient[[0, 2, 4, 19]].isfinite().all()
+
+
+@pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("positives", ["inside", "outside"])
 @pytest.mark.parametrize("variant", ["paper", "released"])
 @pytest.mark.parametrize("eps", [math.inf, 0.3])

@@ -376,6 +376,7 @@ INLINE double row_scalars(const hex_problem_t *p, sums_t s, const sets_t *of, co
     const double nP = classed ? of->positives : 1, negatives = of->negatives, t = logits ? 1 : tau;
     /* A positive logit of -Inf: L = log D - l_p is +Inf and has a gradient, that of log D and -1. */
     const bool lost = classed && of->sum == -INFINITY;
+    const double sound = !classed || lost ? 0 : of->sum * 0; /* NaN for a positive logit of +Inf */
 
     out[HEX_STAT_COUNT] = s.count;
     if (!classed) {
@@ -392,7 +393,7 @@ INLINE double row_scalars(const hex_problem_t *p, sums_t s, const sets_t *of, co
     const double centre = !classed ? of->sum : lost ? shift : inside ? of->shift : of->sum / nP;
     if (released) {
         const double loss = released_row(p, &s, of, shift, centre, t, tau, classed, out);
-        return lost ? loss + INFINITY : loss;
+        return lost ? loss + INFINITY : loss + sound;
     }
 
     /* m = max(0, the largest of d, of the positives and of the floor's exponent) */
@@ -469,8 +470,8 @@ INLINE double row_scalars(const hex_problem_t *p, sums_t s, const sets_t *of, co
         return log1p(W * exp(m));
     const double x = m + log(W);
     if (lost)
-        return x + INFINITY;                            /* or NaN */
-    return x <= 0 ? log1p(exp(x)) : x + log1p(exp(-x)); /* softplus */
+        return x + INFINITY;                                      /* or NaN */
+    return sound + (x <= 0 ? log1p(exp(x)) : x + log1p(exp(-x))); /* softplus */
 }
 
 static double plain_scalars(const hex_problem_t *p, sums_t s, const sets_t *of, const row_t *again,

@@ -243,6 +243,7 @@ SHARED_DEVICE double row_loss(const hex_problem_t &p, const hex_row &row, double
     }
     // A positive logit of -Inf: L = log D - l_p is +Inf and has a gradient, that of log D and -1.
     const bool lost = SETS && largest == -(double)INFINITY;
+    const double sound = !SETS || lost ? 0 : largest * 0; // NaN for a positive logit of +Inf
     pos_e = lost ? 0 : pos_e;
     const bool valid = tau > 0 && eps == eps && !(unknown > 0);
 #pragma unroll
@@ -276,7 +277,7 @@ SHARED_DEVICE double row_loss(const hex_problem_t &p, const hex_row &row, double
     if (released) {
         const double loss =
             released_row<SETS>(p, s, positives, negatives, centre, t, tau, scale, out);
-        return lost ? loss + (double)INFINITY : loss;
+        return lost ? loss + (double)INFINITY : loss + sound;
     }
 
     // m = max(0, the largest of d, of the positives and of the floor's exponent)
@@ -355,7 +356,7 @@ SHARED_DEVICE double row_loss(const hex_problem_t &p, const hex_row &row, double
     const double x = m + log(W);
     if (lost)
         return x + (double)INFINITY; // or NaN
-    return x <= 0 ? log1p(exp(x)) : x + log1p(exp(-x));
+    return sound + (x <= 0 ? log1p(exp(x)) : x + log1p(exp(-x)));
 }
 
 // The same; the statistics stand in place `at` of `rows`.
