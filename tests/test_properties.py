@@ -2,89 +2,21 @@
 """Properties for every input: drawn by hypothesis, with all that a tensor can be, and symmetries.
 
 Drawn are mode, sizes, dtypes, layouts (expanded, transposed, sliced, with the negative bit),
-values (of any scale, not finite), options and the layout of grad_output. The draws are the same in
-every run; HYPOTHESIS_PROFILE names another profile.
+values (of any scale, not finite), options and the layout of grad_output (strategies.py). The draws
+are the same in every run; HYPOTHESIS_PROFILE names another profile.
 """
 
 import math
 
 import operators
 import torch
-from conftest import DTYPES, Problem, problem
+from conftest import Problem, problem
 from data import MODES, f64, leaves
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from strategies import problems
 
 from hex import hex_loss, info_nce, reference
-
-# ---- drawing tensors ----------------------------------------------------------------------------
-
-SIZES = st.integers(0, 9)
-SPECIAL = (0.0, -0.0, math.nan, math.inf, -math.inf, 1e-40, 1e-23, 1e20, 6e4, 3e38)
-
-
-def _transposed(z):
-    return z.mT.contiguous().mT
-
-
-def _sliced(z):
-    return torch.cat([z, z, z], -1)[..., z.shape[-1] : 2 * z.shape[-1]]
-
-
-def _strided(z):
-    return torch.stack([z, -z], -1).flatten(-2)[..., ::2]
-
-
-def _negative(z):
-    return torch._neg_view(-z)
-
-
-def _expanded(z):
-    return z[:1].expand_as(z) if z.shape[0] else z
-
-
-def _column(z):
-    return z[..., :1].expand_as(z) if z.shape[-1] else z
-
-
-LAYOUTS = (torch.clone, _transposed, _sliced, _strided, _negative, _expanded, _column)
-
-
-@st.composite
-def embeddings(draw, *shape, special=True):
-    dtype = draw(st.sampled_from(DTYPES))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
-    z = torch.randn(shape, generator=generator, dtype=torch.float64)
-    if draw(st.booleans()):
-        z = z + 3  # cosines near 1
-    z = z.to(dtype)
-    for _ in range(draw(st.integers(0, 3)) if special and z.numel() else 0):
-        place = draw(st.integers(0, z.numel() - 1))
-        z.view(-1)[place] = draw(st.sampled_from(SPECIAL))
-    return draw(st.sampled_from(LAYOUTS))(z)
-
-
-@st.composite
-def problems(draw, special=True, minimum=0):
-    mode = draw(st.sampled_from(MODES))
-    B, D, K = draw(st.integers(minimum, 9)), draw(st.integers(minimum, 40)), draw(SIZES)
-    shapes = [(B, D), (B, D)]
-    if mode in ("unpaired", "paired"):
-        shapes.append((K, D) if mode == "unpaired" else (B, K, D))
-    inputs = tuple(draw(embeddings(*shape, special=special)) for shape in shapes)
-    p = Problem(
-        inputs,
-        mode,
-        eps=f64(draw(st.sampled_from((-1.5, -0.2, 0.0, 0.3, 0.9, 1.0, math.inf)))),
-        tau=draw(st.sampled_from((1e-3, 0.02, 0.1, 0.5, 10.0))),
-        beta=draw(st.sampled_from((0.0, 0.5, 1.0, 2.0))),
-        tau_plus=draw(st.sampled_from((0.0, 0.1, 0.9))),
-        variant=draw(st.sampled_from(("paper", "released"))),
-    )
-    if draw(st.booleans()):
-        p = p.with_(eps=torch.linspace(-1, 1, p.rows, dtype=torch.float64))
-    return p
-
 
 # ---- whatever comes -----------------------------------------------------------------------------
 
