@@ -352,7 +352,7 @@ SHARED_DEVICE double row_loss(const hex_problem_t &p, const hex_row &row, double
     else
         out[HEX_STAT_DTAU] = (at_floor * (1 + centre) - moment) / tau;
     if (m <= 30 && !lost) // with the logarithm x, L would lose |x| ulp where x is far below 0
-        return log1p(W * exp(m));
+        return sound + log1p(W * exp(m));
     const double x = m + log(W);
     if (lost)
         return x + (double)INFINITY; // or NaN
