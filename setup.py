@@ -18,19 +18,29 @@ names them, a PTX for newer ones in "120+PTX"; all of CUDA_ARCH by default); NVC
 shows what the build says with -v only. HEX_SANITIZE=1 builds with AddressSanitizer and
 UndefinedBehaviorSanitizer (`make sanitize`), HEX_WERROR=1 makes warnings errors, CC and CFLAGS are
 as everywhere. No -march is wanted: the vector code is chosen at import.
+
+The same sources, compiler and setuptools give the same wheel and source archive, byte for byte,
+whatever the folder, the day, the umask and the user (not so hex/_cuda.so, which is nvcc's). Their
+files bear the date SOURCE_DATE_EPOCH, or DATE where that is not set.
 """
 
+import gzip
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
+DATE = "1580601600"  # 2020-02-02, which hatchling takes too; a zip knows none before 1980
+os.environ.setdefault("SOURCE_DATE_EPOCH", DATE)  # read by bdist_wheel
 LINUX = sys.platform == "linux"  # other systems build too, as far as is known, but are not tested
 
 COMPILE = [
@@ -158,6 +168,43 @@ def make_cuda(build, output):
         )
 
 
+def mode(path):
+    """Of a file in an archive, as git would have it: whether it runs, and nothing of the umask."""
+    return 0o755 if os.path.isdir(path) or os.stat(path).st_mode & 0o100 else 0o644
+
+
+class BdistWheel(bdist_wheel):
+    """bdist_wheel, whose files have modes that do not come from the umask."""
+
+    def write_wheelfile(self, *arguments, **options):
+        super().write_wheelfile(*arguments, **options)  # the last before all is packed
+        for path in Path(self.bdist_dir).rglob("*"):
+            path.chmod(mode(path))
+
+
+class Sdist(sdist):
+    """sdist, with files of one date, in one order, and nobody's."""
+
+    def make_archive(self, base_name, format, root_dir=None, base_dir=None, *owners, **options):
+        if format != "gztar":
+            return super().make_archive(base_name, format, root_dir, base_dir, *owners, **options)
+        date = int(os.environ["SOURCE_DATE_EPOCH"])
+
+        def plain(member):
+            member.mode = mode(member.name)
+            member.mtime, member.uid, member.gid, member.uname, member.gname = date, 0, 0, "", ""
+            return member
+
+        name = base_name + ".tar.gz"
+        with (
+            open(name, "wb") as file,
+            gzip.GzipFile("", "wb", fileobj=file, mtime=date) as packed,
+            tarfile.open(fileobj=packed, mode="w", format=tarfile.GNU_FORMAT) as archive,
+        ):
+            archive.add(base_dir, filter=plain)  # a folder's files by their names
+        return name
+
+
 class BuildExt(build_ext):
     """build_ext, with an empty libtorch_cpu.so to link against, and the CUDA library."""
 
@@ -167,6 +214,10 @@ class BuildExt(build_ext):
         make_cuda(Path(self.build_temp) / "cuda", folder / "_cuda.so")
 
     def build_extension(self, ext):
+        # A Python that was built in a folder of its own has it searched for libraries by all that
+        # it links, and who can write there would be loaded.
+        linker = self.compiler.linker_so
+        self.compiler.linker_so = [word for word in linker if not word.startswith("-Wl,-rpath")]
         if LINUX:  # elsewhere Python has the linker leave unknown symbols to the loader
             stub = Path(self.build_temp).absolute() / "libtorch_cpu.so"
             stub.parent.mkdir(parents=True, exist_ok=True)
@@ -187,7 +238,7 @@ if wanted not in ("0", "1"):
 extension = Extension(
     "hex._C",
     sources=sorted(glob("csrc/*.c") + glob("csrc/cpu/*.c") + glob("csrc/cpu/levels/*.c")),
-    depends=sorted(glob("csrc/**/*.h", recursive=True)),
+    depends=["setup.py", *sorted(glob("csrc/**/*.h", recursive=True))],
     # Python's stable ABI as of 3.10: with the tag below, one wheel for all from there on.
     define_macros=[("Py_LIMITED_API", "0x030A0000")],
     py_limited_api=True,
@@ -198,6 +249,6 @@ extension = Extension(
 
 setup(
     ext_modules=[extension] if wanted == "1" else [],
-    cmdclass={"build_ext": BuildExt},
+    cmdclass={"build_ext": BuildExt, "bdist_wheel": BdistWheel, "sdist": Sdist},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
 """The source archive, and the wheel that is built from it: what is in them, what the extension
 exports and needs, which instructions its portable part has, what a type checker finds, there and in
-an editable install; what a build says and does where nvcc is old or fails.
+an editable install; that two builds give the same bytes; what a build says and does where nvcc is
+old or fails.
 
 `make wheel` builds them, with an extension of their own, in an environment of their own. Here they
-are made with the setuptools that is installed, and hold the extension under test: compiling it
-takes a minute. test_clang.py and test_aarch64.py compile it, with clang and for aarch64.
+are made with the setuptools that is installed, and hold the extension under test, but where two
+builds are compared: compiling it takes a minute. test_clang.py and test_aarch64.py compile it, with
+clang and for aarch64.
 """
 
 import email
@@ -78,15 +80,20 @@ class Built(NamedTuple):
         return self.site / "hex/_C.abi3.so"
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("built")
-    tree = folder / "tree"
+def copy_tree(tree):
+    """What building takes, into the new folder `tree`."""
     for name in FOLDERS:
         shutil.copytree(ROOT / name, tree / name, ignore=GENERATED)
     for path in ROOT.iterdir():
         if path.is_file():
             shutil.copy(path, tree)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("built")
+    tree = folder / "tree"
+    copy_tree(tree)
     build("sdist", tree, folder)
     (sdist,) = folder.glob("*.tar.gz")
     source = folder / sdist.name.removesuffix(".tar.gz")
@@ -138,13 +145,22 @@ def test_the_extension_exports_its_init_function_only(built):
     assert run("nm", "-D", "--defined-only", built.extension).split()[2:] == ["PyInit__C"]
 
 
+def test_the_extension_has_no_executable_stack_and_nothing_to_be_written_over_or_found(built):
+    """BIND_NOW with RELRO: the table of functions is filled at the start and then read-only."""
+    segments = run("readelf", "-lW", built.extension)
+    (stack,) = re.findall(r"GNU_STACK.* (R.?.?) +0x", segments)
+    assert stack.strip() == "RW"
+    assert "GNU_RELRO" in segments
+    dynamic = run("readelf", "-dW", built.extension)
+    assert re.search(r"\(FLAGS\).*BIND_NOW", dynamic)
+    assert not re.search(r"RPATH|RUNPATH|TEXTREL", dynamic)
+
+
 def test_the_extension_needs_libtorch_cpu_and_the_c_library(built):
     dynamic = run("readelf", "-d", built.extension)
     needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic))
     assert {"libtorch_cpu.so", "libc.so.6"} <= needed
     assert needed <= {"libtorch_cpu.so", "libc.so.6", "libm.so.6", "libgcc_s.so.1"}
-    assert "BIND_NOW" in dynamic
-    assert "TEXTREL" not in dynamic
 
 
 def test_the_extension_has_no_openmp_and_no_cpp(built):
@@ -174,6 +190,62 @@ def test_the_wheel_works_without_this_tree(built):
     file, isa = run(sys.executable, "-c", code, cwd=built.site, env=environment).split()
     assert Path(file) == built.site / "hex/__init__.py"
     assert isa in ("base", "neon", "avx2", "avx512", "avx512_bf16", "avx512_amx")
+
+
+# ---- two builds ----
+
+# With less optimisation, which takes a quarter of the time and writes the same paths.
+QUICK = """#!/bin/sh
+exec gcc "$@" -O1
+"""
+TWICE = """
+import os, sys
+from setuptools import build_meta
+os.umask(int(sys.argv[1], 8))
+build_meta.build_sdist("..")
+build_meta.build_wheel("..")
+"""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not there")
+def test_two_builds_in_two_folders_on_two_days_give_the_same_bytes(tmp_path):
+    (tmp_path / "quick").write_text(QUICK)
+    (tmp_path / "quick").chmod(0o755)
+    kept = {k: v for k, v in os.environ.items() if k not in ("CFLAGS", "SOURCE_DATE_EPOCH")}
+    environment = {**kept, "HEX_CUDA": "0", "CC": str(tmp_path / "quick")}
+    # Another folder, umask, zone and date of all files.
+    for folder, umask, zone in (("one", "022", "UTC"), ("an other", "077", "Asia/Tokyo")):
+        tree = tmp_path / folder / f"tree of {folder}"
+        copy_tree(tree)
+        if umask == "077":
+            for path in tree.rglob("*"):
+                os.utime(path, (10**9, 10**9))
+                path.chmod(path.stat().st_mode & 0o700)
+        run(sys.executable, "-c", TWICE, umask, cwd=tree, env={**environment, "TZ": zone})
+    for pattern in ("*.tar.gz", "*.whl"):
+        (one,), (other,) = ((tmp_path / f).glob(pattern) for f in ("one", "an other"))
+        assert one.name == other.name
+        assert one.read_bytes() == other.read_bytes(), pattern
+    wheel = zipfile.ZipFile(one)
+    assert {entry.date_time[:3] for entry in wheel.infolist()} == {(2020, 2, 2)}
+    assert {entry.external_attr >> 16 & 0o777 for entry in wheel.infolist()} <= {0o644, 0o755}
+    (extension,) = (name for name in wheel.namelist() if name.endswith(".so"))
+    assert str(tmp_path).encode() not in wheel.read(extension)
+
+
+def test_a_date_that_the_environment_gives_is_taken(tmp_path):
+    copy_tree(tmp_path / "tree")
+    environment = {"SOURCE_DATE_EPOCH": "1700000000", "HEX_EXTENSION": "0"}
+    run(sys.executable, "-c", TWICE, "022", cwd=tmp_path / "tree", env=os.environ | environment)
+    (wheel,), (sdist,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+    dates = {entry.date_time[:3] for entry in zipfile.ZipFile(wheel).infolist()}
+    assert dates == {(2023, 11, 14)}
+    with tarfile.open(sdist) as archive:
+        members = archive.getmembers()
+    assert {member.mtime for member in members} == {1700000000}
+    assert {(member.uid, member.gid, member.uname, member.gname) for member in members} == {
+        (0, 0, "", "")
+    }
 
 
 # ---- type checkers ----
