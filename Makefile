@@ -6,6 +6,10 @@ PYTHON ?= python3
 # PIP_EXTRA_INDEX_URL) is preferred and is several times smaller.
 TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
+# LOCK=requirements/ci.txt installs exactly that, each file held to its hash, as CI does. It is for
+# all but torch and torchvision, whose files differ from index to index, and what torch brings for
+# CUDA. Without it what pip takes for the newest is installed, whatever index gives it.
+LOCK ?=
 
 BIN := $(CURDIR)/.venv/bin
 C_FILES := $(wildcard csrc/*.[ch] csrc/*/*.[ch] csrc/cpu/levels/*.[ch] csrc/cuda/*.cu* \
@@ -19,7 +23,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-w
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test thorough cuda lint format sanitize demo bench gpu examples wheel clean
+.PHONY: help venv build test thorough cuda lint format sanitize demo bench gpu examples wheel \
+    lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -103,8 +108,17 @@ examples: build ## every method with its own loss and with HEX, and a table: som
 	$(BIN)/python examples/minimal.py
 	$(BIN)/python examples/compare.py
 
+# What builds them is fetched anew, so it is held to its hash here.
 wheel: build ## dist/: the source archive, and from it the wheel, built as a user's pip would
-	$(BIN)/python -m build
+	$(if $(LOCK),PIP_CONSTRAINT=$(abspath $(LOCK))) $(BIN)/python -m build
+
+# For every Python from 3.10 on and every system, with the hashes of all files of a release.
+lock: venv ## requirements/ci.txt, anew: the newest of what CI installs, with hashes
+	$(PIP) uv
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.10 --generate-hashes \
+	    --extra examples --extra test --extra benchmarks --extra dev pyproject.toml \
+	    requirements/ci.in --excludes requirements/not.in --custom-compile-command 'make lock' \
+	    --output-file requirements/ci.txt
 
 clean: ## remove what was built, .venv included
 	rm -rf .venv build dist *.egg-info hex/*.so
@@ -119,11 +133,12 @@ clean: ## remove what was built, .venv included
 	@for tool in gcc g++; do command -v $$tool >/dev/null || \
 	    { echo "$$tool is missing: apt install $$tool"; exit 1; }; done
 	$(PYTHON) -m venv .venv
-	$(PIP) --upgrade pip 'setuptools>=77'
+	$(PIP) $(if $(LOCK),--no-deps --require-hashes -r $(LOCK),--upgrade pip 'setuptools>=77')
 	$(PIP) '$(TORCH)'
 	$(PIP) --no-deps '$(TORCHVISION)'
 	@touch $@
 
+# With LOCK all is there already: --no-index ends in an error where LOCK lacks something.
 .venv/hex: .venv/torch setup.py pyproject.toml $(wildcard csrc/*.[ch] csrc/cpu/*.[ch] csrc/cpu/levels/*.[ch] csrc/cuda/*.h)
-	@PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --editable '.[examples,test,benchmarks,dev]' '$(TORCH)' '$(TORCHVISION)'
+	@PYTHONWARNINGS=ignore $(PIP) $(if $(LOCK),--no-index) --no-build-isolation --editable '.[examples,test,benchmarks,dev]' '$(TORCH)' '$(TORCHVISION)'
 	@touch $@
