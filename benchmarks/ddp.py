@@ -212,7 +212,7 @@ def measured(names: Sequence[str], of_ranks: Sequence[int]) -> Record:
             torch.multiprocessing.start_processes(
                 one, (ranks, folder, names), nprocs=ranks, start_method="spawn"
             )
-            found = [torch.load(f"{folder}/{rank}.pt") for rank in range(ranks)]
+            found = [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in range(ranks)]
         results.append({"method": CHECK, "ranks": ranks, "seconds": max(f[CHECK] for f in found)})
         for method in METHODS:
             if method.name in names and isinstance(error := found[0][method.name], str):

@@ -234,7 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
         enable_model_summary=False,
     )
     try:
-        trainer.fit(model, ckpt_path=file)
+        trainer.fit(model, ckpt_path=file, weights_only=True)
     except evaluate.Diverged as error:  # on all ranks
         if not leader:
             return 0  # otherwise Lightning would kill rank 0

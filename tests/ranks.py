@@ -22,7 +22,7 @@ def run(function: Callable[..., Any], folder: Path, *args: Any, ranks: int = RAN
     torch.multiprocessing.start_processes(
         _one, (ranks, function, folder, args), nprocs=ranks, start_method="forkserver"
     )
-    return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
 def _one(

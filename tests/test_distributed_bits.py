@@ -203,7 +203,7 @@ def test_ranks_with_other_instruction_sets_have_the_same_thresholds(tmp_path):
     finally:
         for process in processes:
             process.kill()
-    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert (one["isa"], two["isa"]) == levels
     for dtype in (torch.float64, torch.float32):
         for a, b in zip(one[dtype], two[dtype], strict=True):

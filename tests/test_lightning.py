@@ -140,7 +140,7 @@ def fit(
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=folder, **options,
     )  # fmt: skip
-    trainer.fit(trained, images(), ckpt_path=resume)
+    trainer.fit(trained, images(), ckpt_path=resume, weights_only=True)
     return trained, trainer
 
 
