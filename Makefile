@@ -24,7 +24,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help venv build test thorough cuda lint format sanitize demo bench gpu examples wheel \
-    lock clean
+    versions lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -111,6 +111,10 @@ examples: build ## every method with its own loss and with HEX, and a table: som
 # What builds them is fetched anew, so it is held to its hash here.
 wheel: build ## dist/: the source archive, and from it the wheel, built as a user's pip would
 	$(if $(LOCK),PIP_CONSTRAINT=$(abspath $(LOCK))) $(BIN)/python -m build
+
+# VERSIONS='--python 3.12 --torch 2.10 --most-mb 4000' chooses; --help has the rest.
+versions: build ## one wheel with many releases of torch and Python; what it fetches it says first
+	$(BIN)/python tests/versions.py $(VERSIONS)
 
 # For every Python from 3.10 on and every system, with the hashes of all files of a release.
 lock: venv ## requirements/ci.txt, anew: the newest of what CI installs, with hashes

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 FILE = Path(__file__).with_suffix(".txt")
+CSRC = FILE.parents[1] / "csrc"
 # The C functions, but for the operators that compiled graphs call.
 SHIM = re.compile(r"(aoti_torch_|torch_)(?!(cpu|cuda|mps|xpu)_)\w+$")
 
@@ -38,6 +39,19 @@ def add(table: Table, release: str, library: str, names: list[str]) -> None:
     for name in names:
         if SHIM.match(name):
             table.setdefault((library, name), set()).add(release)
+
+
+def needed(release: str) -> set[tuple[str, str]]:
+    """(library, function) that hex-ssl has to find in a release: csrc/torch_shim.h names those of
+    libtorch_cpu.so, with a list of their own for what 2.11 brought, and device.c asks for others.
+    """
+    always, newer = (CSRC / "torch_shim.h").read_text().split("define HEX_TORCH_FUNCTIONS_2_11")
+    with_newer = tuple(map(int, release.split(".")[:2])) >= (2, 11)
+    names = re.findall(r"^ +X\(\w+, (\w+),", always + newer * with_newer, re.M)
+    by_name = re.findall(r'dlsym\(torch_cuda, "(\w+)"\)', (CSRC / "device.c").read_text())
+    return {("libtorch_cpu.so", name) for name in names} | {
+        ("libtorch_cuda.so", name) for name in by_name
+    }
 
 
 if __name__ == "__main__":
