@@ -23,11 +23,11 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-w
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test thorough cuda lint format sanitize demo bench gpu examples wheel \
-    versions lock clean
+.PHONY: help venv build test thorough cuda lint format sanitize fuzz coverage reliability demo bench \
+    gpu examples wheel versions lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 venv: .venv/torch ## .venv with torch
 
@@ -39,7 +39,8 @@ CUDA_TESTS := $(addprefix tests/test_cuda_,emulation.py blocks.py sets.py build.
 # planted errors), those of all levels in memory full of NaN, of what a build gives, and of the
 # benchmarks.
 THOROUGH_TESTS := $(addprefix tests/test_,clang.py aarch64.py bf16_level.py work_done_twice.py \
-    unwritten_memory.py build.py benchmark.py benchmark_gpu.py)
+    unwritten_memory.py build.py benchmark.py benchmark_gpu.py alone_planted.py races.py \
+    failing_allocations.py)
 NOT_ALWAYS := $(addprefix --ignore=,$(CUDA_TESTS) $(THOROUGH_TESTS))
 
 test: lint ## lint, then the tests: five minutes
@@ -84,6 +85,21 @@ sanitize: build ## the tests under AddressSanitizer and UndefinedBehaviorSanitiz
 	    --ignore-glob='*/test_work.py' --ignore-glob='*/test_reference*.py' \
 	    --ignore-glob='*/test_heap.py' \
 	    $(filter-out %_emulation.py %_blocks.py %_sets.py,$(NOT_ALWAYS))
+
+# The environment's HEX_SEED draws what is drawn; without it every run draws anew, and says its own.
+fuzz: export HEX_FUZZ_SECONDS ?= 3600
+fuzz: build ## any arguments, to every operator and every public function: an hour
+	$(PYTEST) tests/test_alone.py tests/test_fuzz.py -k 'any_arguments or test_fuzz' --timeout 0
+
+# PART=--part is quicker, PART=--csrc leaves out hex/.
+coverage: build ## the lines and branches of csrc and of hex/ that are taken; an error, if one is not
+	$(BIN)/python tests/covered.py $(PART)
+
+reliability: export HEX_ROUNDS ?= 10
+reliability: export HEX_FUZZ_SECONDS ?= 600
+reliability: coverage ## all that tests draw a part of: failures, races, coverage, any arguments: two hours
+	$(PYTEST) $(addprefix tests/test_,alone.py races.py failing_allocations.py fuzz.py) --timeout 0
+	$(MAKE) sanitize
 
 demo: build ## train on handwritten digits, with InfoNCE and with HEX: three minutes, with pictures
 	$(BIN)/python examples/demo.py

@@ -664,7 +664,7 @@ def chosen():
     """The numbers of the mutants that HEX_MUTANTS leaves."""
     share, _, first = os.environ.get("HEX_MUTANTS", "1").partition(":")
     every = int(share)
-    begin = int(first) if first else time.time_ns() // 1000 % every
+    begin = int(first) if first else int(os.environ["HEX_SEED"]) % every
     print(f"\nplanted errors: HEX_MUTANTS={every}:{begin} of {len(NUMBERED)}")
     return range(1 + begin, len(NUMBERED) + 1, every)
 
