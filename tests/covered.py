@@ -10,8 +10,8 @@ for that.
 
     python tests/covered.py           csrc, then hex/ by `make test` under coverage.py
     python tests/covered.py --csrc    csrc alone
-    python tests/covered.py --part    csrc by fewer problems, which HEX_SEED draws. They need not take
-                                      all: a share of lines and branches is asked for
+    python tests/covered.py --part    csrc by fewer problems, which HEX_SEED draws, and which need
+                                      not take all: a share of lines and branches is asked for
 """
 
 from __future__ import annotations
@@ -34,7 +34,15 @@ from test_isa import BUILT, FLAGS, cpu_flags
 FOLDER = ROOT / "build" / "coverage"
 LIST = Path(__file__).with_name("untaken.txt")
 # The attribute of functions that are always inlined is turned into its opposite.
-OPTIONS = ["-O1", "-w", "--coverage", "-fno-exceptions", "-fno-inline", "-Dalways_inline=noinline"]
+OPTIONS = [
+    "-O1",
+    "-w",
+    "-Wno-psabi",
+    "--coverage",
+    "-fno-exceptions",
+    "-fno-inline",
+    "-Dalways_inline=noinline",
+]
 EMULATED = ["avx512_bf16", "avx512_amx"]
 PART = (0.985, 0.96)  # of lines, of branches
 
