@@ -302,8 +302,14 @@ def _register(name: str, fake: Callable[..., Any]) -> None:
         stacked = tuple(cat([x[None] for x in of]) for of in zip(*results, strict=True))
         return stacked, (0,) * len(stacked)
 
-    torch.library.register_fake(f"hex::{name}", on_one_device)
-    torch.library.register_vmap(f"hex::{name}", batched)
+    # Where hex is imported a second time, anew, torch 2.10 and 2.11 refuse to have them replaced;
+    # those of the first time do the same.
+    try:
+        torch.library.register_fake(f"hex::{name}", on_one_device)
+        torch.library.register_vmap(f"hex::{name}", batched)
+    except RuntimeError as error:
+        if "already" not in str(error):
+            raise
 
 
 for _name, _fake in (
