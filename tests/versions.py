@@ -43,8 +43,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = range(10, 16)  # 3.15 is the newest that has a torch; newer ones are taken where they are
 OLDEST = (2, 10)  # torch
 TOOLS = ("pytest>=8", "pytest-timeout", "hypothesis", "numpy", "setuptools")
+# checkpointing comes last: errors in checkpoints leave torch's hooks to the garbage collector, and
+# that of Python 3.14 came late to them with torch 2.10.
 BATTERY = """abi import ops values gradient hazards modules tracker constants transforms compile
-    checkpointing training_loops distributed_training""".split()
+    training_loops distributed_training checkpointing""".split()
 MB = 10**6
 MOST_MB = 300  # a CPU build of torch and the tools
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
