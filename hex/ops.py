@@ -302,7 +302,7 @@ def _register(name: str, fake: Callable[..., Any]) -> None:
         stacked = tuple(cat([x[None] for x in of]) for of in zip(*results, strict=True))
         return stacked, (0,) * len(stacked)
 
-    # Where hex is imported a second time, anew, torch 2.10 and 2.11 refuse to have them replaced;
+    # Where hex is imported a second time, anew, torch 2.10 to 2.12 refuse to have them replaced;
     # those of the first time do the same.
     try:
         torch.library.register_fake(f"hex::{name}", on_one_device)
