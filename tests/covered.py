@@ -28,7 +28,8 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from standalone import ROOT, build, compile_extension, run
+from standalone import ROOT, build, compile_extension, run, without
+from test_import import FUNCTIONS
 from test_isa import BUILT, FLAGS, cpu_flags
 
 FOLDER = ROOT / "build" / "coverage"
@@ -71,6 +72,11 @@ def solve_problems(seed: int, part: bool) -> list[Path]:
     go("", "solve", 0, 48, by=older)
     if part:
         return [own]
+    for function in FUNCTIONS:
+        try:
+            run(without(program, function, FOLDER / "without"), extension, "", seed, "import")
+        except AssertionError as error:
+            assert f"no symbol {function}" in str(error), error
     go(levels[0], "solve", 744, 747)  # so many rows that lists serve their quantiles
     if "avx2" not in levels:
         print(f"{' and '.join(EMULATED)} are not emulated: this CPU has no AVX2")

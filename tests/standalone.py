@@ -9,6 +9,7 @@ extension, and compiles the extension again with other options.
 
 import os
 import re
+import shutil
 import subprocess
 import sysconfig
 from collections.abc import Callable, Sequence
@@ -65,6 +66,17 @@ def build(folder: Path, *options: str) -> Path:
     for name, defines in CUDA_CORES.items():
         gcc("-shared", "-fPIC", *STRICT, *defines, ALONE / "cuda.c", "-o", folder / name)
     return program
+
+
+def without(program: Path, function: str, folder: Path) -> Path:
+    """The program as an older torch, in which this function has another name."""
+    shutil.copytree(program.parent, folder, dirs_exist_ok=True)
+    older = folder / program.name
+    name = b"\0" + function.encode() + b"\0"
+    data = older.read_bytes()
+    assert name in data  # in the tables of symbols, for debuggers and for the loader
+    older.write_bytes(data.replace(name, name[:-2] + b"_\0"))
+    return older
 
 
 def sources(csrc: Path) -> list[Path]:

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* A stand-in for hex/_cuda.so, to see how the extension calls it: no kernel runs. Each function asks
- * for memory once, and leaves its outputs as they are. Compiled with -DEMULATED it is one of the kind
+ * for memory, and once more, which is refused, and leaves its outputs as they are. Compiled with -DEMULATED it is one of the kind
  * that takes the CPU's place; with -DANOTHER_VERSION, one of another release; -DDRIVER=35, one whose
  * driver answers so. The one with -DTORCH_CUDA has what the extension asks of libtorch_cuda.so. */
 #include <stddef.h>
@@ -25,7 +25,9 @@
 
 static const char *run(const hex_device *d)
 {
-    return d->allocate(d->context, 1000) ? NULL : "out of memory";
+    if (!d->allocate(d->context, 1000))
+        return "out of memory";
+    return d->allocate(d->context, 0) ? "asked twice, and not refused" : NULL;
 }
 
 static const char *forward(const hex_problem_t *p, const hex_device *d, void *loss, void *stats)

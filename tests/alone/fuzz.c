@@ -92,7 +92,7 @@ static tensor_t *changed_tensor(random_t *r, const tensor_t *t)
         other->storage->bytes = below(r, other->storage->bytes + 1);
         break;
     case 4:
-        other->stride[d] = any_size(r);
+        other->stride[d] = chance(r, 0.2) ? -1 : any_size(r);
         break;
     case 5:
         other->offset = any_size(r);
@@ -121,7 +121,9 @@ values_t changed_values(random_t *r, const values_t *v)
     for (int64_t changes = between(r, 1, 3); changes > 0; changes--) {
         value_t *value = &copy.value[below(r, copy.count)];
         if (value->tensor) {
-            tensor_t *changed = changed_tensor(r, value->tensor);
+            const value_t *other = &copy.value[below(r, copy.count)]; /* another's in its place */
+            tensor_t *changed = other->tensor && chance(r, 0.2) ? another(other->tensor)
+                                                                : changed_tensor(r, value->tensor);
             delete_tensor(value->tensor);
             value->tensor = changed;
         } else {

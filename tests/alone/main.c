@@ -181,7 +181,7 @@ static void in_child(part_t part)
     if (child == 0) {
         alarm(120); /* ends a child that waits for threads it does not have */
         solve_part(&part);
-        _exit(part.sum != sum);
+        exit(part.sum != sum);
     }
     int status;
     waitpid(child, &status, 0);
@@ -283,8 +283,11 @@ static const char *in_folder(const char *folder, const char *name)
 
 static void on_cuda(const char *folder, uint64_t seed, int64_t from, int64_t to)
 {
+    answers("load_cuda", NULL, "None");
     answers("load_cuda", "", "no path");
     answers("probe_cuda", "x", "no number");
+    answers("probe_cuda", "-1", "-1");
+    answers("load_cuda", in_folder(folder, "libtorch_cpu.so"), "undefined symbol");
     answers("load_cuda", in_folder(folder, "no_such_file.so"), "no_such_file.so");
     answers("load_cuda", in_folder(folder, "another_version.so"), "another version");
     answers("load_cuda", in_folder(folder, "no_driver.so"), "error 35, it is missing or older");
@@ -303,13 +306,13 @@ static void on_cuda(const char *folder, uint64_t seed, int64_t from, int64_t to)
     answers("load_cuda", in_folder(folder, "cuda.so"), "None");
     answers("probe_cuda", "7", "7");
     answers("load_cuda", NULL, "None");
-    for (home = CUDA; home >= CPU; home--) {
+    for (int core = 0; core < 3; core++) { /* CUDA's, the CPU's beside it, the emulated one */
+        home = core == 0 ? CUDA : CPU;
+        if (core == 2)
+            answers("load_cuda", in_folder(folder, "emulated.so"), "None");
         for (int64_t n = from; n < to; n++)
             solve(seed, n, failing);
-        if (home == CUDA)
-            answers("load_cuda", in_folder(folder, "emulated.so"), "None");
     }
-    home = CPU;
     answers("load_cuda", NULL, "None");
 }
 

@@ -267,7 +267,8 @@ static double any_number(random_t *r) { return normal(r); }
 
 static double any_quantile(random_t *r) { return chance(r, 0.1) ? (double)INFINITY : unit(r); }
 
-static double any_state(random_t *r) { return floor(3 * unit(r)); }
+/* Sums, sizes and counts; some as of many short batches. */
+static double any_state(random_t *r) { return chance(r, 0.1) ? 60 : floor(3 * unit(r)); }
 
 /* How many labels there are: one that all have, a few, or more than rows. */
 static _Thread_local int64_t kinds_of_labels;
@@ -393,7 +394,9 @@ static void make_rule(random_t *r, const shape_t *s, values_t *v)
 {
     static const double betas[] = {0, 1, 0.5, 2.5};
     static const double taus[] = {0.1, 0.5, 1, 0.02, 1e-3, 100, 1e35, 0, -1, NAN};
-    static const double shares[] = {0, 0.5, 0.9, 0.98, 0.99, 1};
+    static const double shares[] = {0, 0.5, 1, 0.9, 0.98, 0.99};
+    const bool usual =
+        s->class >= TILES && chance(r, 0.6); /* as most are: threshold and loss at once */
     set_number(v, "mode", s->mode);
     set_number(v, "positives", s->positives);
     set_number(v, "several", s->positives > 0);
@@ -402,19 +405,23 @@ static void make_rule(random_t *r, const shape_t *s, values_t *v)
     set_number(v, "keep", chance(r, 0.5) ? (int64_t)1 << 27 : chance(r, 0.5) ? 0 : 1000);
     set_number(v, "allow_tf32", chance(r, 0.3));
     set_number(v, "self_column", chance(r, 0.3));
-    set_number(v, "over_negatives", chance(r, 0.5));
+    set_number(v, "over_negatives", chance(r, usual ? 0.8 : 0.5));
     set_number(v, "monotonic", chance(r, 0.5));
     set_number(v, "lagged", chance(r, 0.5));
-    set_number(v, "warmup_epochs", chance(r, 0.2) ? 3 : 0);
+    set_number(v, "warmup_epochs", !usual && chance(r, 0.2) ? 3 : 0);
     set_real(v, "warmup_threshold", 0.7);
     set_real(v, "momentum", chance(r, 0.5) ? 0 : 0.9);
-    set_real(v, "beta", betas[below(r, 4)]);
+    set_real(v, "beta", betas[below(r, usual ? 3 : 4)]);
     set_real(v, "tau_plus", chance(r, 0.5) ? 0 : 0.2);
-    set_real(v, "quantile", chance(r, 0.8) ? shares[below(r, 6)] : unit(r));
+    set_real(v, "quantile",
+             usual            ? shares[between(r, 3, 5)]
+             : chance(r, 0.8) ? shares[below(r, 6)]
+                              : unit(r));
     const bool wide = s->dtype == F64;
     set_tensor(v, "tau",
-               scalar(wide || chance(r, 0.3) ? F64 : F32,
-                      taus[chance(r, 0.9) ? below(r, 6) : below(r, 10)]));
+               scalar(wide || chance(r, 0.3) ? F64 : F32, taus[usual            ? below(r, 3)
+                                                               : chance(r, 0.9) ? below(r, 6)
+                                                                                : below(r, 10)]));
     set_tensor(v, "state", vector_of(r, F64, HEX_STATE, any_state));
 }
 
