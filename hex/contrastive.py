@@ -102,9 +102,11 @@ class ContrastiveLoss(nn.Module):
         self._last: tuple[Tensor, ...] | None = None  # eps, and what ops.hard_and_share takes
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Checks an option that is set, when the loss is made or later. A temperature is checked by
-        each call."""
-        if name in Rule._fields:
+        """Checks an option that is set later, as it was when the loss was made. A temperature is
+        checked by each call; a subclass may have attributes of these names before."""
+        if name not in self.__dict__ and name != "threshold":
+            pass
+        elif name in Rule._fields:
             value = getattr(checked_rule(**{**_ANY_RULE, name: value}), name)
         elif name in ("gather_distributed", "self_column"):
             value = check_flag(name, value)

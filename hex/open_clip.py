@@ -133,6 +133,6 @@ def _inverse(logit_scale: Tensor | float, like: Tensor) -> Tensor | float:
     if isinstance(scale, Tensor):
         check_has_numbers("logit_scale", scale, like.device)
         return 1 / scale.reshape(()).to(torch.float64)  # or it would round once more
-    if math.isinf(1 / scale):
+    if 1 / scale == math.inf:  # torch.compile does not trace math.isinf
         raise ValueError(f"logit_scale: got {scale}, wanted a number with a finite inverse")
     return 1 / scale

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from .checks import check_candidate, check_choice, check_number, shown
+from .checks import check_candidate, check_choice, check_number, is_number, shown
 from .threshold import ThresholdTracker
 
 __all__ = ["authors_mix", "authors_threshold"]
@@ -80,7 +80,9 @@ def authors_threshold(
     return ThresholdTracker.cosine(0.9, 0.3, epochs, normalize_rows=True, compounded=True)
 
 
-def authors_mix(method: Method, hex_loss: Tensor, base: Tensor, alpha: float = 0.1) -> Tensor:
+def authors_mix(
+    method: Method, hex_loss: Tensor, base: Tensor | float, alpha: float = 0.1
+) -> Tensor:
     """HEX added to a loss that is not InfoNCE, with the weights of the authors' adaptive form.
 
         "barlow"    alpha hex_loss + (1 - alpha) base
@@ -89,7 +91,7 @@ def authors_mix(method: Method, hex_loss: Tensor, base: Tensor, alpha: float = 0
     Args:
         method: "barlow" (Barlow Twins) or "vicreg".
         hex_loss: the value of a `HEXLoss` on both projections, 0-d.
-        base: the value of the method's own loss, 0-d.
+        base: the value of the method's own loss, 0-d or a number.
         alpha: in [0, 1]. The one configuration of theirs that names it has 0.1.
 
     Returns:
@@ -112,6 +114,7 @@ def authors_mix(method: Method, hex_loss: Tensor, base: Tensor, alpha: float = 0
     check_choice("method", method, get_args(Method))
     alpha = check_number("alpha", alpha, 0, 1)
     check_candidate("hex_loss", hex_loss)
-    check_candidate("base", base)
+    if not is_number(base):
+        check_candidate("base", base)
     weight = alpha * (5 if method == "vicreg" else 1)
     return weight * hex_loss + (1 - alpha) * base

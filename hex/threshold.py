@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -305,7 +306,8 @@ class ThresholdTracker(nn.Module):
             raise RuntimeError(f"update: got a {self.rule} schedule, wanted an adaptive tracker")
         check_candidate("candidate", candidate)
         store = check_flag("store", store)
-        if not isinstance(anchors, (int, torch.SymInt)) or isinstance(anchors, bool):
+        kind: type = type(anchors)
+        if kind is bool or not issubclass(kind, (Integral, torch.SymInt)):
             raise TypeError(f"anchors: got {type(anchors).__name__}, wanted an integer")
         candidate = candidate.detach().to(torch.float64)
         state = self.state.to(candidate.device, torch.float64)

@@ -215,3 +215,11 @@ def test_a_wide_loss_does_not_round_the_temperature_of_a_narrow_scale():
     scale = torch.tensor(14.3)
     narrow, wide = (HEXClipLoss()(images, texts, s) for s in (scale, scale.double()))
     assert torch.equal(narrow, wide)
+
+
+def test_a_scale_that_is_a_number_and_changes_stays_in_one_graph():
+    criterion = HEXClipLoss()
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    z = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))
+    for scale in (10.0, 11.0, 12.5):
+        torch.testing.assert_close(compiled(*z, scale), criterion(*z, scale))

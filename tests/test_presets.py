@@ -96,3 +96,9 @@ def test_the_released_variant_repeats_the_authors_code_to_1e_6(name):
         close = pytest.approx(case["grad_head"], rel=0, abs=1e-6 * case["grad_norm"] + 1e-13)
         assert grad.flatten()[:8].tolist() == close, case
     assert len(cases) >= 4
+
+
+def test_the_method_s_own_loss_may_be_a_number():
+    assert authors_mix("barlow", torch.tensor(1.0), 2.0) == authors_mix(
+        "barlow", torch.tensor(1.0), torch.tensor(2.0)
+    )

@@ -88,7 +88,8 @@ static void fail_once(values_t *v, const operator_t *op, const char *what, int64
 {
     const int64_t tensors = live_tensors, blocks = live_blocks;
     result_t r = call(v, op);
-    failing_call = failing_allocation = -1;
+    failing_call = -1;
+    failing_allocation = -1;
     failures++;
     if (!r.threw)
         found(op, "%s %lld failed, and nothing was said", what, (long long)number);

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "../../csrc/cpu/convert.h"
 #include "memory.h"
 
 /* ---- random numbers ---- */
@@ -168,7 +169,7 @@ static void write_number(tensor_t *t, int64_t at, double x)
 {
     void *data = t->storage->data + at * element_size(t->dtype);
     const float narrow = (float)x;
-    const _Float16 half = (_Float16)x;
+    const uint16_t half = hex_float_to_f16(narrow);
     switch (t->dtype) {
     case F64:
         memcpy(data, &x, sizeof x);
@@ -224,7 +225,7 @@ static tensor_t *vector_of(random_t *r, int32_t dtype, int64_t n, double (*numbe
     return t;
 }
 
-enum { NORMAL, CLUSTERS, EQUAL, SIGNS, SCALED, WITH_ZEROS, WITH_NAN, STYLES };
+enum { NORMAL, CLUSTERS, EQUAL, SIGNS, SCALED, WITH_ZEROS, WITH_NAN, WITH_HOLES, STYLES };
 
 /* Feature rows; dim 2, or 3 for (B, K, D). */
 static tensor_t *features(random_t *r, int style, int32_t dtype, int64_t dim, const int64_t *size)
@@ -242,6 +243,8 @@ static tensor_t *features(random_t *r, int style, int32_t dtype, int64_t dim, co
                                             : normal(r);
                 if (style == CLUSTERS)
                     x = normal(&center) + 0.3 * x;
+                if (style == WITH_HOLES && chance(r, 0.7))
+                    x = -INFINITY; /* as masked logits are */
                 if (style == WITH_NAN && chance(r, 0.01))
                     x = chance(r, 0.3) ? (double)NAN : chance(r, 0.2) ? INFINITY : -INFINITY;
                 const int64_t at = dim == 3 ? i * t->stride[0] + j * t->stride[1] + d * t->stride[2]
@@ -323,7 +326,8 @@ static shape_t shape_of(random_t *r, int64_t number)
         s.B = between(r, 8, 60), s.K = below(r, 80), s.D = between(r, 1, chance(r, 0.2) ? 600 : 40);
         break;
     case TILES:
-        s.B = between(r, 96, 230), s.K = between(r, 192, 420), s.D = between(r, 1, 20);
+        s.B = between(r, 96, 230), s.K = between(r, 192, 420);
+        s.D = between(r, 1, chance(r, 0.15) ? 2000 : 20); /* of many, every loop has threads */
         break;
     default: /* the rarest: as many columns as lists are made for */
         s.B = between(r, 16, 40), s.K = between(r, 6144, 6500), s.D = between(r, 1, 3);
@@ -394,9 +398,10 @@ static void make_rule(random_t *r, const shape_t *s, values_t *v)
 {
     static const double betas[] = {0, 1, 0.5, 2.5};
     static const double taus[] = {0.1, 0.5, 1, 0.02, 1e-3, 100, 1e35, 0, -1, NAN};
-    static const double shares[] = {0, 0.5, 1, 0.9, 0.98, 0.99};
+    static const double shares[] = {0, 0.5, 1, 0.9, 0.965, 0.98, 0.99};
     const bool usual =
-        s->class >= TILES && chance(r, 0.6); /* as most are: threshold and loss at once */
+        s->class >= TILES &&
+        (s->B > 3000 || chance(r, 0.6)); /* as most are: threshold and loss at once */
     set_number(v, "mode", s->mode);
     set_number(v, "positives", s->positives);
     set_number(v, "several", s->positives > 0);
@@ -414,8 +419,8 @@ static void make_rule(random_t *r, const shape_t *s, values_t *v)
     set_real(v, "beta", betas[below(r, usual ? 3 : 4)]);
     set_real(v, "tau_plus", chance(r, 0.5) ? 0 : 0.2);
     set_real(v, "quantile",
-             usual            ? shares[between(r, 3, 5)]
-             : chance(r, 0.8) ? shares[below(r, 6)]
+             usual            ? shares[between(r, 4, 6)]
+             : chance(r, 0.8) ? shares[below(r, 7)]
                               : unit(r));
     const bool wide = s->dtype == F64;
     set_tensor(v, "tau",

@@ -244,6 +244,8 @@ AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain,
     chunk_t chunk[MOST];
     if (call_fails())
         return 1;
+    if (begin >= end)
+        return 0;
     const int64_t share = (end - begin + threads - 1) / threads,
                   step = share > grain ? share : grain;
     int count = 0;
