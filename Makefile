@@ -39,9 +39,10 @@ CUDA_TESTS := $(addprefix tests/test_cuda_,emulation.py blocks.py sets.py build.
 # planted errors), those of all levels in memory full of NaN, of what a build gives, and of the
 # benchmarks.
 THOROUGH_TESTS := $(addprefix tests/test_,clang.py aarch64.py bf16_level.py work_done_twice.py \
-    unwritten_memory.py build.py benchmark.py benchmark_gpu.py alone_planted.py races.py \
-    failing_allocations.py)
-NOT_ALWAYS := $(addprefix --ignore=,$(CUDA_TESTS) $(THOROUGH_TESTS))
+    unwritten_memory.py build.py benchmark.py benchmark_gpu.py failing_allocations.py)
+# Those that compile all of it with a sanitizer and without optimisation, for `make reliability`.
+RELIABILITY_TESTS := $(addprefix tests/test_,alone_planted.py races.py)
+NOT_ALWAYS := $(addprefix --ignore=,$(CUDA_TESTS) $(THOROUGH_TESTS) $(RELIABILITY_TESTS))
 
 test: lint ## lint, then the tests: five minutes
 	$(PYTEST) $(NOT_ALWAYS)
@@ -63,8 +64,9 @@ format: build ## let ruff and clang-format rewrite the sources
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(C_FILES)
 
-# In a copy of the sources, with an extension of its own; without the tests that never enter it, and
-# without that of the heap, which is the sanitizer's here.
+# In a copy of the sources, with an extension of its own; without the tests that never enter it, without
+# that of the heap, which is the sanitizer's here, and without the public functions' fuzzer, for
+# tests/test_alone.py has one of the operators.
 #   detect_leaks                no: Python and torch keep memory until the end
 #   allocator_may_return_null   an allocation that fails is for us to report
 #   malloc_fill_byte            what nothing wrote is NaN, in every type
@@ -83,7 +85,7 @@ sanitize: build ## the tests under AddressSanitizer and UndefinedBehaviorSanitiz
 	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	    $(PYTEST) --capture=sys --ignore-glob='*/test_build.py' --ignore-glob='*/test_abi.py' \
 	    --ignore-glob='*/test_work.py' --ignore-glob='*/test_reference*.py' \
-	    --ignore-glob='*/test_heap.py' \
+	    --ignore-glob='*/test_heap.py' --ignore-glob='*/test_fuzz.py' \
 	    $(filter-out %_emulation.py %_blocks.py %_sets.py,$(NOT_ALWAYS))
 
 # The environment's HEX_SEED draws what is drawn; without it every run draws anew, and says its own.
@@ -98,7 +100,7 @@ coverage: build ## the lines and branches of csrc and of hex/ that are taken; an
 reliability: export HEX_ROUNDS ?= 10
 reliability: export HEX_FUZZ_SECONDS ?= 600
 reliability: coverage ## all that tests draw a part of: failures, races, coverage, any arguments: two hours
-	$(PYTEST) $(addprefix tests/test_,alone.py races.py failing_allocations.py fuzz.py) --timeout 0
+	$(PYTEST) $(RELIABILITY_TESTS) $(addprefix tests/test_,alone.py failing_allocations.py fuzz.py) --timeout 0
 	$(MAKE) sanitize
 
 demo: build ## train on handwritten digits, with InfoNCE and with HEX: three minutes, with pictures

@@ -128,7 +128,7 @@ def run(
             **{k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "ASAN_OPTIONS")},
             "LD_LIBRARY_PATH": str(program.parent),
             "HEX_ISA": level,
-            "ASAN_OPTIONS": "allocator_may_return_null=1:detect_stack_use_after_return=1",
+            "ASAN_OPTIONS": "allocator_may_return_null=1",
             "UBSAN_OPTIONS": "print_stacktrace=1",
             "TSAN_OPTIONS": "halt_on_error=1:die_after_fork=0",
             **environment,

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The extension under ThreadSanitizer, without torch, whose own runtime of threads it would not see
 (alone/): each call has the same bits with 1, 2, 3 and 8 threads; with four callers at once; and in
-children that are forked before, during and after. A race ends the process. Part of `make thorough`.
+children that are forked before, during and after. A race ends the process. Part of
+`make reliability`.
 
 A level of instructions is compiled anew for it, a minute: one that HEX_SEED draws, or with
 HEX_ROUNDS=n all that the CPU has, n times.

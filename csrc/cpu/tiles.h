@@ -265,7 +265,9 @@ INLINE void tile_entries(const tile_gradient_t *g, const tile_t *t, bool both, d
         const int64_t r = t->i + i;
         const real eps = k[HEX_STAT_EPS][r], rest = k[HEX_STAT_REST][r];
         const real hard_e = k[HEX_STAT_HARD_E][r], hard = k[HEX_STAT_HARD][r];
-        const real pos_e = k[HEX_STAT_POS_E][r], mean = k[HEX_STAT_POS_MEAN][r];
+        const bool several = by == BY_IDS; /* else there are no such statistics */
+        const real pos_e = several ? k[HEX_STAT_POS_E][r] : 0;
+        const real mean = several ? k[HEX_STAT_POS_MEAN][r] : 0;
         const real positive = k[HEX_STAT_POSITIVE][r];
         const word code = by == BY_EPS ? 0 : g->codes[r];
         const real *c = t->c + i * t->ld;
@@ -275,7 +277,7 @@ INLINE void tile_entries(const tile_gradient_t *g, const tile_t *t, bool both, d
             const real x = (c[j] - 1) * scale, e = exp2_of(x), b = weight(power, x, e, beta);
             const bool same = by != BY_EPS && codes[j] == code;
             const bool hard_i = by == BY_GROUPS ? same : c[j] > eps;
-            const bool hard_j = by == BY_GROUPS ? same : c[j] > ej[j];
+            const bool hard_j = both && (by == BY_GROUPS ? same : c[j] > ej[j]);
             real own = hard_i ? b * (hard_e * e - hard) : rest * e;
             real other = !both ? 0 : hard_j ? b * (hej[j] * e - hj[j]) : rj[j] * e;
             if (by == BY_IDS) {

@@ -327,7 +327,7 @@ static shape_t shape_of(random_t *r, int64_t number)
         break;
     case TILES:
         s.B = between(r, 96, 230), s.K = between(r, 192, 420);
-        s.D = between(r, 1, chance(r, 0.15) ? 2000 : 20); /* of many, every loop has threads */
+        s.D = between(r, 1, chance(r, 0.1) ? 700 : 20); /* of many, every loop has threads */
         break;
     default: /* the rarest: as many columns as lists are made for */
         s.B = between(r, 16, 40), s.K = between(r, 6144, 6500), s.D = between(r, 1, 3);
