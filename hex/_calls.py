@@ -96,9 +96,8 @@ def cat(tensors: Sequence[Tensor]) -> Tensor:
     own, such as float16 where it is set to bfloat16."""
     dtype = functools.reduce(torch.promote_types, [t.dtype for t in tensors])
     half = dtype in (torch.float16, torch.bfloat16)
-    if not half or not torch.is_autocast_enabled(tensors[0].device.type):
-        return torch.cat([t.to(dtype) for t in tensors])
-    return torch.cat([t.to(torch.float32 if half else dtype) for t in tensors]).to(dtype)
+    wide = half and torch.is_autocast_enabled(tensors[0].device.type)
+    return torch.cat([t.to(torch.float32 if wide else dtype) for t in tensors]).to(dtype)
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:

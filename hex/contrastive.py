@@ -104,14 +104,12 @@ class ContrastiveLoss(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         """Checks an option that is set later, as it was when the loss was made. A temperature is
         checked by each call; a subclass may have attributes of these names before."""
-        if name not in self.__dict__ and name != "threshold":
-            pass
-        elif name in Rule._fields:
-            value = getattr(checked_rule(**{**_ANY_RULE, name: value}), name)
-        elif name in ("gather_distributed", "self_column"):
-            value = check_flag(name, value)
-        elif name == "threshold":
+        if name == "threshold":
             value = _tracker(value)
+        elif name in self.__dict__ and name in Rule._fields:
+            value = getattr(checked_rule(**{**_ANY_RULE, name: value}), name)
+        elif name in self.__dict__ and name in ("gather_distributed", "self_column"):
+            value = check_flag(name, value)
         super().__setattr__(name, value)
 
     @property

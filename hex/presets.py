@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from .checks import check_candidate, check_choice, check_number, is_number, shown
+from .checks import as_float, check_candidate, check_choice, check_number, is_number, shown
 from .threshold import ThresholdTracker
 
 __all__ = ["authors_mix", "authors_threshold"]
@@ -114,7 +114,9 @@ def authors_mix(
     check_choice("method", method, get_args(Method))
     alpha = check_number("alpha", alpha, 0, 1)
     check_candidate("hex_loss", hex_loss)
-    if not is_number(base):
+    if is_number(base):
+        base = as_float("base", base)
+    else:
         check_candidate("base", base)
     weight = alpha * (5 if method == "vicreg" else 1)
     return weight * hex_loss + (1 - alpha) * base

@@ -74,6 +74,16 @@ def without_kernels(monkeypatch):
     monkeypatch.setattr(ops, "_warned", {"cpu"})
 
 
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 @pytest.fixture
 def threads():
     """torch.set_num_threads, undone after the test."""

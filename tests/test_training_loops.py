@@ -8,6 +8,7 @@ import contextlib
 import pytest
 import ranks
 import torch
+from conftest import default_dtype
 from data import f64
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -92,21 +93,11 @@ def deterministic():
         torch.use_deterministic_algorithms(False)
 
 
-@contextlib.contextmanager
-def default(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 SETTINGS = {
     "deterministic": deterministic,
-    "default float64": lambda: default(torch.float64),
-    "default bfloat16": lambda: default(torch.bfloat16),
-    "default float16": lambda: default(torch.float16),
+    "default float64": lambda: default_dtype(torch.float64),
+    "default bfloat16": lambda: default_dtype(torch.bfloat16),
+    "default float16": lambda: default_dtype(torch.float16),
     "anomaly": lambda: torch.autograd.set_detect_anomaly(True),
 }
 
