@@ -24,12 +24,12 @@ PLANTED = {
          "    for (int i = c->error[0] != 0; i < c->n_in; i++)",
          "fail", "1 tensors and 0 blocks of memory are left"),
     "an allocation is not looked at":
-        ("problem.h", "if (!columns)", "if (0)", "fail", BAD),
+        ("problem.h", "if (!columns)", "if (0)", "fail", "nothing was said"),
     "a call of torch is not looked at":
         ("call.c", "return torch_get_mutable_data_ptr(t, data) ?",
          "return torch_get_mutable_data_ptr(t, data) && 0 ?", "fail", BAD),
     "memory of the core is not freed":
-        ("cpu/entry.h", "    release(k);", "", "solve", "blocks of memory are left"),
+        ("cpu/entry.h", "    release(k);", "", "solve", "LeakSanitizer"),
     "a loop that could not run is not looked at":
         ("parallel.c", "grain, run_chunk, &l) == 0", "grain, run_chunk, &l) <= 1",
          "fail", "nothing was said"),
@@ -46,7 +46,7 @@ PLANTED = {
 def options(source: Path) -> list[str]:
     """The level that runs has the sanitizers."""
     other = "levels" in source.parts and not source.stem.startswith("base_")
-    return ["-O0", "-w", *([] if other else ADDRESS)]
+    return ["-O0", "-w"] if other else ["-O1", "-w", *ADDRESS]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def built(tmp_path_factory):
     return folder
 
 
-COMMANDS = {"solve": (0, 96), "fail": (0, 24), "fuzz": (0, 100), "threads": (48, 72)}
+COMMANDS = {"solve": (0, 96), "fail": (0, 24), "fuzz": (0, 200), "threads": (48, 72)}
 
 
 def test_nothing_is_said_where_nothing_is_planted(program, built):
