@@ -24,8 +24,11 @@ import hex  # noqa: F401, which defines the operators
 # In the order of hex_operators in csrc/ops.c.
 OPERATORS = ("forward", "adaptive", "backward", "quantile", "block_quantiles", "block_forward",
              "settle", "total")  # fmt: skip
-# In the order of the program's codes, from 1 on.
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool)
+# Torch's numbers for them, as in alone/torch.h; another number is a number's.
+DTYPES = {torch.float32: 6, torch.float64: 7, torch.float16: 5, torch.bfloat16: 15, torch.int64: 4,
+          torch.bool: 11}  # fmt: skip
+OF_CODE = {code: dtype for dtype, code in DTYPES.items()}
+WORD = -1
 ERROR_SIZE = 512
 
 
@@ -51,7 +54,7 @@ class Machine:
 
     def _tensor(self) -> Tensor:
         code, dim = struct.unpack("qq", self._get(16))
-        size, dtype = struct.unpack(f"{dim}q", self._get(8 * dim)), DTYPES[code - 1]
+        size, dtype = struct.unpack(f"{dim}q", self._get(8 * dim)), OF_CODE[code]
         data = self._get(math.prod(size) * dtype.itemsize)
         if not data:  # which frombuffer refuses
             return torch.empty(size, dtype=dtype)
@@ -63,11 +66,11 @@ class Machine:
         parts = [struct.pack("qqq", OPERATORS.index(name), len(given), len(schema.returns))]
         for value, argument in zip(given, schema.arguments, strict=True):
             if isinstance(value, Tensor):
-                head = DTYPES.index(value.dtype) + 1, value.dim(), *value.shape
+                head = DTYPES[value.dtype], value.dim(), *value.shape
                 parts += [struct.pack(f"{len(head)}q", *head)]
                 parts += [value.contiguous().flatten().view(torch.uint8).numpy().tobytes()]
             else:
-                parts += [struct.pack("qd" if str(argument.type) == "float" else "qq", 0, value)]
+                parts += [struct.pack("qd" if str(argument.type) == "float" else "qq", WORD, value)]
         self.process.stdin.write(b"".join(parts))
         self.process.stdin.flush()
         if error := self._text():

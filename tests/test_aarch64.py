@@ -52,11 +52,11 @@ def tree(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def program(tree):
-    """other_machine.c with the extension's own objects, all but the one that needs Python."""
+    """other_machine.c, alone/torch.c and the extension's objects, all but the one with Python."""
     objects = [str(p) for p in (tree / "objects/csrc").rglob("*.o") if p.name != "module.o"]
     flags = "-std=gnu17 -O1 -Wall -Wextra -Wshadow -Werror -static -pthread".split()
-    source = Path(__file__).with_name("other_machine.c")
-    files = ["-I", str(tree / "csrc"), str(source), *objects, "-lm", "-o", str(tree / "program")]
+    sources = [str(ROOT / "tests" / name) for name in ("other_machine.c", "alone/torch.c")]
+    files = [*sources, *objects, "-lm", "-o", str(tree / "program")]
     run(f"{TARGET}-gcc", *flags, *files)
     return tree / "program"
 
