@@ -136,11 +136,16 @@ def logits_table(logits: Tensor, target: Tensor) -> Table:
     return Table(values, positive, negative, positive | negative)
 
 
+def _scaled(values: Tensor, tau: Tensor) -> Tensor:
+    """The cosines of logits: NaN for +inf, which is none."""
+    return torch.where(values < math.inf, values * tau.to(values), math.nan)
+
+
 def _logits_cosines(logits: Tensor, target: Tensor, tau: Tensor, self_column: bool) -> Table:
     """`logits_table` with cosines, logits times tau. With `self_column` there is one more column:
     the anchor's own cosine, 1."""
     values, positive, negative, whole = logits_table(logits, target)
-    c = torch.where(values < math.inf, values * tau.to(values), math.nan)
+    c = _scaled(values, tau)
     if self_column:
         c, whole = (torch.cat([x, torch.ones_like(x[:, :1])], 1) for x in (c, whole))
         none = torch.zeros_like(positive[:, :1])
@@ -415,8 +420,7 @@ def problem_rows(
     """
     if mode == LOGITS:
         table = logits_table(z0, ids)
-        values = table.values.detach()
-        score = values * tau.detach().to(values)
+        score = _scaled(table.values.detach(), tau.detach())
         return decided_loss(table, score, eps, tau, beta, tau_plus, variant, logits=True)
     several = positives > 0
     table = problem_table(z0, z1, negatives, ids, mask, tau, mode, several, False)

@@ -302,8 +302,10 @@ def test_a_target_of_minus_infinity_loses_and_has_a_gradient(mma, dtype, variant
     assert_measures_are_right(q)
     for of, value in ((1, math.nan), (1, math.inf), (0, math.inf)):  # a negative, and the target
         q = changed(p, 0, 3, (p.tensors[1][3] + of) % 37, value)
-        assert torch.equal(q.rows().isnan(), q.plain()[0].isnan())
-        assert_measures_are_right(q)
+        for eps in (float(p.tensors[2]), -2.0, 1.5):
+            q = changed(q, 2, eps)
+            assert torch.equal(q.rows().isnan(), q.plain()[0].isnan())
+            assert_measures_are_right(q)
 
 
 @pytest.mark.parametrize("dtype", (F64, F32, BF16), ids=str)

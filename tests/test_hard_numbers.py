@@ -413,12 +413,13 @@ def test_a_target_of_minus_infinity_alone_in_the_denominator_is_nan_as_torchs(
 @pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("variant", ["paper", "released"])
 @pytest.mark.parametrize("columns", [2, 700])
-def test_a_target_of_infinity_is_nan_as_torchs(columns, variant, kernels, monkeypatch):
+@pytest.mark.parametrize("column", [1, 0], ids=["target", "negative"])
+def test_a_logit_of_infinity_is_nan_as_torchs(column, columns, variant, kernels, monkeypatch):
     if not kernels:
         without_kernels(monkeypatch)
     for dtype in DTYPES:
         logits = torch.linspace(-8, 8, 20 * columns).view(20, columns).to(dtype)
-        logits[3, 1] = math.inf
+        logits[3, column] = math.inf
         target = torch.ones(20, dtype=torch.int64)
         logits.requires_grad_()
         wanted = F.cross_entropy(logits.float(), target, reduction="none").isnan()

@@ -97,7 +97,7 @@ INLINE entries_t read_entries(const row_t *r, int64_t j, int64_t left, bool logi
 }
 
 /* The sets of a row with classes. *hard: the largest of H; *unknown: negatives with a value whose
- * score is NaN. */
+ * score is NaN, as a logit of +Inf has it. */
 INLINE sets_t any_sets(const row_t *r, real eps, double *hard, double *unknown, bool logits)
 {
     const int64_t n = r->n;
@@ -124,7 +124,7 @@ INLINE sets_t any_sets(const row_t *r, real eps, double *hard, double *unknown, 
             count_p += where(is_p, one);
             count_n += where(is_n, one);
             finite += where(is_p | is_n, x * 0);
-            if (!logits) /* whose scores are NaN where they are */
+            if (!logits) /* whose scores are NaN where they are, but for +Inf: see below */
                 lost += where(is_n & (score != score) & (x == x), one);
         }
         const real positives = vec_sum(count_p);
@@ -139,6 +139,8 @@ INLINE sets_t any_sets(const row_t *r, real eps, double *hard, double *unknown, 
     *hard = (double)vec_largest(top_h);
     of.rest = (double)vec_largest(top_g);
     of.hard = vec_sum(in_h) > 0;
+    if (logits && (*hard == INFINITY || of.rest == INFINITY))
+        *unknown = 1;
     if (r->apart)
         of.positives = 1, of.sum = of.largest = r->cp, of.finite += r->cp * 0;
     /* A logit of -Inf: its exponential is 0, and differences are taken from another number. */

@@ -232,6 +232,8 @@ SHARED_DEVICE double row_loss(const hex_problem_t &p, const hex_row &row, double
     double pos_e = 1, pos_x = 0, pos_ex = 0;
     if constexpr (SETS) {
         unknown = s.v[SUM_UNKNOWN];
+        if (logits && fmax(s.v[SUM_TOP], s.v[SUM_HARD_TOP]) == (double)INFINITY)
+            unknown = 1; // a logit of +Inf has no cosine
         finite = s.v[SUM_FINITE];
         if (!several)
             finite += row.positive * 0;

@@ -68,12 +68,26 @@ static tensor_t *with_own_memory(const tensor_t *t)
     return copy;
 }
 
+/* Of the same shape, contiguous but for a direction in which the elements are further apart. */
+static tensor_t *further_apart(random_t *r, const tensor_t *t, int64_t direction)
+{
+    int64_t stride[MOST_DIM], step = 1, last = 0;
+    for (int64_t d = t->dim - 1; d >= 0; d--) {
+        stride[d] = step + (d == direction ? between(r, 1, 3) : 0);
+        last += t->size[d] > 0 ? (t->size[d] - 1) * stride[d] : 0;
+        step *= t->size[d];
+    }
+    tensor_t *apart = new_tensor(t->dtype, last + 1, t->dim, t->size, stride);
+    scramble(r, apart);
+    return apart;
+}
+
 static tensor_t *changed_tensor(random_t *r, const tensor_t *t)
 {
     tensor_t *other = with_own_memory(t);
     const int64_t d = t->dim > 0 ? below(r, t->dim) : 0;
     int64_t size[MOST_DIM] = {0};
-    switch (below(r, 9)) {
+    switch (below(r, 11)) {
     case 0: /* another size, of memory that is there */
         memcpy(size, t->size, sizeof size);
         size[d] = any_size(r);
@@ -106,6 +120,13 @@ static tensor_t *changed_tensor(random_t *r, const tensor_t *t)
     case 7:
         other->dtype = any_dtype(r);
         break;
+    case 8: /* fewer of everything */
+        for (int64_t k = 0; k < t->dim; k++)
+            other->size[k] -= other->size[k] > 0;
+        break;
+    case 9:
+        delete_tensor(other);
+        return further_apart(r, t, d);
     default:
         scramble(r, other);
     }

@@ -354,11 +354,12 @@ static void make_inputs(random_t *r, const shape_t *s, values_t *v)
     const int style = chance(r, 0.5) ? NORMAL : (int)below(r, STYLES);
     const int64_t z0[] = {s->B, s->D}, z1[] = {s->M, s->D}, cube[] = {s->B, s->K, s->D},
                   shared[] = {s->K, s->D};
-    const int32_t other = chance(r, 0.1) ? FLOATS_OF[below(r, 4)] : s->dtype;
+    const int32_t of_z1 = chance(r, 0.1) ? FLOATS_OF[below(r, 4)] : s->dtype,
+                  of_rest = chance(r, 0.1) ? FLOATS_OF[below(r, 4)] : s->dtype;
     set_tensor(v, "z0", features(r, style, s->dtype, 2, z0));
-    set_tensor(v, "z1", features(r, style, other, 2, z1));
+    set_tensor(v, "z1", features(r, style, of_z1, 2, z1));
     set_tensor(v, "negatives",
-               features(r, style, other, s->paired ? 3 : 2, s->paired ? cube : shared));
+               features(r, style, of_rest, s->paired ? 3 : 2, s->paired ? cube : shared));
 }
 
 /* Labels or a mask; groups or a guide. Returns what there is. */
