@@ -36,13 +36,12 @@ build: .venv/hex ## hex in .venv, from this folder, with all that its tests and 
 # Those that compile the CUDA kernels, which takes minutes.
 CUDA_TESTS := $(addprefix tests/test_cuda_,emulation.py blocks.py sets.py build.py mutants.py)
 # Those that compile the CPU core again (by other compilers, for instructions that few CPUs have, with
-# planted errors), those of all levels in memory full of NaN, of what a build gives, and of the
-# benchmarks.
+# planted errors, with sanitizers), those of all levels in memory full of NaN, of allocations that
+# fail, of what a build gives, and of the benchmarks.
 THOROUGH_TESTS := $(addprefix tests/test_,clang.py aarch64.py bf16_level.py work_done_twice.py \
-    unwritten_memory.py build.py benchmark.py benchmark_gpu.py failing_allocations.py)
-# Those that compile all of it with a sanitizer and without optimisation, for `make reliability`.
-RELIABILITY_TESTS := $(addprefix tests/test_,alone_planted.py races.py)
-NOT_ALWAYS := $(addprefix --ignore=,$(CUDA_TESTS) $(THOROUGH_TESTS) $(RELIABILITY_TESTS))
+    unwritten_memory.py build.py benchmark.py benchmark_gpu.py failing_allocations.py \
+    alone_planted.py races.py)
+NOT_ALWAYS := $(addprefix --ignore=,$(CUDA_TESTS) $(THOROUGH_TESTS))
 
 test: lint ## lint, then the tests: five minutes
 	$(PYTEST) $(NOT_ALWAYS)
@@ -100,7 +99,7 @@ coverage: build ## the lines and branches of csrc and of hex/ that are taken; an
 reliability: export HEX_ROUNDS ?= 10
 reliability: export HEX_FUZZ_SECONDS ?= 600
 reliability: coverage ## all that tests draw a part of: failures, races, coverage, any arguments: two hours
-	$(PYTEST) $(RELIABILITY_TESTS) $(addprefix tests/test_,alone.py failing_allocations.py fuzz.py) --timeout 0
+	$(PYTEST) $(addprefix tests/test_,alone.py races.py failing_allocations.py fuzz.py) --timeout 0
 	$(MAKE) sanitize
 
 demo: build ## train on handwritten digits, with InfoNCE and with HEX: three minutes, with pictures

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Whether the program of alone/ finds what is wrong: each entry of PLANTED is such a fault, planted
-in the sources of the extension, of which it has to complain. Part of `make reliability`.
+in the sources of the extension, of which it has to complain. Part of `make thorough`.
 """
 
 import shutil
