@@ -107,7 +107,7 @@ static const char *forward(const hex_problem_t *p, void *loss, void *stats)
 static bool by_one_pass(const hex_problem_t *p, const hex_tracker_t *t, int64_t capacity)
 {
     const bool listed = !p->several || (p->mode == HEX_NTXENT && t->over_negatives);
-    return by_tiles(p) && listed && !p->by_group && capacity &&
+    return by_tiles(p) && listed && capacity &&
            capacity <= MOST_LIST_BYTES / (int64_t)sizeof(real) / hex_anchors(p);
 }
 

@@ -315,8 +315,7 @@ static bool may_have_one_shift(const hex_problem_t *p)
 {
     const double tau =
         read_vector(p->tau, 0); /* from 1e30 on a hole of tiles.h would be infinite */
-    return p->mode != HEX_LOGITS && p->beta <= 1 && tau > 0 && tau < 1e30 &&
-           2 * M_LOG2E / tau <= -(double)EXP2_LOWEST - 2;
+    return p->beta <= 1 && tau > 0 && tau < 1e30 && 2 * M_LOG2E / tau <= -(double)EXP2_LOWEST - 2;
 }
 
 #define ENOUGH 192 /* candidates */
@@ -470,10 +469,10 @@ INLINE double row_scalars(const hex_problem_t *p, sums_t s, const sets_t *of, co
         out[HEX_STAT_DTAU] = (at_floor * (1 + centre) - moment) / tau;
     if (m <= 30 && !lost) /* with the logarithm x, L would lose |x| ulp where x is far below 0 */
         return sound + log1p(W * exp(m));
-    const double x = m + log(W);
+    const double x = m + log(W); /* > 0, for then W >= 1, or 1 / nP inside the logarithm */
     if (lost)
-        return x + INFINITY;                                      /* or NaN */
-    return sound + (x <= 0 ? log1p(exp(x)) : x + log1p(exp(-x))); /* softplus */
+        return x + INFINITY; /* or NaN */
+    return sound + x + log1p(exp(-x));
 }
 
 static double plain_scalars(const hex_problem_t *p, sums_t s, const sets_t *of, const row_t *again,

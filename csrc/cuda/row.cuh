@@ -355,10 +355,10 @@ SHARED_DEVICE double row_loss(const hex_problem_t &p, const hex_row &row, double
         out[HEX_STAT_DTAU] = (at_floor * (1 + centre) - moment) / tau;
     if (m <= 30 && !lost) // with the logarithm x, L would lose |x| ulp where x is far below 0
         return sound + log1p(W * exp(m));
-    const double x = m + log(W);
+    const double x = m + log(W); // > 0, for then W >= 1, or 1 / positives inside the logarithm
     if (lost)
         return x + (double)INFINITY; // or NaN
-    return sound + (x <= 0 ? log1p(exp(x)) : x + log1p(exp(-x)));
+    return sound + x + log1p(exp(-x));
 }
 
 // The same; the statistics stand in place `at` of `rows`.

@@ -136,6 +136,19 @@ static tensor_t *changed_tensor(random_t *r, const tensor_t *t)
     return other;
 }
 
+/* A tensor of the call to take this one's place: most often one that could. */
+static const tensor_t *anothers(random_t *r, const values_t *v, const tensor_t *t)
+{
+    const tensor_t *other = NULL;
+    const bool alike = chance(r, 0.8);
+    for (int tries = 0; tries < 20; tries++) {
+        other = v->value[below(r, v->count)].tensor;
+        if (other && (!alike || (other != t && other->dtype == t->dtype && other->dim == t->dim)))
+            break;
+    }
+    return other;
+}
+
 values_t changed_values(random_t *r, const values_t *v)
 {
     values_t copy = *v;
@@ -145,9 +158,9 @@ values_t changed_values(random_t *r, const values_t *v)
     for (int64_t changes = between(r, 1, 3); changes > 0; changes--) {
         value_t *value = &copy.value[below(r, copy.count)];
         if (value->tensor) {
-            const value_t *other = &copy.value[below(r, copy.count)]; /* another's in its place */
-            tensor_t *changed = other->tensor && chance(r, 0.2) ? another(other->tensor)
-                                                                : changed_tensor(r, value->tensor);
+            const tensor_t *other = anothers(r, &copy, value->tensor);
+            tensor_t *changed =
+                other && chance(r, 0.2) ? another(other) : changed_tensor(r, value->tensor);
             delete_tensor(value->tensor);
             value->tensor = changed;
         } else {

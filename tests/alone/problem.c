@@ -237,13 +237,16 @@ static tensor_t *features(random_t *r, int style, int32_t dtype, int64_t dim, co
             random_t center = {style == CLUSTERS ? (uint64_t)below(r, 5) : 1};
             const double scale = style == SCALED ? pow(10, (double)between(r, -40, 38)) : 1;
             const bool zero = style == WITH_ZEROS && chance(r, 0.2);
+            const double holes = style != WITH_HOLES ? 0
+                                 : chance(r, 0.7)    ? 0.7
+                                                     : 1 - 1e-3 * unit(r);
             for (int64_t d = 0; d < D; d++) {
                 double x = style == EQUAL   ? normal(&center)
                            : style == SIGNS ? (chance(r, 0.5) ? 1 : -1)
                                             : normal(r);
                 if (style == CLUSTERS)
                     x = normal(&center) + 0.3 * x;
-                if (style == WITH_HOLES && chance(r, 0.7))
+                if (holes > 0 && chance(r, holes))
                     x = -INFINITY; /* as masked logits are */
                 if (style == WITH_NAN && chance(r, 0.01))
                     x = chance(r, 0.3) ? (double)NAN : chance(r, 0.2) ? INFINITY : -INFINITY;
@@ -328,9 +331,12 @@ static shape_t shape_of(random_t *r, int64_t number)
     case TILES:
         s.B = between(r, 96, 230), s.K = between(r, 192, 420);
         s.D = between(r, 1, chance(r, 0.1) ? 700 : 20); /* of many, every loop has threads */
+        if (chance(r, 0.05))
+            s.B += 300;
         break;
     default: /* the rarest: as many columns as lists are made for */
-        s.B = between(r, 16, 40), s.K = between(r, 6144, 6500), s.D = between(r, 1, 3);
+        s.B = between(r, 16, 40), s.K = between(r, 6144, 6500);
+        s.D = chance(r, 0.1) ? 330 : between(r, 1, 3); /* or so large that they come from memory */
     }
     if (s.class >= TILES && s.logits)
         s.D = s.class == LISTS ? between(r, 4096, 5000) : between(r, 193, 700),
@@ -513,7 +519,9 @@ void solve(uint64_t seed, int64_t number, check_t *check)
                features(&r, NORMAL, chance(&r, 0.5) ? F64 : F32, 2,
                         (int64_t[]){below(&r, 5), below(&r, 50)}));
     make_call(&v, "total", check, NOTHING);
-    set_tensor(&v, "groups", labels(&r, 0)); /* whom the tracker's threshold is not for */
+    set_tensor(&v, "another guide",
+               another(tensor_named(&v, "guide"))); /* for fuzz.c to misplace */
+    set_tensor(&v, "groups", labels(&r, 0));        /* whom the tracker's threshold is not for */
     set_tensor(&v, "guide", features(&r, NORMAL, F32, 2, (int64_t[]){0, 1}));
     if (make_call(&v, "adaptive", check, (const char *const[5]){NULL, "stats", "kept"})) {
         set_number(&v, "first", 0);
