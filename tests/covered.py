@@ -70,8 +70,12 @@ def solve_problems(seed: int, part: bool) -> dict[Path, list[str]]:
         go(level, "fuzz", 0, 48 if part else 144, seed=seed + k)
     for seed_of_more in () if part else (2, 3, 4):
         go("", "solve", 0, 672, seed=seed_of_more)
+    for seed_of_more in () if part else range(5, 13):
+        go("", "solve", 0, 192, seed=seed_of_more)
     for first in () if part else (144, 240, 336):  # more tiles
         go("", "fail", first, first + 24)
+    if not part:
+        go("", "fail", 543, 544, seed=5)  # positives' cosines that are several threads'
     go("", "cuda", 0, 24, program.parent)
     go("", "threads", 0, 24)
     go("", "solve", 0, 48, by=older)

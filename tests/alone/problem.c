@@ -239,7 +239,8 @@ static tensor_t *features(random_t *r, int style, int32_t dtype, int64_t dim, co
             const bool zero = style == WITH_ZEROS && chance(r, 0.2);
             const double holes = style != WITH_HOLES ? 0
                                  : chance(r, 0.7)    ? 0.7
-                                                     : 1 - 1e-3 * unit(r);
+                                 : chance(r, 0.5)    ? 0.999
+                                                     : 1;
             for (int64_t d = 0; d < D; d++) {
                 double x = style == EQUAL   ? normal(&center)
                            : style == SIGNS ? (chance(r, 0.5) ? 1 : -1)
@@ -429,11 +430,9 @@ static void make_rule(random_t *r, const shape_t *s, values_t *v)
              usual            ? shares[between(r, 4, 6)]
              : chance(r, 0.8) ? shares[below(r, 7)]
                               : unit(r));
-    const bool wide = s->dtype == F64;
-    set_tensor(v, "tau",
-               scalar(wide || chance(r, 0.3) ? F64 : F32, taus[usual            ? below(r, 3)
-                                                               : chance(r, 0.9) ? below(r, 6)
-                                                                                : below(r, 10)]));
+    const int32_t dtype = s->dtype == F64 || chance(r, 0.3) ? F64 : F32;
+    const double sound = s->class == LISTS ? 0.5 : 0.9;
+    set_tensor(v, "tau", scalar(dtype, taus[below(r, usual ? 3 : chance(r, sound) ? 6 : 10)]));
     set_tensor(v, "state", vector_of(r, F64, HEX_STATE, any_state));
 }
 
