@@ -44,7 +44,7 @@ OPTIONS = [
     "-Dalways_inline=noinline",
 ]
 EMULATED = ["avx512_bf16", "avx512_amx"]
-PART = (0.8, 0.75)  # of lines, of branches
+PART = (0.94, 0.85)  # of lines, of branches: a few seeds took 97 % and 90 %
 
 
 def solve_problems(seed: int, part: bool) -> dict[Path, list[str]]:
