@@ -149,12 +149,29 @@ static const tensor_t *anothers(random_t *r, const values_t *v, const tensor_t *
     return other;
 }
 
+/* Groups or a guide or both, of the right shape, where the operator may take none. */
+static void add_deciders(random_t *r, values_t *v)
+{
+    static const char *const inputs[] = {"z0", "z1", "negatives"};
+    int64_t rows = 0;
+    for (int k = 0; k < 3; k++) {
+        const tensor_t *z = tensor_named(v, inputs[k]);
+        rows += z->size[0] * (z->dim == 3 ? z->size[1] : 1);
+    }
+    if (chance(r, 0.7))
+        set_tensor(v, "groups", any_tensor(r, I64, 1, (int64_t[]){rows}));
+    if (chance(r, 0.7))
+        set_tensor(v, "guide", any_tensor(r, F32, 2, (int64_t[]){rows, between(r, 1, 9)}));
+}
+
 values_t changed_values(random_t *r, const values_t *v)
 {
     values_t copy = *v;
     for (int k = 0; k < copy.count; k++)
         if (copy.value[k].tensor)
             copy.value[k].tensor = another(copy.value[k].tensor);
+    if (chance(r, 0.05))
+        add_deciders(r, &copy);
     for (int64_t changes = between(r, 1, 3); changes > 0; changes--) {
         value_t *value = &copy.value[below(r, copy.count)];
         if (value->tensor) {
