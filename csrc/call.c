@@ -100,18 +100,19 @@ int64_t item_size(hex_dtype_t dtype) { return dtype == HEX_F64 ? 8 : dtype == HE
  * tensor whose storage was freed or shrunk under it, as sharded training does. */
 static bool inside_storage(AtenTensorHandle t, view_t *v, int64_t element)
 {
-    /* Without elements any strides are allowed; with these no row is outside the memory that is not
-     * there. No operator reads more than 3. */
+    /* Of a tensor without elements: any strides are allowed, and with these no row is outside the
+     * memory that is not there. No operator reads more than 3. */
     static int64_t no_strides[3];
     int64_t last, bytes;
     if (aoti_torch_get_storage_offset(t, &last) || aoti_torch_get_storage_size(t, &bytes))
         return false;
-    for (int64_t d = 0; d < v->dim; d++) {
-        int64_t step;
+    for (int64_t d = 0; d < v->dim; d++)
         if (v->size[d] == 0) {
             v->stride = no_strides;
             return true;
         }
+    for (int64_t d = 0; d < v->dim; d++) {
+        int64_t step;
         if (v->stride[d] < 0 || __builtin_mul_overflow(v->size[d] - 1, v->stride[d], &step) ||
             __builtin_add_overflow(last, step, &last))
             return false;

@@ -388,7 +388,7 @@ def decided_loss(
     eps = eps.reshape(-1, 1)  # (N, 1) or (1, 1)
     wide = torch.promote_types(score.dtype, eps.dtype)  # float32 would round a float64 eps
     hard = score.detach().clamp(max=1).to(wide) > eps.to(wide)
-    compared = table.negative & ~table.values.isnan()
+    compared = (table.whole if logits else table.negative) & ~table.values.isnan()
     unknown = eps.isnan().squeeze(1) | (score.isnan() & compared).any(1)
     plain = (eps == math.inf).squeeze(1)
     options = beta, tau_plus, variant, positives

@@ -22,7 +22,7 @@ from data import f64
 from emulator import HEX, Emulator
 from torch import Tensor
 
-from hex import ThresholdTracker, ops, reference
+from hex import ThresholdTracker, info_nce, ops, reference
 
 BIN = 1 / 65535 + 1e-6  # of the threshold: half a bin, and the rounding of float32
 
@@ -361,6 +361,21 @@ def assert_blocks_are_right(p: Problem, *cut: int) -> None:
     assert torch.equal(b.bounds(), torch.stack(whole)), b
 
 
+def assert_a_loss_near_0_is_right(device: str) -> None:
+    """Where all rows share a shift, from which it is far; beside rows whose loss is large."""
+    positive, tau = torch.tensor([0.03, 0.03, -0.9]), 0.032
+    z0 = torch.eye(1, 8).repeat(3, 1)
+    z1 = positive[:, None] * z0 + (1 - positive[:, None] ** 2).sqrt() * torch.eye(2, 8)[1]
+    rest = -0.9 * z0 + (1 - 0.9**2) ** 0.5 * torch.eye(3, 8)[2]
+    c, p, _ = reference.cosines(z0.double(), z1.double(), rest.double(), "unpaired")
+    want = (((c[:, 1:] - p[:, None]) / tau).exp().sum(1)).log1p()
+    got = info_nce(
+        *(z.to(device) for z in (z0, z1)), negatives=rest.to(device), temperature=tau,
+        reduction="none",
+    )  # fmt: skip
+    torch.testing.assert_close(got.double().cpu(), want, rtol=2e-5, atol=0)
+
+
 def battery(device: str = "cpu") -> None:
     """A few problems that between them go through every line of the kernels."""
     single = torch.float32
@@ -378,6 +393,7 @@ def battery(device: str = "cpu") -> None:
     ):
         check(p)
         assert_threshold_is_right(p)
+    assert_a_loss_near_0_is_right(device)
     assert_one_call_is_two(problem("cluster", 70, 30, dtype=single))
     half = {"dtype": torch.bfloat16}
     assert_half_is_right(problem("cluster", 40, 70, "query", dtype=torch.float16))

@@ -99,8 +99,8 @@ def solve_problems(seed: int, part: bool) -> dict[Path, list[str]]:
 
 
 def read_counts(builds: dict[Path, list[str]]) -> tuple[Counter, Counter]:
-    """How often each (file, line), and each (file, line, branch), was taken. What is compiled for
-    levels alone that a build did not run, for want of such a CPU, is left out."""
+    """How often each (file, line), and each (file, line, branch), was taken. What a build has of
+    levels that it did not run is left out: the CPU has none such, or another build ran them."""
     lines, branches = Counter(), Counter()
     for folder, levels in builds.items():
         target = folder / "gcov"

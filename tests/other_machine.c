@@ -42,6 +42,8 @@ static StableIValue get_argument(void)
         return value;
     }
     get(&dim, sizeof dim);
+    if (dim > MOST_DIM)
+        abort();
     get(size, dim * (int64_t)sizeof *size);
     for (int64_t d = dim - 1; d >= 0; d--) {
         stride[d] = step;

@@ -16,7 +16,7 @@ BAD = "AddressSanitizer"
 SOLVE, FAIL, FUZZ, THREADS = (
     ("solve", 0, 96),
     ("fail", 0, 24),
-    ("fuzz", 0, 200),
+    ("fuzz", 0, 400),
     ("threads", 48, 72),
 )
 FAIL_IN_LOOPS = ("fail", 24, 36)  # problems of so many rows that they are several threads'

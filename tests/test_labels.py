@@ -216,3 +216,18 @@ def test_strided_inputs_are_read_right():
                        for k, a in enumerate(arguments)]  # fmt: skip
             for a, b in zip(op(*arguments), op(*strided), strict=True):
                 assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("variant", ("paper", "released"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_logit_of_infinity_makes_loss_count_share_and_gradient_of_its_row_nan(dtype, variant):
+    p = logits(19, 37, dtype=dtype, variant=variant, left_out=0.0)
+    for of, eps in itertools.product((0, 1), (math.inf, 1.5, 0.3, -2.0)):  # the target, another
+        values = p.tensors[0].clone()
+        values[3, (p.tensors[1][3] + of) % 37] = math.inf
+        q = dataclasses.replace(p, tensors=(values, p.tensors[1], f64(eps), p.tensors[3]))
+        loss, stats, _ = torch.ops.hex.forward(*q.forward()[1])
+        for ours, plain in zip((loss, stats[ops.COUNT], stats[ops.SHARE]), q.plain(), strict=True):
+            assert ours[3].isnan() and torch.equal(ours.isnan(), plain.isnan())
+        _, (gradient, of_tau) = q.values(q.rows, dtype)
+        assert of_tau.isnan() and gradient[3].isnan().all() and gradient[:3].isfinite().all()

@@ -25,7 +25,7 @@ import torch
 from data import f64
 from torch import Tensor
 
-from hex import hex_cross_entropy, hex_sup_con, info_nce
+from hex import hex_cross_entropy, hex_loss, hex_sup_con, info_nce
 
 LONG = np.longdouble
 BETAS, TAU_PLUS = (0.0, 0.5, 1.0, 2.0), (0.0, 0.1, 0.9)
@@ -175,6 +175,33 @@ def test_a_loss_near_0_has_all_its_digits_in_float64(power, positives):
         wanted = np.log1p(ratio * np.exp(-np.longdouble(power)))
         errors.append((abs(rows.numpy() - wanted) / wanted).max())
     assert max(errors) <= 4 * np.finfo(np.float64).eps
+
+
+@pytest.mark.parametrize("anchors", [1, 20])  # row by row, and by tiles
+@pytest.mark.parametrize(
+    ("positive", "negative", "tau"),
+    [(0.6, 0.2, 0.01), (0.3, -0.3, 0.02), (0.65, 0.5, 0.01), (0.5, -1, 0.006)],
+)
+def test_a_loss_near_0_keeps_its_digits_where_all_rows_share_a_shift(
+    positive, negative, tau, anchors
+):
+    """With 1 for the largest cosine: (1 - c_p) / tau > 30, and the sum of the exponentials is far
+    below 1. L = log(1 + K exp((c_n - c_p) / tau)). A rounding of a cosine is 1/tau of it in L."""
+    K, at = 300, torch.arange(anchors)
+    z0, z1 = (torch.zeros(anchors, 41, dtype=torch.float64) for _ in range(2))
+    rest = torch.zeros(K, 41, dtype=torch.float64)
+    z0[:, 0], z1[:, 0], z1[at, 2 + at], rest[:, 0], rest[:, 1] = (
+        1, positive, (1 - positive**2) ** 0.5, negative, (1 - negative**2) ** 0.5
+    )  # fmt: skip
+    wanted = np.log1p(K * np.exp((np.longdouble(negative) - positive) / tau))
+    options = dict(temperature=tau, reduction="none")
+    for rows in (
+        info_nce(z0, z1, negatives=rest, **options),
+        hex_loss(z0, z1, negatives=rest, eps=2.0, **options),
+    ):
+        error = (abs(rows.numpy() - wanted) / wanted).max()
+        assert error <= 4 * np.finfo(np.float64).eps / tau
+        assert rows.max() < 1e-3
 
 
 def test_a_base_temperature_scales_a_wide_loss_in_its_own_precision():

@@ -96,8 +96,8 @@ INLINE entries_t read_entries(const row_t *r, int64_t j, int64_t left, bool logi
     return of;
 }
 
-/* The sets of a row with classes. *hard: the largest of H; *unknown: negatives with a value whose
- * score is NaN, as a logit of +Inf has it. */
+/* The sets of a row with classes. *hard: the largest of H; *unknown: > 0 if a negative has a value and
+ * a score of NaN, or if a logit is +Inf, of which there is no cosine. */
 INLINE sets_t any_sets(const row_t *r, real eps, double *hard, double *unknown, bool logits)
 {
     const int64_t n = r->n;
@@ -124,7 +124,7 @@ INLINE sets_t any_sets(const row_t *r, real eps, double *hard, double *unknown, 
             count_p += where(is_p, one);
             count_n += where(is_n, one);
             finite += where(is_p | is_n, x * 0);
-            if (!logits) /* whose scores are NaN where they are, but for +Inf: see below */
+            if (!logits) /* whose scores are NaN where they are */
                 lost += where(is_n & (score != score) & (x == x), one);
         }
         const real positives = vec_sum(count_p);
@@ -139,7 +139,7 @@ INLINE sets_t any_sets(const row_t *r, real eps, double *hard, double *unknown, 
     *hard = (double)vec_largest(top_h);
     of.rest = (double)vec_largest(top_g);
     of.hard = vec_sum(in_h) > 0;
-    if (logits && (*hard == INFINITY || of.rest == INFINITY))
+    if (logits && (*hard == INFINITY || of.rest == INFINITY || vec_largest(top_p) == INFINITY))
         *unknown = 1;
     if (r->apart)
         of.positives = 1, of.sum = of.largest = r->cp, of.finite += r->cp * 0;
@@ -377,7 +377,6 @@ INLINE double row_scalars(const hex_problem_t *p, sums_t s, const sets_t *of, co
     const double nP = classed ? of->positives : 1, negatives = of->negatives, t = logits ? 1 : tau;
     /* A positive logit of -Inf: L = log D - l_p is +Inf and has a gradient, that of log D and -1. */
     const bool lost = classed && of->sum == -INFINITY;
-    const double sound = !classed || lost ? 0 : of->sum * 0; /* NaN for a positive logit of +Inf */
 
     out[HEX_STAT_COUNT] = s.count;
     if (!classed) {
@@ -394,7 +393,7 @@ INLINE double row_scalars(const hex_problem_t *p, sums_t s, const sets_t *of, co
     const double centre = !classed ? of->sum : lost ? shift : inside ? of->shift : of->sum / nP;
     if (released) {
         const double loss = released_row(p, &s, of, shift, centre, t, tau, classed, out);
-        return lost ? loss + INFINITY : loss + sound;
+        return lost ? loss + INFINITY : loss;
     }
 
     /* m = max(0, the largest of d, of the positives and of the floor's exponent) */
@@ -468,11 +467,12 @@ INLINE double row_scalars(const hex_problem_t *p, sums_t s, const sets_t *of, co
     else
         out[HEX_STAT_DTAU] = (at_floor * (1 + centre) - moment) / tau;
     if (m <= 30 && !lost) /* with the logarithm x, L would lose |x| ulp where x is far below 0 */
-        return sound + log1p(W * exp(m));
-    const double x = m + log(W); /* > 0, for then W >= 1, or 1 / nP inside the logarithm */
+        return log1p(W * exp(m));
+    /* also far below 0: where all rows share the shift 1, no difference of the row's may be near m */
+    const double x = m + log(W);
     if (lost)
-        return x + INFINITY; /* or NaN */
-    return sound + x + log1p(exp(-x));
+        return x + INFINITY;                            /* or NaN */
+    return x <= 0 ? log1p(exp(x)) : x + log1p(exp(-x)); /* softplus */
 }
 
 static double plain_scalars(const hex_problem_t *p, sums_t s, const sets_t *of, const row_t *again,

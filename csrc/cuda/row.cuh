@@ -232,7 +232,7 @@ SHARED_DEVICE double row_loss(const hex_problem_t &p, const hex_row &row, double
     double pos_e = 1, pos_x = 0, pos_ex = 0;
     if constexpr (SETS) {
         unknown = s.v[SUM_UNKNOWN];
-        if (logits && fmax(s.v[SUM_TOP], s.v[SUM_HARD_TOP]) == (double)INFINITY)
+        if (logits && fmax(fmax(s.v[SUM_TOP], s.v[SUM_HARD_TOP]), largest) == (double)INFINITY)
             unknown = 1; // a logit of +Inf has no cosine
         finite = s.v[SUM_FINITE];
         if (!several)
@@ -245,7 +245,6 @@ SHARED_DEVICE double row_loss(const hex_problem_t &p, const hex_row &row, double
     }
     // A positive logit of -Inf: L = log D - l_p is +Inf and has a gradient, that of log D and -1.
     const bool lost = SETS && largest == -(double)INFINITY;
-    const double sound = !SETS || lost ? 0 : largest * 0; // NaN for a positive logit of +Inf
     pos_e = lost ? 0 : pos_e;
     const bool valid = tau > 0 && eps == eps && !(unknown > 0);
 #pragma unroll
@@ -279,7 +278,7 @@ SHARED_DEVICE double row_loss(const hex_problem_t &p, const hex_row &row, double
     if (released) {
         const double loss =
             released_row<SETS>(p, s, positives, negatives, centre, t, tau, scale, out);
-        return lost ? loss + (double)INFINITY : loss + sound;
+        return lost ? loss + (double)INFINITY : loss;
     }
 
     // m = max(0, the largest of d, of the positives and of the floor's exponent)
@@ -354,11 +353,12 @@ SHARED_DEVICE double row_loss(const hex_problem_t &p, const hex_row &row, double
     else
         out[HEX_STAT_DTAU] = (at_floor * (1 + centre) - moment) / tau;
     if (m <= 30 && !lost) // with the logarithm x, L would lose |x| ulp where x is far below 0
-        return sound + log1p(W * exp(m));
-    const double x = m + log(W); // > 0, for then W >= 1, or 1 / positives inside the logarithm
+        return log1p(W * exp(m));
+    // also far below 0: where all rows share a shift, no difference of the row's may be near m
+    const double x = m + log(W);
     if (lost)
         return x + (double)INFINITY; // or NaN
-    return sound + x + log1p(exp(-x));
+    return x <= 0 ? log1p(exp(x)) : x + log1p(exp(-x));
 }
 
 // The same; the statistics stand in place `at` of `rows`.

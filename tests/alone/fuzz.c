@@ -68,12 +68,12 @@ static tensor_t *with_own_memory(const tensor_t *t)
     return copy;
 }
 
-/* Of the same shape, contiguous but for a direction in which the elements are further apart. */
+/* Of the same shape, with the strides of a contiguous tensor but for one, which is larger. */
 static tensor_t *further_apart(random_t *r, const tensor_t *t, int64_t direction)
 {
     int64_t stride[MOST_DIM], step = 1, last = 0;
     for (int64_t d = t->dim - 1; d >= 0; d--) {
-        const bool expanded = t->size[d] > 1000; /* by an earlier change */
+        const bool expanded = t->size[d] > 1000; /* as after an earlier change */
         stride[d] = expanded ? 0 : step + (d == direction ? between(r, 1, 3) : 0);
         last += t->size[d] > 0 ? (t->size[d] - 1) * stride[d] : 0;
         step *= expanded ? 1 : t->size[d];
@@ -158,13 +158,24 @@ static void add_deciders(random_t *r, values_t *v)
         const tensor_t *z = tensor_named(v, inputs[k]);
         rows += z->size[0] * (z->dim == 3 ? z->size[1] : 1);
     }
-    if (chance(r, 0.7))
+    const bool groups = chance(r, 0.7);
+    if (groups)
         set_tensor(v, "groups", any_tensor(r, I64, 1, (int64_t[]){rows}));
-    if (chance(r, 0.7))
+    if (!groups || chance(r, 0.7))
         set_tensor(v, "guide", any_tensor(r, F32, 2, (int64_t[]){rows, between(r, 1, 9)}));
 }
 
-values_t changed_values(random_t *r, const values_t *v)
+static bool takes(const operator_t *op, const char *name)
+{
+    const char *outputs = strstr(op->schema, "->");
+    const size_t length = strlen(name);
+    for (const char *at = op->schema; (at = strstr(at, name)) && at < outputs; at++)
+        if (at > op->schema && at[-1] == ' ' && strchr(",)=", at[length]))
+            return true;
+    return false;
+}
+
+values_t changed_values(random_t *r, const values_t *v, const operator_t *op)
 {
     values_t copy = *v;
     for (int k = 0; k < copy.count; k++)
@@ -173,7 +184,10 @@ values_t changed_values(random_t *r, const values_t *v)
     if (chance(r, 0.05))
         add_deciders(r, &copy);
     for (int64_t changes = between(r, 1, 3); changes > 0; changes--) {
-        value_t *value = &copy.value[below(r, copy.count)];
+        value_t *value;
+        do
+            value = &copy.value[below(r, copy.count)];
+        while (!takes(op, value->name));
         if (value->tensor) {
             const tensor_t *other = anothers(r, &copy, value->tensor);
             tensor_t *changed =

@@ -7,7 +7,7 @@
 
 enum { FUZZED_CALLS = 12 }; /* of each call that is right */
 
-/* A copy of the values, with one to three of them changed. */
-values_t changed_values(random_t *r, const values_t *v);
+/* A copy of the values, with one to three of those changed that the operator takes. */
+values_t changed_values(random_t *r, const values_t *v, const operator_t *op);
 
 #endif

@@ -326,7 +326,7 @@ static result_t fuzzed(values_t *v, const operator_t *op)
     result_t r = right(v, op);
     for (int64_t k = 0; k < FUZZED_CALLS; k++) {
         const int64_t tensors = live_tensors, blocks = live_blocks;
-        values_t changed = changed_values(&fuzz_random, v);
+        values_t changed = changed_values(&fuzz_random, v, op);
         threads = 1 + (int)(k % 2);
         result_t other = call(&changed, op);
         calls++;

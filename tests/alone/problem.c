@@ -432,7 +432,7 @@ static void make_rule(random_t *r, const shape_t *s, values_t *v)
                               : unit(r));
     const int32_t dtype = s->dtype == F64 || chance(r, 0.3) ? F64 : F32;
     const double sound = s->class == LISTS ? 0.5 : 0.9;
-    set_tensor(v, "tau", scalar(dtype, taus[below(r, usual ? 3 : chance(r, sound) ? 6 : 10)]));
+    set_tensor(v, "tau", scalar(dtype, taus[below(r, usual ? 4 : chance(r, sound) ? 6 : 10)]));
     set_tensor(v, "state", vector_of(r, F64, HEX_STATE, any_state));
 }
 
