@@ -223,6 +223,9 @@ def battery_of_sets(device: str = "cpu") -> None:
     for dtype, variant in ((single, "paper"), (half, "released"), (double, "paper")):
         p = logits(9, 700, dtype=dtype, variant=variant).to(device)
         check_call(p)
+        of_infinity = changed(p, 0, 3, (p.tensors[1][3] + 1) % 700, math.inf)
+        for eps in (0.3, 1.5):  # it has no cosine, and is in H for none
+            assert_not_finite_are_the_same_rows(changed(of_infinity, 2, eps))
         for self_column in (False, True):
             assert_measures_are_right(p, QUANTILES, self_column)
             assert_adaptive_is_two(p, self_column)
