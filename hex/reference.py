@@ -344,7 +344,7 @@ def row_loss(
     share = (local / (big_e + s)).detach()
 
     # 0 with a gradient of 0, and NaN where a value is NaN
-    nothing = 0 * torch.where(seen, v, 0.0).sum(1) / tau + 0
+    nothing = (0 * torch.where(seen, v, 0.0)).sum(1) / tau + 0
     log_e = torch.zeros_like(m)  # outside, mean_P l takes its place, which is 0 on this scale
     if inside:
         # L = log(1 + exp(x)),  x = log S - log E

@@ -464,3 +464,18 @@ def test_a_row_without_positives_that_holds_a_nan_has_a_gradient_of_nan(kernels,
     for row in range(6):
         (gradient,) = torch.autograd.grad(rows[row], z, retain_graph=True)
         assert gradient[row].isnan().all()
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked_columns_leave_the_derivative_in_the_temperature_finite(dtype, kernels, monkeypatch):
+    """Their sum is -inf, and 0 times that is not 0."""
+    if not kernels:
+        without_kernels(monkeypatch)
+    least = torch.finfo(dtype).min
+    logits = torch.tensor([[3, least, least, 5]], dtype=dtype)
+    for variant in ("paper", "released"):
+        tau = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+        options = dict(eps=0.4, temperature=tau, variant=variant)
+        hex_cross_entropy(logits, torch.tensor([0]), **options).backward()
+        assert tau.grad.isfinite()
