@@ -93,6 +93,7 @@ fuzz: build ## any arguments, to every operator and every public function: an ho
 	$(PYTEST) tests/test_alone.py tests/test_fuzz.py -k 'any_arguments or test_fuzz' --timeout 0
 
 # PART=--part is quicker, PART=--csrc leaves out hex/.
+coverage: export HEX_PYTEST = $(NOT_ALWAYS)
 coverage: build ## the lines and branches of csrc and of hex/ that are taken; an error, if one is not
 	$(BIN)/python tests/covered.py $(PART)
 

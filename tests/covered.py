@@ -164,7 +164,8 @@ def compare_with_list(found: dict[tuple[str, int], str]) -> list[str]:
 
 
 def of_python() -> int:
-    """`make test` again, with coverage.py; its table is of hex/."""
+    """The tests again, as `make test` chooses them (HEX_PYTEST), with coverage.py; its table is of
+    hex/."""
     command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile"]
     command += ["--cov=hex", "--cov-branch", "--cov-report=term-missing:skip-covered"]
     command += os.environ.get("HEX_PYTEST", "").split()
