@@ -169,7 +169,8 @@ def of_python() -> int:
     command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile"]
     command += ["--cov=hex", "--cov-branch", "--cov-report=term-missing:skip-covered"]
     command += os.environ.get("HEX_PYTEST", "").split()
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+    environment = {"OMP_NUM_THREADS": "1", "COVERAGE_FILE": str(FOLDER / "hex")}
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}).returncode
 
 
 def main() -> int:
