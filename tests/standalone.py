@@ -137,8 +137,9 @@ def run(
         text=True,
         timeout=timeout,
     )
-    said = f"{' '.join(map(str, command))} at {level}, seed {seed}\n{result.stdout}{result.stderr}"
-    assert result.returncode == 0, said[-6000:]
+    report = result.stderr[-6000:]  # a sanitizer's may be long; what the program says is not
+    said = f"{' '.join(map(str, command))} at {level}, seed {seed}\n{result.stdout}{report}"
+    assert result.returncode == 0, said
     return Counts(
         *map(int, re.findall(r"(\d+) (?:calls|of them refused|with a failure)", said)[-3:])
     )
