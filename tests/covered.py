@@ -68,19 +68,16 @@ def solve_problems(seed: int, part: bool) -> dict[Path, list[str]]:
     for k, level in enumerate(levels[:1] if part else dict.fromkeys((levels[0], levels[-1]))):
         go(level, "fail", 0, 24 if part else 96)
         go(level, "fuzz", 0, 48 if part else 144, seed=seed + k)
-    for seed_of_more in () if part else (2, 3, 4):
-        go("", "solve", 0, 672, seed=seed_of_more)
-    for seed_of_more in () if part else range(5, 13):
-        go("", "solve", 0, 192, seed=seed_of_more)
-    for first in () if part else (144, 240, 336):  # more tiles
-        go("", "fail", first, first + 24)
-    if not part:
-        go("", "fail", 543, 544, seed=5)  # positives' cosines that are several threads'
     go("", "cuda", 0, 24, program.parent)
     go("", "threads", 0, 24)
     go("", "solve", 0, 48, by=older)
     if part:
         return {own: levels}
+    for more in range(2, 13):
+        go("", "solve", 0, 672 if more < 5 else 192, seed=more)
+    for first in (144, 240, 336):  # more tiles
+        go("", "fail", first, first + 24)
+    go("", "fail", 543, 544, seed=5)  # positives' cosines that are several threads'
     for function in FUNCTIONS:
         try:
             run(without(program, function, FOLDER / "without"), extension, "", seed, "import")
