@@ -235,7 +235,8 @@ static tensor_t *features(random_t *r, int style, int32_t dtype, int64_t dim, co
     for (int64_t i = 0; i < size[0]; i++)
         for (int64_t j = 0; j < inner; j++) {
             random_t center = {style == CLUSTERS ? (uint64_t)below(r, 5) : 1};
-            const double scale = style == SCALED ? pow(10, (double)between(r, -40, 38)) : 1;
+            const double power = dtype == F64 ? 7.75 : 1; /* doubles from 1e-310 to 1e294 */
+            const double scale = style == SCALED ? pow(10, power * (double)between(r, -40, 38)) : 1;
             const bool zero = style == WITH_ZEROS && chance(r, 0.2);
             const double holes = style != WITH_HOLES ? 0
                                  : chance(r, 0.7)    ? 0.7
