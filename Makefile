@@ -145,7 +145,7 @@ lock: venv ## requirements/ci.txt, anew: the newest of what CI installs, with ha
 clean: ## remove what was built, .venv included
 	rm -rf .venv build dist *.egg-info hex/*.so
 
-# torchvision before torch: with torch, pip looks whether all that is installed has what it needs.
+# At torch pip would call torchvision missing where what LOCK installs asks for it.
 .venv/torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo '$(PYTHON) is older than 3.10; make PYTHON=... takes another'; exit 1; }
@@ -157,8 +157,8 @@ clean: ## remove what was built, .venv included
 	    { echo "$$tool is missing: apt install $$tool"; exit 1; }; done
 	$(PYTHON) -m venv .venv
 	$(PIP) $(if $(LOCK),--no-deps --require-hashes -r $(LOCK),--upgrade pip 'setuptools>=77')
+	$(PIP) --no-warn-conflicts '$(TORCH)'
 	$(PIP) --no-deps '$(TORCHVISION)'
-	$(PIP) '$(TORCH)'
 	@touch $@
 
 # With LOCK all is there already: --no-index ends in an error where LOCK lacks something.

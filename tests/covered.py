@@ -86,7 +86,10 @@ def solve_problems(seed: int, part: bool) -> dict[Path, list[str]]:
             assert f"no symbol {function}" in str(error), error
     go(levels[-1], "solve", 744, 747)  # so many rows that lists serve their quantiles
     if "avx2" not in levels:
-        print(f"{' and '.join(EMULATED)} are not emulated: this CPU has no AVX2")
+        print(
+            f"{' and '.join(EMULATED)} cannot be emulated, for this CPU has no AVX2: "
+            "what only products of bfloat16 have is counted as not taken"
+        )
         return {own: levels}
     bf16 = compile_extension(
         emulated, lambda source: [*OPTIONS, "-DHEX_EMULATE_BF16"], "--coverage"

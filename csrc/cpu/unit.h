@@ -5,7 +5,8 @@
  *   u_i = z_i / |z_i|         dz_i = (du_i - (du_i . u_i) u_i) / |z_i|
  *
  * The norm is exact in direction and scale for every finite row: a float row is summed in double, a
- * double row whose squares leave the range is first scaled by a power of two. A row of zeros has
+ * double row whose squares leave the range is first scaled by a power of two. 1 / |z| is Inf for
+ * doubles below 6e-309, and so is the gradient, which is out of range there. A row of zeros has
  * u = 0 and 1 / |z| = 0, so its cosines and its gradient are 0; a row with a NaN or an Inf becomes
  * NaN throughout, which every cosine with it then is. */
 #ifndef HEX_UNIT_H
