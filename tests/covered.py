@@ -45,7 +45,7 @@ OPTIONS = [
     "-Dalways_inline=noinline",
 ]
 EMULATED = ["avx512_bf16", "avx512_amx"]
-PART = (0.94, 0.85)  # of lines, of branches: a few seeds took 97 % and 90 %
+PART = (0.92, 0.86)  # of lines, of branches: seeds took 98 %, 92 %; without bfloat16 93 %, 88 %
 
 
 def solve_problems(seed: int, part: bool) -> dict[Path, list[str]]:
@@ -73,6 +73,8 @@ def solve_problems(seed: int, part: bool) -> dict[Path, list[str]]:
     go("", "threads", 0, 24)
     go("", "solve", 0, 48, by=older)
     if part:
+        for always in (1, 2, 3):  # the rare ones may all be missing from 96 that are drawn
+            go("", "solve", 0, 96, seed=always)
         return {own: levels}
     for more in range(2, 13):
         go("", "solve", 0, 672 if more < 5 else 192, seed=more)
