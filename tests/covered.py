@@ -45,7 +45,7 @@ OPTIONS = [
     "-Dalways_inline=noinline",
 ]
 EMULATED = ["avx512_bf16", "avx512_amx"]
-PART = (0.92, 0.86)  # of lines, of branches: seeds took 98 %, 92 %; without bfloat16 93 %, 88 %
+PART = (0.94, 0.86)  # of lines, of branches: few seeds took less than 98 % and 92 %
 
 
 def solve_problems(seed: int, part: bool) -> dict[Path, list[str]]:
@@ -75,18 +75,20 @@ def solve_problems(seed: int, part: bool) -> dict[Path, list[str]]:
     if part:
         for always in (1, 2, 3):  # the rare ones may all be missing from 96 that are drawn
             go("", "solve", 0, 96, seed=always)
-        return {own: levels}
-    for more in range(2, 13):
-        go("", "solve", 0, 672 if more < 5 else 192, seed=more)
-    for first in (144, 240, 336):  # more tiles
-        go("", "fail", first, first + 24)
-    go("", "fail", 543, 544, seed=5)  # positives' cosines that are several threads'
-    for function in FUNCTIONS:
-        try:
-            run(without(program, function, FOLDER / "without"), extension, "", seed, "import")
-        except AssertionError as error:
-            assert f"no symbol {function}" in str(error), error
-    go(levels[-1], "solve", 744, 747)  # so many rows that lists serve their quantiles
+        if EMULATED[0] in levels:
+            return {own: levels}
+    else:
+        for more in range(2, 13):
+            go("", "solve", 0, 672 if more < 5 else 192, seed=more)
+        for first in (144, 240, 336):  # more tiles
+            go("", "fail", first, first + 24)
+        go("", "fail", 543, 544, seed=5)  # positives' cosines that are several threads'
+        for function in FUNCTIONS:
+            try:
+                run(without(program, function, FOLDER / "without"), extension, "", seed, "import")
+            except AssertionError as error:
+                assert f"no symbol {function}" in str(error), error
+        go(levels[-1], "solve", 744, 747)  # so many rows that lists serve their quantiles
     if "avx2" not in levels:
         print(
             f"{' and '.join(EMULATED)} cannot be emulated, for this CPU has no AVX2: "
@@ -98,7 +100,7 @@ def solve_problems(seed: int, part: bool) -> dict[Path, list[str]]:
     )
     for level in EMULATED:
         go(level, "solve", 0, 96, to=bf16)
-    if EMULATED[0] not in levels:  # what is only in products of bfloat16 was not taken yet
+    if not part and EMULATED[0] not in levels:  # only here are products of it
         for more in range(1, 5):
             go(EMULATED[0], "solve", 0, 672, to=bf16, seed=more)
         go(EMULATED[0], "fail", 0, 96, to=bf16)
