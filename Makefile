@@ -138,7 +138,7 @@ versions: build ## one wheel with many releases of torch and Python; what it fet
 lock: venv ## requirements/ci.txt, anew: the newest of what CI installs, with hashes
 	$(PIP) uv
 	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.10 --generate-hashes \
-	    --extra examples --extra test --extra benchmarks --extra dev pyproject.toml \
+	    --extra examples --extra test --extra benchmarks --extra dev --extra docs pyproject.toml \
 	    requirements/ci.in --excludes requirements/not.in --custom-compile-command 'make lock' \
 	    --output-file requirements/ci.txt
 
@@ -163,5 +163,5 @@ clean: ## remove what was built, .venv included
 
 # With LOCK all is there already: --no-index ends in an error where LOCK lacks something.
 .venv/hex: .venv/torch setup.py pyproject.toml $(wildcard csrc/*.[ch] csrc/cpu/*.[ch] csrc/cpu/levels/*.[ch] csrc/cuda/*.h)
-	@PYTHONWARNINGS=ignore $(PIP) $(if $(LOCK),--no-index) --no-build-isolation --editable '.[examples,test,benchmarks,dev]' '$(TORCH)' '$(TORCHVISION)'
+	@PYTHONWARNINGS=ignore $(PIP) $(if $(LOCK),--no-index) --no-build-isolation --editable '.[examples,test,benchmarks,dev,docs]' '$(TORCH)' '$(TORCHVISION)'
 	@touch $@
