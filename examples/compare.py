@@ -22,14 +22,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from common.options import positive
-from common.training import console, progress
+from common.runs import console, progress
 from rich.table import Table
 
 HERE = Path(__file__).parent
-METHODS = [
-    "simclr", "moco", "nnclr", "clip", "supcon", "byol", "dino", "barlow_twins", "vicreg",
-    "lightning_simclr",
-]  # fmt: skip
+METHODS = "simclr moco nnclr clip supcon byol dino barlow_twins vicreg".split()
 LOSSES = "base", "hex"
 SHOWN = {"knn": "k-NN", "linear_1": "1 label"}
 
@@ -74,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not results:
         parser.error(f"--show {out}: found no runs there, wanted */result.json")
     console.print(table(results))
-    console.print(f"runs: {out}/*/log.txt, last.pt and result.json", soft_wrap=True)
+    console.print(f"runs: {out}/*/log.txt, last.ckpt and result.json", soft_wrap=True)
     return 0
 
 

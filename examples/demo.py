@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import data, evaluate, pictures
-from common.training import check_finite, console, parser_of, progress, schedule, train_epoch
+from common import data, evaluate, pictures, plain
+from common.options import parser_of
+from common.runs import console, progress
 from rich.table import Table
 from simclr import SimCLR
 from sklearn.manifold import TSNE
@@ -45,29 +46,22 @@ class Run:
         self.batches: list[pictures.Batch] = []  # the same images after each epoch
 
     def train(self) -> None:
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-3, weight_decay=1e-4)
-        steps = self.steps * self.epochs
-        scheduler = schedule(optimizer, self.steps, self.epochs)
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        self.seconds = 0.0
+        tables = plain.train(self.model, self.images, self.epochs, BATCH, lr=3e-3)
+        self.seconds, start = 0.0, time.perf_counter()
         with progress() as bars:
-            for epoch in bars.track(range(self.epochs), description=f"{self.name:8}"):
-                start = time.perf_counter()
-                self.model.set_epoch(epoch)
-                batches = self.images.batches(BATCH)
-                for loss in train_epoch(self.model, batches, optimizer, scheduler, scaler, steps):
-                    self.statistics.append((float(loss), *map(float, self.criterion.last)))
+            for table in bars.track(tables, self.epochs, description=f"{self.name:8}"):
                 self.seconds += time.perf_counter() - start
-                losses = [step[0] for step in self.statistics[-self.steps :]]
-                check_finite(self.model, optimizer, epoch, losses, self.images)
+                self.statistics += map(tuple, table.tolist())
+                epoch = len(self.statistics) // self.steps
                 if self.name == "HEX":
-                    self.batches.append(self.look(epoch + 1))
-                if (epoch + 1) % 10 == 0:
-                    loss, eps, hard, _ = np.mean(self.statistics[-self.steps :], axis=0)
-                    line = f"{self.name:8} epoch {epoch + 1:3}  loss {loss:.3f}"
+                    self.batches.append(self.look(epoch))
+                if epoch % 10 == 0:
+                    loss, eps, hard, _ = table.mean(0).tolist()
+                    line = f"{self.name:8} epoch {epoch:3}  loss {loss:.3f}"
                     if np.isfinite(eps):
                         line += f"  eps {eps:.3f}  mean |H| {hard:.2f}"
                     console.print(line)
+                start = time.perf_counter()
 
     @torch.no_grad()
     def look(self, epoch: int) -> pictures.Batch:

@@ -4,11 +4,16 @@
     python examples/simclr.py --data digits
     python examples/simclr.py --data cifar10 --root DIR --backbone resnet18 --epochs 200
     python examples/simclr.py --data folder --root DIR --backbone timm:resnet50 --workers 8
+    python examples/simclr.py --data digits --device cpu --devices 2
     python examples/simclr.py --resume runs/NAME
 
-The folder of a run holds `last.pt`, which is the checkpoint of its last complete epoch,
-TensorBoard's log and `result.json`. On the CPU, a run that was stopped and resumed ends with the
-same bits as one that was never stopped.
+The folder of a run holds Lightning's checkpoint of its last complete epoch, `last.ckpt`, the logs
+and `result.json`. On the CPU, a run that was stopped and resumed ends with the same bits as one
+that was never stopped.
+
+With several devices Lightning trains by DDP, in a process for each. Each process, a rank, has its
+part of each batch of `--batch-size` images. With `gather_distributed=True` the loss and its
+threshold are those of the whole batch. Rank 0 prints and evaluates.
 
 SimCLR: Chen et al. 2020, https://arxiv.org/abs/2002.05709. Needs hex-ssl[examples].
 """
@@ -18,7 +23,7 @@ import sys
 
 import torch
 from common import data, encoder, training
-from common.options import threshold
+from common.options import positive, threshold
 from torch import Tensor
 
 from hex import HEXLoss, InfoNCELoss
@@ -34,10 +39,17 @@ class SimCLR(training.Method):
         self.projector = encoder.projector(self.width, options.features)
         if options.loss == "hex":
             self.criterion = HEXLoss(
-                options.temperature, threshold=threshold(options), variant=options.variant
+                options.temperature,
+                threshold=threshold(options),
+                variant=options.variant,
+                gather_distributed=True,  # with one device it changes nothing
             )
         else:
-            self.criterion = InfoNCELoss(options.temperature)
+            self.criterion = InfoNCELoss(options.temperature, gather_distributed=True)
+
+    @classmethod
+    def add_options(cls, add) -> None:
+        add("--devices", type=positive, default=1, help="how many GPUs, or processes on the CPU")
 
     def embed(self, images: Tensor) -> Tensor:
         return self.projector(self.backbone(images))

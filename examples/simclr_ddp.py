@@ -6,13 +6,13 @@
     torchrun --nproc-per-node 2 examples/simclr_ddp.py --resume runs/NAME
     python examples/simclr_ddp.py           # one process
 
-Each process, a rank, trains on its part of each batch of `--batch-size` images. With
-`gather_distributed=True` the loss and its threshold are those of the whole batch. All that a
-training needs for several processes is in this file; the rest is in common/, as for simclr.py.
+This is the training of `simclr.py --devices N` without Lightning, and ends with the same bits on
+the CPU. All that a training needs for several processes is in this file.
 
-Rank 0 prints, logs, evaluates and saves. The folder of a run holds the same as that of simclr.py.
-On the CPU, a run that was stopped and resumed ends with the same bits as one that was never
-stopped.
+Each process, a rank, trains on its part of each batch of `--batch-size` images. With
+`gather_distributed=True` the loss and its threshold are those of the whole batch. Rank 0 prints,
+logs, evaluates and saves. On the CPU, a run that was stopped and resumed ends with the same bits as
+one that was never stopped.
 
 SimCLR: Chen et al. 2020, https://arxiv.org/abs/2002.05709. Needs hex-ssl[examples].
 """
@@ -24,14 +24,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import checkpoint, data, encoder, evaluate, training
-from common.options import AMP, check_device, make_folder, threshold
+from common import data, encoder, evaluate, runs
+from common.options import (
+    AMP,
+    LAST,
+    CheckpointError,
+    check_device,
+    kept,
+    make_folder,
+    parse,
+    threshold,
+)
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler
 from torch.utils.tensorboard import SummaryWriter
 
 from hex import HEXLoss, InfoNCELoss
@@ -41,17 +51,18 @@ RANK, LOCAL_RANK, RANKS = (
     int(os.environ.get(name, alone))
     for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
 )
-console = training.console
+console = runs.console
 
 
-class DistributedSimCLR(training.Method):
+class SimCLR(nn.Module):
     """SimCLR by DDP: two views of an image attract each other, all others of all ranks repel."""
 
     losses = {"hex": "HEX in place of InfoNCE", "base": "InfoNCE"}
 
     def __init__(self, options: argparse.Namespace, images: data.Split) -> None:
-        super().__init__(options, images)
-        self.projector = encoder.projector(self.width, options.features)
+        super().__init__()
+        self.backbone, width = encoder.backbone(options.backbone, images.size)
+        self.projector = encoder.projector(width, options.features)
         if options.loss == "hex":
             self.criterion = HEXLoss(
                 options.temperature,
@@ -68,7 +79,7 @@ class DistributedSimCLR(training.Method):
 
 
 class Run:
-    """A training, as each rank has it.
+    """A training run, as one rank sees it.
 
     Args:
         options: the command line.
@@ -79,7 +90,7 @@ class Run:
             user.
     """
 
-    def __init__(self, options: argparse.Namespace, state: dict | None) -> None:
+    def __init__(self, options: argparse.Namespace, state: dict[str, Any] | None) -> None:
         if options.batch_size % RANKS:
             raise ValueError(
                 f"--batch-size: got {options.batch_size} for {RANKS} processes, wanted a multiple "
@@ -90,91 +101,74 @@ class Run:
             torch.cuda.set_device(LOCAL_RANK)  # that "cuda" means
         self.device = check_device(options.device)
         self.waiting = join("nccl" if self.device.type == "cuda" else "gloo")
-        self.images, self.test = training.load(options)
-        # Each rank has its part of the images. What does not divide is left out of an epoch: images
-        # too few for one each, and the short last batch. So all ranks have as many batches, of one
-        # size, and no image is twice in a batch, where it would be its own false negative.
-        dataset = self.images.dataset()
-        self.sampler = DistributedSampler(dataset, RANKS, RANK, seed=options.seed, drop_last=True)
-        self.loader = DataLoader(
-            dataset,
-            options.batch_size // RANKS,
-            sampler=self.sampler,
-            drop_last=True,
-            **self.images.loading,
+        self.parts = self.images, _ = runs.load(options)
+        # Each rank has its part of the images in an order that all know, and other views.
+        self.loader = data.loader(
+            self.images, options.batch_size, options.seed, lambda: self.epoch, RANK, RANKS
         )
         torch.manual_seed(options.seed)
-        self.model = DistributedSimCLR(options, self.images).to(self.device)
+        self.model = SimCLR(options, self.images).to(self.device)
         if self.device.type == "cuda" and RANKS > 1:
             # Normalises by the whole batch. torch has it for CUDA only: on the CPU each rank
             # normalises by its own part.
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), options.lr, weight_decay=1e-4)
-        self.scheduler = training.schedule(self.optimizer, len(self.loader), options.epochs)
+        self.scheduler = runs.schedule(self.optimizer, len(self.loader) * options.epochs)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
+        # What a checkpoint holds. The model is there without DDP's wrapper, so that a run can go on
+        # with another number of processes.
+        names = "model", "optimizer", "scheduler", "scaler"
+        self.saved = {name: getattr(self, name) for name in names}
         self.first = 0  # the epoch to begin with; self.last is the one after the end
         if state is not None:  # every rank has read it
-            checkpoint.restore(state, self.parts)
-            self.first = state["values"]["epoch"]
+            self.first = state["epoch"] + 1
+            for name, part in self.saved.items():
+                try:
+                    part.load_state_dict(state[name])
+                except (KeyError, ValueError, RuntimeError) as error:
+                    text = str(error).strip().splitlines()[-1].strip()
+                    raise CheckpointError(f"the checkpoint's {name} does not fit: {text}") from None
         self.last = min(options.epochs, self.first + (options.stop_after or options.epochs))
         # DDP averages the gradients of the ranks in each backward. It gives all ranks the weights
         # of rank 0 now, and in each forward rank 0's buffers, which are those of a checkpoint.
         self.ddp = DistributedDataParallel(self.model)
+        self.done = self.first
         with others_wait(self.waiting):
             if RANK == 0:
-                self.file = make_folder(options) / "last.pt"
-                if state is None:
-                    self.save(0)
+                make_folder(options)
 
-    @property
-    def parts(self) -> dict:
-        """What a checkpoint holds. The model is there without DDP's wrapper, so that a run can go
-        on with another number of processes."""
-        names = "model", "optimizer", "scheduler", "scaler"
-        return {name: getattr(self, name) for name in names}
-
-    def save(self, epoch: int) -> None:
-        options = {k: v for k, v in vars(self.options).items() if k not in training.ONE_CALL}
-        checkpoint.save(self.file, self.parts, epoch=epoch, options=options)
-
-    def train(self) -> None:
+    def train(self, let_ctrl_c: Callable[[], None]) -> None:
         options, steps, log = self.options, len(self.loader), None
         console.print(
             f"SimCLR, processes: {RANKS}, --loss {options.loss} "
-            f"({training.objective(DistributedSimCLR, options)}), on {len(self.images)} images, "
+            f"({runs.objective(SimCLR, options)}), on {len(self.images)} images, "
             f"{steps} steps an epoch, {self.first} of {options.epochs} epochs done",
             soft_wrap=True,
         )
         start = time.perf_counter()
         if RANK == 0:  # TensorBoard drops its entries for steps that are repeated
-            log = SummaryWriter(str(self.file.parent), purge_step=self.first * steps)
-            log.add_text("options", repr(vars(options)))
-        with training.ctrl_c_held_back() as let_ctrl_c, log or nullcontext():
+            log = SummaryWriter(options.out, purge_step=self.first * steps)
+        with log or nullcontext():
             for epoch in range(self.first, self.last):
-                epoch_start = time.perf_counter()
-                table = self.epoch(epoch, let_ctrl_c)
-                seconds = time.perf_counter() - epoch_start
+                self.epoch = epoch
+                table = self.train_epoch(let_ctrl_c)
                 with others_wait(self.waiting):
                     if RANK == 0:
-                        line = self.after(epoch, table, seconds, log)
-                        self.save(epoch + 1)
-                        console.print(line)  # an epoch is printed only after it is saved
+                        self.after(table.tolist(), log)
                 let_ctrl_c()
         with others_wait(self.waiting):
-            if RANK == 0:
-                if self.last == options.epochs:
-                    whole = self.first == 0  # the seconds of a part of a run mean nothing
-                    self.score(time.perf_counter() - start if whole else None)
-                console.print(
-                    f"checkpoint: {self.file}\nlog: tensorboard --logdir {self.file.parent}",
-                    soft_wrap=True,
-                )
+            if RANK == 0 and self.last == options.epochs:
+                whole = self.first == 0  # the seconds of a part of a run mean nothing
+                seconds = time.perf_counter() - start if whole else None
+                runs.finish(SimCLR, options, self.model.backbone, self.parts, seconds)
+        console.print(
+            f"checkpoint: {Path(options.out) / LAST}\nlog: tensorboard --logdir {options.out}",
+            soft_wrap=True,
+        )
 
-    def epoch(self, epoch: int, let_ctrl_c: Callable[[], None]) -> Tensor:
-        """Trains for one epoch. Returns the figures of each step, which all ranks have alike."""
-        self.sampler.set_epoch(epoch)  # a new order, of which each rank has another part
-        training.seed_epoch(self.options.seed, epoch, RANK)  # each rank has other views
-        self.model.set_epoch(epoch)
+    def train_epoch(self, let_ctrl_c: Callable[[], None]) -> Tensor:
+        """Returns loss, eps, mean |H| and share of each step, which all ranks have alike."""
+        self.model.criterion.set_epoch(self.epoch)
         self.ddp.train()
         dtype = AMP[self.options.amp]
         rows = []  # read when the epoch is over, so that no step waits
@@ -187,36 +181,41 @@ class Run:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.scheduler.step()
-            rows.append(training.figures(loss, self.model.criterion))
+            figures = loss.detach(), *self.model.criterion.last
+            rows.append(torch.stack([x.double() for x in figures]))
             let_ctrl_c()
         return torch.stack(rows).cpu()
 
-    # The rest is done by rank 0 alone, with the model inside DDP's wrapper, for the wrapper would
-    # wait for the other ranks.
+    def after(self, table: list[list[float]], log: SummaryWriter) -> None:
+        """Checks, logs, saves and prints what an epoch has made.
 
-    def after(self, epoch: int, table: Tensor, seconds: float, log: SummaryWriter) -> str:
-        """Checks, logs and tests what an epoch has made. Returns a line about it."""
-        line = f"{training.log_epoch(log, epoch, table)}  {seconds:.1f} s"
-        losses, scaled = table[:, 0].tolist(), self.scaler.is_enabled()
-        training.check_finite(self.model, self.optimizer, epoch, losses, self.images, scaled)
-        every = self.options.knn_every
-        if every and (epoch + 1) % every == 0:
-            accuracy = evaluate.knn_accuracy(*self.features())
-            log.add_scalar("test/knn", accuracy, (epoch + 1) * len(table))
+        Rank 0 does so with the model inside DDP's wrapper, for the wrapper would wait for the
+        other ranks.
+        """
+        done, losses, options = self.epoch + 1, [row[0] for row in table], self.options
+        backbone, scaled = self.model.backbone, self.scaler.is_enabled()
+        evaluate.check_finite(self.model, self.optimizer, self.epoch, losses, self.images, scaled)
+        for step, row in enumerate(table, self.epoch * len(table)):
+            for name, value in zip(("loss", "eps", "hard", "share"), row, strict=True):
+                log.add_scalar(f"train/{name}", value, step)
+        line = f"epoch {done:3}  loss {sum(losses) / len(losses):.4f}"
+        if options.loss == "hex":  # of the last step
+            line += f"  eps {table[-1][1]:.3f}  mean |H| {table[-1][2]:.2f}"
+        if options.knn_every and done % options.knn_every == 0:
+            features = (evaluate.features(backbone, part) for part in self.parts)
+            accuracy = evaluate.knn_accuracy(*features)
+            log.add_scalar("test/knn", accuracy, done * len(table) - 1)
             line += f"  k-NN {accuracy:.2%}"
-        return line
+        state = {name: part.state_dict() for name, part in self.saved.items()}
+        state |= {"epoch": self.epoch, "hyper_parameters": kept(options)}
+        unfinished = Path(options.out, "unfinished")
+        torch.save(state, unfinished)
+        os.replace(unfinished, Path(options.out, LAST))  # which is whole at every moment
+        self.done = done
+        console.print(line)  # an epoch is printed only after it is saved
 
-    def score(self, seconds: float | None) -> None:
-        with console.status("evaluating"):
-            scores = evaluate.scores(*self.features())
-        console.print(training.table_of(scores, len(self.test)))
-        folder = self.file.parent
-        training.write_result(folder, DistributedSimCLR, self.options, scores, seconds)
-        console.print(f"result: {folder / 'result.json'}", soft_wrap=True)
-
-    def features(self) -> tuple[evaluate.Features, evaluate.Features]:
-        backbone = self.model.backbone
-        return evaluate.features(backbone, self.images), evaluate.features(backbone, self.test)
+    def what_is_kept(self) -> str:
+        return runs.what_is_kept(Path(self.options.out, LAST), self.done)
 
 
 def join(backend: str) -> dist.ProcessGroup:
@@ -247,22 +246,23 @@ def main(arguments: list[str] | None = None) -> int:
     console.quiet = RANK > 0
     run = None
     try:
-        try:
-            run = Run(*training.parse(DistributedSimCLR, "simclr_ddp", arguments, {}))
-        except ValueError as error:  # a ValueError in training is a fault of the program
-            raise training.UsageError(error) from None
-        run.train()
-    except (training.UsageError, data.DataError, checkpoint.CheckpointError) as error:
-        if RANK == 0 or run is not None:  # what is wrong at the start is wrong on all ranks
-            print(f"simclr_ddp.py: error: {error}", file=sys.stderr)
+        with runs.ctrl_c_held_back() as let_ctrl_c:
+            try:
+                run = Run(*parse(SimCLR, "simclr_ddp", arguments))
+            except (data.DataError, CheckpointError, ValueError) as error:
+                if RANK == 0:  # what is wrong at the start is wrong on all ranks
+                    print(f"simclr_ddp.py: error: {error}", file=sys.stderr)
+                return 2
+            run.train(let_ctrl_c)
+    except data.DataError as error:
+        print(f"simclr_ddp.py: error: {error}", file=sys.stderr)
         return 2
     except evaluate.Diverged as error:  # on rank 0
-        kept = f"{run.file} has the last good epoch"
-        print(f"simclr_ddp.py: training diverged: {error}; {kept}", file=sys.stderr)
+        print(f"simclr_ddp.py: training diverged: {error}; {run.what_is_kept()}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        kept = f"--resume {run.file.parent} goes on" if RANK == 0 and run else "before training"
-        console.print(f"interrupted; {kept}", soft_wrap=True)
+        text = f"{run.what_is_kept()}; --resume goes on" if run else "before training"
+        console.print(f"interrupted; {text}", soft_wrap=True)
         return 130
     finally:
         if dist.is_initialized():

@@ -7,6 +7,7 @@ They run in this process where they can: importing what they need takes seconds.
 
 import hashlib
 import importlib.util
+import math
 import os
 import random
 import re
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-for name in ("torchvision", "sklearn", "matplotlib", "rich", "tensorboard"):
+for name in ("torchvision", "sklearn", "matplotlib", "rich", "tensorboard", "lightning", "lightly"):
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"the examples need {name}, which is not installed", allow_module_level=True)
 
@@ -29,18 +30,11 @@ sys.path.insert(0, str(EXAMPLES))
 
 import demo  # noqa: E402
 import simclr  # noqa: E402
-from common import (  # noqa: E402
-    augment,
-    checkpoint,
-    data,
-    encoder,
-    evaluate,
-    options,
-    training,
-)
+from common import augment, data, encoder, evaluate, options, training  # noqa: E402
 from common.vision import v2  # noqa: E402
 from PIL import Image  # noqa: E402
 from sklearn.decomposition import PCA  # noqa: E402
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
 TINY = ["--batch-size", "512", "--knn-every", "1"]  # two steps an epoch
 
@@ -66,8 +60,8 @@ def bits(value):
 
 def state(folder: Path) -> dict:
     """Everything in a run's checkpoint but its command line."""
-    contents = checkpoint.load(folder / "last.pt")
-    del contents["values"]["options"]
+    contents = options.load_checkpoint(folder / options.LAST)
+    del contents["hyper_parameters"]
     return bits(contents)
 
 
@@ -97,12 +91,12 @@ def test_the_minimal_example_prints_a_falling_loss_with_eps_and_neighbours(capsy
 @pytest.mark.parametrize("loss", ["hex", "base"])
 def test_a_run_in_two_parts_ends_with_the_bits_of_one_in_one(loss, tmp_path, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    options = ["--loss", loss, "--epochs", 2, *TINY]
-    assert run(*options, "--out", whole) == 0
-    assert run(*options, "--out", parts, "--stop-after", 1) == 0
+    arguments = ["--loss", loss, "--epochs", 2, *TINY]
+    assert run(*arguments, "--out", whole) == 0
+    assert run(*arguments, "--out", parts, "--stop-after", 1) == 0
     assert state(parts) != state(whole)
     buffer = "criterion.threshold.state"
-    assert (buffer in state(parts)["parts"]["model"]) == (loss == "hex")
+    assert (buffer in state(parts)["state_dict"]) == (loss == "hex")
     # what a new process would not have either
     torch.manual_seed(9)
     random.seed(9)
@@ -117,8 +111,8 @@ def test_a_run_in_two_parts_ends_with_the_bits_of_one_in_one(loss, tmp_path, cap
 
 def test_ctrl_c_leaves_the_last_whole_epoch_to_go_on_from(tmp_path):
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    options = ["--epochs", "500", *TINY]
-    command = [sys.executable, EXAMPLES / "simclr.py", *options, "--out", stopped]
+    arguments = ["--epochs", "500", *TINY]
+    command = [sys.executable, EXAMPLES / "simclr.py", *arguments, "--out", stopped]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -132,10 +126,10 @@ def test_ctrl_c_leaves_the_last_whole_epoch_to_go_on_from(tmp_path):
     assert "Traceback" not in errors
     epochs = int(re.search(r"as it was after (\d+) whole epochs", printed)[1])
     assert f"--resume {stopped}" in printed
-    assert epochs == checkpoint.load(stopped / "last.pt")["values"]["epoch"] >= 1
+    assert epochs == options.load_checkpoint(stopped / "last.ckpt")["epoch"] + 1 >= 1
 
     assert run("--resume", stopped, "--stop-after", 1) == 0
-    assert run(*options, "--out", whole, "--stop-after", epochs + 1) == 0
+    assert run(*arguments, "--out", whole, "--stop-after", epochs + 1) == 0
     assert state(stopped) == state(whole)
 
 
@@ -221,7 +215,7 @@ def test_a_threshold_that_would_train_another_loss_is_refused(arguments, text, t
     ],
 )
 def test_a_threshold_at_the_end_of_its_range_is_taken(arguments):
-    options.check(training.parser_of(simclr.SimCLR, "simclr").parse_args(arguments))
+    options.check(options.parser_of(simclr.SimCLR, "simclr").parse_args(arguments))
 
 
 @pytest.mark.parametrize(
@@ -250,28 +244,14 @@ def test_a_wrong_number_is_refused_with_the_options_name(arguments, text, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_that_diverges_at_once_keeps_the_checkpoint_before_and_says_so(tmp_path, capsys):
+def test_a_run_that_diverges_at_once_says_so_and_leaves_nothing_to_go_on_from(tmp_path, capsys):
     out = tmp_path / "out"
-    assert run("--epochs", 3, "--lr", "1e9", *TINY, "--out", out) == 1
+    assert run("--epochs", 3, "--lr", "1e30", *TINY, "--out", out) == 1
     errors = capsys.readouterr().err
     assert errors.startswith("simclr.py: training diverged: ") and errors.count("\n") == 1
-    assert f"{out / 'last.pt'} has the run as it was after " in errors
-    kept = checkpoint.load(out / "last.pt")
-    assert f"after {kept['values']['epoch']} whole epochs" in errors
-    for part in ("model", "optimizer"):
-        assert finite(kept["parts"][part])
-    assert not (out / "result.json").exists()
-
-
-def finite(value) -> bool:
-    """All floating tensors of a state, wherever they are."""
-    if isinstance(value, dict):
-        return all(map(finite, value.values()))
-    if isinstance(value, (list, tuple)):
-        return all(map(finite, value))
-    return not (isinstance(value, torch.Tensor) and value.is_floating_point()) or bool(
-        value.isfinite().all()
-    )
+    assert errors.endswith("; no epoch was saved\n")
+    assert not (out / "last.ckpt").exists() and not (out / "result.json").exists()
+    assert run("--epochs", 1, *TINY, "--out", out) == 0  # there is nothing to write over
 
 
 SHORT = ["--epochs", 3, "--batch-size", 512, "--knn-every", 0]
@@ -290,46 +270,54 @@ def test_a_run_that_diverges_later_keeps_the_bits_of_its_last_good_epoch(
     what, good_epoch, tmp_path, capsys, monkeypatch
 ):
     """Each at the last step of the second epoch; the loss was finite but where it is the loss."""
-    train_epoch, epochs = training.train_epoch, []
+    step, end = training.Method.training_step, training.Method.on_train_batch_end
 
-    def spoiled(model, batches, optimizer, *rest):
-        epochs.append(len(epochs))
-        for loss in train_epoch(model, batches, optimizer, *rest):
-            yield loss * torch.nan if what == "loss" and len(epochs) == 2 else loss
+    def spoiled_step(model, *batch):
+        return step(model, *batch) * (torch.nan if what == "loss" and now(model) else 1)
+
+    def spoiled_end(model, *batch):
+        end(model, *batch)
+        if what == "loss" or not now(model):
+            return
         weight = next(model.backbone.parameters())
-        if len(epochs) == 2 and what != "loss":
-            spoil = {
-                "weight": lambda: weight.data[0].fill_(torch.inf),
-                "moment": lambda: optimizer.state[weight]["exp_avg_sq"][0].fill_(torch.inf),
-                "features": lambda: [x.data.fill_(3e38) for x in model.backbone.parameters()],
-            }
-            spoil[what]()
+        if what == "weight":
+            weight.data[0].fill_(torch.inf)
+        elif what == "moment":
+            model.trainer.optimizers[0].state[weight]["exp_avg_sq"][0].fill_(torch.inf)
+        else:
+            for parameter in model.backbone.parameters():
+                parameter.data.fill_(3e38)
 
-    monkeypatch.setattr(training, "train_epoch", spoiled)
+    def now(model) -> bool:
+        return model.current_epoch == 1 and model.trainer.is_last_batch
+
+    monkeypatch.setattr(training.Method, "training_step", spoiled_step)
+    monkeypatch.setattr(training.Method, "on_train_batch_end", spoiled_end)
     assert run(*SHORT, "--out", tmp_path / "out") == 1
     printed, errors = capsys.readouterr()
     said = {
-        "loss": "the loss of step 1 of epoch 2 is nan",
+        "loss": "the loss of step 2 of epoch 2 is nan",
         "weight": "after epoch 2 not all weights and moments are finite",
         "moment": "after epoch 2 not all weights and moments are finite",
         "features": "the features of some images are not finite",
     }
-    kept = f"{tmp_path / 'out' / 'last.pt'} has the run as it was after 1 whole epochs"
+    kept = f"{tmp_path / 'out' / 'last.ckpt'} has the run as it was after 1 whole epochs"
     assert errors == f"simclr.py: training diverged: {said[what]}; {kept}\n"
     assert "epoch   1" in printed and "epoch   2" not in printed
+    assert not (tmp_path / "out" / "result.json").exists()
     assert state(tmp_path / "out") == good_epoch
     if what == "loss":  # the others have the same checkpoint
-        monkeypatch.setattr(training, "train_epoch", train_epoch)
+        monkeypatch.undo()
         assert run("--resume", tmp_path / "out") == 0
 
 
 def test_a_step_that_the_scaler_leaves_out_is_no_divergence():
     images, _ = data.load("digits")
-    model = simclr.SimCLR(training.parser_of(simclr.SimCLR, "simclr").parse_args([]), images)
+    model = simclr.SimCLR(options.parser_of(simclr.SimCLR, "simclr").parse_args([]), images)
     optimizer = torch.optim.AdamW(model.parameters())
-    training.check_finite(model, optimizer, 0, [torch.nan, 1.0], images, scaled=True)
+    evaluate.check_finite(model, optimizer, 0, [torch.nan, 1.0], images, scaled=True)
     with pytest.raises(evaluate.Diverged, match="the loss of step 2 of epoch 1 is inf"):
-        training.check_finite(model, optimizer, 0, [1.0, torch.inf], images)
+        evaluate.check_finite(model, optimizer, 0, [1.0, torch.inf], images)
 
 
 def test_a_demo_that_diverges_says_so_in_a_line(tmp_path, capsys, monkeypatch):
@@ -343,10 +331,10 @@ def test_a_demo_that_diverges_says_so_in_a_line(tmp_path, capsys, monkeypatch):
 
 def test_a_run_is_not_written_over(tmp_path, capsys):
     assert run("--epochs", 1, *TINY, "--out", tmp_path) == 0
-    before = (tmp_path / "last.pt").read_bytes()
+    before = (tmp_path / "last.ckpt").read_bytes()
     assert run("--epochs", 1, *TINY, "--out", tmp_path) == 2
     assert "there is a run already" in capsys.readouterr().err
-    assert (tmp_path / "last.pt").read_bytes() == before
+    assert (tmp_path / "last.ckpt").read_bytes() == before
     assert run("--resume", tmp_path, "--features", 64) == 2
     assert "the checkpoint's model does not fit" in capsys.readouterr().err
     for name, wanted, there in (("lr", "0.1", "0.003"), ("seed", "4", "0")):
@@ -355,6 +343,9 @@ def test_a_run_is_not_written_over(tmp_path, capsys):
         )  # the checkpoint's would be taken
         errors = capsys.readouterr().err
         assert f"--{name}: got {wanted} with --resume, of a run with {there}" in errors
+    assert run("--resume", tmp_path, "--epochs", 3, *TINY) == 0  # a run can be made longer
+    assert run("--resume", tmp_path, "--epochs", 2) == 2
+    assert "--epochs: got 2 with --resume, of a run that has done 3" in capsys.readouterr().err
 
 
 def test_help_names_every_choice_of_data_and_loss(capsys):
@@ -376,17 +367,41 @@ def test_help_names_every_choice_of_data_and_loss(capsys):
     ],
 )
 def test_the_threshold_option_makes_the_tracker_it_names(text, shown):
-    parser = training.parser_of(simclr.SimCLR, "simclr")
+    parser = options.parser_of(simclr.SimCLR, "simclr")
     parsed = parser.parse_args(["--threshold", text, "--epochs", "7"])
     assert shown in repr(options.threshold(parsed))
 
 
-def test_folders_of_photographs_train(tmp_path, capsys):
+def test_folders_of_photographs_train_and_a_run_in_two_parts_ends_with_the_same_bits(
+    tmp_path, capsys
+):
+    """With a process that reads the images, in which a view of one is random too."""
     root = photographs(tmp_path / "data", {"train": 6, "test": 5}, size=40)
-    options = ["--data", "folder", "--root", root, "--image-size", 32, "--batch-size", 4]
-    options += ["--epochs", 1, "--over", "negatives", "--amp", "bf16"]
-    assert run(*options, "--out", tmp_path / "out") == 0
+    arguments = ["--data", "folder", "--root", root, "--image-size", 32, "--batch-size", 4]
+    arguments += ["--epochs", 2, "--over", "negatives", "--amp", "bf16", "--workers", 1]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(*arguments, "--out", whole) == 0
     assert "on 12 images, 3 steps an epoch" in capsys.readouterr().out
+    assert run(*arguments, "--out", parts, "--stop-after", 1) == 0
+    torch.manual_seed(9)
+    assert run("--resume", parts) == 0
+    assert state(parts) == state(whole)
+
+
+def test_the_log_has_the_figures_of_every_step_for_tensorboard_and_as_csv(tmp_path, capsys):
+    arguments = ["--epochs", 2, *TINY, "--out", tmp_path]
+    assert run(*arguments, "--stop-after", 1) == 0
+    assert run("--resume", tmp_path) == 0
+    names = "train/loss", "lr-AdamW", "hex/eps", "hex/hard", "hex/share"
+    log = EventAccumulator(str(tmp_path)).Reload()
+    for name in names:
+        events = log.Scalars(name)
+        assert [event.step for event in events] == [0, 1, 2, 3], name
+        assert all(math.isfinite(event.value) for event in events)
+    assert [event.step for event in log.Scalars("test/knn")] == [1, 3]
+    for epoch in (1, 2):
+        lines = (tmp_path / f"csv/from-epoch-{epoch}/metrics.csv").read_text().splitlines()
+        assert {*names, "step", "epoch", "test/knn"} == set(lines[0].split(","))
 
 
 def test_the_demo_prints_its_table_and_draws_four_pictures(tmp_path, capsys, monkeypatch):

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import sklearn.datasets
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
 
 for name in ("torchvision", "sklearn", "matplotlib", "rich", "tensorboard", "lightly"):
@@ -26,9 +25,9 @@ sys.path.insert(0, str(EXAMPLES))
 
 import clip  # noqa: E402
 import compare  # noqa: E402
-from common import augment, checkpoint, data, evaluate, training  # noqa: E402
+from common import augment, data, evaluate, options, runs, training  # noqa: E402
 
-SCRIPTS = [name for name in compare.METHODS if name != "lightning_simclr"]
+SCRIPTS = compare.METHODS
 ADDED = ["byol", "dino", "barlow_twins", "vicreg"]  # HEX beside their own loss
 SLOW = [  # the trained network, its slow average
     ("moco", "queries", "keys"),
@@ -53,7 +52,7 @@ def run(script: str, *arguments: object) -> int:
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load(folder / "last.pt")["parts"]["model"]
+    return options.load_checkpoint(folder / "last.ckpt")["state_dict"]
 
 
 def method_of(script: str, *arguments: str, seed: int = 0) -> training.Method:
@@ -63,9 +62,9 @@ def method_of(script: str, *arguments: str, seed: int = 0) -> training.Method:
         x for x in vars(module).values()
         if isinstance(x, type) and issubclass(x, training.Method)
     )  # fmt: skip
-    options = training.parser_of(kind, script).parse_args([*TINY, *arguments])
+    parsed = options.parser_of(kind, script).parse_args([*TINY, *arguments])
     torch.manual_seed(seed)
-    return kind(options, data.load("digits")[0])
+    return kind(parsed, data.load("digits")[0])
 
 
 def batch(method: training.Method, size: int = 40) -> list[torch.Tensor]:
@@ -269,67 +268,6 @@ def test_clip_learns_its_temperature_and_bounds_it():
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("loss", ["hex", "base"])
-def test_lightning_logs_the_threshold_and_writes_what_the_script_without_it_writes(
-    loss, few_digits, tmp_path, capsys
-):
-    seen = {}
-    arguments = ["--epochs", 2, "--loss", loss]
-    assert run("lightning_simclr", *arguments, "--out", tmp_path / "lightning") == 0
-    assert run("simclr", *arguments, "--out", tmp_path / "simclr") == 0
-    one, two = (
-        json.loads((tmp_path / name / "result.json").read_text())
-        for name in ("lightning", "simclr")
-    )
-    assert one.keys() - two.keys() == {"devices"} and one["devices"] == 1
-    assert one["objective"] == two["objective"]
-    for name in ("knn", "linear_1", "linear_5", "linear"):
-        assert one[name] > 0.2
-    (saved,) = (tmp_path / "lightning").glob("checkpoints/*.ckpt")
-    theirs = torch.load(saved, weights_only=True)["state_dict"]
-    assert theirs.keys() == state(tmp_path / "simclr").keys()
-    log = EventAccumulator(str(tmp_path / "lightning")).Reload()
-    for tag in log.Tags()["scalars"]:
-        seen[tag.rpartition("/")[2]] = [event.value for event in log.Scalars(tag)]
-    assert ("eps" in seen) == ("hard" in seen) == ("share" in seen) == (loss == "hex")
-    if loss == "hex":
-        assert all(-1 <= value <= 1 for value in seen["eps"])
-
-
-def test_lightning_keeps_the_last_good_checkpoint_of_a_training_that_diverges(
-    few_digits, tmp_path, capsys, monkeypatch
-):
-    module = importlib.import_module("lightning_simclr")
-    step, steps = module.LightningSimCLR.training_step, []
-
-    def spoiled(self, batch, index):
-        steps.append(index)
-        return step(self, batch, index) * (torch.nan if len(steps) == 4 else 1)  # two an epoch
-
-    monkeypatch.setattr(module.LightningSimCLR, "training_step", spoiled)
-    assert module.main([*TINY, "--epochs", "3", "--out", str(tmp_path)]) == 1
-    errors = capsys.readouterr().err
-    (kept,) = tmp_path.glob("checkpoints/*.ckpt")
-    assert errors.splitlines()[-1] == (
-        "lightning_simclr.py: training diverged: the loss of step 2 of epoch 2 is nan; "
-        f"{kept} has the epoch before"
-    )
-    assert "Traceback" not in errors and not (tmp_path / "result.json").exists()
-    saved = torch.load(kept, weights_only=True)
-    assert saved["epoch"] == 0
-    weights = [x for x in saved["state_dict"].values() if x.is_floating_point()]
-    assert weights and all(x.isfinite().all() for x in weights if x.numel())
-
-
-def test_lightning_refuses_wrong_numbers_in_a_line(tmp_path, capsys):
-    module = importlib.import_module("lightning_simclr")
-    assert module.main(["--threshold", "1.5", "--out", str(tmp_path / "out")]) == 2
-    errors = capsys.readouterr().err
-    assert errors.startswith("lightning_simclr.py: error: --threshold: got '1.5', wanted a cosine")
-    assert errors.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_method_refuses_a_threshold_that_is_no_cosine(script, few_digits, tmp_path, capsys):
     assert run(script, "--threshold", "1.5", "--out", tmp_path / "out") == 2
@@ -339,24 +277,26 @@ def test_every_method_refuses_a_threshold_that_is_no_cosine(script, few_digits, 
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_method_that_diverges_keeps_a_good_checkpoint(script, few_digits, tmp_path, capsys):
-    assert run(script, "--epochs", 3, "--lr", "1e30", "--out", tmp_path) == 1
+def test_every_method_that_diverges_keeps_its_last_good_checkpoint(
+    script, few_digits, tmp_path, capsys, monkeypatch
+):
+    step = training.Method.training_step
+    monkeypatch.setattr(
+        training.Method,
+        "training_step",
+        lambda model, *batch: step(model, *batch) * (torch.nan if model.current_epoch else 1),
+    )
+    assert run(script, "--epochs", 3, "--out", tmp_path) == 1
     errors = capsys.readouterr().err
-    assert errors.startswith(f"{script}.py: training diverged: ") and errors.count("\n") == 1
-    kept = state(tmp_path)
+    assert errors == (
+        f"{script}.py: training diverged: the loss of step 1 of epoch 2 is nan; "
+        f"{tmp_path / 'last.ckpt'} has the run as it was after 1 whole epochs\n"
+    )
     assert all(
-        x.isfinite().all() for name, x in kept.items()
+        x.isfinite().all() for name, x in state(tmp_path).items()
         if x.is_floating_point() and "threshold" not in name
     )  # fmt: skip
     assert not (tmp_path / "result.json").exists()
-
-
-def test_lightning_refuses_wrong_data_in_a_line(tmp_path, capsys):
-    module = importlib.import_module("lightning_simclr")
-    assert module.main(["--data", "cifar10", "--out", str(tmp_path)]) == 2
-    errors = capsys.readouterr().err
-    assert errors.startswith("lightning_simclr.py: error: --data cifar10 needs --root")
-    assert errors.count("\n") == 1
 
 
 # ---- the table ----------------------------------------------------------------------------------
@@ -379,7 +319,7 @@ def rows(printed: str) -> list[list[str]]:
 def test_the_table_has_a_row_a_method_and_says_by_how_much_hex_is_better_or_worse(
     tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(training.console, "_width", 160)
+    monkeypatch.setattr(runs.console, "_width", 160)
     write(tmp_path, "vicreg", "base", 0.95)
     write(tmp_path, "vicreg", "hex", 0.93)
     write(tmp_path, "simclr", "hex", 0.9)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-for name in ("torchvision", "sklearn", "statsmodels", "matplotlib", "rich", "tensorboard"):
+for name in ("torchvision", "sklearn", "statsmodels", "matplotlib", "rich", "lightning", "lightly"):
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"the examples need {name}, which is not installed", allow_module_level=True)
 
@@ -26,8 +26,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
 import study  # noqa: E402
-from common import data  # noqa: E402
-from common.training import parser_of, train_epoch  # noqa: E402
+from common import data, evaluate, plain  # noqa: E402
+from common.options import parser_of  # noqa: E402
 from effect import differences, measure, plots, report, rows  # noqa: E402
 from effect.run import Images, read_superclasses  # noqa: E402
 from effect.run import run as run_one  # noqa: E402
@@ -103,13 +103,13 @@ def test_a_run_that_another_process_claims_is_left_to_it(tmp_path):
 def test_a_run_that_diverges_is_named_in_a_line_and_leaves_no_row(tmp_path, capsys, monkeypatch):
     path, epochs = tmp_path / "rows.jsonl", []
 
-    def spoiled(*arguments):
-        epochs.append(0)
+    def spoiled(model, optimizer, epoch, losses, images):
+        epochs.append(epoch)
         last = len(epochs) == 2 * TINY.epochs  # of the second run that trains
-        for loss in train_epoch(*arguments):
-            yield loss * (torch.nan if last else 1)
+        losses = [math.nan, *losses[1:]] if last else losses
+        evaluate.check_finite(model, optimizer, epoch, losses, images)
 
-    monkeypatch.setattr("effect.run.train_epoch", spoiled)
+    monkeypatch.setattr(plain, "check_finite", spoiled)
     assert run("--rows", path) == 1
     errors = capsys.readouterr().err
     key, _, text = errors.removeprefix("study.py: ").partition(" diverged: ")
@@ -212,7 +212,7 @@ def test_every_loss_of_the_table_trains(loss):
     vars(options).update(loss.for_setup(CPU, 0.2), epochs=CPU.epochs)
     images, _ = data.load("digits")
     model = SimCLR(options, images)
-    model.set_epoch(CPU.epochs - 1)  # after every warm-up, and when a schedule is lowest
+    model.criterion.set_epoch(CPU.epochs - 1)  # after every warm-up, and when a schedule is lowest
     views = images.views(torch.arange(128))
     value = model(*views)
     value.backward()

@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Images for the examples: digits (in scikit-learn), CIFAR-10, or a folder of photographs.
 
-A split has `labels` (int64), `classes` (the names of the labels), `batches(batch_size)`, which is
-one epoch of random views and their labels in random order, and `images(batch_size)`, the unchanged
-images in order. Images are float (B, 3, size, size) in [-1, 1] on the device. augment.py makes the
-views.
+A split has `labels` (int64), `classes` (the names of the labels) and `images(batch_size)`, which
+are the unchanged images in order. Images are float (B, 3, size, size) in [-1, 1] on the device.
+augment.py makes the views. `loader` makes the DataLoader of a training:
 
-Where a sampler decides which images a process sees, there is torch's DataLoader instead of
-`batches`. A split has the dataset and the options for it, and makes of its items what a model gets:
-
-    for items in DataLoader(split.dataset(), batch_size, sampler=sampler, **split.loading):
+    for items in loader(split, batch_size, seed, epoch):
         views, labels = split.prepare(items)
 """
 
@@ -23,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
 
 from common import augment
 from common.vision import torchvision, v2
@@ -110,18 +106,12 @@ class FolderSplit:
             "num_workers": workers,
             "pin_memory": device.type == "cuda",
             "worker_init_fn": _leave_ctrl_c_to_the_parent,
+            # New workers start in each epoch, with seeds that torch's generator gives them.
+            # Persistent ones would have a state that no checkpoint holds.
         }
 
     def __len__(self) -> int:
         return len(self._folder)
-
-    def batches(self, batch_size: int) -> Iterator[Batch]:
-        # New workers start in each epoch, seeded from torch's generator. Persistent workers would
-        # have a state that no checkpoint holds.
-        loader = DataLoader(
-            self.dataset(), batch_size, shuffle=True, drop_last=True, **self.loading
-        )
-        yield from map(self.prepare, loader)
 
     def dataset(self) -> Dataset:
         return _Pictures(self._folder, self._augmentations)
@@ -182,6 +172,57 @@ def load(
     if name == "cifar10":
         return _cifar10(root, device, local_views)
     return _folders(root, size, workers, device, local_views)
+
+
+def loader(
+    split: Split,
+    batch_size: int,
+    seed: int,
+    epoch: Callable[[], int],
+    rank: int = 0,
+    ranks: int = 1,
+) -> DataLoader:
+    """Random views of the images of a split, in random order, for `split.prepare`.
+
+    Order and views follow from seed, epoch and rank. So a run that was stopped needs no state of a
+    generator to go on with the same bits.
+
+    Args:
+        batch_size: images of all ranks together, a multiple of `ranks`.
+        epoch: returns which epoch begins, counted from 0.
+    """
+    batches = _Batches(split.dataset(), batch_size, seed, epoch, rank, ranks)
+    return DataLoader(batches.sampler.dataset, batch_sampler=batches, **split.loading)
+
+
+class _Batches(BatchSampler):
+    """The batches of one rank.
+
+    What does not divide is left out of an epoch: images too few for one each, and the short last
+    batch. So all ranks have as many batches, of one size, and no image is twice in a batch, where
+    it would be its own false negative.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        seed: int,
+        epoch: Callable[[], int],
+        rank: int,
+        ranks: int,
+    ) -> None:
+        sampler = DistributedSampler(dataset, ranks, rank, seed=seed, drop_last=True)
+        super().__init__(sampler, batch_size // ranks, drop_last=True)
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        # At once, and not with the first batch: then the workers have their seeds already.
+        sampler, epoch = self.sampler, self._epoch()
+        sampler.set_epoch(epoch)
+        mixed = np.random.SeedSequence([sampler.seed, epoch, sampler.rank])
+        torch.manual_seed(int(mixed.generate_state(1, np.uint64)[0]))
+        return super().__iter__()
 
 
 def in_memory(

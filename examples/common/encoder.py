@@ -2,6 +2,7 @@
 """Encoders: a backbone from torchvision, from timm or from here, and SimCLR's projection head."""
 
 import torch
+from lightly.models.modules.heads import ProjectionHead
 from torch import nn
 
 from common.vision import torchvision
@@ -24,10 +25,14 @@ def backbone(name: str = "small", image_size: int = 32) -> tuple[nn.Module, int]
 
 
 def projector(width: int, features: int) -> nn.Module:
-    """SimCLR's projection head. The loss sees its output, and only the backbone is used later."""
-    return nn.Sequential(
-        nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, features)
-    )
+    """SimCLR's projection head. The loss sees its output, and only the backbone is used later.
+
+    lightly's SimCLRProjectionHead normalises the output too, which the paper does not.
+    """
+    return ProjectionHead([
+        (width, width, nn.BatchNorm1d(width), nn.ReLU(), True),  # with a bias
+        (width, features, None, None),
+    ])  # fmt: skip
 
 
 def _network(name: str, image_size: int) -> tuple[nn.Module, int]:

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Measures how good frozen features are: nearest neighbours and linear probes, by scikit-learn."""
+"""Measures how good frozen features are: nearest neighbours and linear probes, by scikit-learn.
 
+`check_finite` finds out, after an epoch, whether the training has diverged.
+"""
+
+import math
 from itertools import islice
 
 import numpy as np
@@ -8,9 +12,10 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
-from torch import nn
+from torch import Tensor, nn
 
 from common.data import Split
+from hex import ThresholdTracker
 
 Features = tuple[np.ndarray, np.ndarray]  # (N, D) float32, (N,) labels
 
@@ -83,6 +88,40 @@ def scores(train: Features, test: Features) -> list[float]:
     """Accuracy of nearest neighbours and of linear probes with 1, 5 and all labels per class."""
     probes = [linear_probe(train, test, per_class) for per_class in (1, 5, None)]
     return [knn_accuracy(train, test), *probes]
+
+
+def check_finite(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    losses: list[float],
+    images: Split,
+    scaled: bool = False,
+) -> None:
+    """Checks, after an epoch, everything from which the next epoch or a resumed run would start.
+
+    Args:
+        model: has a `backbone`.
+        epoch: counted from 0.
+        losses: those of the epoch's steps.
+        images: one batch of these is passed through the backbone.
+        scaled: whether a GradScaler is in use. It leaves out steps whose gradient is not finite, so
+            that a loss that is not finite does no harm.
+
+    Raises:
+        Diverged: something is not finite.
+    """
+    for step, loss in enumerate(losses, 1):
+        if not (math.isfinite(loss) or scaled):
+            raise Diverged(f"the loss of step {step} of epoch {epoch + 1} is {loss}")
+    state = [x for of in optimizer.state.values() for x in of.values() if isinstance(x, Tensor)]
+    for module in model.modules():
+        if not isinstance(module, ThresholdTracker):  # its eps may be infinite
+            state += module.parameters(recurse=False)
+            state += module.buffers(recurse=False)
+    if not all(x.isfinite().all() for x in state):
+        raise Diverged(f"after epoch {epoch + 1} not all weights and moments are finite")
+    features(model.backbone, images, batches=1)
 
 
 def _choose(labels: np.ndarray, per_class: int, random: np.random.Generator) -> np.ndarray:

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""The command line of the method scripts, and the device, threshold and folder that it names."""
+"""The command line of the method scripts, and the device, threshold and folder that it names.
+
+With --resume, the options that are not on the command line come from the run's checkpoint.
+"""
 
 import argparse
 import math
+import pickle
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +18,85 @@ from hex import ThresholdTracker
 
 RULES = ("adaptive", 0), ("fixed", 1), ("step", 3), ("cosine", 2)  # rule, how many numbers it has
 NAMED = {-1: "cosine", 0: "cosine scaled by row"}  # by the least value there is
+LAST = "last.ckpt"  # the checkpoint of a run's last complete epoch, in the run's folder
+ONE_CALL = "resume", "stop_after"  # options that a resumed run does not take over
 AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class CheckpointError(Exception):
+    """There is no checkpoint, or it is not one of ours. The text is meant for the user."""
+
+
+def parse(
+    method: type, script: str, arguments: list[str] | None, **defaults: object
+) -> tuple[argparse.Namespace, dict[str, Any] | None]:
+    """The options, and the contents of the checkpoint to continue from, or None.
+
+    Args:
+        method: has a docstring and `losses`, and may have `add_options`.
+        script, defaults: as for `make_parser`.
+        arguments: the command line, by default that of the process.
+
+    Raises:
+        CheckpointError, ValueError: there can be no such run. The text is meant for the user.
+    """
+    parser = parser_of(method, script, **defaults)
+    options, state = parser.parse_args(arguments), None
+    if options.resume is not None:
+        if options.resume.is_dir():
+            options.resume /= LAST
+        file = options.resume
+        state = load_checkpoint(file)
+        saved = state["hyper_parameters"]
+        if saved.get("script") != script:
+            raise CheckpointError(f"{file}: wanted a run of {script}.py")
+        # Options that are not on the command line are as they were when the run began.
+        parser.set_defaults(**saved)
+        options = parser.parse_args(arguments)
+        options.resume, options.out = file, str(file.parent)
+        for name in ("lr", "seed"):  # the checkpoint's state follows from these
+            if (wanted := getattr(options, name)) != saved[name]:
+                raise ValueError(
+                    f"--{name}: got {wanted} with --resume, of a run with {saved[name]}"
+                )
+        if options.epochs <= state["epoch"]:
+            raise ValueError(
+                f"--epochs: got {options.epochs} with --resume, of a run that has done "
+                f"{state['epoch'] + 1}"
+            )
+    check(options)
+    return options, state
+
+
+def parser_of(method: type, script: str, **defaults: object) -> argparse.ArgumentParser:
+    """The parser of a method's script. See `parse`."""
+    description = method.__doc__.partition("\n")[0]
+    parser = make_parser(script, description, method.losses, **defaults)
+    if hasattr(method, "add_options"):
+        method.add_options(parser.add_argument_group("method").add_argument)
+    return parser
+
+
+def load_checkpoint(file: Path) -> dict[str, Any]:
+    """The contents of a checkpoint. Its options are under "hyper_parameters".
+
+    Raises:
+        CheckpointError: the file is missing or is no checkpoint of these scripts.
+    """
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)  # runs no code from it
+        if {"epoch", "hyper_parameters"} <= state.keys():
+            return state
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: there is no such checkpoint") from None
+    except (OSError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError):
+        pass
+    raise CheckpointError(f"{file}: not a checkpoint of these examples")
+
+
+def kept(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that a checkpoint and a result hold."""
+    return {name: value for name, value in vars(options).items() if name not in ONE_CALL}
 
 
 def make_parser(
@@ -110,7 +193,7 @@ def make_parser(
         default=10,
         help="epochs from one k-NN test to the next; 0: only at the end",
     )
-    parser.set_defaults(script=script, **defaults)
+    parser.set_defaults(script=script, **{"devices": 1, **defaults})
     return parser
 
 
@@ -218,8 +301,7 @@ def make_folder(options: argparse.Namespace) -> Path:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         options.out = f"runs/{options.script}-{options.data}-{options.loss}-{stamp}"
     out = Path(options.out)
-    made = "last.pt", "checkpoints", "result.json"
-    if options.resume is None and any((out / name).exists() for name in made):
+    if options.resume is None and any((out / name).exists() for name in (LAST, "result.json")):
         raise ValueError(f"--out {out}: there is a run already; --resume {out} continues it")
     out.mkdir(parents=True, exist_ok=True)
     return out

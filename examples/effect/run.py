@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import augment, data
-from common.options import AMP
-from common.training import check_finite, parser_of, schedule, train_epoch
+from common import augment, data, plain
+from common.options import AMP, parser_of
 from simclr import SimCLR
 from torch import Tensor, nn
 
@@ -147,7 +146,10 @@ def run(config: Config, images: Images, commit: str) -> dict[str, Any]:
     curves: list[dict[str, Any]] = []
     looks: list[dict[str, Any]] = [{"epoch": 0} | look(model)]
     if config.temperature is not None:
-        for epoch, curve in enumerate(_train(model, train, setup), 1):
+        tables = plain.train(model, train, setup.epochs, setup.batch, setup.lr, AMP[setup.amp])
+        for epoch, table in enumerate(tables, 1):
+            means = zip(plain.FIGURES, table.mean(0).tolist(), strict=True)
+            curve = {name: value if math.isfinite(value) else None for name, value in means}
             curves.append({"epoch": epoch} | curve)
             if epoch in setup.measured:
                 looks.append({"epoch": epoch} | look(model))
@@ -174,27 +176,6 @@ def run(config: Config, images: Images, commit: str) -> dict[str, Any]:
             **scores,
         }
     )
-
-
-def _train(model: SimCLR, images: data.MemorySplit, setup: Setup):
-    """Trains, and yields for each epoch the means over its steps."""
-    steps = len(images) // setup.batch
-    optimizer = torch.optim.AdamW(model.parameters(), setup.lr, weight_decay=1e-4)
-    scheduler = schedule(optimizer, steps, setup.epochs)
-    scaler = torch.amp.GradScaler(enabled=False)  # bf16 needs none
-    for epoch in range(setup.epochs):
-        model.set_epoch(epoch)
-        losses = train_epoch(
-            model, images.batches(setup.batch), optimizer, scheduler, scaler,
-            steps * setup.epochs, AMP[setup.amp],
-        )  # fmt: skip
-        table = torch.stack(
-            [torch.stack([x.double() for x in (loss, *model.criterion.last)]) for loss in losses]
-        )
-        check_finite(model, optimizer, epoch, table[:, 0].tolist(), images)
-        means = table.mean(0).tolist()
-        values = zip(("loss", "eps", "hard", "share"), means, strict=True)
-        yield {name: value if math.isfinite(value) else None for name, value in values}
 
 
 def digest(*tensors: Tensor) -> str:
