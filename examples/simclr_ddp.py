@@ -6,13 +6,13 @@
     torchrun --nproc-per-node 2 examples/simclr_ddp.py --resume runs/NAME
     python examples/simclr_ddp.py           # one process
 
-This is the training of `simclr.py --devices N` without Lightning, and ends with the same bits on
-the CPU. All that a training needs for several processes is in this file.
+All that a training needs for several processes is in this file. On the CPU it ends with the same
+bits as `simclr.py --devices N`, which Lightning trains, and a run that was stopped and resumed ends
+with the bits of one that was never stopped.
 
 Each process, a rank, trains on its part of each batch of `--batch-size` images. With
 `gather_distributed=True` the loss and its threshold are those of the whole batch. Rank 0 prints,
-logs, evaluates and saves. On the CPU, a run that was stopped and resumed ends with the same bits as
-one that was never stopped.
+logs, evaluates and saves.
 
 SimCLR: Chen et al. 2020, https://arxiv.org/abs/2002.05709. Needs hex-ssl[examples].
 """
@@ -21,8 +21,8 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ RANK, LOCAL_RANK, RANKS = (
     int(os.environ.get(name, alone))
     for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
 )
+SAVED = "model", "optimizer", "scheduler", "scaler"  # in a checkpoint
 console = runs.console
 
 
@@ -83,7 +84,7 @@ class Run:
 
     Args:
         options: the command line.
-        state: None, or the checkpoint to continue from.
+        state: None, or the checkpoint to continue from, which every rank has read.
 
     Raises:
         DataError, CheckpointError, ValueError: the run cannot begin. The text is meant for the
@@ -96,18 +97,17 @@ class Run:
                 f"--batch-size: got {options.batch_size} for {RANKS} processes, wanted a multiple "
                 "of their number"
             )
-        self.options = options
         if options.device == "cuda" and torch.cuda.is_available():
             torch.cuda.set_device(LOCAL_RANK)  # that "cuda" means
-        self.device = check_device(options.device)
-        self.waiting = join("nccl" if self.device.type == "cuda" else "gloo")
-        self.parts = self.images, _ = runs.load(options)
-        # Each rank has its part of the images in an order that all know, and other views.
+        self.options, self.device = options, check_device(options.device)
+        self.parts = images, _ = runs.load(options)  # to train on, and to test with
+        self.epoch = self.done = self.first = state["epoch"] + 1 if state else 0
+        # Each rank has its part of the images, in an order that all know, and views of its own.
         self.loader = data.loader(
-            self.images, options.batch_size, options.seed, lambda: self.epoch, RANK, RANKS
+            images, options.batch_size, options.seed, lambda: self.epoch, RANK, RANKS
         )
         torch.manual_seed(options.seed)
-        self.model = SimCLR(options, self.images).to(self.device)
+        self.model = SimCLR(options, images).to(self.device)
         if self.device.type == "cuda" and RANKS > 1:
             # Normalises by the whole batch. torch has it for CUDA only: on the CPU each rank
             # normalises by its own part.
@@ -115,67 +115,60 @@ class Run:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), options.lr, weight_decay=1e-4)
         self.scheduler = runs.schedule(self.optimizer, len(self.loader) * options.epochs)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
-        # What a checkpoint holds. The model is there without DDP's wrapper, so that a run can go on
-        # with another number of processes.
-        names = "model", "optimizer", "scheduler", "scaler"
-        self.saved = {name: getattr(self, name) for name in names}
-        self.first = 0  # the epoch to begin with; self.last is the one after the end
-        if state is not None:  # every rank has read it
-            self.first = state["epoch"] + 1
-            for name, part in self.saved.items():
-                try:
-                    part.load_state_dict(state[name])
-                except (KeyError, ValueError, RuntimeError) as error:
-                    text = str(error).strip().splitlines()[-1].strip()
-                    raise CheckpointError(f"the checkpoint's {name} does not fit: {text}") from None
-        self.last = min(options.epochs, self.first + (options.stop_after or options.epochs))
-        # DDP averages the gradients of the ranks in each backward. It gives all ranks the weights
-        # of rank 0 now, and in each forward rank 0's buffers, which are those of a checkpoint.
-        self.ddp = DistributedDataParallel(self.model)
-        self.done = self.first
-        with others_wait(self.waiting):
-            if RANK == 0:
-                make_folder(options)
+        for name in SAVED if state else ():
+            runs.restore(getattr(self, name), state, name)
+        if RANK == 0:
+            make_folder(options)
 
     def train(self, let_ctrl_c: Callable[[], None]) -> None:
-        options, steps, log = self.options, len(self.loader), None
+        """Trains and evaluates.
+
+        Raises:
+            Diverged: on all ranks.
+        """
+        options, steps = self.options, len(self.loader)
         console.print(
             f"SimCLR, processes: {RANKS}, --loss {options.loss} "
-            f"({runs.objective(SimCLR, options)}), on {len(self.images)} images, "
+            f"({runs.objective(SimCLR, options)}), on {len(self.parts[0])} images, "
             f"{steps} steps an epoch, {self.first} of {options.epochs} epochs done",
             soft_wrap=True,
         )
-        start = time.perf_counter()
-        if RANK == 0:  # TensorBoard drops its entries for steps that are repeated
-            log = SummaryWriter(options.out, purge_step=self.first * steps)
+        # DDP averages the gradients of the ranks in each backward. It gives all ranks the weights
+        # of rank 0 now, and in each forward rank 0's buffers, which are those of a checkpoint.
+        ddp = DistributedDataParallel(self.model)
+        start, last = time.perf_counter(), self.first + (options.stop_after or options.epochs)
+        # TensorBoard drops its entries for steps that are repeated.
+        log = SummaryWriter(options.out, purge_step=self.first * steps) if RANK == 0 else None
         with log or nullcontext():
-            for epoch in range(self.first, self.last):
+            for epoch in range(self.first, min(last, options.epochs)):
                 self.epoch = epoch
-                table = self.train_epoch(let_ctrl_c)
-                with others_wait(self.waiting):
-                    if RANK == 0:
+                table = self.train_epoch(ddp, let_ctrl_c)
+                error: list[str | None] = [None]
+                if RANK == 0:
+                    try:
                         self.after(table.tolist(), log)
+                    except evaluate.Diverged as diverged:
+                        error = [str(diverged)]
+                dist.broadcast_object_list(error)  # the others wait for it
+                if error[0] is not None:
+                    raise evaluate.Diverged(error[0])
+                self.done = epoch + 1
                 let_ctrl_c()
-        with others_wait(self.waiting):
-            if RANK == 0 and self.last == options.epochs:
-                whole = self.first == 0  # the seconds of a part of a run mean nothing
-                seconds = time.perf_counter() - start if whole else None
-                runs.finish(SimCLR, options, self.model.backbone, self.parts, seconds)
-        console.print(
-            f"checkpoint: {Path(options.out) / LAST}\nlog: tensorboard --logdir {options.out}",
-            soft_wrap=True,
-        )
+        if RANK == 0 and self.done == options.epochs:
+            seconds = time.perf_counter() - start if self.first == 0 else None
+            runs.finish(SimCLR, options, self.model.backbone, self.parts, seconds)
+        console.print(f"log: tensorboard --logdir {options.out}", soft_wrap=True)
 
-    def train_epoch(self, let_ctrl_c: Callable[[], None]) -> Tensor:
+    def train_epoch(self, ddp: DistributedDataParallel, let_ctrl_c: Callable[[], None]) -> Tensor:
         """Returns loss, eps, mean |H| and share of each step, which all ranks have alike."""
         self.model.criterion.set_epoch(self.epoch)
-        self.ddp.train()
+        ddp.train()
         dtype = AMP[self.options.amp]
         rows = []  # read when the epoch is over, so that no step waits
         for items in self.loader:
-            views, _ = self.images.prepare(items)
+            views, _ = self.parts[0].prepare(items)
             with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-                loss = self.ddp(*views)
+                loss = ddp(*views)
             self.optimizer.zero_grad()
             self.scaler.scale(loss).backward()
             self.scaler.step(self.optimizer)
@@ -187,58 +180,31 @@ class Run:
         return torch.stack(rows).cpu()
 
     def after(self, table: list[list[float]], log: SummaryWriter) -> None:
-        """Checks, logs, saves and prints what an epoch has made.
+        """Checks, tests, logs and saves what an epoch has made, on rank 0.
 
-        Rank 0 does so with the model inside DDP's wrapper, for the wrapper would wait for the
-        other ranks.
+        With the model inside DDP's wrapper, for the wrapper would wait for the other ranks. The
+        checkpoint has it without too, so that a run can go on with another number of processes.
         """
-        done, losses, options = self.epoch + 1, [row[0] for row in table], self.options
-        backbone, scaled = self.model.backbone, self.scaler.is_enabled()
-        evaluate.check_finite(self.model, self.optimizer, self.epoch, losses, self.images, scaled)
+        options, losses = self.options, [row[0] for row in table]
+        line, knn = runs.look(options, self.model, self.optimizer, self.parts, self.epoch, losses)
         for step, row in enumerate(table, self.epoch * len(table)):
             for name, value in zip(("loss", "eps", "hard", "share"), row, strict=True):
                 log.add_scalar(f"train/{name}", value, step)
-        line = f"epoch {done:3}  loss {sum(losses) / len(losses):.4f}"
-        if options.loss == "hex":  # of the last step
-            line += f"  eps {table[-1][1]:.3f}  mean |H| {table[-1][2]:.2f}"
-        if options.knn_every and done % options.knn_every == 0:
-            features = (evaluate.features(backbone, part) for part in self.parts)
-            accuracy = evaluate.knn_accuracy(*features)
-            log.add_scalar("test/knn", accuracy, done * len(table) - 1)
-            line += f"  k-NN {accuracy:.2%}"
-        state = {name: part.state_dict() for name, part in self.saved.items()}
+        if knn is not None:
+            log.add_scalar("test/knn", knn, step)
+        state = {name: getattr(self, name).state_dict() for name in SAVED}
         state |= {"epoch": self.epoch, "hyper_parameters": kept(options)}
         unfinished = Path(options.out, "unfinished")
         torch.save(state, unfinished)
         os.replace(unfinished, Path(options.out, LAST))  # which is whole at every moment
-        self.done = done
         console.print(line)  # an epoch is printed only after it is saved
 
-    def what_is_kept(self) -> str:
-        return runs.what_is_kept(Path(self.options.out, LAST), self.done)
 
-
-def join(backend: str) -> dist.ProcessGroup:
-    """Begins to talk with the other ranks. Returns the group in which they wait for rank 0."""
+def join() -> None:
+    """Begins to talk with the other ranks: about tensors by gloo or NCCL, and about what rank 0 has
+    found by gloo, so that no GPU is busy with waiting, and for as long as an evaluation takes."""
     alone = {} if RANKS > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, **alone)
-    # On the host, so that no GPU is busy with waiting, and for as long as an evaluation takes.
-    return dist.new_group(backend="gloo", timeout=timedelta(days=1))
-
-
-@contextmanager
-def others_wait(waiting: dist.ProcessGroup) -> Iterator[None]:
-    """For what only rank 0 does. The others wait at its end, and end too if rank 0 has failed."""
-    done = [True]
-    try:
-        yield
-    except BaseException:
-        done = [False]
-        raise
-    finally:
-        dist.broadcast_object_list(done, src=0, group=waiting)
-    if not done[0]:
-        sys.exit(1)  # rank 0 says why
+    dist.init_process_group(timeout=timedelta(days=1), **alone)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -253,15 +219,18 @@ def main(arguments: list[str] | None = None) -> int:
                 if RANK == 0:  # what is wrong at the start is wrong on all ranks
                     print(f"simclr_ddp.py: error: {error}", file=sys.stderr)
                 return 2
+            join()
             run.train(let_ctrl_c)
     except data.DataError as error:
         print(f"simclr_ddp.py: error: {error}", file=sys.stderr)
         return 2
-    except evaluate.Diverged as error:  # on rank 0
-        print(f"simclr_ddp.py: training diverged: {error}; {run.what_is_kept()}", file=sys.stderr)
+    except evaluate.Diverged as error:
+        if RANK == 0:
+            text = f"{error}; {runs.what_is_kept(run.options.out, run.done)}"
+            print(f"simclr_ddp.py: training diverged: {text}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        text = f"{run.what_is_kept()}; --resume goes on" if run else "before training"
+        text = runs.what_is_kept(run.options.out, run.done) if run else "before training"
         console.print(f"interrupted; {text}", soft_wrap=True)
         return 130
     finally:

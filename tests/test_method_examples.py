@@ -4,6 +4,7 @@ is weighed against the method's own loss as the script says, and the parts that 
 queues, banks, slow encoders, the centre, captions. Then the table of all results.
 """
 
+import csv
 import importlib
 import importlib.util
 import json
@@ -25,6 +26,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 import clip  # noqa: E402
 import compare  # noqa: E402
+import lightning_simclr  # noqa: E402
 from common import augment, data, evaluate, options, runs, training  # noqa: E402
 
 SCRIPTS = compare.METHODS
@@ -297,6 +299,23 @@ def test_every_method_that_diverges_keeps_its_last_good_checkpoint(
         if x.is_floating_point() and "threshold" not in name
     )  # fmt: skip
     assert not (tmp_path / "result.json").exists()
+
+
+def test_a_lightning_module_of_ones_own_logs_the_threshold_and_its_checkpoint_holds_it(
+    tmp_path, capsys
+):
+    lightning_simclr.main(["--epochs", "2", "--out", str(tmp_path)])
+    printed, errors = capsys.readouterr()
+    assert "hex/eps" in printed and "Warning" not in errors
+    (log,) = tmp_path.glob("lightning_simclr/*/metrics.csv")
+    lines = list(csv.DictReader(log.read_text().splitlines()))
+    assert len(lines) == 2 * 14  # 1797 digits in batches of 128
+    assert all(-1 < float(line["hex/eps"]) < 1 and float(line["hex/hard"]) > 0 for line in lines)
+    losses = [float(line["loss"]) for line in lines]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    (saved,) = tmp_path.glob("lightning_simclr/*/checkpoints/*.ckpt")
+    weights = torch.load(saved, weights_only=True)["state_dict"]
+    assert weights["criterion.threshold.state"].isfinite().any()
 
 
 # ---- the table ----------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from common import data, evaluate
-from common.options import check_device, kept
+from common.options import LAST, CheckpointError, check_device, kept
 
 console = Console(highlight=False)
 
@@ -42,6 +42,19 @@ def load(options: argparse.Namespace, local_views: int = 0) -> tuple[data.Split,
     if len(images) < options.batch_size:
         raise ValueError(f"--batch-size {options.batch_size}: there are {len(images)} images only")
     return images, test
+
+
+def restore(part: Any, state: dict[str, Any], name: str) -> None:
+    """Gives a part of a run, such as its model, the state that a checkpoint holds of it.
+
+    Raises:
+        CheckpointError: they do not fit. The text is meant for the user.
+    """
+    try:
+        part.load_state_dict(state[name])
+    except (KeyError, ValueError, RuntimeError) as error:
+        text = str(error).strip().splitlines()[-1].strip()
+        raise CheckpointError(f"the checkpoint's {name} does not fit: {text}") from None
 
 
 def schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
@@ -68,6 +81,38 @@ def objective(method: type, options: argparse.Namespace) -> str:
     if (alpha := getattr(options, "alpha", None)) is not None:
         text = text.replace("(1 - alpha)", f"{1 - alpha:g}").replace("alpha", f"{alpha:g}")
     return text
+
+
+def look(
+    options: argparse.Namespace,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    parts: tuple[data.Split, data.Split],
+    epoch: int,
+    losses: list[float],
+) -> tuple[str, float | None]:
+    """Checks what an epoch, counted from 0, has made, and tests it every `--knn-every` epochs.
+
+    Args:
+        parts: the training and the test images.
+        losses: those of the epoch's steps.
+
+    Returns:
+        A line about the epoch, and the accuracy of nearest neighbours or None.
+
+    Raises:
+        Diverged: the training has reached numbers that are not finite.
+    """
+    evaluate.check_finite(model, optimizer, epoch, losses, parts[0], options.amp == "fp16")
+    line, accuracy = f"epoch {epoch + 1:3}  loss {sum(losses) / len(losses):.4f}", None
+    if options.loss == "hex":
+        eps, hard, _ = map(float, model.criterion.last)
+        line += f"  last eps {eps:.3f}, mean |H| {hard:.2f}"
+    if options.knn_every and (epoch + 1) % options.knn_every == 0:
+        features = (evaluate.features(model.backbone, part) for part in parts)
+        accuracy = evaluate.knn_accuracy(*features)
+        line += f"  k-NN {accuracy:.2%}"
+    return line, accuracy
 
 
 def finish(
@@ -98,11 +143,11 @@ def finish(
     console.print(f"result: {file}", soft_wrap=True)
 
 
-def what_is_kept(file: Path, epochs: int) -> str:
+def what_is_kept(folder: Path | str, epochs: int) -> str:
     """What a run that ended early has left in its checkpoint."""
     if not epochs:
         return "no epoch was saved"
-    return f"{file} has the run as it was after {epochs} whole epochs"
+    return f"{Path(folder, LAST)} has the run as it was after {epochs} whole epochs"
 
 
 @contextmanager

@@ -26,18 +26,25 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from common import data, encoder, evaluate, runs
+from common import data, encoder, runs
 from common.evaluate import Diverged
 from common.options import LAST, CheckpointError, check_device, kept, make_folder, parse
 from common.runs import console
 from hex.lightning import HEXCallback
 
 PRECISION = {"off": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
-WARNINGS = (  # of Lightning, which do not concern these runs
-    ".*LeafSpec.*is deprecated",  # its own use of torch
-    ".*does not have many workers",  # --workers is the user's choice
-    "Experiment logs directory .* exists",  # of a part of a run that is repeated
-)
+
+
+def quiet() -> None:
+    """Turns off Lightning's advertisements, and its warnings that do not concern these runs."""
+    for name in ("pytorch", "fabric"):
+        logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
+    for text in (
+        ".*LeafSpec.*is deprecated",  # it is Lightning that uses it
+        ".*does not have many workers",  # images in memory need none; else --workers says how many
+        "Experiment logs directory .* exists",  # that of a part of a run that is repeated
+    ):
+        warnings.filterwarnings("ignore", text)
 
 
 class Method(LightningModule):
@@ -103,10 +110,6 @@ class Method(LightningModule):
         rule = runs.schedule(optimizer, self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rule, "interval": "step"}}
 
-    def features(self, test: data.Split) -> list[evaluate.Features]:
-        """The backbone's output, without the projection, for training and test images."""
-        return [evaluate.features(self.backbone, part) for part in (self.images, test)]
-
 
 class EachEpoch(Callback):
     """Checks, tests, saves and prints what an epoch has made.
@@ -115,16 +118,16 @@ class EachEpoch(Callback):
     and the test, and the others wait until it tells them what came out.
 
     Args:
-        test: the test images, for the test by nearest neighbours every `--knn-every` epochs.
-        file: the checkpoint.
+        folder: the run's.
+        test: the test images.
         first: how many epochs are done already.
         let_ctrl_c: raises KeyboardInterrupt if Ctrl-C was pressed.
     """
 
     def __init__(
-        self, test: data.Split, file: Path, first: int, let_ctrl_c: Callable[[], None]
+        self, folder: Path, test: data.Split, first: int, let_ctrl_c: Callable[[], None]
     ) -> None:
-        self.test, self.file, self.first, self.let_ctrl_c = test, file, first, let_ctrl_c
+        self.folder, self.test, self.first, self.let_ctrl_c = folder, test, first, let_ctrl_c
         self.saved = first
 
     def on_train_start(self, trainer: Trainer, model: Method) -> None:
@@ -137,7 +140,6 @@ class EachEpoch(Callback):
         )
 
     def on_train_epoch_start(self, trainer: Trainer, model: Method) -> None:
-        self.start = time.perf_counter()
         self.losses: list[Tensor] = []  # read when the epoch is over
 
     def on_train_batch_end(self, trainer: Trainer, model: Method, outputs: Any, *_: Any) -> None:
@@ -145,39 +147,24 @@ class EachEpoch(Callback):
         self.let_ctrl_c()
 
     def on_train_epoch_end(self, trainer: Trainer, model: Method) -> None:
-        error, line = None, ""
+        error, line, epoch = None, "", trainer.current_epoch
         if trainer.is_global_zero:
+            losses, parts = torch.stack(self.losses).tolist(), (model.images, self.test)
+            (optimizer,) = trainer.optimizers
             try:
-                line = self.look(trainer, model)
+                line, accuracy = runs.look(model.options, model, optimizer, parts, epoch, losses)
             except Diverged as diverged:
                 error = str(diverged)
+            else:
+                for logger in trainer.loggers if accuracy is not None else ():
+                    logger.log_metrics({"test/knn": accuracy}, trainer.global_step - 1)
         if (error := trainer.strategy.broadcast(error)) is not None:
             raise Diverged(error)
-        trainer.save_checkpoint(self.file)
-        self.saved = trainer.current_epoch + 1
+        trainer.save_checkpoint(self.folder / LAST)
+        self.saved = epoch + 1
         console.print(line)  # an epoch is printed only after it is saved
         trainer.should_stop = self.saved - self.first == model.options.stop_after
         self.let_ctrl_c()
-
-    def look(self, trainer: Trainer, model: Method) -> str:
-        """Checks and tests. Returns a line about the epoch."""
-        epoch, options = trainer.current_epoch, model.options
-        losses = torch.stack(self.losses).tolist()
-        scaled = options.amp == "fp16"
-        evaluate.check_finite(model, trainer.optimizers[0], epoch, losses, model.images, scaled)
-        line = f"epoch {epoch + 1:3}  loss {sum(losses) / len(losses):.4f}"
-        if "hex/eps" in (logged := trainer.callback_metrics):  # of the last step
-            line += f"  eps {logged['hex/eps']:.3f}  mean |H| {logged['hex/hard']:.2f}"
-        line += f"  {time.perf_counter() - self.start:.1f} s"
-        if options.knn_every and (epoch + 1) % options.knn_every == 0:
-            accuracy = evaluate.knn_accuracy(*model.features(self.test))
-            for logger in trainer.loggers:
-                logger.log_metrics({"test/knn": accuracy}, trainer.global_step - 1)
-            line += f"  k-NN {accuracy:.2%}"
-        return line
-
-    def what_is_kept(self) -> str:
-        return runs.what_is_kept(self.file, self.saved)
 
 
 def main(method: type[Method], arguments: list[str] | None = None, **defaults: object) -> int:
@@ -192,8 +179,7 @@ def main(method: type[Method], arguments: list[str] | None = None, **defaults: o
         diverged, 130 after Ctrl-C.
     """
     script = Path(sys.modules[method.__module__].__file__).stem
-    for name in ("pytorch", "fabric"):  # no advertisements
-        logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
+    quiet()
     leader = rank_zero_only.rank == 0  # Lightning starts the script again for each other rank
     console.quiet = not leader
 
@@ -202,29 +188,26 @@ def main(method: type[Method], arguments: list[str] | None = None, **defaults: o
             print(f"{script}.py: {text}", file=sys.stderr)
         return status
 
-    with warnings.catch_warnings(), runs.ctrl_c_held_back() as let_ctrl_c:
-        for text in WARNINGS:
-            warnings.filterwarnings("ignore", text)
+    with runs.ctrl_c_held_back() as let_ctrl_c:
         try:
             options, state = parse(method, script, arguments, **defaults)
             model, test = begin(method, options, state)
             folder = make_folder(options) if leader else Path()
         except (data.DataError, CheckpointError, ValueError) as error:
             return failed(2, f"error: {error}")
-        each_epoch = EachEpoch(test, folder / LAST, state["epoch"] + 1 if state else 0, let_ctrl_c)
+        each_epoch = EachEpoch(folder, test, state["epoch"] + 1 if state else 0, let_ctrl_c)
         try:
             train(model, state, each_epoch)
         except data.DataError as error:
             return failed(2, f"error: {error}")
         except Diverged as error:  # on all ranks; a status would make Lightning kill rank 0
-            text = f"training diverged: {error}; {each_epoch.what_is_kept()}"
-            return failed(1, text) if leader else 0
+            kept = runs.what_is_kept(folder, each_epoch.saved)
+            return failed(1, f"training diverged: {error}; {kept}") if leader else 0
         except (KeyboardInterrupt, SystemExit):  # Lightning makes of the one the other
-            console.print(
-                f"interrupted; {each_epoch.what_is_kept()}, the steps since then are lost.\n"
-                f"To go on: python {sys.argv[0]} --resume {folder}",
-                soft_wrap=True,
-            )
+            text = f"interrupted; {runs.what_is_kept(folder, each_epoch.saved)}"
+            if each_epoch.saved:
+                text += f"\nTo go on: python {sys.argv[0]} --resume {folder}"
+            console.print(text, soft_wrap=True)
             return 130
     return 0
 
@@ -250,18 +233,14 @@ def begin(
         raise ValueError("--amp fp16: wanted a GPU; on a CPU there is bf16")
     images, test = runs.load(options, method.local_views)
     model = method(options, images)
-    if state is not None:
-        try:
-            model.load_state_dict(state["state_dict"])
-        except RuntimeError as error:
-            text = str(error).strip().splitlines()[-1].strip()
-            raise CheckpointError(f"the checkpoint's model does not fit: {text}") from None
+    if state is not None:  # Lightning restores it again; here it is seen whether it fits
+        runs.restore(model, {"model": state["state_dict"]}, "model")
     return model, test
 
 
 def train(model: Method, state: dict[str, Any] | None, each_epoch: EachEpoch) -> None:
     """Trains, and after the last epoch evaluates."""
-    options, folder, first = model.options, each_epoch.file.parent, each_epoch.first
+    options, folder, first = model.options, each_epoch.folder, each_epoch.first
     device = check_device(options.device)
     several, gpu = options.devices > 1, device.type == "cuda"
     logs = [
@@ -306,5 +285,5 @@ def train(model: Method, state: dict[str, Any] | None, each_epoch: EachEpoch) ->
         model.to(device)  # Lightning leaves it on the CPU
         runs.finish(type(model), options, model.backbone, (model.images, each_epoch.test), seconds)
     console.print(
-        f"checkpoint: {each_epoch.file}\nlog: tensorboard --logdir {folder}", soft_wrap=True
+        f"checkpoint: {folder / LAST}\nlog: tensorboard --logdir {folder}", soft_wrap=True
     )
