@@ -289,7 +289,7 @@ class _Pairs:
     def members(self) -> str:
         """How large H is, and whose."""
         hard = int(self.hard.sum())
-        text = f"{hard / len(self.hard):.1f} negatives an anchor"
+        text = f"H has {hard / len(self.hard):.1f} negatives an anchor"
         if self.same is not None and hard:
             text += f", {100 * int((self.hard & self.same).sum()) / hard:.0f} % of its class"
         return text
@@ -368,7 +368,7 @@ def cosines(
         if above < 1:
             axis.text((above + 1) / 2, 1.0, "H", ha="center", va="top",
                       transform=axis.get_xaxis_transform())  # fmt: skip
-        axis.set_title(f"{title}{', ' if title else ''}H: {pairs.members()}")
+        axis.set_title(f"{title}{': ' if title else ''}{pairs.members()}")
         axis.set(xlim=(-1, 1), xlabel="cosine of anchor and negative", ylabel="share of pairs (%)")
         axis.set_ylim(0, 1.35 * axis.get_ylim()[1])
         axis.legend(loc="upper left", fontsize=10)
@@ -454,7 +454,7 @@ def neighbours(
             cell.set_title(name, fontsize=10)
         whose = "" if pairs.same is None else " (blue: of the anchor's class, orange: of another)"
         figure.suptitle(
-            f"{title}{', ' if title else ''}eps = {pairs.eps:.3f}. H: {pairs.members()}\n"
+            f"{title}{', ' if title else ''}eps = {pairs.eps:.3f}: {pairs.members()}\n"
             f"Framed: in H{whose}. Pale: below eps, not in H. Numbers: cosines",
             x=0.01, ha="left", fontsize=12,
         )  # fmt: skip
