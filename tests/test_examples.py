@@ -392,7 +392,7 @@ def test_the_log_has_the_figures_of_every_step_for_tensorboard_and_as_csv(tmp_pa
     arguments = ["--epochs", 2, *TINY, "--out", tmp_path]
     assert run(*arguments, "--stop-after", 1) == 0
     assert run("--resume", tmp_path) == 0
-    names = "train/loss", "lr-AdamW", "hex/eps", "hex/hard", "hex/share"
+    names = "train/loss", "lr-AdamW", "hex/eps", "hex/hard", "hex/share", "hex/class_share"
     log = EventAccumulator(str(tmp_path)).Reload()
     for name in names:
         events = log.Scalars(name)

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -195,6 +196,27 @@ def test_two_processes_train_on_a_folder_of_images(name, tmp_path):
     assert done.stdout.count("Accuracy on 10 test images") == 1
     assert "Warning" not in done.stderr and "Traceback" not in done.stderr
     assert json.loads((tmp_path / "out/result.json").read_text())["knn"] == 1
+
+
+def test_ctrl_c_ends_both_processes_and_leaves_the_last_whole_epoch(tmp_path):
+    arguments = ["--epochs", 500, "--device", "cpu", "--devices", RANKS, "--out", tmp_path]
+    process = subprocess.Popen(
+        [sys.executable, EXAMPLES / "simclr.py", *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a process group, to all of which a terminal sends the signal
+    )
+    for line in process.stdout:
+        if line.startswith("epoch   1"):
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    said, errors = process.communicate(timeout=60)  # until no process has the pipes open
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    epochs = int(re.search(r"as it was after (\d+) whole epochs", said)[1])
+    assert torch.load(tmp_path / LAST, weights_only=True)["epoch"] + 1 == epochs >= 1
 
 
 # ---- one process, without torchrun --------------------------------------------------------------

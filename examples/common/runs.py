@@ -168,7 +168,9 @@ def ctrl_c_held_back() -> Iterator[Callable[[], None]]:
         if pressed:
             raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, remember)
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:  # as it is in a process that Ctrl-C does not concern
+        signal.signal(signal.SIGINT, remember)
     try:
         yield let
     finally:

@@ -10,6 +10,7 @@ as one that was never stopped.
 import argparse
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -79,6 +80,10 @@ class Method(LightningModule):
         """The loss of a batch, 0-d, from views (B, 3, size, size) in [-1, 1]."""
         raise NotImplementedError
 
+    def labels_of(self, items: Any) -> Tensor:
+        """For the log alone, in which is how much of H is of the anchor's class."""
+        return self.images.prepare(items)[1]
+
     def training_step(self, items: Any, index: int) -> Tensor:
         views, labels = self.images.prepare(items)
         loss = self(*views, labels) if self.supervised else self(*views)
@@ -121,13 +126,12 @@ class EachEpoch(Callback):
         folder: the run's.
         test: the test images.
         first: how many epochs are done already.
-        let_ctrl_c: raises KeyboardInterrupt if Ctrl-C was pressed.
     """
 
-    def __init__(
-        self, folder: Path, test: data.Split, first: int, let_ctrl_c: Callable[[], None]
-    ) -> None:
-        self.folder, self.test, self.first, self.let_ctrl_c = folder, test, first, let_ctrl_c
+    let_ctrl_c: Callable[[], None]  # raises KeyboardInterrupt if Ctrl-C was pressed
+
+    def __init__(self, folder: Path, test: data.Split, first: int) -> None:
+        self.folder, self.test, self.first = folder, test, first
         self.saved = first
 
     def on_train_start(self, trainer: Trainer, model: Method) -> None:
@@ -182,33 +186,38 @@ def main(method: type[Method], arguments: list[str] | None = None, **defaults: o
     quiet()
     leader = rank_zero_only.rank == 0  # Lightning starts the script again for each other rank
     console.quiet = not leader
+    if not leader:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 ends the others
 
     def failed(status: int, text: object) -> int:
         if leader:
             print(f"{script}.py: {text}", file=sys.stderr)
         return status
 
-    with runs.ctrl_c_held_back() as let_ctrl_c:
+    each_epoch = None
+    try:
         try:
             options, state = parse(method, script, arguments, **defaults)
             model, test = begin(method, options, state)
             folder = make_folder(options) if leader else Path()
-        except (data.DataError, CheckpointError, ValueError) as error:
+        except ValueError as error:  # a ValueError in training is a fault of the program
             return failed(2, f"error: {error}")
-        each_epoch = EachEpoch(folder, test, state["epoch"] + 1 if state else 0, let_ctrl_c)
-        try:
-            train(model, state, each_epoch)
-        except data.DataError as error:
-            return failed(2, f"error: {error}")
-        except Diverged as error:  # on all ranks; a status would make Lightning kill rank 0
-            kept = runs.what_is_kept(folder, each_epoch.saved)
-            return failed(1, f"training diverged: {error}; {kept}") if leader else 0
-        except (KeyboardInterrupt, SystemExit):  # Lightning makes of the one the other
+        each_epoch = EachEpoch(folder, test, state["epoch"] + 1 if state else 0)
+        train(model, state, each_epoch)
+    except (data.DataError, CheckpointError) as error:
+        return failed(2, f"error: {error}")
+    except Diverged as error:  # on all ranks; a status would make Lightning kill rank 0
+        text = f"training diverged: {error}; {runs.what_is_kept(folder, each_epoch.saved)}"
+        return failed(1, text) if leader else 0
+    except KeyboardInterrupt:
+        if each_epoch is None:
+            text = "interrupted before training"
+        else:
             text = f"interrupted; {runs.what_is_kept(folder, each_epoch.saved)}"
             if each_epoch.saved:
                 text += f"\nTo go on: python {sys.argv[0]} --resume {folder}"
-            console.print(text, soft_wrap=True)
-            return 130
+        console.print(text, soft_wrap=True)
+        return 130
     return 0
 
 
@@ -269,7 +278,12 @@ def train(model: Method, state: dict[str, Any] | None, each_epoch: EachEpoch) ->
         max_epochs=options.epochs,
         logger=logs,
         log_every_n_steps=1,
-        callbacks=[HEXCallback(), LearningRateMonitor("step"), each_epoch, *bars],
+        callbacks=[
+            HEXCallback(labels=model.labels_of),
+            LearningRateMonitor("step"),
+            each_epoch,
+            *bars,
+        ],
         enable_progress_bar=bool(bars),
         enable_checkpointing=False,  # EachEpoch saves, after its check and before it prints
         enable_model_summary=False,
@@ -277,7 +291,11 @@ def train(model: Method, state: dict[str, Any] | None, each_epoch: EachEpoch) ->
         default_root_dir=folder,
     )
     start = time.perf_counter()
-    trainer.fit(model, ckpt_path=options.resume, weights_only=True)
+    with runs.ctrl_c_held_back() as each_epoch.let_ctrl_c:
+        try:
+            trainer.fit(model, ckpt_path=options.resume, weights_only=True)
+        except SystemExit:  # Lightning makes it of Ctrl-C, when it has ended the other ranks
+            raise KeyboardInterrupt from None
     if not trainer.is_global_zero:
         return
     if each_epoch.saved == options.epochs:
