@@ -29,6 +29,7 @@ class MoCo(training.Method):
     """MoCo v2: a query attracts its key, and a queue of the keys of past batches repels it."""
 
     losses = {"hex": "HEX in place of InfoNCE", "base": "InfoNCE"}
+    classes_known = False  # not of the keys in the queue
 
     def __init__(self, options: argparse.Namespace, images: data.Split) -> None:
         super().__init__(options, images)

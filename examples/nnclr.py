@@ -31,6 +31,7 @@ class NNCLR(training.Method):
     """NNCLR: a view attracts the nearest neighbour, in a bank of past views, of the other view."""
 
     losses = {"hex": "HEX in place of InfoNCE", "base": "InfoNCE"}
+    classes_known = False  # not of the neighbours in the bank
 
     def __init__(self, options: argparse.Namespace, images: data.Split) -> None:
         super().__init__(options, images)

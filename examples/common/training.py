@@ -64,6 +64,7 @@ class Method(LightningModule):
     losses: ClassVar[dict[str, str]]  # what --loss base and --loss hex are, in a few words
     supervised: ClassVar[bool] = False  # whether the last argument of forward is the labels
     local_views: ClassVar[int] = 0  # how many small crops there are besides the two views
+    classes_known: ClassVar[bool] = True  # of all candidates: the log has H's share of the class
 
     def __init__(self, options: argparse.Namespace, images: data.Split) -> None:
         super().__init__()
@@ -79,10 +80,6 @@ class Method(LightningModule):
     def forward(self, *views: Tensor) -> Tensor:
         """The loss of a batch, 0-d, from views (B, 3, size, size) in [-1, 1]."""
         raise NotImplementedError
-
-    def labels_of(self, items: Any) -> Tensor:
-        """For the log alone, in which is how much of H is of the anchor's class."""
-        return self.images.prepare(items)[1]
 
     def training_step(self, items: Any, index: int) -> Tensor:
         views, labels = self.images.prepare(items)
@@ -279,7 +276,7 @@ def train(model: Method, state: dict[str, Any] | None, each_epoch: EachEpoch) ->
         logger=logs,
         log_every_n_steps=1,
         callbacks=[
-            HEXCallback(labels=model.labels_of),
+            HEXCallback(labels=-1 if model.classes_known else None),
             LearningRateMonitor("step"),
             each_epoch,
             *bars,
