@@ -107,7 +107,7 @@ def look(
     line, accuracy = f"epoch {epoch + 1:3}  loss {sum(losses) / len(losses):.4f}", None
     if options.loss == "hex":
         eps, hard, _ = map(float, model.criterion.last)
-        line += f"  last eps {eps:.3f}, mean |H| {hard:.2f}"
+        line += f"  eps {eps:.3f}  mean |H| {hard:.2f}"  # of the last step
     if options.knn_every and (epoch + 1) % options.knn_every == 0:
         features = (evaluate.features(model.backbone, part) for part in parts)
         accuracy = evaluate.knn_accuracy(*features)

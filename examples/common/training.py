@@ -15,12 +15,14 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
@@ -130,6 +132,7 @@ class EachEpoch(Callback):
     def __init__(self, folder: Path, test: data.Split, first: int) -> None:
         self.folder, self.test, self.first = folder, test, first
         self.saved = first
+        self.ended = ExitStack()  # what the end of an epoch ends: its bar
 
     def on_train_start(self, trainer: Trainer, model: Method) -> None:
         options, steps = model.options, trainer.num_training_batches
@@ -142,12 +145,17 @@ class EachEpoch(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, model: Method) -> None:
         self.losses: list[Tensor] = []  # read when the epoch is over
+        name, steps = f"epoch {trainer.current_epoch + 1}", trainer.num_training_batches
+        self.ended.enter_context(bar := runs.progress())
+        self.step = partial(bar.advance, bar.add_task(name, total=steps))
 
     def on_train_batch_end(self, trainer: Trainer, model: Method, outputs: Any, *_: Any) -> None:
         self.losses.append(outputs["loss"].detach())
+        self.step()
         self.let_ctrl_c()
 
     def on_train_epoch_end(self, trainer: Trainer, model: Method) -> None:
+        self.ended.close()
         error, line, epoch = None, "", trainer.current_epoch
         if trainer.is_global_zero:
             losses, parts = torch.stack(self.losses).tolist(), (model.images, self.test)
@@ -166,6 +174,9 @@ class EachEpoch(Callback):
         console.print(line)  # an epoch is printed only after it is saved
         trainer.should_stop = self.saved - self.first == model.options.stop_after
         self.let_ctrl_c()
+
+    def on_exception(self, trainer: Trainer, model: Method, exception: BaseException) -> None:
+        self.ended.close()
 
 
 def main(method: type[Method], arguments: list[str] | None = None, **defaults: object) -> int:
@@ -261,7 +272,6 @@ def train(model: Method, state: dict[str, Any] | None, each_epoch: EachEpoch) ->
         ),
         CSVLogger(folder, name="csv", version=f"from-epoch-{first + 1}"),
     ]
-    bars = [RichProgressBar(leave=False)] if console.is_terminal else []  # not in a log file
     trainer = Trainer(
         accelerator="gpu" if gpu else device.type,
         devices=[device.index] if gpu and not several else options.devices,
@@ -279,9 +289,8 @@ def train(model: Method, state: dict[str, Any] | None, each_epoch: EachEpoch) ->
             HEXCallback(labels=-1 if model.classes_known else None),
             LearningRateMonitor("step"),
             each_epoch,
-            *bars,
         ],
-        enable_progress_bar=bool(bars),
+        enable_progress_bar=False,  # Lightning's counts epochs from 0; EachEpoch has one
         enable_checkpointing=False,  # EachEpoch saves, after its check and before it prints
         enable_model_summary=False,
         use_distributed_sampler=False,  # the loader has one
