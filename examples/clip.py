@@ -32,6 +32,7 @@ class CLIP(training.Method):
 
     losses = {"hex": "HEX in place of InfoNCE", "base": "InfoNCE"}
     supervised = True
+    gathers = True
 
     def __init__(self, options: argparse.Namespace, images: data.Split) -> None:
         super().__init__(options, images)
@@ -40,10 +41,13 @@ class CLIP(training.Method):
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(options.temperature)))
         if options.loss == "hex":
             self.criterion = HEXLoss(
-                mode="cross", threshold=threshold(options), variant=options.variant
+                mode="cross",
+                threshold=threshold(options),
+                variant=options.variant,
+                gather_distributed=True,  # with one device it changes nothing
             )
         else:
-            self.criterion = InfoNCELoss(mode="cross")
+            self.criterion = InfoNCELoss(mode="cross", gather_distributed=True)
 
     def forward(self, view0: Tensor, _: Tensor, labels: Tensor) -> Tensor:
         image = self.image_head(self.backbone(view0))

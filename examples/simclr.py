@@ -23,7 +23,7 @@ import sys
 
 import torch
 from common import data, encoder, training
-from common.options import positive, threshold
+from common.options import threshold
 from torch import Tensor
 
 from hex import HEXLoss, InfoNCELoss
@@ -33,6 +33,7 @@ class SimCLR(training.Method):
     """SimCLR: two views of an image attract each other, all other views of the batch repel."""
 
     losses = {"hex": "HEX in place of InfoNCE", "base": "InfoNCE"}
+    gathers = True
 
     def __init__(self, options: argparse.Namespace, images: data.Split) -> None:
         super().__init__(options, images)
@@ -46,10 +47,6 @@ class SimCLR(training.Method):
             )
         else:
             self.criterion = InfoNCELoss(options.temperature, gather_distributed=True)
-
-    @classmethod
-    def add_options(cls, add) -> None:
-        add("--devices", type=positive, default=1, help="how many GPUs, or processes on the CPU")
 
     def embed(self, images: Tensor) -> Tensor:
         return self.projector(self.backbone(images))

@@ -52,6 +52,7 @@ RANK, LOCAL_RANK, RANKS = (
     for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
 )
 SAVED = "model", "optimizer", "scheduler", "scaler"  # in a checkpoint
+FIGURES = "train/loss", "hex/eps", "hex/hard", "hex/share"
 console = runs.console
 
 
@@ -188,8 +189,8 @@ class Run:
         options, losses = self.options, [row[0] for row in table]
         line, knn = runs.look(options, self.model, self.optimizer, self.parts, self.epoch, losses)
         for step, row in enumerate(table, self.epoch * len(table)):
-            for name, value in zip(("loss", "eps", "hard", "share"), row, strict=True):
-                log.add_scalar(f"train/{name}", value, step)
+            for name, value in zip(FIGURES, row, strict=True):
+                log.add_scalar(name, value, step)
         if knn is not None:
             log.add_scalar("test/knn", knn, step)
         state = {name: getattr(self, name).state_dict() for name in SAVED}

@@ -27,16 +27,22 @@ class SupCon(training.Method):
 
     losses = {"hex": "HEX in place of SupCon", "base": "SupCon"}
     supervised = True
+    gathers = True
 
     def __init__(self, options: argparse.Namespace, images: data.Split) -> None:
         super().__init__(options, images)
         self.projector = encoder.projector(self.width, options.features)
         if options.loss == "hex":
             self.criterion = HEXSupConLoss(
-                options.temperature, threshold=threshold(options), variant=options.variant
+                options.temperature,
+                threshold=threshold(options),
+                variant=options.variant,
+                gather_distributed=True,  # with one device it changes nothing
             )
         else:
-            self.criterion = HEXSupConLoss(options.temperature, threshold=None)
+            self.criterion = HEXSupConLoss(
+                options.temperature, threshold=None, gather_distributed=True
+            )
 
     def forward(self, view0: Tensor, view1: Tensor, labels: Tensor) -> Tensor:
         z0, z1 = self.projector(self.backbone(torch.cat([view0, view1]))).chunk(2)

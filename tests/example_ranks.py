@@ -17,12 +17,15 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import clip  # noqa: E402
 import simclr  # noqa: E402
 import simclr_ddp  # noqa: E402
+import supcon  # noqa: E402
 from common import evaluate  # noqa: E402
 
 IMAGES, BATCH, EPOCHS = 120, 50, 2  # to train on; a rank has 60, and 10 of them fill no batch
 MODULES = {"ddp": simclr_ddp, "lightning": simclr}
+OTHERS = {"supcon": supcon, "clip": clip}  # that take --devices
 OPTIONS = ["--batch-size", str(BATCH), "--epochs", str(EPOCHS), "--knn-every", "1"]
 
 
@@ -73,9 +76,9 @@ def main(folder: Path) -> None:
             )
         )
         print(f"== {out}", flush=True)
-        devices = ["--devices", "2"] if name == "lightning" else []
+        devices = ["--devices", "2"] if name != "ddp" else []
         try:
-            status = MODULES[name].main([*arguments, *devices])
+            status = (MODULES | OTHERS)[name].main([*arguments, *devices])
         except SystemExit as end:
             status = end.code
         hook.remove()
@@ -88,6 +91,8 @@ def main(folder: Path) -> None:
         torch.manual_seed(9)  # a new process would not have it either
         run(name, f"{parts}-resumed", "--resume", str(folder / parts))
         run(name, wild, *OPTIONS, "--lr", "1e9", "--out", str(folder / wild))
+    for name in OTHERS:
+        run(name, name, *OPTIONS, "--out", str(folder / name))
     torch.save(results, folder / f"{os.environ['RANK']}.pt")
 
 

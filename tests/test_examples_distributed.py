@@ -28,7 +28,7 @@ for name in ("torchvision", "sklearn", "rich", "tensorboard", "lightning"):
 
 import example_ranks  # noqa: E402
 from common.options import LAST  # noqa: E402
-from example_ranks import BATCH, EPOCHS, IMAGES, MODULES, OPTIONS  # noqa: E402
+from example_ranks import BATCH, EPOCHS, IMAGES, MODULES, OPTIONS, OTHERS  # noqa: E402
 from test_examples import EXAMPLES, bits, photographs  # noqa: E402
 
 RANKS = 2
@@ -85,6 +85,15 @@ def test_both_ranks_have_the_loss_and_the_threshold_of_the_whole_batch(name, see
     assert abs(loss[0] - torch.tensor(2.0 * BATCH - 1).log()) < 0.5
     assert all(-1 < x < 1 for x in eps) and eps.unique().numel() == len(eps)
     assert all(hard > 0) and all((share > 0) & (share < 1))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_both_ranks_of_other_methods_have_the_loss_and_the_threshold_of_the_whole_batch(name, seen):
+    (status, one, views, _), (_, two, others, _) = (rank[name] for rank in seen)
+    assert status == 0 and bits(one) == bits(two)
+    assert not set(views) & set(others)
+    loss, eps, hard, _ = one.T
+    assert loss.isfinite().all() and all(hard > 0) and all(abs(eps) < 1)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -155,8 +164,9 @@ def test_only_rank_0_evaluates(name, seen):
 
 def test_only_rank_0_prints_and_neither_is_warned(folder, seen):
     lines = printed(folder, 0, "stdout").splitlines()
-    assert sum(line.startswith("epoch   1 ") for line in lines) == 2 * len(MODULES)
-    assert sum("Accuracy on 500 test images" in line for line in lines) == 2 * len(MODULES)
+    runs = 2 * len(MODULES) + len(OTHERS)
+    assert sum(line.startswith("epoch   1 ") for line in lines) == runs
+    assert sum("Accuracy on 500 test images" in line for line in lines) == runs
     said = printed(folder, 0, "stderr").splitlines()
     assert len(said) == len(MODULES) and all("training diverged" in line for line in said)
     assert printed(folder, 1, "stderr") == ""

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The random views of SimCLR (Chen et al. 2020, appendix A), as torchvision transforms.
 
-A torchvision transform treats all images of a batch alike, with random numbers that are drawn once.
-Called image by image it takes about a millisecond for each. So for images that are in memory there
-are two transforms here that work on whole batches and draw numbers for every image: `RandomWarp`
-(crop, flip, rotation and shift in one resampling) and `RandomColour`. Images from files differ in
-size. The worker processes of the loader augment them one by one, with torchvision's transforms.
+For images in memory there are two transforms of our own, `RandomWarp` and `RandomColour`, because
+torchvision draws one set of random numbers for a whole batch, and image by image it takes about a
+millisecond each on a CPU. `RandomWarp` crops, flips, rotates and shifts in one resampling. Images
+from files differ in size, so the loader's workers augment them one by one, by torchvision.
 
 All random numbers come from torch's global generator, so a seed or a restored state repeats the
 views.

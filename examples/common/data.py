@@ -56,7 +56,8 @@ class MemorySplit:
         return len(self.labels)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """Views and labels of all images. The rest, which fills no batch, is left out."""
+        """Views and labels of all images, for plain.py. The rest, which fills no batch, is left
+        out."""
         order = torch.randperm(len(self))
         for index in order.split(batch_size)[: len(self) // batch_size]:
             yield self.batch(index)

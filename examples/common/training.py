@@ -31,7 +31,15 @@ from torch.utils.data import DataLoader
 
 from common import data, encoder, runs
 from common.evaluate import Diverged
-from common.options import LAST, CheckpointError, check_device, kept, make_folder, parse
+from common.options import (
+    LAST,
+    CheckpointError,
+    check_device,
+    kept,
+    make_folder,
+    parse,
+    positive,
+)
 from common.runs import console
 from hex.lightning import HEXCallback
 
@@ -66,6 +74,7 @@ class Method(LightningModule):
     losses: ClassVar[dict[str, str]]  # what --loss base and --loss hex are, in a few words
     supervised: ClassVar[bool] = False  # whether the last argument of forward is the labels
     local_views: ClassVar[int] = 0  # how many small crops there are besides the two views
+    gathers: ClassVar[bool] = False  # whether its loss is that of the whole batch, on all devices
     classes_known: ClassVar[bool] = True  # of all candidates: the log has H's share of the class
 
     def __init__(self, options: argparse.Namespace, images: data.Split) -> None:
@@ -78,6 +87,9 @@ class Method(LightningModule):
     @classmethod
     def add_options(cls, add: Callable[..., object]) -> None:
         """Adds the method's own options. `add` is argparse's add_argument."""
+        if cls.gathers:
+            text = "how many GPUs, or processes on the CPU"
+            add("--devices", type=positive, default=1, help=text)
 
     def forward(self, *views: Tensor) -> Tensor:
         """The loss of a batch, 0-d, from views (B, 3, size, size) in [-1, 1]."""
