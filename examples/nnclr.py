@@ -17,11 +17,7 @@ import sys
 import torch
 from common import data, training
 from common.options import positive, threshold
-from lightly.models.modules import (
-    NNCLRPredictionHead,
-    NNCLRProjectionHead,
-    NNMemoryBankModule,
-)
+from lightly.models.modules import NNCLRPredictionHead, NNCLRProjectionHead, NNMemoryBankModule
 from torch import Tensor
 
 from hex import HEXLoss, InfoNCELoss

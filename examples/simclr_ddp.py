@@ -12,7 +12,7 @@ with the bits of one that was never stopped.
 
 Each process, a rank, trains on its part of each batch of `--batch-size` images. With
 `gather_distributed=True` the loss and its threshold are those of the whole batch. Rank 0 prints,
-logs, evaluates and saves.
+evaluates and saves.
 
 SimCLR: Chen et al. 2020, https://arxiv.org/abs/2002.05709. Needs hex-ssl[examples].
 """
@@ -21,8 +21,6 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -42,7 +40,6 @@ from common.options import (
 )
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard import SummaryWriter
 
 from hex import HEXLoss, InfoNCELoss
 
@@ -52,7 +49,6 @@ RANK, LOCAL_RANK, RANKS = (
     for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
 )
 SAVED = "model", "optimizer", "scheduler", "scaler"  # in a checkpoint
-FIGURES = "train/loss", "hex/eps", "hex/hard", "hex/share"
 console = runs.console
 
 
@@ -102,10 +98,10 @@ class Run:
             torch.cuda.set_device(LOCAL_RANK)  # that "cuda" means
         self.options, self.device = options, check_device(options.device)
         self.parts = images, _ = runs.load(options)  # to train on, and to test with
-        self.epoch = self.done = self.first = state["epoch"] + 1 if state else 0
+        self.done = self.first = state["epoch"] + 1 if state else 0
         # Each rank has its part of the images, in an order that all know, and views of its own.
         self.loader = data.loader(
-            images, options.batch_size, options.seed, lambda: self.epoch, RANK, RANKS
+            images, options.batch_size, options.seed, lambda: self.done, RANK, RANKS
         )
         torch.manual_seed(options.seed)
         self.model = SimCLR(options, images).to(self.device)
@@ -121,51 +117,40 @@ class Run:
         if RANK == 0:
             make_folder(options)
 
-    def train(self, let_ctrl_c: Callable[[], None]) -> None:
+    def train(self) -> None:
         """Trains and evaluates.
 
         Raises:
             Diverged: on all ranks.
         """
-        options, steps = self.options, len(self.loader)
-        console.print(
-            f"SimCLR, processes: {RANKS}, --loss {options.loss} "
-            f"({runs.objective(SimCLR, options)}), on {len(self.parts[0])} images, "
-            f"{steps} steps an epoch, {self.first} of {options.epochs} epochs done",
-            soft_wrap=True,
-        )
+        options, images = self.options, self.parts[0]
+        runs.greet(SimCLR, options, images, len(self.loader), self.first)
         # DDP averages the gradients of the ranks in each backward. It gives all ranks the weights
         # of rank 0 now, and in each forward rank 0's buffers, which are those of a checkpoint.
         ddp = DistributedDataParallel(self.model)
         start, last = time.perf_counter(), self.first + (options.stop_after or options.epochs)
-        # TensorBoard drops its entries for steps that are repeated.
-        log = SummaryWriter(options.out, purge_step=self.first * steps) if RANK == 0 else None
-        with log or nullcontext():
-            for epoch in range(self.first, min(last, options.epochs)):
-                self.epoch = epoch
-                table = self.train_epoch(ddp, let_ctrl_c)
-                error: list[str | None] = [None]
-                if RANK == 0:
-                    try:
-                        self.after(table.tolist(), log)
-                    except evaluate.Diverged as diverged:
-                        error = [str(diverged)]
-                dist.broadcast_object_list(error)  # the others wait for it
-                if error[0] is not None:
-                    raise evaluate.Diverged(error[0])
-                self.done = epoch + 1
-                let_ctrl_c()
+        while self.done < min(last, options.epochs):
+            losses = self.train_epoch(ddp)
+            error: list[str | None] = [None]
+            if RANK == 0:
+                try:
+                    self.after(losses)
+                except evaluate.Diverged as diverged:
+                    error = [str(diverged)]
+            dist.broadcast_object_list(error)  # the others wait for it
+            if error[0] is not None:
+                raise evaluate.Diverged(error[0])
+            self.done += 1
         if RANK == 0 and self.done == options.epochs:
             seconds = time.perf_counter() - start if self.first == 0 else None
             runs.finish(SimCLR, options, self.model.backbone, self.parts, seconds)
-        console.print(f"log: tensorboard --logdir {options.out}", soft_wrap=True)
 
-    def train_epoch(self, ddp: DistributedDataParallel, let_ctrl_c: Callable[[], None]) -> Tensor:
-        """Returns loss, eps, mean |H| and share of each step, which all ranks have alike."""
-        self.model.criterion.set_epoch(self.epoch)
+    def train_epoch(self, ddp: DistributedDataParallel) -> list[float]:
+        """Returns the loss of each step, which all ranks have alike."""
+        self.model.criterion.set_epoch(self.done)
         ddp.train()
         dtype = AMP[self.options.amp]
-        rows = []  # read when the epoch is over, so that no step waits
+        losses = []  # read when the epoch is over, so that no step waits
         for items in self.loader:
             views, _ = self.parts[0].prepare(items)
             with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
@@ -175,26 +160,19 @@ class Run:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.scheduler.step()
-            figures = loss.detach(), *self.model.criterion.last
-            rows.append(torch.stack([x.double() for x in figures]))
-            let_ctrl_c()
-        return torch.stack(rows).cpu()
+            losses.append(loss.detach())
+        return torch.stack(losses).tolist()
 
-    def after(self, table: list[list[float]], log: SummaryWriter) -> None:
-        """Checks, tests, logs and saves what an epoch has made, on rank 0.
+    def after(self, losses: list[float]) -> None:
+        """Checks, tests, saves and prints what an epoch has made, on rank 0.
 
         With the model inside DDP's wrapper, for the wrapper would wait for the other ranks. The
         checkpoint has it without too, so that a run can go on with another number of processes.
         """
-        options, losses = self.options, [row[0] for row in table]
-        line, knn = runs.look(options, self.model, self.optimizer, self.parts, self.epoch, losses)
-        for step, row in enumerate(table, self.epoch * len(table)):
-            for name, value in zip(FIGURES, row, strict=True):
-                log.add_scalar(name, value, step)
-        if knn is not None:
-            log.add_scalar("test/knn", knn, step)
+        options = self.options
+        line, _ = runs.look(options, self.model, self.optimizer, self.parts, self.done, losses)
         state = {name: getattr(self, name).state_dict() for name in SAVED}
-        state |= {"epoch": self.epoch, "hyper_parameters": kept(options)}
+        state |= {"epoch": self.done, "hyper_parameters": kept(options)}
         unfinished = Path(options.out, "unfinished")
         torch.save(state, unfinished)
         os.replace(unfinished, Path(options.out, LAST))  # which is whole at every moment
@@ -213,15 +191,14 @@ def main(arguments: list[str] | None = None) -> int:
     console.quiet = RANK > 0
     run = None
     try:
-        with runs.ctrl_c_held_back() as let_ctrl_c:
-            try:
-                run = Run(*parse(SimCLR, "simclr_ddp", arguments))
-            except (data.DataError, CheckpointError, ValueError) as error:
-                if RANK == 0:  # what is wrong at the start is wrong on all ranks
-                    print(f"simclr_ddp.py: error: {error}", file=sys.stderr)
-                return 2
-            join()
-            run.train(let_ctrl_c)
+        try:
+            run = Run(*parse(SimCLR, "simclr_ddp", arguments))
+        except (data.DataError, CheckpointError, ValueError) as error:
+            if RANK == 0:  # what is wrong at the start is wrong on all ranks
+                print(f"simclr_ddp.py: error: {error}", file=sys.stderr)
+            return 2
+        join()
+        run.train()
     except data.DataError as error:
         print(f"simclr_ddp.py: error: {error}", file=sys.stderr)
         return 2
@@ -231,8 +208,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"simclr_ddp.py: training diverged: {text}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        text = runs.what_is_kept(run.options.out, run.done) if run else "before training"
-        console.print(f"interrupted; {text}", soft_wrap=True)
+        if RANK == 0 and run is not None:
+            console.print(f"interrupted; {runs.what_is_kept(run.options.out, run.done)}")
         return 130
     finally:
         if dist.is_initialized():

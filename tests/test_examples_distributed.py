@@ -198,7 +198,6 @@ def test_two_processes_train_on_a_folder_of_images(name, tmp_path):
     script = EXAMPLES / Path(MODULES[name].__file__).name
     if name == "ddp":
         done = torchrun(script, *pictures(tmp_path))
-        assert "processes: 2, --loss hex" in done.stdout
     else:
         done = start(script, *pictures(tmp_path), "--devices", RANKS)
     assert done.returncode == 0, done.stderr

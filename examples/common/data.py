@@ -192,34 +192,22 @@ def loader(
         batch_size: images of all ranks together, a multiple of `ranks`.
         epoch: returns which epoch begins, counted from 0.
     """
-    batches = _Batches(split.dataset(), batch_size, seed, epoch, rank, ranks)
-    return DataLoader(batches.sampler.dataset, batch_sampler=batches, **split.loading)
+    # What does not divide is left out of an epoch: images too few for one each, and the short last
+    # batch. So all ranks have as many batches, of one size, and no image is twice in a batch, where
+    # it would be its own false negative.
+    dataset = split.dataset()
+    sampler = DistributedSampler(dataset, ranks, rank, seed=seed, drop_last=True)
+    batches = _Batches(sampler, batch_size // ranks, drop_last=True)
+    batches.epoch = epoch
+    return DataLoader(dataset, batch_sampler=batches, **split.loading)
 
 
 class _Batches(BatchSampler):
-    """The batches of one rank.
-
-    What does not divide is left out of an epoch: images too few for one each, and the short last
-    batch. So all ranks have as many batches, of one size, and no image is twice in a batch, where
-    it would be its own false negative.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        batch_size: int,
-        seed: int,
-        epoch: Callable[[], int],
-        rank: int,
-        ranks: int,
-    ) -> None:
-        sampler = DistributedSampler(dataset, ranks, rank, seed=seed, drop_last=True)
-        super().__init__(sampler, batch_size // ranks, drop_last=True)
-        self._epoch = epoch
+    epoch: Callable[[], int]
 
     def __iter__(self) -> Iterator[list[int]]:
         # At once, and not with the first batch: then the workers have their seeds already.
-        sampler, epoch = self.sampler, self._epoch()
+        sampler, epoch = self.sampler, self.epoch()
         sampler.set_epoch(epoch)
         mixed = np.random.SeedSequence([sampler.seed, epoch, sampler.rank])
         torch.manual_seed(int(mixed.generate_state(1, np.uint64)[0]))

@@ -6,9 +6,6 @@ None of it needs Lightning.
 
 import argparse
 import json
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +70,17 @@ def progress() -> Progress:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     quiet = not console.is_terminal  # bars would fill a log file
     return Progress(*columns, console=console, transient=True, disable=quiet)
+
+
+def greet(
+    method: type, options: argparse.Namespace, images: data.Split, steps: int, done: int
+) -> None:
+    """Says what is trained."""
+    console.print(
+        f"{method.__name__}, --loss {options.loss} ({objective(method, options)}), on "
+        f"{len(images)} images, {steps} steps an epoch, {done} of {options.epochs} epochs done",
+        soft_wrap=True,
+    )
 
 
 def objective(method: type, options: argparse.Namespace) -> str:
@@ -148,30 +156,3 @@ def what_is_kept(folder: Path | str, epochs: int) -> str:
     if not epochs:
         return "no epoch was saved"
     return f"{Path(folder, LAST)} has the run as it was after {epochs} whole epochs"
-
-
-@contextmanager
-def ctrl_c_held_back() -> Iterator[Callable[[], None]]:
-    """Holds Ctrl-C back until the function that it yields is called.
-
-    At another moment the interrupt might leave a lock of TensorBoard taken, and closing the log
-    would then wait for ever. A second Ctrl-C is not held back.
-    """
-    pressed = False
-
-    def remember(*_) -> None:
-        nonlocal pressed
-        pressed = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def let() -> None:
-        if pressed:
-            raise KeyboardInterrupt
-
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.SIG_IGN:  # as it is in a process that Ctrl-C does not concern
-        signal.signal(signal.SIGINT, remember)
-    try:
-        yield let
-    finally:
-        signal.signal(signal.SIGINT, before)

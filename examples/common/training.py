@@ -14,8 +14,8 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,15 +31,7 @@ from torch.utils.data import DataLoader
 
 from common import data, encoder, runs
 from common.evaluate import Diverged
-from common.options import (
-    LAST,
-    CheckpointError,
-    check_device,
-    kept,
-    make_folder,
-    parse,
-    positive,
-)
+from common.options import LAST, CheckpointError, check_device, kept, make_folder, parse, positive
 from common.runs import console
 from hex.lightning import HEXCallback
 
@@ -147,13 +139,8 @@ class EachEpoch(Callback):
         self.ended = ExitStack()  # what the end of an epoch ends: its bar
 
     def on_train_start(self, trainer: Trainer, model: Method) -> None:
-        options, steps = model.options, trainer.num_training_batches
-        console.print(
-            f"{type(model).__name__}, --loss {options.loss} "
-            f"({runs.objective(type(model), options)}), on {len(model.images)} images, {steps} "
-            f"steps an epoch, {self.first} of {options.epochs} epochs done",
-            soft_wrap=True,
-        )
+        steps = trainer.num_training_batches
+        runs.greet(type(model), model.options, model.images, steps, self.first)
 
     def on_train_epoch_start(self, trainer: Trainer, model: Method) -> None:
         self.losses: list[Tensor] = []  # read when the epoch is over
@@ -309,7 +296,7 @@ def train(model: Method, state: dict[str, Any] | None, each_epoch: EachEpoch) ->
         default_root_dir=folder,
     )
     start = time.perf_counter()
-    with runs.ctrl_c_held_back() as each_epoch.let_ctrl_c:
+    with ctrl_c_held_back() as each_epoch.let_ctrl_c:
         try:
             trainer.fit(model, ckpt_path=options.resume, weights_only=True)
         except SystemExit:  # Lightning makes it of Ctrl-C, when it has ended the other ranks
@@ -323,3 +310,30 @@ def train(model: Method, state: dict[str, Any] | None, each_epoch: EachEpoch) ->
     console.print(
         f"checkpoint: {folder / LAST}\nlog: tensorboard --logdir {folder}", soft_wrap=True
     )
+
+
+@contextmanager
+def ctrl_c_held_back() -> Iterator[Callable[[], None]]:
+    """Holds Ctrl-C back until the function that it yields is called.
+
+    At another moment the interrupt might leave a lock of TensorBoard taken, and closing the log
+    would then wait for ever. A second Ctrl-C is not held back.
+    """
+    pressed = False
+
+    def remember(*_) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def let() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:  # as it is in a process that Ctrl-C does not concern
+        signal.signal(signal.SIGINT, remember)
+    try:
+        yield let
+    finally:
+        signal.signal(signal.SIGINT, before)
