@@ -204,12 +204,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except evaluate.Diverged as error:
         if RANK == 0:
-            text = f"{error}; {runs.what_is_kept(run.options.out, run.done)}"
+            text = f"{error}; {runs.what_is_kept(run.options.out)}"
             print(f"simclr_ddp.py: training diverged: {text}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         if RANK == 0 and run is not None:
-            console.print(f"interrupted; {runs.what_is_kept(run.options.out, run.done)}")
+            console.print(f"interrupted; {runs.what_is_kept(run.options.out)}")
         return 130
     finally:
         if dist.is_initialized():

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from common import data, evaluate
-from common.options import LAST, CheckpointError, check_device, kept
+from common.options import LAST, CheckpointError, check_device, kept, load_checkpoint
 
 console = Console(highlight=False)
 
@@ -151,8 +151,10 @@ def finish(
     console.print(f"result: {file}", soft_wrap=True)
 
 
-def what_is_kept(folder: Path | str, epochs: int) -> str:
+def what_is_kept(folder: Path | str) -> str:
     """What a run that ended early has left in its checkpoint."""
-    if not epochs:
+    file = Path(folder, LAST)
+    if not file.exists():
         return "no epoch was saved"
-    return f"{Path(folder, LAST)} has the run as it was after {epochs} whole epochs"
+    epochs = load_checkpoint(file)["epoch"] + 1
+    return f"{file} has the run as it was after {epochs} whole epochs"

@@ -197,11 +197,11 @@ def main(method: type[Method], arguments: list[str] | None = None, **defaults: o
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 ends the others
 
     def failed(status: int, text: object) -> int:
-        if leader:
+        if leader or folder is not None:  # what is wrong at the start is wrong on all ranks
             print(f"{script}.py: {text}", file=sys.stderr)
         return status
 
-    each_epoch = None
+    folder = None
     try:
         try:
             options, state = parse(method, script, arguments, **defaults)
@@ -209,19 +209,18 @@ def main(method: type[Method], arguments: list[str] | None = None, **defaults: o
             folder = make_folder(options) if leader else Path()
         except ValueError as error:  # a ValueError in training is a fault of the program
             return failed(2, f"error: {error}")
-        each_epoch = EachEpoch(folder, test, state["epoch"] + 1 if state else 0)
-        train(model, state, each_epoch)
+        train(model, test, folder, state)
     except (data.DataError, CheckpointError) as error:
         return failed(2, f"error: {error}")
     except Diverged as error:  # on all ranks; a status would make Lightning kill rank 0
-        text = f"training diverged: {error}; {runs.what_is_kept(folder, each_epoch.saved)}"
-        return failed(1, text) if leader else 0
+        if not leader:
+            return 0
+        return failed(1, f"training diverged: {error}; {runs.what_is_kept(folder)}")
     except KeyboardInterrupt:
-        if each_epoch is None:
-            text = "interrupted before training"
-        else:
-            text = f"interrupted; {runs.what_is_kept(folder, each_epoch.saved)}"
-            if each_epoch.saved:
+        text = "interrupted before training"
+        if folder is not None:
+            text = f"interrupted; {runs.what_is_kept(folder)}"
+            if (folder / LAST).exists():
                 text += f"\nTo go on: python {sys.argv[0]} --resume {folder}"
         console.print(text, soft_wrap=True)
         return 130
@@ -254,9 +253,10 @@ def begin(
     return model, test
 
 
-def train(model: Method, state: dict[str, Any] | None, each_epoch: EachEpoch) -> None:
+def train(model: Method, test: data.Split, folder: Path, state: dict[str, Any] | None) -> None:
     """Trains, and after the last epoch evaluates."""
-    options, folder, first = model.options, each_epoch.folder, each_epoch.first
+    options, first = model.options, state["epoch"] + 1 if state else 0
+    each_epoch = EachEpoch(folder, test, first)
     device = check_device(options.device)
     several, gpu = options.devices > 1, device.type == "cuda"
     logs = [
@@ -306,7 +306,7 @@ def train(model: Method, state: dict[str, Any] | None, each_epoch: EachEpoch) ->
     if each_epoch.saved == options.epochs:
         seconds = time.perf_counter() - start if first == 0 else None
         model.to(device)  # Lightning leaves it on the CPU
-        runs.finish(type(model), options, model.backbone, (model.images, each_epoch.test), seconds)
+        runs.finish(type(model), options, model.backbone, (model.images, test), seconds)
     console.print(
         f"checkpoint: {folder / LAST}\nlog: tensorboard --logdir {folder}", soft_wrap=True
     )
