@@ -14,7 +14,7 @@ import numpy as np
 from common.pictures import BLUE, GREEN, GREY, ORANGE, plt
 
 from effect.differences import MEASURES, SCORE, Runs, compared, paired, score
-from effect.report import mean_of, title
+from effect.report import mean_of, scaled, title
 from effect.rows import Rows
 from effect.table import MAIN, Study
 
@@ -116,9 +116,9 @@ def groups(runs: dict[str, Runs], families: Families):
         squeeze=False,
     )  # fmt: skip
     for (curves, ends), part in zip(panels.T, parts, strict=True):
-        epochs, shares = curve(base, "looks", lambda x, part=part: percent(x["near"][part]))
+        epochs, shares = curve(base, "looks", lambda x, part=part: scaled(x["near"][part]))
         curves.plot(epochs, shares, "o-", color=GREY, markersize=5)
-        chance = mean_of(percent(r["looks"][-1]["chance"][part]) for r in base.values())
+        chance = mean_of(scaled(r["looks"][-1]["chance"][part]) for r in base.values())
         curves.axhline(chance, color="black", linewidth=1, linestyle=":")
         curves.text(max(epochs), chance, "chance", va="bottom", ha="right")
         curves.set_title(f"InfoNCE: of the anchor's {part}, in %")
@@ -129,10 +129,10 @@ def groups(runs: dict[str, Runs], families: Families):
         ends.set_title(f"{part}: each loss minus InfoNCE")
         ends.set_xlabel("points, after the last epoch")
         ends.tick_params(labelleft=ends is panels[1, 0])
+    of = " or ".join(parts)
     return headed(
-        figure, "How much of each anchor's nearest 1 % of negatives is of its class or superclass",
-        MARKS,
-    )  # fmt: skip
+        figure, f"Share of each anchor's nearest 1 % of negatives that is of its {of}", MARKS
+    )
 
 
 def threshold(runs: dict[str, Runs], families: Families):
@@ -152,7 +152,7 @@ def threshold(runs: dict[str, Runs], families: Families):
         panel.set_xlabel("epoch")
         panel.grid(alpha=0.25)
     lines = [plt.Line2D([], [], color=COLOURS[x], linewidth=2, label=title(x)) for x in forms]
-    panels[0].legend(handles=lines, loc="upper right")
+    panels[0].legend(handles=lines)
     return headed(figure, "eps (a cosine), mean over the epoch and the seeds")
 
 
@@ -171,7 +171,7 @@ def in_order(losses: Iterable[str], families: Families) -> list[str]:
 
 def tested(measure: str) -> Value:
     """A measure of the test images, in %."""
-    return lambda row: percent(score(row, measure))
+    return lambda row: scaled(score(row, measure))
 
 
 def last(measure: str) -> Value:
@@ -181,11 +181,7 @@ def last(measure: str) -> Value:
 
 def near(part: str) -> Value:
     """A share of the nearest 1 % of negatives after the last epoch, in %."""
-    return lambda row: percent(row["looks"][-1]["near"][part])
-
-
-def percent(value: float | None) -> float | None:
-    return None if value is None else 100 * value
+    return lambda row: scaled(row["looks"][-1]["near"][part])
 
 
 def headed(figure, *lines: str):
