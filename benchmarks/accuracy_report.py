@@ -111,11 +111,11 @@ def ratios(found: pd.DataFrame) -> pd.DataFrame:
         most = mine.groupby(level="of")["factor"].max()
         cells[dtype] = {
             "comparisons": str(len(mine)),
-            "hex errs no more": f"{(mine['ours'] <= mine['plain']).mean():.0%}",
-            "hex errs more than twice": str(mine["level"].count()),
-            "these, over rounding": f"{mine['level'].max():.2f}",
-            **{f"these, over PyTorch: {of}": _factor(most[of]) for of in ERRORS},
-            "all, over what is allowed": f"{mine['share'].max():.2f}",
+            "hex's error <= PyTorch's": f"{(mine['ours'] <= mine['plain']).mean():.0%}",
+            "hex's error > 2 x PyTorch's": str(mine["level"].count()),
+            "these: over rounding": f"{mine['level'].max():.2f}",
+            **{f"these: over PyTorch's, {of}": _factor(most[of]) for of in ERRORS},
+            "all: over the tolerance": f"{mine['share'].max():.2f}",
         }
     return pd.DataFrame(cells).T
 
