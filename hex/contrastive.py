@@ -151,8 +151,9 @@ class ContrastiveLoss(nn.Module):
             state = tracker.state  # once: to find a buffer takes a module longer than an attribute
             if state.is_meta and not learner[0].is_meta:
                 raise ValueError(
-                    "threshold: got a state on device meta, wanted that of the batch, "
-                    f"{learner[0].device}; call to_empty and reset_parameters"
+                    "threshold: got a state on device meta, wanted the batch's device, "
+                    f"{learner[0].device}; call to_empty(device=...) on the loss and "
+                    "reset_parameters() on its threshold"
                 )
             transformed = is_transformed(*learner, state)
         again = is_in_backward()  # if so, this is most likely the second run of a checkpoint
@@ -315,7 +316,7 @@ class ContrastiveLoss(nn.Module):
         return ", ".join(parts)
 
 
-@torch.compiler.disable(reason="compile around an activation checkpoint, not a HEX loss inside one")  # type: ignore[untyped-decorator, no-untyped-call]
+@torch.compiler.disable(reason="put torch.compile around an activation checkpoint, not inside it")  # type: ignore[untyped-decorator, no-untyped-call]
 def _update_outside(tracker: ThresholdTracker, candidate: Tensor, **options: Any) -> Tensor:
     """`tracker.update` outside the graph, where it can tell the second run of a checkpoint."""
     return tracker.update(candidate, **options)

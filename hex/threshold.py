@@ -452,7 +452,7 @@ class ThresholdTracker(nn.Module):
         taken = (
             "the anchor's similarity with itself, so eps is 1 and H is always empty"
             if has_self and above == 0
-            else "usually the positive's, so H is nearly always empty"
+            else "usually the cosine of the positive, so H is nearly always empty"
         )
         self._warn(
             "too small",

@@ -411,7 +411,7 @@ time.sleep(1000)
         (["--gpu", "data"], "no part 'data': the parts are sizes, queue"),
         (["--repeats", "0"], "--repeats: got 0, wanted at least 1"),
         (["--only", "("], "--only: got '('"),
-        (["--device", "cuda"], "--device cuda: wanted with --gpu alone"),
+        (["--device", "cuda"], "--device: got cuda without --gpu"),
         (["--record", "a.md"], "--record: got 'a.md', wanted a name with .jsonl at the end"),
     ],
 )
