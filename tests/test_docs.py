@@ -109,7 +109,7 @@ def test_the_swap_changes_few_lines_and_trains():
 
 
 def test_the_trackers_of_the_table_can_be_made():
-    table = section("Options, and when to use what").split("| `ThresholdTracker` |")[1]
+    table = section("Options, and when to set them").split("| `ThresholdTracker` |")[1]
     cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `.")]
     calls = [call for cell in cells for call in re.findall(r"`(\.\w+\(.*?\))`", cell)]
     assert len(calls) >= 7
@@ -120,14 +120,14 @@ def test_the_trackers_of_the_table_can_be_made():
 
 
 def test_the_options_of_the_table_are_those_of_the_loss():
-    table = section("Options, and when to use what").split("| `ThresholdTracker` |")[0]
+    table = section("Options, and when to set them").split("| `ThresholdTracker` |")[0]
     shown = dict(re.findall(r"^\| `(\w+)` \| `?([^|`]+?)`? \|", table, re.MULTILINE))
     defaults = hex.HEXLoss.__init__.__kwdefaults__ | {"temperature": 0.1}
     assert {k: eval(v) for k, v in shown.items()} == defaults
 
 
 def test_the_statistics_are_those_the_readme_names():
-    assert set(re.findall(r'"(\w+)": ', section("Options, and when to use what"))) == set(
+    assert set(re.findall(r'"(\w+)": ', section("Options, and when to set them"))) == set(
         hex.Statistics._fields
     )
 
