@@ -421,7 +421,8 @@ def neighbours(
     images = (images - low) / (high - low).clamp(min=1e-12)
     chosen = _anchors(anchors, rows)
     most = min(check_count("most", most, 1), rows - 2)
-    with _new_figure(1.02 * (most + 2) + 0.6, 1.3 * len(chosen) + 1.2) as figure:
+    width = max(6.8, 1.02 * (most + 2) + 0.6)  # of the text above, if few are shown
+    with _new_figure(width, 1.3 * len(chosen) + 1.4) as figure:
         axes = figure.subplots(len(chosen), most + 2, squeeze=False)
         for cells, anchor in zip(axes, chosen, strict=True):
             c = pairs.cosines[anchor].nan_to_num(-1).masked_fill(~pairs.negative[anchor], -2)
@@ -449,7 +450,7 @@ def neighbours(
         whose = "" if pairs.same is None else " (blue: of the anchor's class, orange: of another)"
         figure.suptitle(
             f"{title}{', ' if title else ''}eps = {pairs.eps:.3f}: {pairs.members()}\n"
-            f"Framed: in H{whose}. Pale: below eps, not in H. Numbers: cosines",
+            f"Framed: in H{whose}.\nPale: below eps, not in H. Numbers: cosines.",
             x=0.01, ha="left", fontsize=12,
         )  # fmt: skip
     return figure

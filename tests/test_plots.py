@@ -35,9 +35,18 @@ def texts(figure) -> str:
 
 
 def png(figure) -> bytes:
-    """Draws it, which is when matplotlib warns of what has no room."""
+    """Draws it, which is when matplotlib warns of what has no room. No text may be cut off."""
     data = figure._repr_png_()
     assert data.startswith(b"\x89PNG")
+    width, height = figure.bbox.size
+    ticks = [
+        tick for axis in figure.axes for tick in axis.get_xticklabels() + axis.get_yticklabels()
+    ]
+    for text in figure.findobj(matplotlib.text.Text):
+        if text.get_visible() and text.get_text().strip() and text not in ticks:  # may be outside
+            box = text.get_window_extent()
+            assert box.x0 >= -1 and box.x1 <= width + 1, text
+            assert box.y0 >= -1 and box.y1 <= height + 1, text
     return data
 
 
@@ -284,8 +293,9 @@ def test_the_members_of_h_that_are_not_shown_are_counted():
 
 
 def test_images_all_of_one_colour_can_be_drawn():
-    z0, z1, _ = two_groups()
-    png(plots.neighbours(torch.ones(B, 4, 4), np.ones((B, 4, 4)), z0, z1, 0.5, most=3))
+    z0, z1, labels = two_groups()
+    x, title = (torch.ones(B, 4, 4), np.ones((B, 4, 4))), "After epoch 100"
+    png(plots.neighbours(*x, z0, z1, 0.5, labels, most=1, anchors=1, title=title))
 
 
 # ---- matplotlib ---------------------------------------------------------------------------------
