@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Pictures of what the threshold does, for a run of your own.
+"""Pictures of what the threshold does, for a run of your own::
 
     threshold    eps, the size of H and what is in H, over the steps of a training
     cosines      the cosines of the negatives of a batch, with H
     neighbours   anchors with their nearest negatives, as images
     read_csv     the history that `threshold` draws, from Lightning's CSVLogger
 
-Each picture is a new matplotlib Figure, which you save or log:
+Each picture is a new matplotlib Figure, which you save or log::
 
     plots.threshold(history).savefig("threshold.png")
     writer.add_figure("hex/threshold", plots.threshold(history), step)

@@ -3,7 +3,7 @@
 
 The loss needs no labels, and its statistics (`criterion.statistics()`) use none. Where a data set
 has labels, `class_share` tells during training what the threshold selects. In a training loop
-of your own, with `writer` a SummaryWriter of torch.utils.tensorboard or of tensorboardX:
+of your own, with `writer` a SummaryWriter of torch.utils.tensorboard or of tensorboardX::
 
     for name, value in criterion.statistics().items():
         writer.add_scalar(f"hex/{name}", value, step)
@@ -34,7 +34,7 @@ def class_share(
     negatives: Tensor | None = None,
     negative_labels: Tensor | None = None,
 ) -> Tensor:
-    """The share of the members of all H(i) that are of the class of their anchor i.
+    """The share of the members of all H(i) that are of the class of their anchor i::
 
         H(i) = { negatives j of i : c_ij > eps },   c_ij the cosine of i and j
         share = sum_i |{ j in H(i) : y_j = y_i }| / sum_i |H(i)|,   y the labels

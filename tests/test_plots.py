@@ -240,13 +240,14 @@ SHAPES = ((SIDE, SIDE), (1, SIDE, SIDE), (SIDE, SIDE, 1), (3, SIDE, SIDE), (SIDE
 def test_the_nearest_negatives_are_shown_and_those_in_h_framed_by_class(shape):
     z0, z1, labels = two_groups()
     x0, x1 = images(*shape), images(*shape).flip(0)
-    eps, chosen, most = 0.75, [4, 0, B + 2], 6
+    eps, chosen, most = 0.75, torch.tensor([4, 0, B + 2]), 12
     figure = plots.neighbours(x0, x1, z0, z1, eps, labels, anchors=chosen, most=most)
+    chosen = chosen.tolist()
     cells = np.array(figure.axes, dtype=object).reshape(len(chosen), most + 2)
     u = torch.nn.functional.normalize(torch.cat([z0, z1]))
     c, both = u @ u.T, torch.cat([x0, x1])
     low, high = both.min(), both.max()
-    frames = set()
+    frames, pale = set(), 0
     for row, anchor in zip(cells, chosen, strict=True):
         positive = (anchor + B) % (2 * B)
         own = {anchor, positive}
@@ -269,7 +270,9 @@ def test_the_nearest_negatives_are_shown_and_those_in_h_framed_by_class(shape):
                 colour = to_hex(cell.spines["left"].get_edgecolor()).upper()
                 assert colour == (plots.BLUE if alike else plots.ORANGE)
                 frames.add(colour)
-    assert plots.BLUE in frames
+            elif j != positive:
+                pale += 1
+    assert plots.BLUE in frames and pale > 0
     png(figure)
 
 
@@ -336,6 +339,12 @@ def test_without_matplotlib_an_error_says_what_to_install(monkeypatch):
     assert str(caught.value) == (
         "hex.plots needs matplotlib, which is not installed: pip install 'hex-ssl[plots]'"
     )
+
+
+def test_a_matplotlib_that_lacks_a_package_of_its_own_speaks_for_itself(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ModuleNotFoundError, match="matplotlib.figure"):
+        plots.threshold({"eps": [0.5]})
 
 
 def test_a_figure_is_copied_pickled_and_logged():
