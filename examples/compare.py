@@ -152,8 +152,8 @@ def table(results: dict[str, dict[str, dict]]) -> Table:
         made.add_row(*row, with_hex.get("objective", ""))
     made.caption = (
         "k-NN: 20 neighbours, all labels. 1 label: logistic regression on one labelled image of "
-        "each class, mean of 10 choices. One run each: with other random views k-NN moves by up to a "
-        "point, and 1 label by up to three."
+        "each class, mean of 10 choices. One run each: with other random views k-NN moves by up to "
+        "1, and 1 label by up to 3."
     )
     return made
 
