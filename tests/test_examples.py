@@ -121,7 +121,7 @@ def test_ctrl_c_leaves_the_last_whole_epoch_to_go_on_from(tmp_path):
         if line.startswith("epoch   1"):
             break
     process.send_signal(signal.SIGINT)
-    printed, errors = process.communicate(timeout=60)
+    printed, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     epochs = int(re.search(r"as it was after (\d+) whole epochs", printed)[1])
@@ -148,6 +148,7 @@ def test_ctrl_c_leaves_the_last_whole_epoch_to_go_on_from(tmp_path):
         (["--threshold", "steep:1"], "got 'steep:1', wanted adaptive"),
         (["--backbone", "nothing"], "backbone: got 'nothing'"),
         (["--device", "nowhere"], "--device nowhere: "),
+        (["--device", "cpu", "--amp", "fp16"], "--amp fp16: wanted a GPU; on a CPU there is bf16"),
         (["--resume", "{tmp}/none"], "there is no such checkpoint"),
         (["--resume", "{tmp}/photographs/train/class0/0.png"], "not a checkpoint"),
     ],

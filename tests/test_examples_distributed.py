@@ -221,7 +221,7 @@ def test_ctrl_c_ends_both_processes_and_leaves_the_last_whole_epoch(tmp_path):
         if line.startswith("epoch   1"):
             break
     os.killpg(process.pid, signal.SIGINT)
-    said, errors = process.communicate(timeout=60)  # until no process has the pipes open
+    said, errors = process.communicate(timeout=120)  # until no process has the pipes open
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     epochs = int(re.search(r"as it was after (\d+) whole epochs", said)[1])
@@ -281,4 +281,11 @@ def test_a_batch_that_is_no_multiple_of_the_processes_is_refused(monkeypatch, tm
     assert "--batch-size: got 51 for 2 processes, wanted a mul" in capsys.readouterr().err
     assert run("lightning", "--batch-size", 51, "--devices", 2, "--out", tmp_path / "out") == 2
     assert "--batch-size: got 51 for 2 devices, wanted a mul" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_processes_than_devices_are_refused(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun sets it
+    assert run("lightning", "--out", tmp_path / "out") == 2
+    assert "--devices: got 1, and torchrun has 2 processes" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

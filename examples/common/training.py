@@ -236,6 +236,8 @@ def begin(
         DataError, CheckpointError, ValueError: the run cannot begin. The text is meant for the
             user.
     """
+    if (ranks := int(os.environ.get("WORLD_SIZE", options.devices))) != options.devices:
+        raise ValueError(f"--devices: got {options.devices}, and torchrun has {ranks} processes")
     if options.batch_size % options.devices:
         raise ValueError(
             f"--batch-size: got {options.batch_size} for {options.devices} devices, wanted a "
