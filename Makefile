@@ -24,7 +24,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help venv build test thorough cuda lint format sanitize fuzz coverage reliability demo bench \
-    gpu examples wheel versions lock clean
+    gpu examples docs links notebook wheel versions lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -37,16 +37,16 @@ build: .venv/hex ## hex in .venv, from this folder, with all that its tests and 
 CUDA_TESTS := $(addprefix tests/test_cuda_,emulation.py blocks.py sets.py build.py mutants.py)
 # Those that compile the CPU core again (by other compilers, for instructions that few CPUs have, with
 # planted errors, with sanitizers), those of all levels in memory full of NaN, of allocations that
-# fail, of what a build gives, and of the benchmarks.
+# fail, of what a build gives, of the benchmarks, of the documentation site, and of the notebook.
 THOROUGH_TESTS := $(addprefix tests/test_,clang.py aarch64.py bf16_level.py work_done_twice.py \
     unwritten_memory.py build.py benchmark.py benchmark_gpu.py failing_allocations.py \
-    alone_planted.py races.py)
+    alone_planted.py races.py site.py notebook.py)
 NOT_ALWAYS := $(addprefix --ignore=,$(CUDA_TESTS) $(THOROUGH_TESTS))
 
 test: lint ## lint, then the tests: five minutes
 	$(PYTEST) $(NOT_ALWAYS)
 
-thorough: build ## slow tests: the core compiled again, errors planted, wheels, benchmarks
+thorough: build ## slow tests: the core compiled again, errors planted, wheels, benchmarks, the site
 	$(PYTEST) $(THOROUGH_TESTS)
 
 cuda: build ## the CUDA kernels: emulated on the CPU, what nvcc makes of them, planted errors
@@ -125,6 +125,18 @@ gpu: build ## on a machine with a CUDA GPU: tests, times, sanitizers, a training
 examples: build ## every method with its own loss and with HEX, and a table: some minutes
 	$(BIN)/python examples/minimal.py
 	$(BIN)/python examples/compare.py
+
+# A warning is an error, for it is mostly a link that leads nowhere.
+SPHINX = $(BIN)/python -m sphinx --quiet --fail-on-warning --doctree-dir build/doctrees docs
+docs: build ## the documentation site, in build/site
+	$(SPHINX) build/site
+	@echo 'build/site/index.html'
+
+links: build ## what the absolute links of the site lead to; needs the network
+	$(SPHINX) --builder linkcheck build/links
+
+notebook: build ## run docs/first_run.ipynb and store what it shows: a minute or two
+	$(BIN)/python docs/run_notebook.py
 
 # What builds them is fetched anew, so it is held to its hash here.
 wheel: build ## dist/: the source archive, and from it the wheel, built as a user's pip would
