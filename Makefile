@@ -24,7 +24,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help venv build test thorough cuda lint format sanitize fuzz coverage reliability demo bench \
-    gpu examples docs links notebook wheel versions lock clean
+    gpu examples wheel versions lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -109,6 +109,19 @@ demo: build ## train on handwritten digits, with InfoNCE and with HEX: three min
 bench: build ## time and memory beside plain torch, torch.compile, other libraries: half an hour
 	$(BIN)/python benchmarks/bench.py
 
+# A warning is an error, because most warnings are of links that lead nowhere.
+.PHONY: docs links notebook
+SPHINX = $(BIN)/python -m sphinx --quiet --fail-on-warning --doctree-dir build/doctrees docs
+docs: build ## the documentation site, in build/site
+	$(SPHINX) build/site
+	@echo 'build/site/index.html'
+
+links: build ## what the absolute links of the site lead to; needs the network
+	$(SPHINX) --builder linkcheck build/links
+
+notebook: build ## run docs/first_run.ipynb and store what it shows: a minute or two
+	$(BIN)/python docs/run_notebook.py
+
 # A test that hangs in the device ends its process, the others go on. For the sanitizer each tensor is
 # an allocation of its own, so that what is past its end is nobody's.
 gpu: export HEX_CUDA = 1
@@ -125,18 +138,6 @@ gpu: build ## on a machine with a CUDA GPU: tests, times, sanitizers, a training
 examples: build ## every method with its own loss and with HEX, and a table: some minutes
 	$(BIN)/python examples/minimal.py
 	$(BIN)/python examples/compare.py
-
-# A warning is an error, for it is mostly a link that leads nowhere.
-SPHINX = $(BIN)/python -m sphinx --quiet --fail-on-warning --doctree-dir build/doctrees docs
-docs: build ## the documentation site, in build/site
-	$(SPHINX) build/site
-	@echo 'build/site/index.html'
-
-links: build ## what the absolute links of the site lead to; needs the network
-	$(SPHINX) --builder linkcheck build/links
-
-notebook: build ## run docs/first_run.ipynb and store what it shows: a minute or two
-	$(BIN)/python docs/run_notebook.py
 
 # What builds them is fetched anew, so it is held to its hash here.
 wheel: build ## dist/: the source archive, and from it the wheel, built as a user's pip would
