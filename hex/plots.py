@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""Pictures of what the threshold does, for a run of your own.
+"""Pictures of what the threshold does, for a run of your own::
 
     threshold    eps, the size of H and what is in H, over the steps of a training
     cosines      the cosines of the negatives of a batch, with H
     neighbours   anchors with their nearest negatives, as images
     read_csv     the history that `threshold` draws, from Lightning's CSVLogger
 
-Each picture is a new matplotlib Figure, which you save or log:
+Each picture is a new matplotlib Figure, which you save or log::
 
     plots.threshold(history).savefig("threshold.png")
     writer.add_figure("hex/threshold", plots.threshold(history), step)
 
 A notebook shows it where it is the last line of a cell. No settings or open figures of matplotlib
-are changed, and pyplot is not used. matplotlib is imported by the first call and is not needed by
+are changed: pyplot is not used. matplotlib is imported by the first call and is not needed by
 the rest of hex-ssl: pip install 'hex-ssl[plots]'.
 
 What is drawn is measured elsewhere: by the loss (`criterion.statistics()`) and by watch.py.
@@ -35,6 +35,7 @@ from torch import Tensor
 from . import reference
 from .checks import (
     Mode,
+    check_candidate,
     check_count,
     check_eps,
     check_labels,
@@ -199,12 +200,12 @@ def _checked_history(history: Any) -> dict[str, list[float]]:
 
 
 def _numbers(name: str, values: Any) -> list[float]:
-    """A sequence of numbers, an array or a tensor with one axis, as floats."""
+    """A sequence of numbers, or an array or a tensor with one axis, as floats."""
     if hasattr(values, "tolist"):
         values = values.tolist()
     try:
         return [float(value) for value in values]
-    except TypeError:
+    except (TypeError, ValueError):
         raise TypeError(f"{name}: got {type(values).__name__}, wanted numbers") from None
 
 
@@ -273,6 +274,9 @@ class _Pairs:
         if z0.shape[0] < 2:
             raise ValueError(f"z0: got shape {tuple(z0.shape)}, wanted (B, D) with B >= 2")
         images = z0.shape[0]
+        if isinstance(eps, Tensor):
+            check_candidate("eps", eps)
+            eps = float(eps)
         check_eps(eps, 0)
         self.eps = float(eps)
         with torch.no_grad():
@@ -306,15 +310,9 @@ def _tensor(value: Any) -> Any:
 
 
 def cosines(
-    z0: Any,
-    z1: Any,
-    eps: float | Tensor,
-    labels: Any = None,
-    *,
-    mode: Mode = "ntxent",
-    title: str = "",
-    into: SubFigure | None = None,
-) -> Figure | SubFigure:
+    z0: Any, z1: Any, eps: float | Tensor, labels: Any = None, *, mode: Mode = "ntxent",
+    title: str = "", into: SubFigure | None = None,
+) -> Figure | SubFigure:  # fmt: skip
     """Draws the histogram of the negatives' cosines, with H, those above eps, shaded.
 
     Args:
@@ -376,17 +374,9 @@ def cosines(
 
 
 def neighbours(
-    images0: Any,
-    images1: Any,
-    z0: Any,
-    z1: Any,
-    eps: float | Tensor,
-    labels: Any = None,
-    *,
-    anchors: int | Sequence[int] = 6,
-    most: int = 8,
-    title: str = "",
-) -> Figure:
+    images0: Any, images1: Any, z0: Any, z1: Any, eps: float | Tensor, labels: Any = None, *,
+    anchors: int | Sequence[int] = 6, most: int = 8, title: str = "",
+) -> Figure:  # fmt: skip
     """Draws anchors with their positive and their nearest negatives, as images.
 
     The negatives in H have a frame: blue if they are of the anchor's class, orange if not, grey
@@ -420,14 +410,19 @@ def neighbours(
     """
     pairs = _Pairs(z0, z1, eps, labels, "ntxent")
     rows = len(pairs.cosines)
-    images = torch.cat([
-        _pictures(name, x, rows // 2) for name, x in (("images0", images0), ("images1", images1))
-    ])  # fmt: skip
+    first, second = (
+        _pictures(f"images{k}", x, rows // 2) for k, x in enumerate((images0, images1))
+    )
+    if first.shape != second.shape:
+        got, wanted = (tuple(x.permute(0, 3, 1, 2).shape) for x in (second, first))
+        raise ValueError(f"images1: got shape {got}, wanted that of images0, {wanted}")
+    images = torch.cat([first, second])
     low, high = images.min(), images.max()
     images = (images - low) / (high - low).clamp(min=1e-12)
     chosen = _anchors(anchors, rows)
     most = min(check_count("most", most, 1), rows - 2)
-    with _new_figure(1.02 * (most + 2) + 0.6, 1.3 * len(chosen) + 1.2) as figure:
+    width = max(6.8, 1.02 * (most + 2) + 0.6)  # of the text above, if few are shown
+    with _new_figure(width, 1.3 * len(chosen) + 1.4) as figure:
         axes = figure.subplots(len(chosen), most + 2, squeeze=False)
         for cells, anchor in zip(axes, chosen, strict=True):
             c = pairs.cosines[anchor].nan_to_num(-1).masked_fill(~pairs.negative[anchor], -2)
@@ -455,7 +450,7 @@ def neighbours(
         whose = "" if pairs.same is None else " (blue: of the anchor's class, orange: of another)"
         figure.suptitle(
             f"{title}{', ' if title else ''}eps = {pairs.eps:.3f}: {pairs.members()}\n"
-            f"Framed: in H{whose}. Pale: below eps, not in H. Numbers: cosines",
+            f"Framed: in H{whose}.\nPale: below eps, not in H. Numbers: cosines.",
             x=0.01, ha="left", fontsize=12,
         )  # fmt: skip
     return figure
@@ -480,9 +475,13 @@ def _pictures(name: str, images: Any, count: int) -> Tensor:
 
 
 def _anchors(anchors: Any, rows: int) -> list[int]:
+    if hasattr(anchors, "tolist"):
+        anchors = anchors.tolist()
     if isinstance(anchors, int):
         return list(range(min(check_count("anchors", anchors, 1), rows)))
-    chosen = [check_count("anchors", int(a), 0) for a in _numbers("anchors", anchors)]
+    if not isinstance(anchors, Sequence):
+        raise TypeError(f"anchors: got {type(anchors).__name__}, wanted an integer or several")
+    chosen = [check_count("anchors", a, 0) for a in anchors]
     if not chosen or max(chosen) >= rows:
         raise ValueError(f"anchors: got {chosen}, wanted row numbers below {rows}")
     return chosen

@@ -3,7 +3,7 @@
 
 The loss needs no labels, and its statistics (`criterion.statistics()`) use none. Where a data set
 has labels, `class_share` tells during training what the threshold selects. In a training loop
-of your own, with `writer` a SummaryWriter of torch.utils.tensorboard or of tensorboardX:
+of your own, with `writer` a SummaryWriter of torch.utils.tensorboard or of tensorboardX::
 
     for name, value in criterion.statistics().items():
         writer.add_scalar(f"hex/{name}", value, step)
@@ -34,7 +34,7 @@ def class_share(
     negatives: Tensor | None = None,
     negative_labels: Tensor | None = None,
 ) -> Tensor:
-    """The share of the members of all H(i) that are of the class of their anchor i.
+    """The share of the members of all H(i) that are of the class of their anchor i::
 
         H(i) = { negatives j of i : c_ij > eps },   c_ij the cosine of i and j
         share = sum_i |{ j in H(i) : y_j = y_i }| / sum_i |H(i)|,   y the labels
@@ -43,12 +43,12 @@ def class_share(
     anchor and its positive are no negatives of it. With eps=-math.inf H holds all negatives, and
     the share is what chance gives.
 
-    It says how far the nearest negatives are false ones. The paper's form of the loss repels all of
-    H, save for tau_plus, the share of H that it expects to be of the anchor's class; the released
-    form leaves H out (docs/guides/what_h_holds.md).
+    It says how many of the negatives in H are false negatives. The paper's form of the loss repels
+    H, and expects only a share tau_plus of it to be of the anchor's class. The released form leaves
+    H out (docs/guides/what_h_holds.md).
 
     The cosines are computed in blocks of anchors, without gradients, so that memory does not grow
-    with B². It takes about as long as the similarity matrix in plain PyTorch.
+    with B². It takes about twice as long as the similarity matrix alone in plain PyTorch.
 
     Args:
         z0, z1: (B, D), the two views that the loss was given.
