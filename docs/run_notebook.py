@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Runs docs/first_run.ipynb from top to bottom and stores what it shows.
 
-python docs/run_notebook.py          # in its place, as `make notebook` does
-python docs/run_notebook.py COPY     # in a copy
+    python docs/run_notebook.py          # in its place, as `make notebook` does
+    python docs/run_notebook.py COPY     # in a copy
+
+Needs nbclient and ipykernel, which hex-ssl[test] has.
 """
 
 import os
@@ -10,8 +12,8 @@ import sys
 from pathlib import Path
 
 import nbformat
-from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
+from traitlets.config import Config
 
 NOTEBOOK = Path(__file__).with_name("first_run.ipynb")
 
@@ -25,9 +27,9 @@ def run(notebook: Path, to: Path) -> None:
     content = nbformat.read(notebook, as_version=4)
     folders = [str(NOTEBOOK.parents[1]), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, folders))  # the kernel takes this hex
-    kernel = AsyncKernelManager(transport="ipc")  # no port that others could reach
+    config = Config(KernelManager={"transport": "ipc"})  # no port that others could reach
     NotebookClient(
-        content, kernel, timeout=600, record_timing=False, coalesce_streams=True
+        content, config=config, timeout=600, record_timing=False, coalesce_streams=True
     ).execute()
     content.metadata["language_info"] = {"name": "python"}
     nbformat.write(content, to)
