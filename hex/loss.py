@@ -177,7 +177,7 @@ class InfoNCELoss(ContrastiveLoss):
             as in `HEXLoss`.
 
     Shape:
-        As in `HEXLoss`.
+        z0, z1, negatives, result: as in `HEXLoss`.
 
     Attributes:
         threshold: None, because there is no H.

@@ -130,6 +130,13 @@ def test_methods_that_users_call_have_entries_too(site):
     assert {f"hex.{method}" for method in methods} <= anchors
 
 
+def test_no_markup_of_a_docstring_is_left(site):
+    html, _ = site
+    for page in pages(html / "api"):
+        text = re.sub(r"<(pre|code|script)\b.*?</\1>", "", page.read_text(), flags=re.S)
+        assert "`" not in text and "system-message" not in text, page.name
+
+
 def test_the_site_can_be_searched(site):
     html, _ = site
     index = (html / "searchindex.js").read_text()
