@@ -69,7 +69,8 @@ def hex_loss(
         temperature: tau > 0, a number or a tensor of one element, which may require grad. A tensor
             <= 0 gives NaN instead of an error, because checking it would wait for the device.
         beta: >= 0. The larger beta, the more the closest members of H count.
-        tau_plus: in [0, 1), the expected share of false negatives in H.
+        tau_plus: in [0, 1), the expected share of false negatives in H. A large one does not simply
+            weaken the repulsion of H: see docs/guides/what_h_holds.md.
         variant: "paper" for the equations above, or "released" for what the authors' code computes
             (docs/released.md).
         mode: which rows are anchors and candidates.

@@ -43,7 +43,8 @@ class HEXLoss(ContrastiveLoss):
         threshold: "adaptive"; a `ThresholdTracker`, for another quantile, a warm-up, a momentum or
             a schedule; a number, which is a fixed cosine; or None for InfoNCE.
         beta: >= 0. The larger beta, the more the closest members of H count.
-        tau_plus: in [0, 1), the expected share of false negatives in H.
+        tau_plus: in [0, 1), the expected share of false negatives in H. A large one does not simply
+            weaken the repulsion of H: see docs/guides/what_h_holds.md.
         variant: "paper", or "released" for what the authors' code computes (docs/released.md).
         mode: "ntxent" (SimCLR), "query" (NNCLR, MoCo v3) or "cross" (CLIP); see `hex_loss`.
         reduction: "mean", "sum" or "none".
@@ -177,7 +178,7 @@ class InfoNCELoss(ContrastiveLoss):
             as in `HEXLoss`.
 
     Shape:
-        As in `HEXLoss`.
+        z0, z1, negatives, result: as in `HEXLoss`.
 
     Attributes:
         threshold: None, because there is no H.
