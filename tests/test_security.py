@@ -20,7 +20,7 @@ FORBIDDEN = """pickle marshal shelve dill cloudpickle joblib runpy code subproce
 CALLS = "eval exec compile open __import__ system popen fork spawn load".split()
 OPENED = {
     "__main__.py": {"os.open(os.devnull, os.O_WRONLY)"},  # `python -m hex | head` ends quietly
-    "plots.py": {'open(path, newline="")'},  # read_csv, with the path that its caller gives
+    "plots.py": {"open(path, newline='')"},  # read_csv, with the path that its caller gives
 }
 
 
