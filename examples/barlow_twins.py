@@ -45,7 +45,7 @@ class BarlowTwins(training.Method):
 
     @classmethod
     def add_options(cls, add) -> None:
-        add("--alpha", type=fraction, default=0.1, help="weight of HEX")
+        add("--alpha", type=fraction, default=0.1, help="weight of HEX, from 0 to 1")
         add("--scale", type=above_zero, default=0.1, help="factor of the Barlow Twins loss")
 
     def forward(self, view0: Tensor, view1: Tensor) -> Tensor:

@@ -50,12 +50,12 @@ class BYOL(training.Method):
 
     @classmethod
     def add_options(cls, add) -> None:
-        add("--alpha", type=fraction, default=0.1, help="weight of HEX")
+        add("--alpha", type=fraction, default=0.1, help="weight of HEX, from 0 to 1")
         add(
             "--momentum",
             type=fraction,
             default=0.95,
-            help="of the slow average; rises to 1; for long runs .99",
+            help="momentum of the moving average; rises to 1; use 0.99 for long runs",
         )
 
     def forward(self, view0: Tensor, view1: Tensor) -> Tensor:

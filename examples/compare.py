@@ -38,13 +38,13 @@ def main(arguments: list[str] | None = None) -> int:
         "--only",
         metavar="METHODS",
         default=",".join(METHODS),
-        help="with commas between; by default %(default)s",
+        help="methods, separated by commas; by default all: %(default)s",
     )
     add(
         "--jobs",
         type=positive,
         default=os.cpu_count(),
-        help="how many runs at a time; by default %(default)s",
+        help="runs at the same time; by default %(default)s",
     )
     add(
         "--out",

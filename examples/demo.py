@@ -186,8 +186,8 @@ def report(runs: list[Run], pixels: list[float], seeds: int) -> Table:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--epochs", type=int, default=60, help="at least 3")
-    parser.add_argument("--seeds", type=int, default=1, help="how often to repeat, for the table")
+    parser.add_argument("--epochs", type=int, default=60, help="epochs to train, at least 3")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each loss, for the table")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     options = parser.parse_args(arguments)
     if options.epochs < 3 or options.seeds < 1:

@@ -54,13 +54,13 @@ class DINO(training.Method):
 
     @classmethod
     def add_options(cls, add) -> None:
-        add("--alpha", type=fraction, default=0.1, help="weight of HEX")
+        add("--alpha", type=fraction, default=0.1, help="weight of HEX, from 0 to 1")
         add("--prototypes", type=positive, default=1024, help="how many scores a view gets")
         add(
             "--momentum",
             type=fraction,
             default=0.95,
-            help="of the teacher; rises to 1; for long runs .996",
+            help="momentum of the teacher; rises to 1; use 0.996 for long runs",
         )
 
     def forward(self, view0: Tensor, view1: Tensor, *crops: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class MoCo(training.Method):
             "--momentum",
             type=fraction,
             default=0.98,
-            help="of the keys' encoder; for long runs .999",
+            help="momentum of the keys' encoder; use 0.999 for long runs",
         )
 
     def forward(self, view0: Tensor, view1: Tensor) -> Tensor:

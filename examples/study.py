@@ -55,24 +55,26 @@ def make_parser() -> argparse.ArgumentParser:
         )
         command.set_defaults(command=function)
         command.add_argument("study", choices=STUDIES)
-        command.add_argument("--rows", type=Path, default=ROWS, help="%(default)s")
+        command.add_argument(
+            "--rows", type=Path, default=ROWS, help="file of the rows; by default %(default)s"
+        )
         command.add_argument("--data", choices=data.NAMES, help="by default that of the study")
     add = command.add_argument
     add("--root", type=Path, help="folder of the images: CIFAR-10, or train/ and test/")
     add("--image-size", type=positive, default=32, help="side in pixels, for --data folder")
-    add("--superclasses", type=Path, metavar="FILE", help="JSON, {class: superclass}")
+    add("--superclasses", type=Path, metavar="FILE", help="JSON file {class: superclass}")
     add(
         "--limit",
         type=positive,
         default=sys.maxsize,
-        help="how many runs this process does at most",
+        help="the most runs that this process does",
     )
     add("--threads", type=positive, help="threads of torch; by default 1 on the CPU")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command = commands.add_parser("report", help=write_report.__doc__.partition(".")[0])
     command.set_defaults(command=write_report)
     add = command.add_argument
-    add("--rows", type=Path, default=ROWS, help="%(default)s")
+    add("--rows", type=Path, default=ROWS, help="file of the rows; by default %(default)s")
     add(
         "--document",
         type=Path,
@@ -89,7 +91,7 @@ def chosen_study(options: argparse.Namespace) -> Study:
         return study
     regimes = {name: change for name, change in study.regimes.items() if "classes" not in change}
     if left_out := ", ".join(study.regimes.keys() - regimes.keys()):
-        console.print(f"left out, for it names classes of {study.setup.data}: {left_out}")
+        console.print(f"left out, because they name classes of {study.setup.data}: {left_out}")
     return replace(study, setup=replace(study.setup, data=options.data), regimes=regimes)
 
 

@@ -146,7 +146,7 @@ def test_ctrl_c_leaves_the_last_whole_epoch_to_go_on_from(tmp_path):
         (["--data", "folder", "--root", "{tmp}/broken", "--batch-size", 4], "0.png: cannot ident"),
         (["--batch-size", 5000], "there are 1297 images only"),
         (["--threshold", "steep:1"], "got 'steep:1', wanted adaptive"),
-        (["--backbone", "nothing"], "backbone: got 'nothing'"),
+        (["--backbone", "nothing"], "--backbone: got 'nothing'"),
         (["--device", "nowhere"], "--device nowhere: "),
         (["--device", "cpu", "--amp", "fp16"], "--amp fp16: wanted a GPU; on a CPU there is bf16"),
         (["--resume", "{tmp}/none"], "there is no such checkpoint"),
@@ -334,7 +334,7 @@ def test_a_run_is_not_written_over(tmp_path, capsys):
     assert run("--epochs", 1, *TINY, "--out", tmp_path) == 0
     before = (tmp_path / "last.ckpt").read_bytes()
     assert run("--epochs", 1, *TINY, "--out", tmp_path) == 2
-    assert "there is a run already" in capsys.readouterr().err
+    assert "already holds a run" in capsys.readouterr().err
     assert (tmp_path / "last.ckpt").read_bytes() == before
     assert run("--resume", tmp_path, "--features", 64) == 2
     assert "the checkpoint's model does not fit" in capsys.readouterr().err

@@ -267,7 +267,7 @@ def test_a_run_of_two_processes_goes_on_in_one(folder, few_digits, tmp_path, cap
 @pytest.mark.parametrize("name", MODULES)
 def test_a_run_is_not_written_over_nor_resumed_from_another_file(name, folder, tmp_path, capsys):
     assert run(name, *OPTIONS, "--out", folder / f"{name}-parts") == 2
-    assert "there is a run already" in capsys.readouterr().err
+    assert "already holds a run" in capsys.readouterr().err
     (tmp_path / "file").write_text("nothing")
     for where, text in ((tmp_path / "none", "no such checkpoint"), (tmp_path / "file", "not a")):
         assert run(name, "--resume", where) == 2

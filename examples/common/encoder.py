@@ -46,7 +46,7 @@ def _network(name: str, image_size: int) -> tuple[nn.Module, int]:
         model = torchvision.models.get_model(name, weights=None)
     except ValueError:
         raise ValueError(
-            f"backbone: got {name!r}, wanted 'small', 'quick', a model of torchvision or "
+            f"--backbone: got {name!r}, wanted 'small', 'quick', a model of torchvision or "
             "'timm:NAME'"
         ) from None
     if isinstance(model, torchvision.models.ResNet) and image_size <= 64:
@@ -64,11 +64,11 @@ def _timm(name: str) -> tuple[nn.Module, int]:
     try:
         import timm
     except ModuleNotFoundError:
-        raise ValueError(f"backbone: 'timm:{name}' needs timm: pip install timm") from None
+        raise ValueError(f"--backbone: 'timm:{name}' needs timm: pip install timm") from None
     try:
         model = timm.create_model(name, pretrained=False, num_classes=0)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"backbone: timm has no {name!r}: {error}") from None
+        raise ValueError(f"--backbone: timm has no {name!r}: {error}") from None
     return model, getattr(model, "head_hidden_size", model.num_features)
 
 

@@ -99,6 +99,13 @@ def kept(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if name not in ONE_CALL}
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of an option, if it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def make_parser(
     script: str, description: str, losses: dict[str, str], **defaults: object
 ) -> argparse.ArgumentParser:
@@ -110,12 +117,13 @@ def make_parser(
         losses: what --loss base and --loss hex mean for this method.
         defaults: the method's own defaults of options that all methods have.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=description, formatter_class=_Help)
     add = parser.add_argument_group("data").add_argument
     add("--data", choices=data.NAMES, default="digits", help="digits are part of scikit-learn")
-    add("--root", help="folder of the images: CIFAR-10, or train/<class>/ and test/<class>/")
+    add(
+        "--root",
+        help="folder of the images, with CIFAR-10 in it, or with train/<class>/ and test/<class>/",
+    )
     add(
         "--image-size",
         type=positive,
@@ -132,8 +140,13 @@ def make_parser(
     add = parser.add_argument_group("loss").add_argument
     text = "; ".join(f"{name}: {what}" for name, what in losses.items())
     add("--loss", choices=tuple(losses), default="hex", help=text)
-    add("--temperature", type=above_zero, default=0.1, help="of HEX or of InfoNCE")
-    add("--variant", choices=("paper", "released"), default="paper", help="form of HEX")
+    add("--temperature", type=above_zero, default=0.1, help="temperature of the loss")
+    add(
+        "--variant",
+        choices=("paper", "released"),
+        default="paper",
+        help="HEX of the paper, or of the authors' code",
+    )
     add(
         "--threshold",
         default="adaptive",
@@ -143,35 +156,36 @@ def make_parser(
         "--quantile",
         type=fraction,
         default=0.99,
-        help="quantile of each row's cosines, for adaptive",
+        help="with --threshold adaptive: the quantile of each row's cosines",
     )
     add(
         "--over",
         choices=("all", "negatives"),
         default="negatives",
-        help="cosines of which adaptive takes the quantile",
+        help="with --threshold adaptive: take the quantile of all cosines, or of the negatives'",
     )
-    add("--warmup", type=natural, default=0, help="epochs with H empty, before adaptive")
+    add("--warmup", type=natural, default=0, help="with adaptive: epochs of InfoNCE first")
     add(
         "--normalize-rows",
         action="store_true",
-        help="scale each row to [0, 1], for the other thresholds",
+        help="with the other thresholds: scale each row's cosines to [0, 1]",
     )
 
     add = parser.add_argument_group("training").add_argument
     add("--backbone", default="small", help="small, a model of torchvision, or timm:NAME")
     add("--features", type=positive, default=128, help="size of the projection")
-    add("--epochs", type=positive, default=40)
+    add("--epochs", type=positive, default=40, help="epochs of the whole run")
     add(
         "--batch-size",
         type=positive,
         default=256,
-        help="images, of all devices together; the loss sees two views of each",
+        help="images in a step, over all devices; the loss sees two views of each",
     )
-    add("--lr", type=above_zero, default=3e-3, help="greatest learning rate of AdamW")
+    add("--lr", type=above_zero, default=3e-3, help="peak learning rate of AdamW")
     add("--amp", choices=AMP, default="off", help="mixed precision")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--seed", type=natural, default=0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help="where to train, as torch names it")
+    add("--seed", type=natural, default=0, help="of the weights, batches and views")
 
     add = parser.add_argument_group("run").add_argument
     add("--out", help="the run's folder; by default runs/ and a name with the time")
@@ -185,7 +199,7 @@ def make_parser(
         "--stop-after",
         type=positive,
         metavar="EPOCHS",
-        help="stop after so many, for --resume to continue",
+        help="stop after this many epochs; --resume continues",
     )
     add(
         "--knn-every",
@@ -302,7 +316,9 @@ def make_folder(options: argparse.Namespace) -> Path:
         options.out = f"runs/{options.script}-{options.data}-{options.loss}-{stamp}"
     out = Path(options.out)
     if options.resume is None and any((out / name).exists() for name in (LAST, "result.json")):
-        raise ValueError(f"--out {out}: there is a run already; --resume {out} continues it")
+        raise ValueError(
+            f"--out {out}: this folder already holds a run; --resume {out} continues it"
+        )
     out.mkdir(parents=True, exist_ok=True)
     return out
 
