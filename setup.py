@@ -227,8 +227,13 @@ class BuildExt(build_ext):
                 extra_preargs=["-xc", "/dev/null"],
                 extra_postargs=["-Wl,-soname,libtorch_cpu.so"],
             )
-            # Weak symbols alone do not make a library needed.
-            ext.extra_link_args += ["-Wl,--no-as-needed", str(stub), "-Wl,--as-needed"]
+            # glibc before 2.34 has dlopen there. A later one has the file for those who name it, but
+            # not for -ldl; other C libraries have none, and the compiler repeats the question.
+            ask = [*self.compiler.compiler, "-print-file-name=libdl.so.2"]
+            answer = subprocess.run(ask, capture_output=True, text=True).stdout.strip()
+            libdl = [answer] if os.path.isabs(answer) else []
+            # Weak symbols alone do not make a library needed, nor those that libc has as well.
+            ext.extra_link_args += ["-Wl,--no-as-needed", str(stub), *libdl, "-Wl,--as-needed"]
         super().build_extension(ext)
 
 
@@ -244,7 +249,7 @@ extension = Extension(
     py_limited_api=True,
     extra_compile_args=COMPILE,
     extra_link_args=LINK,
-    libraries=["m", "dl"],  # dl: for older glibc
+    libraries=["m"],
 )
 
 setup(
