@@ -15,7 +15,7 @@ BIN := $(CURDIR)/.venv/bin
 C_FILES := $(wildcard csrc/*.[ch] csrc/*/*.[ch] csrc/cpu/levels/*.[ch] csrc/cuda/*.cu* \
     tests/emulation/*) tests/abi_check.cpp $(wildcard tests/*.c) benchmarks/core.c
 # The CUDA kernels take minutes to compile; `make cuda` does it once. `make build
-# HEX_CUDA=1` has them in .venv, `make wheel HEX_CUDA=1` in the wheel.
+# HEX_CUDA=1` has them in .venv, `make wheel-cuda` in a wheel.
 export HEX_CUDA ?= 0
 # Two processes with a thread each; tests that are about threads set their number themselves. A file
 # goes to one process: test_build.py builds once for all its tests. A process that dies ends the run.
@@ -24,10 +24,10 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help venv build test thorough cuda lint format sanitize fuzz coverage reliability demo bench \
-    gpu examples wheel versions lock clean
+    gpu examples wheel wheel-cuda check-wheel versions lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 venv: .venv/torch ## .venv with torch
 
@@ -126,13 +126,39 @@ examples: build ## every method with its own loss and with HEX, and a table: som
 	$(BIN)/python examples/minimal.py
 	$(BIN)/python examples/compare.py
 
-# What builds them is fetched anew, so it is held to its hash here.
-wheel: build ## dist/: the source archive, and from it the wheel, built as a user's pip would
-	$(if $(LOCK),PIP_CONSTRAINT=$(abspath $(LOCK))) $(BIN)/python -m build
+# Into the folder $(1), with the options $(2). What builds them is fetched anew, so it is held to its
+# hash here. auditwheel names the wheel by the oldest glibc that will do, and has no patcher, for it is
+# to change nothing else; libtorch_cpu.so is torch's. The date is setup.py's.
+define archives
+	rm -rf build/dist $(1)/*.whl $(1)/*.tar.gz
+	$(if $(LOCK),PIP_CONSTRAINT=$(abspath $(LOCK))) $(BIN)/python -m build --outdir build/dist $(2)
+	$(BIN)/auditwheel repair --patcher none --exclude libtorch_cpu.so --wheel-dir $(1) build/dist/*.whl
+endef
+
+wheel wheel-cuda: export SOURCE_DATE_EPOCH ?= 1580601600
+wheel: export HEX_CUDA = 0
+wheel: build ## dist/: the source archive, and from it the wheel, as they are published
+	$(call archives,dist)
+	mv build/dist/*.tar.gz dist
+	$(BIN)/twine check --strict dist/*.tar.gz dist/*.whl
+	$(BIN)/python tests/archives.py dist/*.tar.gz dist/*.whl
+
+# Its version ends in the CUDA of nvcc, 1.0+cu130, so that nobody takes one wheel for the other. An
+# index refuses such a version: it is for a release's page.
+CUDA = $(shell PATH="$$PATH:/usr/local/cuda/bin" $${NVCC:-nvcc} --version | \
+    sed -n 's/.*release \([0-9]*\)\.\([0-9]*\),.*/cu\1\2/p')
+wheel-cuda: export HEX_CUDA = 1
+wheel-cuda: build ## dist/cuda/: the wheel with the CUDA kernels, which takes minutes
+	$(call archives,dist/cuda,-C--global-option=egg_info -C--global-option=--tag-build=+$(CUDA))
+	$(BIN)/twine check --strict dist/cuda/*.whl
+	$(BIN)/python tests/archives.py dist/cuda/*.whl
 
 # VERSIONS='--python 3.12 --torch 2.10 --most-mb 4000' chooses; --help has the rest.
 versions: build ## one wheel with many releases of torch and Python; what it fetches it says first
 	$(BIN)/python tests/versions.py $(VERSIONS)
+
+check-wheel: venv ## what `make wheel` made, with the oldest torch and the newest; says first what it fetches
+	$(BIN)/python tests/versions.py --wheel dist/*.whl --python this --torch 2.10 newest $(VERSIONS)
 
 # For every Python from 3.10 on and every system, with the hashes of all files of a release.
 lock: venv ## requirements/ci.txt, anew: the newest of what CI installs, with hashes
