@@ -343,17 +343,23 @@ PEERS = "lightly", "lightly's bank", "SupConLoss", "NTXentLoss", "info-nce", "op
 MIXED = "dino", "byol", "barlowtwins"
 # What each row of the tables is compared with, our lines in their order.
 README = {
-    "sthalles/SimCLR; mmpretrain: SimCLR": [("simclr", "mmpretrain")],
-    "facebookresearch/moco; mmpretrain: MoCo": [("moco",)],
-    "lightly, stable-pretraining": [("lightly", "stable-pretraining")],
-    "solo-learn: SimCLR, SupCon": [("solo-learn",)],
-    "solo-learn: MoCo v2+": [("solo-learn-moco",)],
+    "sthalles/SimCLR": [("simclr",)],
+    "mmpretrain, SimCLR": [("mmpretrain",)],
+    "facebookresearch/moco": [("moco",)],
+    "mmpretrain, MoCo": [("moco",)],
+    "lightly": [("lightly",)],
+    "stable-pretraining": [("stable-pretraining",)],
+    "solo-learn, SimCLR and SupCon": [("solo-learn",)],
+    "solo-learn, MoCo v2+": [("solo-learn-moco",)],
     "HobbitLong/SupContrast": [("supcontrast",)],
     "pytorch-metric-learning": [("SupConLoss",)],
     "info-nce-pytorch": [("info-nce",)],
-    "open_clip, Inf-CL": [("open_clip", "inf-cl")],
-    "dino, byol, Barlow Twins": [MIXED],
-    "vicreg": [("vicreg",)],
+    "open_clip": [("open_clip",)],
+    "Inf-CL": [("inf-cl",)],
+    "facebookresearch/dino": [("dino",)],
+    "lucidrains/byol-pytorch": [("byol",)],
+    "facebookresearch/barlowtwins": [("barlowtwins",)],
+    "facebookresearch/vicreg": [("vicreg",)],
 }
 SWAP = {
     "sthalles/SimCLR; mmpretrain: SimCLR": [("simclr", "mmpretrain")],
