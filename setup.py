@@ -227,8 +227,8 @@ class BuildExt(build_ext):
                 extra_preargs=["-xc", "/dev/null"],
                 extra_postargs=["-Wl,-soname,libtorch_cpu.so"],
             )
-            # glibc before 2.34 has dlopen there. A later one has the file for those who name it, but
-            # not for -ldl; other C libraries have none, and the compiler repeats the question.
+            # glibc before 2.34 has dlopen there. A later one keeps the file, which -ldl does not
+            # find; other C libraries have none, and the compiler repeats the question.
             ask = [*self.compiler.compiler, "-print-file-name=libdl.so.2"]
             answer = subprocess.run(ask, capture_output=True, text=True).stdout.strip()
             libdl = [answer] if os.path.isabs(answer) else []

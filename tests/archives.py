@@ -27,17 +27,21 @@ from packaging.utils import parse_wheel_filename
 ROOT = Path(__file__).resolve().parents[1]
 GLIBC = (2, 17)  # the oldest that the extension may need
 OLDEST = f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{platform.machine()}"
-# Of the tree, what is for those who work on it in git, and no part of the source archive.
-FOR_GIT = (".git", ".readthedocs.yaml", "CITATION.cff")
+NOT_IN_SDIST = {".gitignore"}
 GENERATED = r"PKG-INFO|setup\.cfg|hex_ssl\.egg-info/.*"  # by setuptools, into the source archive
 DIST_INFO = ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE", "top_level.txt")
 
 
-def tracked() -> set[str]:
-    """The files of this tree that the source archive holds."""
-    command = ["git", "ls-files", "-z"]
-    listed = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return {name for name in listed.split("\0") if name and not name.startswith(FOR_GIT)}
+def sources(*more: str) -> set[str]:
+    """The files of this tree that the source archive holds: those that git has, with `more` options
+    of its ls-files; in an unpacked archive those that it names itself."""
+    if (ROOT / ".git").exists():
+        command = ["git", "ls-files", "-z", *more]
+        listed = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+        names = set(filter(None, listed.stdout.split("\0")))
+    else:
+        names = set((ROOT / "hex_ssl.egg-info/SOURCES.txt").read_text().splitlines())
+    return {n for n in names - NOT_IN_SDIST if not re.fullmatch(GENERATED, n)}
 
 
 def version() -> str:
@@ -89,12 +93,12 @@ def wrong_in_sdist(path: Path, wanted: set[str]) -> list[str]:
         assert info
         text = info.read().decode()
     found = {name.removeprefix(f"{folder}/") for name in names}
-    sources = {name for name in found if not re.fullmatch(GENERATED, name)}
-    return differences(sources, wanted) + wrong_in_metadata(text, version())
+    ours = {name for name in found if not re.fullmatch(GENERATED, name)}
+    return differences(ours, wanted) + wrong_in_metadata(text, version())
 
 
 def wrong_in_wheel(path: Path, wanted: set[str], *, published: bool = True) -> list[str]:
-    """`wanted` as above. A local version, such as 1.0+cu130, is that of a wheel with CUDA kernels."""
+    """`wanted` as above. A local version, such as 1.0+cu130, says that it has the CUDA kernels."""
     _, release, _, tags = parse_wheel_filename(path.name)
     platforms = {tag.platform for tag in tags}
     wrong = []
@@ -127,7 +131,9 @@ def wrong_in_wheel(path: Path, wanted: set[str], *, published: bool = True) -> l
         if not name.endswith("/RECORD"):
             digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=")
             recorded[name] = [f"sha256={digest.decode()}", str(len(content))]
-    listed = {name: rest for name, *rest in csv.reader(held[f"{info}/RECORD"].decode().split("\n")[:-1])}
+    listed = {
+        name: rest for name, *rest in csv.reader(held[f"{info}/RECORD"].decode().split("\n")[:-1])
+    }
     if listed != recorded:
         wrong.append("RECORD: its files, hashes and sizes are not those of the wheel")
     return wrong
@@ -150,7 +156,7 @@ def newer_symbols(library: Path, nm: str = "nm") -> list[str]:
 
 
 def main(paths: list[str]) -> int:
-    bad, files = 0, tracked()
+    bad, files = 0, sources()
     for path in map(Path, paths):
         sdist = path.name.endswith(".tar.gz")
         wrong = wrong_in_sdist(path, files) if sdist else wrong_in_wheel(path, files)
