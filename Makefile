@@ -126,22 +126,18 @@ examples: build ## every method with its own loss and with HEX, and a table: som
 	$(BIN)/python examples/minimal.py
 	$(BIN)/python examples/compare.py
 
-# Into the folder $(1), with the options $(2). What builds them is fetched anew, so it is held to its
-# hash here. auditwheel names the wheel by the oldest glibc that will do, and has no patcher, for it is
-# to change nothing else; libtorch_cpu.so is torch's. The date is setup.py's.
+# Into the folder $(1) the files $(2), built with the options $(3). What builds them is fetched anew,
+# so it is held to its hash here.
 define archives
 	rm -rf build/dist $(1)/*.whl $(1)/*.tar.gz
-	$(if $(LOCK),PIP_CONSTRAINT=$(abspath $(LOCK))) $(BIN)/python -m build --outdir build/dist $(2)
-	$(BIN)/auditwheel repair --patcher none --exclude libtorch_cpu.so --wheel-dir $(1) build/dist/*.whl
+	$(if $(LOCK),PIP_CONSTRAINT=$(abspath $(LOCK))) $(BIN)/python -m build --outdir build/dist $(3)
+	$(BIN)/python tests/archives.py build/dist/$(2) --into $(1)
+	$(BIN)/twine check --strict $(1)/*.*
 endef
 
-wheel wheel-cuda: export SOURCE_DATE_EPOCH ?= 1580601600
 wheel: export HEX_CUDA = 0
 wheel: build ## dist/: the source archive, and from it the wheel, as they are published
-	$(call archives,dist)
-	mv build/dist/*.tar.gz dist
-	$(BIN)/twine check --strict dist/*.tar.gz dist/*.whl
-	$(BIN)/python tests/archives.py dist/*.tar.gz dist/*.whl
+	$(call archives,dist,*)
 
 # Its version ends in the CUDA of nvcc, 1.0+cu130, so that nobody takes one wheel for the other. An
 # index refuses such a version: it is for a release's page.
@@ -149,9 +145,7 @@ CUDA = $(shell PATH="$$PATH:/usr/local/cuda/bin" $${NVCC:-nvcc} --version | \
     sed -n 's/.*release \([0-9]*\)\.\([0-9]*\),.*/cu\1\2/p')
 wheel-cuda: export HEX_CUDA = 1
 wheel-cuda: build ## dist/cuda/: the wheel with the CUDA kernels, which takes minutes
-	$(call archives,dist/cuda,-C--global-option=egg_info -C--global-option=--tag-build=+$(CUDA))
-	$(BIN)/twine check --strict dist/cuda/*.whl
-	$(BIN)/python tests/archives.py dist/cuda/*.whl
+	$(call archives,dist/cuda,*.whl,-C--global-option=egg_info -C--global-option=--tag-build=+$(CUDA))
 
 # VERSIONS='--python 3.12 --torch 2.10 --most-mb 4000' chooses; --help has the rest.
 versions: build ## one wheel with many releases of torch and Python; what it fetches it says first

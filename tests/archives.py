@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: MIT
-"""What is in the files of a release, the source archive and the wheels: what has to be there, and
-that nothing else is. `make wheel` and `make wheel-cuda` end with this, test_build.py tests it.
+"""The files of a release: takes what a build has made, makes of it what can be published, and says
+which files and metadata are missing or do not belong there. `make wheel` and `make wheel-cuda` run
+it, test_build.py uses it.
 
-    python tests/archives.py dist/*.tar.gz dist/*.whl
+    python tests/archives.py build/dist/*.tar.gz build/dist/*.whl --into dist
 
-A wheel that is given here is one to be published: its platform is a manylinux, of the one with the
-CPU core alone manylinux_2_17. The exit status is 1 where something is wrong.
+The source archive is copied. auditwheel names the wheel by the oldest glibc that will do: 2.17. Of a
+wheel with CUDA kernels it is the glibc of the build, for NVIDIA's library is linked into them. The
+exit status is 1 where something is wrong.
 """
 
 from __future__ import annotations
 
+import argparse
 import base64
 import csv
 import email
 import hashlib
+import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -27,6 +32,7 @@ from packaging.utils import parse_wheel_filename
 ROOT = Path(__file__).resolve().parents[1]
 GLIBC = (2, 17)  # the oldest that the extension may need
 OLDEST = f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{platform.machine()}"
+DATE = "1580601600"  # of the files in a wheel, as setup.py has it
 NOT_IN_SDIST = {".gitignore"}
 GENERATED = r"PKG-INFO|setup\.cfg|hex_ssl\.egg-info/.*"  # by setuptools, into the source archive
 DIST_INFO = ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE", "top_level.txt")
@@ -155,17 +161,33 @@ def newer_symbols(library: Path, nm: str = "nm") -> list[str]:
     ]
 
 
-def main(paths: list[str]) -> int:
+def publish(path: Path, folder: Path) -> Path:
+    """The file for an index, in `folder`, which is made: the same bytes from the same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if path.suffix != ".whl":
+        return Path(shutil.copy(path, folder))
+    before = set(folder.glob("*.whl"))
+    command = [sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", str(folder)]
+    # libtorch_cpu.so is torch's. Without a patcher any change of a library is an error.
+    command += ["--exclude", "libtorch_cpu.so", "--patcher", "none", str(path)]
+    environment = {"SOURCE_DATE_EPOCH": DATE, **os.environ}
+    subprocess.run(command, check=True, env=environment, umask=0o022)
+    (made,) = set(folder.glob("*.whl")) - before
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="The files of a release")
+    parser.add_argument("file", nargs="+", type=Path, help="a source archive or a wheel")
+    parser.add_argument("--into", type=Path, required=True, help="the folder of those to publish")
+    options = parser.parse_args(arguments)
     bad, files = 0, sources()
-    for path in map(Path, paths):
-        sdist = path.name.endswith(".tar.gz")
-        wrong = wrong_in_sdist(path, files) if sdist else wrong_in_wheel(path, files)
+    for path in (publish(file, options.into) for file in options.file):
+        wrong = (wrong_in_wheel if path.suffix == ".whl" else wrong_in_sdist)(path, files)
         bad += bool(wrong)
         print(f"{path}: {'; '.join(wrong) or 'holds what it has to hold, and nothing else'}")
-    if not paths:
-        print("no file is given")
-    return int(bad > 0 or not paths)
+    return int(bad > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -11,6 +11,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import archives
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +67,7 @@ def test_the_extension_is_for_aarch64_and_exports_its_init_function_only(tree):
     assert "AArch64" in run(f"{TARGET}-readelf", "-h", extension)
     assert run(f"{TARGET}-nm", "-D", "--defined-only", extension).split()[2:] == ["PyInit__C"]
     assert "[libtorch_cpu.so]" in run(f"{TARGET}-readelf", "-d", extension)
+    assert archives.newer_symbols(extension, f"{TARGET}-nm") == []
 
 
 @pytest.mark.parametrize(("asked", "level"), [("", "neon"), ("base", "base")])
