@@ -145,7 +145,7 @@ CUDA = $(shell PATH="$$PATH:/usr/local/cuda/bin" $${NVCC:-nvcc} --version | \
     sed -n 's/.*release \([0-9]*\)\.\([0-9]*\),.*/cu\1\2/p')
 wheel-cuda: export HEX_CUDA = 1
 wheel-cuda: build ## dist/cuda/: the wheel with the CUDA kernels, which takes minutes
-	$(call archives,dist/cuda,*.whl,-C--global-option=egg_info -C--global-option=--tag-build=+$(CUDA))
+	$(call archives,dist/cuda,*.whl,-C--global-option=egg_info -C--global-option=--tag-build=+$(or $(CUDA),$(error nvcc is not found: set NVCC)))
 
 # VERSIONS='--python 3.12 --torch 2.10 --most-mb 4000' chooses; --help has the rest.
 versions: build ## one wheel with many releases of torch and Python; what it fetches it says first

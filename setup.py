@@ -9,6 +9,9 @@ The CUDA kernels are a library of their own, hex/_cuda.so, made where nvcc is fo
 nothing but libc, and no GPU to be built. A wheel made with HEX_CUDA=1 has it, one made without
 serves CUDA tensors by plain torch operators.
 
+Every build takes the functions of glibc as release 2.17 had them (csrc/glibc.h), not only that of
+`make wheel`: so what is tested is what is published, and a build serves older systems too.
+
 HEX_EXTENSION=0 in the environment leaves the extension out, for systems where it cannot be built:
 the wheel is then pure Python, and runs the formulas as plain torch operators (hex/_load.py).
 

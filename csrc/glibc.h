@@ -1,19 +1,19 @@
 /* SPDX-License-Identifier: MIT */
-/* The functions of glibc that its newer releases have under a newer version too, by the older one.
+/* Functions of glibc that its newer releases have in two versions: the older one is taken.
  *
- * A linker takes the newest version of a function that the machine of the build has, and an older
- * glibc refuses to load a library that asks for that. glibc 2.34 gave dlopen and its like a new
- * version when they moved into libc.so.6; exp and log have one of 2.29, without the handling of errors
- * by SVID's rules. Both versions compute the same values. With the older ones the extension needs
- * glibc 2.17 (manylinux_2_17) on whichever machine it was built. tests/test_build.py asks each build
- * for newer ones; a function that it finds belongs here, and this file before the function's calls. */
+ * The linker takes the newest version of a function that the machine of the build has, and an older
+ * glibc refuses to load a library that asks for it. dlopen and its like have a new version since
+ * glibc 2.34, which moved them into libc.so.6. exp and log have one since 2.29, which no longer calls
+ * matherr. Both versions compute the same values. With the older ones the extension needs glibc 2.17
+ * (manylinux_2_17), whatever it was built on. tests/test_build.py looks for newer ones in every
+ * build: a function that it finds belongs here, and this file is included where it is called. */
 #ifndef HEX_GLIBC_H
 #define HEX_GLIBC_H
 
-#include <stdlib.h> /* any of the C library tells which one it is */
+#include <stdlib.h> /* defines __GLIBC__, as all of glibc's headers do */
 
 #if defined(__GLIBC__) && defined(__x86_64__) && defined(__LP64__)
-#define HEX_GLIBC_FIRST "GLIBC_2.2.5" /* the version of what came with the port */
+#define HEX_GLIBC_FIRST "GLIBC_2.2.5" /* the first release for this machine */
 #elif defined(__GLIBC__) && defined(__aarch64__) && defined(__LP64__)
 #define HEX_GLIBC_FIRST "GLIBC_2.17"
 #endif

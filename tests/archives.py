@@ -5,9 +5,9 @@ it, test_build.py uses it.
 
     python tests/archives.py build/dist/*.tar.gz build/dist/*.whl --into dist
 
-The source archive is copied. auditwheel names the wheel by the oldest glibc that will do: 2.17. Of a
-wheel with CUDA kernels it is the glibc of the build, for NVIDIA's library is linked into them. The
-exit status is 1 where something is wrong.
+The source archive is copied. auditwheel names the wheel by the oldest glibc that will do, which is
+2.17. With CUDA kernels it can be as new as 2.34, for NVIDIA's library, which is linked into them,
+takes what the build's glibc gives. The exit status is 1 where something is wrong.
 """
 
 from __future__ import annotations
