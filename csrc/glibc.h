@@ -5,8 +5,8 @@
  * glibc refuses to load a library that asks for it. dlopen and its like have a new version since
  * glibc 2.34, which moved them into libc.so.6. exp and log have one since 2.29, which no longer
  * calls matherr. Both versions compute the same values. With the older ones the extension needs
- * glibc 2.17 (manylinux_2_17), whatever it was built on. tests/test_build.py looks for newer ones in
- * every build: a function that it finds belongs here, and this file is included where it is called.
+ * glibc 2.17 (manylinux_2_17), whatever it was built on. tests/test_build.py looks for newer ones
+ * in every build: a function that it finds belongs here, and its callers include this file.
  */
 #ifndef HEX_GLIBC_H
 #define HEX_GLIBC_H
