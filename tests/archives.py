@@ -46,7 +46,8 @@ def sources(*more: str) -> set[str]:
         listed = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
         names = set(filter(None, listed.stdout.split("\0")))
     else:
-        names = set((ROOT / "hex_ssl.egg-info/SOURCES.txt").read_text().splitlines())
+        lines = (ROOT / "hex_ssl.egg-info/SOURCES.txt").read_text().splitlines()
+        names = {str(Path(line)) for line in lines}  # some begin with ./
     return {n for n in names - NOT_IN_SDIST if not re.fullmatch(GENERATED, n)}
 
 
