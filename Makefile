@@ -37,16 +37,16 @@ build: .venv/hex ## hex in .venv, from this folder, with all that its tests and 
 CUDA_TESTS := $(addprefix tests/test_cuda_,emulation.py blocks.py sets.py build.py mutants.py)
 # Those that compile the CPU core again (by other compilers, for instructions that few CPUs have, with
 # planted errors, with sanitizers), those of all levels in memory full of NaN, of allocations that
-# fail, of what a build gives, and of the benchmarks.
+# fail, of what a build gives, of the benchmarks, of the documentation site, and of the notebook.
 THOROUGH_TESTS := $(addprefix tests/test_,clang.py aarch64.py bf16_level.py work_done_twice.py \
     unwritten_memory.py build.py benchmark.py benchmark_gpu.py failing_allocations.py \
-    alone_planted.py races.py)
+    alone_planted.py races.py site.py notebook.py)
 NOT_ALWAYS := $(addprefix --ignore=,$(CUDA_TESTS) $(THOROUGH_TESTS))
 
 test: lint ## lint, then the tests: five minutes
 	$(PYTEST) $(NOT_ALWAYS)
 
-thorough: build ## slow tests: the core compiled again, errors planted, wheels, benchmarks
+thorough: build ## slow tests: the core compiled again, errors planted, wheels, benchmarks, the site
 	$(PYTEST) $(THOROUGH_TESTS)
 
 cuda: build ## the CUDA kernels: emulated on the CPU, what nvcc makes of them, planted errors
@@ -108,6 +108,19 @@ demo: build ## train on handwritten digits, with InfoNCE and with HEX: three min
 
 bench: build ## time and memory beside plain torch, torch.compile, other libraries: half an hour
 	$(BIN)/python benchmarks/bench.py
+
+# A warning is an error, because most warnings are of links that lead nowhere.
+.PHONY: docs links notebook
+SPHINX = $(BIN)/python -m sphinx --quiet --fail-on-warning --doctree-dir build/doctrees docs
+docs: build ## the documentation site, in build/site
+	$(SPHINX) build/site
+	@echo 'build/site/index.html'
+
+links: build ## what the absolute links of the site lead to; needs the network
+	$(SPHINX) --builder linkcheck build/links
+
+notebook: build ## run docs/first_run.ipynb and store what it shows: a minute or two
+	$(BIN)/python docs/run_notebook.py
 
 # A test that hangs in the device ends its process, the others go on. For the sanitizer each tensor is
 # an allocation of its own, so that what is past its end is nobody's.

@@ -401,8 +401,11 @@ PARTS: dict[str, Callable[[], Iterator[Case]]] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--record", type=Path, metavar="FILE", default=RECORD)
+    what = f"what to measure, of {', '.join(PARTS)} (default: all)"
+    parser.add_argument("parts", nargs="*", metavar="PART", help=what)
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE", default=RECORD, help="file to add to"
+    )
     options = parser.parse_args(arguments)
     if wrong := [part for part in options.parts if part not in PARTS]:
         parser.error(f"no part {wrong[0]!r}: the parts are {', '.join(PARTS)}")

@@ -57,7 +57,7 @@ def run(options: argparse.Namespace, results: Results) -> int:
     try:
         machine = worker.do("machine", min(START, options.seconds))
         if not machine.get("ok", True):
-            print("no start:", machine["note"], *machine["output"], sep="\n", file=sys.stderr)
+            print("cannot start:", machine["note"], *machine["output"], sep="\n", file=sys.stderr)
             return 1
         rehearsal = options.smoke or (options.gpu and options.device == "cpu")
         results.on = machine.pop("on") + ", a rehearsal" * rehearsal
@@ -114,14 +114,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog=f"Parts: {', '.join(parts.CPU)}. With --gpu: {', '.join(parts.GPU)}.",
     )
     add = parser.add_argument
-    add("parts", nargs="*", metavar="PART", help="in this order; default all")
-    add("--gpu", action="store_true", help="the parts for a GPU")
-    add("--device", help="of --gpu: cuda, the default; cuda:1; cpu for a rehearsal")
-    add("--smoke", action="store_true", help="tiny batches, without torch.compile")
-    add("--repeats", type=int, default=10, help="turns a method; default 10, fewer of a long call")
-    add("--only", default="", metavar="REGEX", help="what 'PART: BATCH, METHOD' has to match")
-    add("--seconds", type=float, default=math.inf, help="end after so many, whatever runs")
-    add("--record", type=Path, metavar="FILE", help="go on with it; default: a new one in build/")
+    add("parts", nargs="*", metavar="PART", help="what to measure, in this order (default: all)")
+    add("--gpu", action="store_true", help="run the parts for a GPU")
+    add("--device", help="with --gpu: cuda (default), cuda:1, or cpu for a rehearsal")
+    add("--smoke", action="store_true", help="use tiny batches and no torch.compile")
+    add("--repeats", type=int, default=10, help="how often to time a method (default 10)")
+    add(
+        "--only",
+        default="",
+        metavar="REGEX",
+        help="run only what this finds in 'PART: BATCH, METHOD'",
+    )
+    add("--seconds", type=float, default=math.inf, help="stop after so many, even during a run")
+    add("--record", type=Path, metavar="FILE", help="file to continue (default: new, in build/)")
     add("--report", action="store_true", help="write the documents from the records in benchmarks/")
     options = parser.parse_args(arguments)
     known = parts.GPU if options.gpu else parts.CPU
@@ -134,7 +139,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     except re.error as error:
         parser.error(f"--only: got {options.only!r}, wanted a regular expression: {error}")
     if options.device and not options.gpu:
-        parser.error(f"--device {options.device}: wanted with --gpu alone")
+        parser.error(f"--device: got {options.device} without --gpu, wanted --gpu with it")
     options.device = options.device or ("cuda" if options.gpu else "cpu")
     if options.record is None:
         name = time.strftime(f"{'gpu' if options.gpu else 'bench'}-%Y%m%d-%H%M%S.jsonl")

@@ -96,7 +96,7 @@ def prepare(folder: Path) -> int:
         before = manifest(folder)
         if (before["nvcc"], before["builds"]) == (version, builds) and not [*changed(folder)]:
             write_manifest(folder, builds, version)  # the commit may be another
-            print(f"{folder} is of these sources already")
+            print(f"{folder} was already built from these sources")
             return 0
     objects = folder.with_name("gpu-objects")
     shutil.rmtree(folder, ignore_errors=True)

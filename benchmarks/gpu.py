@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A quarter of an hour on a GPU, spent well: what has to be known first is tried first.
+"""Tests and measures the CUDA kernels in a quarter of an hour, what matters most first.
 
     python benchmarks/gpu.py --prepare      where nvcc is, without a GPU: build what is carried
     python benchmarks/gpu.py                on the GPU; it compiles nothing and ends after 540 s
@@ -192,7 +192,7 @@ def supervise(options: argparse.Namespace) -> int:
     """0, or 1 where something failed, or 3 where something was not reached."""
     device = "cpu" if options.rehearse else "cuda"
     if not (card := "a CPU" if options.rehearse else carried.asked_of_card("name")):
-        print("nvidia-smi names no card; --rehearse is for a CPU", file=sys.stderr)
+        print("nvidia-smi finds no GPU; use --rehearse on a CPU", file=sys.stderr)
         return 1
     builds = carried.manifest(options.carried)["builds"]
     code = carried.code(options.carried)
@@ -233,18 +233,18 @@ def work_through(run: Run, to_do: list[Stage], has_library: Callable[[], bool]) 
     while to_do and run.left > LEAST:
         stage = to_do[0]
         if not (stage.name.startswith(FIRST) or stage in planted() or has_library()):
-            print("no library has primitives that are right", flush=True)
+            print("stopped: no library passes the tests of its primitives", flush=True)
             break
         to_do.pop(0)
         if run.do(stage):
             continue
         failed.append(stage)
         if stage.gate:
-            print("the rest would say nothing", flush=True)
+            print("stopped: the other stages rely on this one", flush=True)
             break
         probe = Stage(f"probe: {stage.name}", 15, [sys.executable, "-c", PROBES[run.device]])
         if run.left > LEAST and not run.do(probe):
-            print("the device does not answer any more", flush=True)
+            print("stopped: the device no longer answers", flush=True)
             break
     return failed
 
@@ -268,21 +268,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__.partition("\n")[0], epilog=f"Stages: {known}."
     )
     add = parser.add_argument
-    add("stages", nargs="*", metavar="STAGE", help="default all; a name with a blank in quotes")
-    add("--prepare", action="store_true", help="build what is carried; needs nvcc, and no GPU")
-    add("--rehearse", action="store_true", help="on a CPU")
-    add("--build", metavar="ARCH", help="with this library alone, as 90")
-    add("--seconds", type=float, default=540, help="end after so many, whatever runs")
-    add("--record", type=Path, metavar="FILE", help="go on with it; default: a new one in build/")
-    add("--carried", type=Path, default=carried.FOLDER, metavar="DIR", help="default: build/gpu")
+    add("stages", nargs="*", metavar="STAGE", help="default: all; quote a name that has a space")
+    add("--prepare", action="store_true", help="build the libraries; needs nvcc, but no GPU")
+    add("--rehearse", action="store_true", help="run on a CPU, as a rehearsal")
+    add("--build", metavar="ARCH", help="use only the library for this architecture, such as 90")
+    add("--seconds", type=float, default=540, help="stop after so many (default: %(default)s)")
+    add("--record", type=Path, metavar="FILE", help="file to continue (default: new, in build/)")
+    add("--carried", type=Path, default=carried.FOLDER, metavar="DIR",
+        help="the folder of the libraries (default: build/gpu)")  # fmt: skip
     options = parser.parse_args(arguments)
     options.carried = options.carried.resolve()
     if options.prepare:
         return carried.prepare(options.carried)
     if not (options.carried / "manifest.json").exists():
-        parser.error(f"{options.carried} has no manifest: --prepare makes it, where nvcc is")
+        parser.error(f"{options.carried} has no manifest; run --prepare first, where nvcc is")
     if options.build and options.build not in carried.manifest(options.carried)["builds"]:
-        parser.error(f"--build {options.build}: {options.carried} has no such library")
+        parser.error(f"--build: got {options.build}, which {options.carried} has no library for")
     name = time.strftime("gpu-run-%Y%m%d-%H%M%S.jsonl")
     options.record = (options.record or ROOT / "build" / name).resolve()
     return supervise(options)

@@ -260,7 +260,7 @@ def sanitizers() -> None:
     """Each tool is a record as soon as it ends."""
     with ThreadPoolExecutor(len(TOOLS)) as pool:
         if not all(pool.map(sanitized, TOOLS if ON_A_GPU else TOOLS[:1])):
-            raise SystemExit("a tool found something, or could not run")
+            raise SystemExit("a tool reported an error, or could not run")
 
 
 def sanitized(tool: str) -> bool:

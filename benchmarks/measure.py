@@ -111,7 +111,7 @@ def machine(device: str) -> dict[str, str]:
         cpu = _proc("/proc/cpuinfo", r"model name\s*: (.*)") or platform.machine()
         return {"on": f"{cpu}, HEX_ISA {ops.isa()}, {on}", **here}
     if not torch.cuda.is_available():
-        raise RuntimeError("torch sees no CUDA device; --device cpu --smoke is a rehearsal")
+        raise RuntimeError("torch sees no CUDA device; for a rehearsal use --device cpu --smoke")
     torch.cuda.set_device(torch.device(device).index or 0)
     card = torch.cuda.get_device_properties(torch.cuda.current_device())
     if problem := cuda_problem(torch.cuda.current_device()):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import accuracy_report
 import cost
+import curves
 import ddp
 import numpy as np
 import pandas as pd
@@ -189,27 +190,13 @@ def text(records: Sequence[Record]) -> str:
 
 # ---- the documents and their pictures ------------------------------------------------------------
 
-OTHERS, OURS = ("#7a8fa6", "#2b4c7e"), ("#e08a3c", "#8c564b", "#c4342d")
-STYLES = {  # label, colour, line; ours strong, and above the others
-    peers.LIGHTLY.name: ("InfoNCE, lightly", OTHERS[0], "--"),
-    peers.INF_CL.name: ("InfoNCE, Inf-CL", OTHERS[0], "-."),
-    peers.AUTOCAST.name: ("InfoNCE, autocast", OTHERS[0], "--"),
-    PLAIN_INFO_NCE: ("InfoNCE, PyTorch", OTHERS[0], "-"),
-    peers.AUTHORS.name: ("HEX, authors' form", OTHERS[1], "-."),
-    COMPILED_HEX: ("HEX, torch.compile", OTHERS[1], "--"),
-    PLAIN_HEX: ("HEX, PyTorch", OTHERS[1], "-"),
-    INFO_NCE: ("InfoNCELoss", OURS[0], "-"),
-    GIVEN: ("hex_loss, eps given", OURS[1], "-"),
-    HEX: ("HEXLoss", OURS[2], "-"),
-}
-STYLES |= {name + peers.CAPTURED: (None, colour, ":") for name, (_, colour, _) in STYLES.items()}
-
 
 class Page(NamedTuple):
     record: Path
     documents: Sequence[Path]
     picture: Path | None = None
     about: str = ""
+    panels: Sequence[curves.Panel] = ()
 
     def records(self) -> list[Record]:
         """All but rehearsals, and of the parts that this page shows."""
@@ -235,12 +222,13 @@ class Page(NamedTuple):
         found = frame(self.records())
         found = found[of_one_level(found)].query(
             "part in ('sizes', 'compiled', 'large') and features == 128 and heap != 'stock' "
-            "and method in @STYLES"
+            "and method in @curves.METHODS"
         )
         return found[["method", "rows", "ms", "peak_mb"]]
 
     def draw(self) -> None:
-        draw(self.points(), f"{self.records()[0]['on']}\n{self.about}", self.picture)
+        points, on = self.points(), self.records()[0]["on"]
+        save(curves.draw(points, self.panels, f"{on}\n{self.about}"), points, self.picture)
 
 
 class Errors(Page):
@@ -272,11 +260,15 @@ PAGES = (
     Page(
         HERE / "results.jsonl", (DOCS / "performance.md", DOCS.parent / "README.md"),
         DOCS / "images" / "performance.png",
-        "float32, D = 128, one thread; time with a retained heap, memory with the stock one",
+        "a call: forward and backward; float32, D = 128, one thread; "
+        "time with a retained heap, memory with the stock one",
+        curves.CPU,
     ),
     Page(
         HERE / "gpu_results.jsonl", (DOCS / "cuda.md",), DOCS / "images" / "gpu.png",
-        "bfloat16, D = 128; dotted: in a CUDA graph",
+        "the code of an earlier commit; a call: forward and backward; bfloat16, D = 128; "
+        "sizes without a mark were not measured",
+        curves.GPU,
     ),
     Page(HERE / "results.jsonl", (DOCS / "distributed.md",)),
     Errors(HERE / "accuracy.jsonl", (DOCS / "numbers.md",), DOCS / "images" / "numbers.png"),
@@ -301,35 +293,6 @@ def write() -> None:
             file.write_text(filled(file.read_text(), blocks))
         if page.picture:
             page.draw()
-
-
-def draw(points: pd.DataFrame, about: str, file: Path) -> None:
-    """Time and memory by rows, on a panel each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
-    ticks = sorted(set(points["rows"]))
-    titles = {"ms": "A call, forward and backward, ms", "peak_mb": "Memory at the peak, MB"}
-    for panel, (column, title) in zip(panels, titles.items(), strict=True):
-        for method, (label, colour, line) in STYLES.items():
-            mine = points[points["method"] == method].dropna().sort_values("rows")
-            if len(mine):
-                panel.plot(mine["rows"], mine[column], line, color=colour, label=label, marker=".")
-        panel.set(xscale="log", yscale="log", xlabel="rows N = 2B")
-        panel.set_xticks(ticks, [str(n) for n in ticks], rotation=35, fontsize=8)
-        panel.set_xticks([], minor=True)
-        panel.yaxis.set_major_formatter("{x:g}")
-        panel.set_title(title, loc="left", fontsize=11, fontweight="bold")
-        panel.grid(which="major", color="#e4e4e4", linewidth=0.8)
-        panel.spines[["top", "right"]].set_visible(False)
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles[::-1], names[::-1], loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle(about, fontsize=8.5, color="#555555", x=0.01, ha="left")
-    save(figure, points, file)
-    pyplot.close(figure)
 
 
 def save(figure: Any, points: pd.DataFrame, file: Path) -> None:

@@ -26,13 +26,13 @@ const char *hex_load_cuda(const char *path)
         table = dlsym(library, "hex_cuda_core");
     if (!table || table->version != HEX_CUDA_VERSION) {
         snprintf(text, sizeof text, "%s",
-                 table ? "hex/_cuda.so is of another version of hex-ssl" : dlerror());
+                 table ? "hex/_cuda.so belongs to another version of hex-ssl" : dlerror());
         return text;
     }
     const int error = table->driver();
     if (error) {
         snprintf(text, sizeof text, "the CUDA driver answers with error %d%s", error,
-                 error == 35 ? ", it is missing or older than the CUDA of the build" : "");
+                 error == 35 ? ": it is missing, or older than the CUDA of this build" : "");
         return text;
     }
     if (!table->emulated) {

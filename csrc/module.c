@@ -107,7 +107,7 @@ PyMODINIT_FUNC PyInit__C(void)
             "hex-ssl needs torch >= 2.10: the torch that is loaded has no symbol %s", missing);
     isa = hex_cpu_select(wanted, &isa_problem);
     if (!isa)
-        return PyErr_Format(PyExc_ImportError, "HEX_ISA=%s: %s", wanted, isa_problem);
+        return PyErr_Format(PyExc_ImportError, "HEX_ISA: got '%s', %s", wanted, isa_problem);
     if (isa_problem && PyErr_WarnFormat(PyExc_RuntimeWarning, 1, "HEX_ISA=%s: %s; using %s", wanted,
                                         isa_problem, isa))
         return NULL;

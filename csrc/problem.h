@@ -168,8 +168,8 @@ static bool read_target(call_t *c, AtenTensorHandle t, hex_problem_t *p)
     for (int64_t i = 0; i < p->B; i++) {
         const int64_t column = columns[i] = *((const volatile int64_t *)v.data + i * v.stride[0]);
         if (column < 0 || column >= p->D)
-            return fail(c, "target: expected columns in [0, %" PRId64 "), got %" PRId64, p->D,
-                        column);
+            return fail(c, "target: got %" PRId64 ", wanted a column in [0, %" PRId64 ")", column,
+                        p->D);
     }
     p->ids[0] = (hex_ids_t){columns, 1};
     return true;

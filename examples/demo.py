@@ -5,28 +5,44 @@
 
 The same encoder is trained twice, with InfoNCE and with HEX, from the same weights and on the same
 views in the same order. Then the accuracy of both encoders' features is printed, and pictures of
-what the threshold did are drawn in runs/demo/.
+what the threshold did are drawn in runs/demo/, by hex.plots.
 
 Needs hex-ssl[examples].
 """
 
 import argparse
 import copy
+import math
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from common import data, evaluate, pictures
+from common import data, evaluate
+from common.pictures import maps, plt
 from common.training import check_finite, console, parser_of, progress, schedule, train_epoch
 from rich.table import Table
 from simclr import SimCLR
 from sklearn.manifold import TSNE
-from torch import nn
+from torch import Tensor, nn
+
+from hex import plots
+from hex.watch import class_share
 
 BATCH = 256  # images; the loss sees twice as many views
 LOSSES = {"InfoNCE": "base", "HEX": "hex"}  # name here: --loss of simclr.py
+
+
+class Moment(NamedTuple):
+    """Two views of the first BATCH images, as the loss saw them after `epoch` epochs."""
+
+    epoch: int
+    views: tuple[Tensor, Tensor]  # (B, 1, side, side) each, in [-1, 1]
+    z: tuple[Tensor, Tensor]  # (B, D) each
+    eps: float
+    class_share: float
 
 
 class Run:
@@ -42,7 +58,7 @@ class Run:
         self.steps = len(self.images) // BATCH
         self.epochs = epochs
         self.statistics: list[tuple[float, ...]] = []  # loss, eps, mean |H| and share of each step
-        self.batches: list[pictures.Batch] = []  # the same images after each epoch
+        self.moments: list[Moment] = []  # the same images after each epoch
 
     def train(self) -> None:
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-3, weight_decay=1e-4)
@@ -61,7 +77,7 @@ class Run:
                 losses = [step[0] for step in self.statistics[-self.steps :]]
                 check_finite(self.model, optimizer, epoch, losses, self.images)
                 if self.name == "HEX":
-                    self.batches.append(self.look(epoch + 1))
+                    self.moments.append(self.look(epoch + 1))
                 if (epoch + 1) % 10 == 0:
                     loss, eps, hard, _ = np.mean(self.statistics[-self.steps :], axis=0)
                     line = f"{self.name:8} epoch {epoch + 1:3}  loss {loss:.3f}"
@@ -70,23 +86,19 @@ class Run:
                     console.print(line)
 
     @torch.no_grad()
-    def look(self, epoch: int) -> pictures.Batch:
+    def look(self, epoch: int) -> Moment:
         """The first BATCH images in two fixed views, passed through the network and the loss."""
         index = torch.arange(BATCH)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            views = torch.cat(self.images.views(index))
+            views = self.images.views(index)
         model = copy.deepcopy(self.model).train()  # a copy, or batch norm would count this batch
-        z = nn.functional.normalize(model.embed(views))
+        z = model.embed(torch.cat(views)).chunk(2)
         self.criterion.eval()  # so that the threshold is measured but not stored
-        self.criterion(*z.chunk(2))
-        return pictures.Batch(
-            epoch=epoch,
-            views=views[:, 0].numpy(),
-            labels=self.images.labels[index].repeat(2).numpy(),
-            cosines=(z @ z.T).numpy(),
-            eps=float(self.criterion.last.eps),
-        )
+        self.criterion(*z)
+        eps = self.criterion.last.eps
+        share = class_share(*z, self.images.labels[index], eps)
+        return Moment(epoch, tuple(views), z, float(eps), float(share))
 
     def evaluate(self) -> None:
         network = self.model.backbone
@@ -96,20 +108,62 @@ class Run:
 
 def draw(infonce: Run, hex_run: Run, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    _, eps, hard, _ = np.array(hex_run.statistics).T
-    pictures.threshold(out / "1-threshold.png", eps, hard, hex_run.steps, hex_run.batches)
-    first, *_, late = hex_run.batches
-    highest = max(hex_run.batches[1:-1], key=lambda batch: batch.eps)
-    pictures.cosines(out / "2-cosines.png", [first, highest, late])
-    anchors = [int(np.flatnonzero(late.labels == digit)[0]) for digit in range(6)]
-    pictures.neighbours(out / "3-neighbours.png", late, anchors)
-    panels = []
+    moments, labels = hex_run.moments, hex_run.images.labels[:BATCH]
+    first, *_, late = moments
+    _, eps, hard, _ = zip(*hex_run.statistics, strict=True)
+    shares = [math.nan] * len(eps)
+    for moment in moments:
+        shares[moment.epoch * hex_run.steps - 1] = moment.class_share
+    chance = float(class_share(*late.z, labels, -math.inf))
+    history = {"eps": eps, "hard": hard, "class_share": shares}
+    plots.threshold(
+        history, hex_run.steps, chance=chance, negatives=2 * BATCH - 2
+    ).savefig(out / "1-threshold.png")  # fmt: skip
+
+    highest = max(moments[1:-1], key=lambda moment: moment.eps)
+    figure = plt.figure(figsize=(7.5, 9.5))
+    for moment, panel in zip((first, highest, late), figure.subfigures(3, 1), strict=True):
+        title = f"After epoch {moment.epoch}"
+        plots.cosines(*moment.z, moment.eps, labels, title=title, into=panel)
+    top = max(axis.get_ylim()[1] for axis in figure.axes)
+    for axis in figure.axes:
+        axis.set_ylim(0, top)
+    save(figure, out / "2-cosines.png")
+
+    ink = (-view for view in late.views)  # dark on light
+    anchors = [int(torch.nonzero(labels == digit)[0]) for digit in range(6)]
+    plots.neighbours(
+        *ink, *late.z, late.eps, labels, anchors=anchors, title=f"After epoch {late.epoch}"
+    ).savefig(out / "3-neighbours.png")
+
+    panels = {}
     for run in (infonce, hex_run):
-        points = TSNE(init="pca", perplexity=30, random_state=0).fit_transform(run.features[0])
         knn, one_label, *_ = run.scores
-        title = f"{run.name}: k-NN {knn:.1%}, linear probe {one_label:.1%} with 1 label a digit"
-        panels.append((title, points, run.features[1]))
-    pictures.maps(out / "4-maps.png", panels)
+        name = f"{run.name}: k-NN {knn:.1%}, linear probe {one_label:.1%} with 1 label a digit"
+        panels[name] = TSNE(init="pca", perplexity=30, random_state=0).fit_transform(
+            run.features[0]
+        )
+    title = (
+        "Without a label in training, the test images fall into groups by digit\n"
+        "(t-SNE of the backbone's features: who is near whom has a meaning, the axes have none)"
+    )
+    save(maps(panels, infonce.features[1], title), out / "4-maps.png")
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def explanation(run: Run) -> str:
+    """What the third panel of the threshold's picture means for the loss."""
+    return (
+        f"In the end {run.moments[-1].class_share:.0%} of H, the negatives above eps, show the "
+        "digit of their anchor. The paper's form of the loss, with which this was trained, repels "
+        f"them, and expects only a share tau_plus = {run.criterion.tau_plus} of them to be of the "
+        'anchor\'s class. HEXLoss(variant="released") leaves them out. '
+        "See docs/guides/what_h_holds.md."
+    )
 
 
 def report(runs: list[Run], pixels: list[float], seeds: int) -> Table:
@@ -168,6 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
     with console.status("drawing"):
         draw(*runs[:2], options.out)
     console.print("pictures:", *sorted(map(str, options.out.glob("*.png"))), sep="\n  ")
+    console.print(explanation(runs[1]))
     return 0
 
 

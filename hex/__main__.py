@@ -42,8 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
         description="Prints what is installed and what it runs on, then checks the CPU kernels "
         "against the reference, hex/reference.py, in float64.",
         epilog="Exit status: 0 if every error is within its limit, 1 otherwise. HEX_ISA=base, "
-        "neon, avx2, avx512, avx512_bf16 or avx512_amx in the environment chooses another level of "
-        "the CPU kernels than the one that is taken by itself.",
+        "neon, avx2, avx512, avx512_bf16 or avx512_amx in the environment chooses the level of the "
+        "CPU kernels, which hex-ssl otherwise chooses to suit the CPU.",
     )
     parser.parse_args(arguments)
     for name, value in installation():
@@ -52,9 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
         print("\nThere are no kernels to check: the formulas of the reference serve every device.")
         return 0
     print(
-        "\nThe kernels against the reference in float64. Each error is the largest, relative to the"
-        "\nlargest value. Its limit is twice the error of the reference in the same dtype, plus a"
-        "\nfew ulp."
+        "\nThe kernels against the reference in float64. Each error is the largest of its row,"
+        "\nrelative to the largest value. Its limit is twice the error of the reference in the same"
+        "\ndtype, plus a few ulp."
         f"\n\n{'':18} {'threshold':^17}  {'loss':^17}      gradient"
         f"\n{'mode':<8} {'dtype':<9} {'  '.join(['   error    limit'] * 3)}"
     )

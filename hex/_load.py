@@ -21,16 +21,16 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
-    raise ImportError("hex-ssl needs torch >= 2.10, and torch is not installed") from None
+    raise ImportError("hex-ssl needs torch >= 2.10, but torch is not installed") from None
 
 _release = re.match(r"(\d+)\.(\d+)", torch.__version__)
 if _release and tuple(map(int, _release.groups())) < (2, 10):
-    raise ImportError(f"hex-ssl needs torch >= 2.10, and torch {torch.__version__} is installed")
+    raise ImportError(f"hex-ssl needs torch >= 2.10, but torch {torch.__version__} is installed")
 
 _C: Any = None
 _wanted = os.environ.get("HEX_EXTENSION") or "1"
 if _wanted not in ("0", "1"):
-    raise ImportError(f"HEX_EXTENSION={_wanted}: expected 0 or 1")
+    raise ImportError(f"HEX_EXTENSION: got {_wanted!r}, wanted 0 or 1")
 if _wanted == "1":
     try:
         import hex._C as _C
@@ -39,9 +39,9 @@ if _wanted == "1":
             raise
         folder = os.path.dirname(__file__)
         warnings.warn(
-            f"the extension hex._C is not built in {folder}, so that hex-ssl has no kernels: its "
+            f"hex-ssl has no kernels, because the extension hex._C is not built in {folder}. Its "
             "formulas run as plain PyTorch operators, correct but slower and with N x N memory. On "
-            "Linux run `pip install .` in the source tree, or, to use an installed hex-ssl, start "
+            "Linux run `pip install .` in the source tree; or, to use an installed hex-ssl, start "
             "Python in another folder. HEX_EXTENSION=0 in the environment turns this warning off",
             RuntimeWarning,
             stacklevel=3,  # the line that imports hex
@@ -93,7 +93,7 @@ def cuda_problem(index: int) -> str | None:
     """
     major, minor = torch.cuda.get_device_capability(index)
     if major < 8:
-        return f"they need compute capability 8.0, and this GPU has {major}.{minor}"
+        return f"they need compute capability 8.0 or newer, and this GPU has {major}.{minor}"
     problem = _cuda_core_problem()
     error = 0 if problem else _C.probe_cuda(index)
     if error in _NO_CODE:

@@ -67,18 +67,18 @@ def check_embeddings(name: str, z: Any) -> None:
     if not isinstance(z, Tensor):
         if isinstance(z, torch.fx.Proxy):
             raise TypeError(
-                f"{name}: got a Proxy, and torch.fx.symbolic_trace cannot follow the checks of a "
-                "loss; make the loss a leaf module of the Tracer, or use torch.export or "
-                "torch.compile"
+                f"{name}: got a Proxy of torch.fx, wanted a torch.Tensor; symbolic_trace cannot "
+                "follow the checks of a loss: make the loss a leaf module of the Tracer, or use "
+                "torch.export or torch.compile"
             )
         raise TypeError(f"{name}: got {type(z).__name__}, wanted a torch.Tensor")
     if type(z) is not Tensor and hasattr(z, "to_local"):
-        raise TypeError(f"{name}: got DTensor, wanted a plain tensor; call .to_local()")
+        raise TypeError(f"{name}: got a DTensor, wanted a plain tensor; call .to_local()")
     if z.dtype not in _DTYPES:
         labels = z.dim() == 1 and not z.is_complex() and not z.is_floating_point()
         raise TypeError(
             f"{name}: got {z.dtype}, wanted torch.float64, float32, bfloat16 or float16"
-            + "; labels go to HEXSupConLoss, the target of logits to HEXCrossEntropyLoss" * labels
+            + "; labels go to HEXSupConLoss, logits and a target to HEXCrossEntropyLoss" * labels
         )
     check_dense(name, z)
 
@@ -106,7 +106,8 @@ def check_dense(name: str, z: Tensor) -> None:
     there = z.untyped_storage().nbytes()
     if there < wanted:
         raise ValueError(
-            f"{name}: got a storage of {there} bytes, wanted {wanted} or more, as its shape says"
+            f"{name}: got a storage of {there} bytes, wanted at least {wanted} for its shape (was "
+            "it freed or resized?)"
         )
 
 
@@ -164,7 +165,7 @@ def check_labels(name: str, labels: Any, shape: tuple[int, ...], device: torch.d
 
 def check_one_decider(groups: Any, guide: Any) -> None:
     if groups is not None and guide is not None:
-        raise ValueError("groups, guide: got both, wanted one of them")
+        raise ValueError("groups, guide: got both, wanted at most one of them")
 
 
 def check_groups(groups: Any, z0: Tensor, negatives: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -174,7 +175,7 @@ def check_groups(groups: Any, z0: Tensor, negatives: Tensor | None) -> tuple[Ten
         return check_labels("groups", groups, images, z0.device), None
     if not isinstance(groups, tuple) or len(groups) != 2:
         raise ValueError(
-            f"groups: got {type(groups).__name__}, wanted (groups, negative_groups) with negatives"
+            f"groups: got {shown(groups)}, wanted (groups, negative_groups) with negatives"
         )
     return (
         check_labels("groups[0]", groups[0], images, z0.device),
@@ -189,11 +190,10 @@ def check_guide(
     count = 2 if negatives is None else 3
     if not isinstance(guide, (tuple, list)) or len(guide) != count:
         wanted = "(g0, g1)" if negatives is None else "(g0, g1, g_negatives)"
-        got = f"{len(guide)} of them" if isinstance(guide, (tuple, list)) else type(guide).__name__
-        raise ValueError(f"guide: got {got}, wanted {wanted}")
+        raise ValueError(f"guide: got {shown(guide)}, wanted a tuple {wanted}")
     g0, g1, others = guide if negatives is not None else (*guide, None)
     try:
-        check_views(g0, g1)
+        check_views(g0, g1, ("g0", "g1"))
         if others is not None or negatives is not None:
             check_negatives(others, g0)
     except (TypeError, ValueError) as error:
@@ -203,7 +203,8 @@ def check_guide(
         fit = fit and has_shape(others, (*negatives.shape[:-1], others.shape[-1]))
     if not fit:
         raise ValueError(
-            f"guide: got {[tuple(g.shape) for g in guide]}, wanted as many rows as the embeddings"
+            f"guide: got {[tuple(g.shape) for g in guide]}, wanted, except for the last axis, "
+            f"{[tuple(z.shape) for z in (z0, z0, negatives) if z is not None]}"
         )
     check_device("guide", g0, z0.device, "z0")
     return g0.detach(), g1.detach(), None if others is None else others.detach()
@@ -215,10 +216,10 @@ def check_features(features: Any, labels: Any, mask: Any) -> None:
     if features.dim() < 2:
         raise ValueError(f"features: got shape {tuple(features.shape)}, wanted (B, V, D) or (N, D)")
     if labels is not None and mask is not None:
-        raise ValueError("labels, mask: got both, wanted one of them")
+        raise ValueError("labels, mask: got both, wanted at most one of them")
     if features.dim() == 2 and labels is None and mask is None:
         raise ValueError(
-            "labels: got None, wanted labels or a mask, without which features must be (B, V, D)"
+            "labels, mask: got neither, wanted one of them, for features are (N, D), not (B, V, D)"
         )
 
 
@@ -229,8 +230,8 @@ def check_guide_of_features(guide: Any, features: Tensor) -> Tensor:
     wanted = *features.shape[:leading], *guide.shape[leading:]
     if guide.dim() != features.dim() or not has_shape(guide, wanted):
         raise ValueError(
-            f"guide: got shape {tuple(guide.shape)}, wanted that of features but for the last "
-            f"axis, {tuple(features.shape)}"
+            f"guide: got shape {tuple(guide.shape)}, wanted that of features, "
+            f"{tuple(features.shape)}, except for the last axis"
         )
     check_device("guide", guide, features.device, "features")
     detached: Tensor = guide.detach()
@@ -241,8 +242,8 @@ def check_mask(mask: Any, images: int, device: torch.device) -> Tensor:
     """The mask, which marks the positives of each image, as bool on the device."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask: got {type(mask).__name__}, wanted a torch.Tensor")
-    if mask.is_complex() or mask.layout != torch.strided:
-        raise TypeError(f"mask: got {mask.dtype}, {mask.layout}, wanted bool or real, dense")
+    if mask.is_complex():
+        raise TypeError(f"mask: got {mask.dtype}, wanted bool or a real dtype")
     check_dense("mask", mask)
     if not has_shape(mask, (images, images)):
         raise ValueError(f"mask: got shape {tuple(mask.shape)}, wanted ({images}, {images})")
@@ -263,7 +264,7 @@ def _check_ones(mask: Tensor) -> None:
         return  # the values of the mask cannot be read here
     text = (
         "mask: got values other than 0 and 1, wanted 1 for positives and 0 for the others. "
-        "Weights are not supported; a mask of weights becomes one of positives by mask > t"
+        "Weights are not supported; to make a mask of them, compare them with a number: weights > t"
     )
     right = ((mask == 0) | (mask == 1)).all()
     if not right.is_cpu or type(right) is not Tensor or torch.compiler.is_compiling():
@@ -346,7 +347,9 @@ def as_float(name: str, value: Any) -> float:
         return float(value)
     except OverflowError:
         got = type(value).__name__
-        raise ValueError(f"{name}: got {got} beyond float64, wanted a number within") from None
+        raise ValueError(
+            f"{name}: got {got} beyond the range of float64, wanted one in it"
+        ) from None
 
 
 def check_count(name: str, value: Any, low: int) -> int:
@@ -379,7 +382,7 @@ def check_temperature(temperature: float | Tensor, name: str = "temperature") ->
         check_dense(name, temperature)
         if temperature.numel() != 1:
             raise ValueError(
-                f"{name}: got shape {tuple(temperature.shape)}, wanted a number or one element"
+                f"{name}: got shape {tuple(temperature.shape)}, wanted a single element"
             )
         return temperature
     if not is_number(temperature):
@@ -439,8 +442,8 @@ def check_eps(eps: Any, rows: int) -> None:
 
 def check_eps_or_groups(eps: Any, groups: Any) -> None:
     if (eps is None) != (groups is not None):
-        got = "neither eps nor groups" if eps is None else "eps and groups"
-        raise ValueError(f"eps: got {got}, wanted one of them")
+        got = "neither" if eps is None else "both"
+        raise ValueError(f"eps, groups: got {got}, wanted one of them")
 
 
 def check_threshold(threshold: Any) -> None:
@@ -467,7 +470,7 @@ def check_process_group(group: Any) -> None:
 def check_gathers(gathers: bool, group: Any, rows: Any = None) -> None:
     for name, value in (("process_group", group), ("rows", rows)):
         if value is not None and not gathers:
-            raise ValueError(f"{name}: got one, wanted None without gather_distributed=True")
+            raise ValueError(f"{name}: got {shown(value)}, wanted gather_distributed=True with it")
 
 
 def check_rows(rows: Any) -> tuple[int, ...]:
@@ -475,7 +478,7 @@ def check_rows(rows: Any) -> tuple[int, ...]:
     listed = isinstance(rows, Sequence) and not isinstance(rows, str)
     if not listed or not all(isinstance(n, int) and not isinstance(n, bool) for n in rows):
         raise TypeError(
-            f"rows: got {shown(rows)}, wanted a tuple of ints, the images of every rank"
+            f"rows: got {shown(rows)}, wanted a tuple of ints, the number of images of each rank"
         )
     return tuple(rows)
 
@@ -484,14 +487,14 @@ def check_rows_are(rows: Sequence[int], images: int, ranks: int, rank: int) -> N
     """What a rank can tell by itself; where the ranks compare what they bring, that tells more."""
     if len(rows) != ranks or min(rows) < 0 or rows[rank] != images:
         raise ValueError(
-            f"rows: got {rows}, wanted the images of each of {ranks} ranks, {images} for rank "
-            f"{rank}"
+            f"rows: got {rows}, wanted the number of images of each of {ranks} ranks, and "
+            f"{images} for rank {rank}"
         )
 
 
 def check_no_mask_to_gather(mask: Any) -> None:
     if mask is not None:
         raise ValueError(
-            "gather_distributed: got True with a mask, wanted labels: the mask says nothing about "
-            "the rows of other ranks"
+            "gather_distributed: got True with a mask, wanted labels instead, because a mask says "
+            "nothing about the rows of other ranks"
         )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """What all loss modules share: how a problem (problem.py) becomes a loss.
 
-Here are the common options, the choice of eps, the call of the operator, the step of the tracker
-and the statistics of the last batch. The modules, with the problem of each, are in loss.py, and the
-state machine of the threshold is in threshold.py.
+This file has the common options, the choice of eps, the call of the operator, the step of the
+tracker and the statistics of the last batch. The modules, with the problem of each, are in loss.py.
+The state machine of the threshold is in threshold.py.
 """
 
 import math
@@ -37,30 +37,30 @@ Threshold = float | Literal["adaptive"] | ThresholdTracker | None
 
 
 class Statistics(NamedTuple):
-    """What the last batch looked like: detached 0-d tensors on the batch's device.
+    """Statistics of the last batch, as detached 0-d tensors on the batch's device.
 
-    Reading them does not wait for the device; `ContrastiveLoss.statistics` gives numbers.
+    Getting these tensors does not wait for the device. `ContrastiveLoss.statistics` gives numbers.
     """
 
     eps: Tensor
-    """The threshold that was used, a cosine, float64. It is +inf if the loss was InfoNCE, NaN if
-    groups gave H, and the mean over the rows if each had a threshold of its own."""
+    """The threshold that was used, a cosine, float64. It is +inf if the loss was InfoNCE, and NaN
+    if H was given by groups. If each row had a threshold of its own, it is their mean."""
     hard: Tensor
-    """|H(i)|, the mean over the rows."""
+    """The mean of |H(i)| over the rows."""
     share: Tensor
     """The share of the local term in the denominator, Q_i / (exp(l_ip) + Q_i + sum_G exp(l_ij)),
-    the mean over the rows. It is 0 in the released form, which has no such term."""
+    averaged over the rows. It is 0 in the released form, which has no such term."""
 
 
 class ContrastiveLoss(nn.Module):
-    """A loss with a threshold over training. A subclass turns its arguments into a problem.
+    """A loss whose threshold follows training. A subclass turns its arguments into a problem.
 
     Args:
         temperature, threshold, gather_distributed, process_group, check_sizes: as in `HEXLoss`.
-        **options: those of `checked_rule`, which become attributes.
+        **options: the options of `checked_rule`. They become attributes.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or value. The text names it.
+        TypeError, ValueError: an argument has the wrong type or value. The message names it.
     """
 
     temperature: float | Tensor  # a user may set another value at any time, so each call checks it
@@ -102,8 +102,8 @@ class ContrastiveLoss(nn.Module):
         self._last: tuple[Tensor, ...] | None = None  # eps, and what ops.hard_and_share takes
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Checks an option that is set later, as it was when the loss was made. A temperature is
-        checked by each call; a subclass may have attributes of these names before."""
+        """Checks an option that is set later, in the same way as when the loss was made. Each call
+        checks the temperature. A subclass may have attributes of these names before."""
         if name == "threshold":
             value = _tracker(value)
         elif name in self.__dict__ and name in Rule._fields:
@@ -118,7 +118,7 @@ class ContrastiveLoss(nn.Module):
         return self._ranks.group
 
     def meeting(self, rows: Sequence[int] | None) -> Meeting | None:
-        """The call on all ranks that this one is part of, or None if there are no others.
+        """The call on all ranks that this call is part of, or None if there are no other ranks.
 
         Args:
             rows: as in `HEXLoss.forward`.
@@ -138,7 +138,7 @@ class ContrastiveLoss(nn.Module):
         return Meeting(self._ranks, rows, options, None if tracker is None else tracker.state)
 
     def loss_of(self, batch: Problem) -> Tensor:
-        """The loss of a problem. Also makes the tracker's step and keeps the statistics."""
+        """The loss of a problem. It also makes the tracker's step and keeps the statistics."""
         tracker = None if batch.h_is_given else self.threshold
         rule = Rule(
             self.reduction, self.variant, self.beta, self.tau_plus, self.positives,
@@ -151,8 +151,9 @@ class ContrastiveLoss(nn.Module):
             state = tracker.state  # once: to find a buffer takes a module longer than an attribute
             if state.is_meta and not learner[0].is_meta:
                 raise ValueError(
-                    "threshold: got a state on device meta, wanted that of the batch, "
-                    f"{learner[0].device}; call to_empty and reset_parameters"
+                    "threshold: got a state on device meta, wanted the batch's device, "
+                    f"{learner[0].device}; call to_empty(device=...) on the loss and "
+                    "reset_parameters() on its threshold"
                 )
             transformed = is_transformed(*learner, state)
         again = is_in_backward()  # if so, this is most likely the second run of a checkpoint
@@ -262,10 +263,10 @@ class ContrastiveLoss(nn.Module):
         return Statistics(eps.mean(), _mean(hard), _mean(share))
 
     def statistics(self) -> dict[str, float]:
-        """`last` as numbers for a logger: {"eps", "hard", "share"}. Waits for the device.
+        """`last` as numbers for a logger: {"eps", "hard", "share"}. This waits for the device.
 
-        If `set_epoch` is never called, this method also warns, once, when H was empty in every row
-        of the last hundred batches or more.
+        If `set_epoch` has never been called, this method also warns, once, if H was empty in every
+        row of the last hundred batches or more.
 
         Raises:
             RuntimeError: there has been no batch yet.
@@ -277,7 +278,8 @@ class ContrastiveLoss(nn.Module):
         return {name: float(value) for name, value in last._asdict().items()}
 
     def set_epoch(self, epoch: int) -> None:
-        """Tells the threshold which epoch begins, counted from 0. See `ThresholdTracker.set_epoch`.
+        """Tells the threshold which epoch begins. Epochs count from 0. See
+        `ThresholdTracker.set_epoch`.
 
         Raises:
             TypeError, ValueError: epoch is not an integer >= 0.
@@ -314,7 +316,7 @@ class ContrastiveLoss(nn.Module):
         return ", ".join(parts)
 
 
-@torch.compiler.disable(reason="compile around an activation checkpoint, not a HEX loss inside one")  # type: ignore[untyped-decorator, no-untyped-call]
+@torch.compiler.disable(reason="put torch.compile around an activation checkpoint, not inside it")  # type: ignore[untyped-decorator, no-untyped-call]
 def _update_outside(tracker: ThresholdTracker, candidate: Tensor, **options: Any) -> Tensor:
     """`tracker.update` outside the graph, where it can tell the second run of a checkpoint."""
     return tracker.update(candidate, **options)

@@ -55,8 +55,8 @@ class Ranks:
     def __reduce__(self) -> Any:
         if self.group is not None:
             raise TypeError(
-                "process_group: got a loss with a process group to pickle, wanted one without: a "
-                "group exists in this run alone. Save the loss's state_dict()"
+                "process_group: a loss with a process group cannot be pickled, because the group "
+                "exists in this run alone; save the loss's state_dict() instead"
             )
         return Ranks, (None, self.checks)
 
@@ -88,8 +88,8 @@ class Meeting(NamedTuple):
         """
         if torch._C._are_functorch_transforms_active():
             raise NotImplementedError(
-                "gather_distributed: got True under a torch.func transform, wanted False: the "
-                "ranks would have to talk to each other inside it"
+                "gather_distributed: got True under a torch.func transform, wanted False, because "
+                "the ranks cannot exchange tensors inside the transform"
             )
         ranks, rows = self.ranks, self.rows
         size, rank = dist.get_world_size(ranks.group), dist.get_rank(ranks.group)
@@ -249,24 +249,25 @@ def agree(
     images, said, tensors, options, state, tau = every.T.tolist()
     if other := _differ(said):
         raise ValueError(
-            f"rows: got different ones on ranks 0 and {other}, or none on one, wanted the same on "
-            f"all ranks; here they are {rows}"
+            f"rows: got different values on ranks 0 and {other} (None counts as one), wanted the "
+            f"same on all ranks; this rank has {rows}"
         )
     if rows is not None and list(rows) != images:
         raise ValueError(
-            f"rows: got {tuple(rows)}, wanted the images of every rank, {tuple(images)}"
+            f"rows: got {tuple(rows)}, wanted the number of images of each rank, {tuple(images)}"
         )
     if rows is None and len(set(images)) > 1:
         other = next(k for k, n in enumerate(images) if n != images[0])
         named = [0, other] if len(images) > _MOST_NAMED else range(len(images))
         raise ValueError(
             f"gather_distributed: got {_list([images[k] for k in named])} rows on ranks "
-            f"{_list(named)}, wanted the same (drop_last=True), or rows="
+            f"{_list(named)}, wanted the same number: use drop_last=True in the loader, or pass "
+            "rows="
         )
     for column, what, here in (
-        (tensors, "tensors", f"their dtypes and shapes here are {own and own[0]}"),
-        (options, "options", f"here they are {own and own[1]}"),
-        (state, "states of the threshold", "load the same state_dict and call set_epoch on all"),
+        (tensors, "dtypes or shapes", f"this rank has {own and own[0]}"),
+        (options, "options", f"this rank has {own and own[1]}"),
+        (state, "thresholds", "load the same state_dict and call set_epoch on every rank"),
     ):
         if other := _differ(column):
             raise ValueError(
@@ -277,7 +278,9 @@ def agree(
     temperatures = [_number_of(bits) for bits in tau if bits]
     low, high = min(temperatures, default=1.0), max(temperatures, default=1.0)
     if high - low > 1e-3 * abs(high):
-        raise ValueError(f"temperature: got {low:g} to {high:g} on the ranks, wanted the same")
+        raise ValueError(
+            f"temperature: got values from {low:g} to {high:g}, wanted the same on all ranks"
+        )
 
 
 def _bits_of(tau: Tensor) -> int:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The losses as functions: the caller gives the threshold.
+"""The losses as functions, to which the caller passes the threshold.
 
-Each function checks its options, lays its arguments out as a problem, which checks them
-(problem.py), and then computes the loss of that. The modules in loss.py also choose the threshold
-over training.
+Each function checks its options. Then it turns its arguments into a problem, which checks them
+(problem.py), and computes the loss of this problem. The modules in loss.py also choose the
+threshold over training.
 """
 
 import math
@@ -44,7 +44,7 @@ def hex_loss(
 ) -> Tensor:
     """The HEX loss of a batch at a given threshold, in nats.
 
-    With c_ij the cosine of anchor i and candidate j, l = c / tau, p the positive of i::
+    Let c_ij be the cosine of anchor i and candidate j, l = c / tau, and p the positive of i. Then::
 
         H(i) = { j : c_ij > eps },  G(i) the other negatives,  N_h = |H(i)|
         w_ij = exp(beta l_ij) / mean_{h in H(i)} exp(beta l_ih)
@@ -52,41 +52,44 @@ def hex_loss(
         Q_i  = max( (R_i - tau_plus N_h exp(l_ip)) / (1 - tau_plus),  N_h exp(-1/tau) )
         L_i  = -l_ip + log( exp(l_ip) + Q_i + sum_{j in G(i)} exp(l_ij) )
 
-    If H(i) is empty (eps >= 1), L_i is InfoNCE. If it holds all negatives (eps < -1), L_i is the
+    If H(i) is empty (eps >= 1), L_i is InfoNCE. If H(i) has all negatives (eps < -1), L_i is the
     hard-negative loss of Robinson et al. and, with beta = 0, the debiased loss of Chuang et al.
-    Gradient flows through all terms, but not through eps or the membership in H.
+    The gradient flows through all terms, but not through eps or the membership in H.
 
     Args:
         z0, z1: (B, D), two views. Row i of one is the positive of row i of the other. Each may be
             float64, float32, bfloat16 or float16 and have any strides. Rows may have any length,
             because they are normalised here. A row of zeros has cosine 0 with all others.
-        negatives: None, (K, D) or (B, K, D). With None the negatives are other rows of z0 and z1,
-            as `mode` says. (K, D) are negatives for all anchors, with any strides (a queue:
-            `queue.T`), and (B, K, D) are K negatives for each anchor. With negatives the anchors
-            are the rows of z0, there are no other negatives, and `mode` has no effect.
+        negatives: None, (K, D) or (B, K, D). With None, the negatives are other rows of z0 and z1,
+            depending on `mode`. (K, D) are negatives that all anchors share, such as a queue
+            (`queue.T`), and may have any strides. (B, K, D) are K negatives for each anchor. With
+            either of these, the anchors are the rows of z0, there are no other negatives, and
+            `mode` has no effect.
         eps: the threshold, a cosine: a number, a 0-d tensor, or (N,), one value for each row.
         temperature: tau > 0, a number or a tensor of one element, which may require grad. A tensor
             <= 0 gives NaN instead of an error, because checking it would wait for the device.
-        beta: >= 0. The greater beta, the more the closest members of H weigh.
-        tau_plus: in [0, 1), the share of H expected to be false negatives.
-        variant: "paper", the equations above, or "released", what the authors' code computes
+        beta: >= 0. The larger beta, the more the closest members of H count.
+        tau_plus: in [0, 1), the expected share of false negatives in H. A large one does not simply
+            weaken the repulsion of H: see docs/guides/what_h_holds.md.
+        variant: "paper" for the equations above, or "released" for what the authors' code computes
             (docs/released.md).
-        mode: "ntxent": all rows of z0 and z1 are anchors, and the other 2B - 2 rows are negatives
-            (SimCLR). "query": z0 against z1 (NNCLR, MoCo v3). "cross": z0 against z1 and z1 against
-            z0 (CLIP).
+        mode: which rows are anchors and candidates.
+            "ntxent" (SimCLR): all rows of z0 and z1 are anchors, and the other 2B - 2 rows are
+            negatives. "query" (NNCLR, MoCo v3): z0 against z1. "cross" (CLIP): z0 against z1, and
+            z1 against z0.
         reduction: "mean", "sum", or "none" for one value for each row.
-        cache_bytes: on a CPU, how many bytes the cosines may take that the forward keeps for the
-            backward of each call. A batch with more computes them again, which takes longer and no
-            memory. None is what HEX_CACHE_BYTES in the environment says, or 1 GiB; with 0 none are
-            kept.
+        cache_bytes: on a CPU, the most bytes of cosines that the forward of a call may keep for its
+            backward. If a batch has more, none are kept and the backward computes them again, which
+            takes longer but needs no memory. None stands for HEX_CACHE_BYTES in the environment
+            or, if that is not set, for 1 GiB. With 0 none are kept.
 
     Returns:
-        0-d, or (N,) for "none". N = 2B in "ntxent" and "cross", where the rows of z0 come first,
-        and N = B otherwise. The dtype is float64 if an input is float64, else float32, also under
-        autocast.
+        0-d, or (N,) for "none". In "ntxent" and "cross", N = 2B and the rows of z0 come first.
+        Otherwise N = B. The dtype is float64 if an input is float64, and otherwise float32, also
+        under autocast.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or value. The text names it.
+        TypeError, ValueError: an argument has the wrong type or value. The message names it.
 
     Example:
         >>> import torch
@@ -115,7 +118,7 @@ def info_nce(
     reduction: Reduction = "mean",
     cache_bytes: int | None = None,
 ) -> Tensor:
-    """The InfoNCE loss of a batch, in nats: `hex_loss` with H empty, by the same kernels.
+    """The InfoNCE loss of a batch, in nats. It is `hex_loss` with H empty, on the same kernels.
 
         L_i = -l_ip + log( exp(l_ip) + sum_{negatives j} exp(l_ij) ),    l = c / tau
 
@@ -123,10 +126,11 @@ def info_nce(
         z0, z1, negatives, temperature, mode, reduction, cache_bytes: as in `hex_loss`.
 
     Returns:
-        As `hex_loss`: 0-d, or (N,) for reduction "none"; float64 if an input is, else float32.
+        As `hex_loss`: 0-d, or (N,) for reduction "none". It is float64 if an input is float64, and
+        otherwise float32.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or value. The text names it.
+        TypeError, ValueError: an argument has the wrong type or value. The message names it.
 
     Example:
         >>> import torch
@@ -155,23 +159,23 @@ def batch_threshold(
 
         eps = 1/N sum_i c_i[k],   c_i ascending,   k = round(quantile (n - 1)), half to even
 
-    c_i are the n cosines of row i, of which one is selected without interpolation. There is no
-    gradient.
+    c_i are the n cosines of row i. The quantile is one of them, selected without interpolation. No
+    gradient flows through the threshold.
 
     Args:
         z0, z1, negatives, mode: as in `hex_loss`.
         quantile: in [0, 1].
-        over: "negatives": c_i are the cosines of the negatives alone, which suits any batch.
-            "all": c_i is the whole row, which also has the positive and, in "ntxent", the anchor
-            itself (cosine 1), as in the authors' code. At the quantile 0.99 the selected element is
-            then the anchor itself for 2B < 52, so that eps = 1 and H is empty, and mostly the
-            positive up to 2B of about 150.
+        over: "negatives": c_i are the cosines of the negatives alone, which suits any batch size.
+            "all": c_i is the whole row, as in the authors' code. It also contains the positive and,
+            in "ntxent", the anchor itself (cosine 1). At the quantile 0.99, the selected element is
+            then the anchor itself for 2B < 52, so that eps = 1 and H is empty. Up to 2B of about
+            150, it is usually the positive.
 
     Returns:
-        0-d float64, a cosine. It is NaN if the batch is empty or not finite.
+        0-d float64, a cosine. It is NaN if the batch is empty or has values that are not finite.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or value. The text names it.
+        TypeError, ValueError: an argument has the wrong type or value. The message names it.
 
     Example:
         >>> import torch
@@ -206,8 +210,8 @@ def hex_sup_con(
 ) -> Tensor:
     """The HEX loss of rows with several positives at a given threshold, in nats.
 
-    With l = cosine / tau, P(i) the n_P positives of row i, and the other rows except i itself split
-    into H(i), those above eps, and G(i)::
+    Let l = cosine / tau, and let P(i) be the n_P positives of row i. The negatives are all rows
+    except i itself and its positives. H(i) has those above eps, and G(i) the rest. Then::
 
         E_i = sum_{p in P} exp(l_ip)
         Q_i = max( (R_i - tau_plus N_h E_i / n_P) / (1 - tau_plus),  N_h exp(-1/tau) )
@@ -215,41 +219,42 @@ def hex_sup_con(
         L_i = mean_{p in P} -l_ip + log D_i        positives="outside" (SupCon's L_out)
         L_i = -log(E_i / D_i)                      positives="inside" (solo-learn)
 
-    R_i and N_h are those of `hex_loss`. A row without positives has the loss 0 and counts in the
-    mean.
+    R_i and N_h are those of `hex_loss`. A row without positives has the loss 0, and it counts in
+    the mean.
 
     Args:
         features: (B, V, D), V views of B images, or (N, D) with labels or a mask. Axes after the
-            third are flattened into it. dtypes, strides and lengths of rows as in `hex_loss`.
+            third are flattened into it. For dtypes, strides and lengths of rows, see `hex_loss`.
         labels: (B,), or (N,) for features (N, D), integers. Rows with the same label are positives
-            of each other. With None the views of an image are.
-        mask: (B, B), or (N, N) for features (N, D). In row i it marks the positives of image i, for
-            all views, and it may be asymmetric. The dtype is bool or a number type, with no other
-            values than 0 and 1. Other values raise a ValueError or, on another device than the CPU,
-            for a tensor subclass and in a compiled graph, a RuntimeError when the graph runs. Under
-            vmap over the mask every value but 0 counts as 1. Give a mask or labels, not both.
+            of each other. With None, the views of the same image are positives of each other.
+        mask: (B, B), or (N, N) for features (N, D). Row i marks the positives of image i, for all
+            of its views. The mask may be asymmetric. Its dtype is bool or a number type, and its
+            values are 0 and 1. Other values raise a ValueError. On another device than the CPU, for
+            a tensor subclass, and in a compiled graph, they raise a RuntimeError when the graph
+            runs. Under vmap over the mask, every value except 0 counts as 1. Give either a mask or
+            labels, not both.
         eps: the threshold, a cosine: a number, a 0-d tensor, or (N,), one value for each row.
-            Give eps or groups, not both.
+            Give either eps or groups, not both.
         groups: (B,), or (N,) for features (N, D), integers. H(i) is then the negatives in the group
             of i.
-        guide: of the shape of features except for D. Its cosines, instead of those of the features,
-            decide which negatives are above eps.
-        variant: "paper", the equations above, or "released", the authors' form. Their code has no
-            several positives; here P(i) takes the place of the positive. H(i) is left out, and the
-            positives are missing in the denominator:
+        guide: a tensor with the shape of features, except for D. Its cosines, instead of those of
+            the features, decide which negatives are above eps.
+        variant: "paper" for the equations above, or "released" for the authors' form. Their code
+            does not handle several positives, so here P(i) takes the place of the positive. H(i) is
+            left out, and the positives are missing in the denominator:
             log sum_G exp(l) + |H and G| exp(-1/tau) - (mean_P l, or log E).
-        positives: "outside" or "inside" the logarithm, see the equations.
+        positives: "outside" or "inside" the logarithm (see the equations).
         base_temperature: None, or a number > 0. The loss is then multiplied by temperature /
             base_temperature, as in SupContrast (where it is 0.07 by default).
         temperature, beta, tau_plus, reduction, cache_bytes: as in `hex_loss`.
 
     Returns:
-        0-d, or (N,) for "none", where N = V B and all rows of the first view come first. float64 if
-        features are, else float32.
+        0-d, or (N,) for "none", where N = V B and all rows of the first view come first. It is
+        float64 if the features are float64, and otherwise float32.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or value. The text names it.
-        RuntimeError: values of the mask, in the cases named above.
+        TypeError, ValueError: an argument has the wrong type or value. The message names it.
+        RuntimeError: the mask has other values than 0 and 1, in the cases named above.
 
     Example:
         >>> import torch
@@ -282,36 +287,36 @@ def hex_cross_entropy(
 ) -> Tensor:
     """The HEX loss of rows of logits at a given threshold, in nats.
 
-    With l the logits and p = target[i], the negatives of row i are the other columns that are not
-    -inf::
+    Let l be the logits and p = target[i]. The negatives of row i are the other columns that are not
+    -inf. Then::
 
         H(i) = { j : tau l_ij > eps },  G(i) the other negatives
         L_i  = -l_ip + log( exp(l_ip) + Q_i + sum_{j in G(i)} exp(l_ij) )
 
-    with the Q_i of `hex_loss`. With H empty it is torch's cross-entropy. Logits in half precision
-    are rounded, and eps is compared with the rounded cosines. At tau = 0.07 and cosines near 0.9
-    they are 5.5e-4 (float16) or 4.4e-3 (bfloat16) apart.
+    where Q_i is that of `hex_loss`. If H is empty, the loss is torch's cross-entropy. Logits in
+    half precision are rounded, and eps is compared with the rounded cosines. At tau = 0.07 and near
+    0.9, neighbouring values of these are 5.5e-4 (float16) or 4.4e-3 (bfloat16) apart.
 
     Args:
         logits: (N, C), cosine / temperature, in float64, float32, bfloat16 or float16. A column
             that is -inf is left out of its row.
-        target: (N,), integers in [0, C), the column of the positive. Where the logit of that column
-            is -inf, the loss is +inf, as torch's is, and the gradient is that of the limit, -1 in
-            that column. If there is also nothing else in the denominator (in the released form,
-            nothing in G), both are NaN, as with torch.
+        target: (N,), integers in [0, C), the column of the positive. If the logit of that column is
+            -inf, the loss is +inf, as torch's is. The gradient is then that of the limit, which is
+            -1 in that column. If nothing else is in the denominator either (in the released form:
+            nothing in G), the loss and the gradient are NaN, as with torch.
         eps: the threshold, a cosine: a number, a 0-d tensor, or (N,), one value for each row.
         temperature: what the cosines were divided by. Only the comparison with eps and the floor of
-            Q depend on it, so its own gradient is that at constant logits. A learned temperature
-            learns through the logits.
+            Q depend on this argument, so its own gradient is the one at constant logits. A learned
+            temperature also gets a gradient through the logits.
         beta, tau_plus, variant, reduction: as in `hex_loss`.
 
     Returns:
-        0-d, or (N,) for "none". float64 if the logits are, else float32.
+        0-d, or (N,) for "none". It is float64 if the logits are float64, and otherwise float32.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or value. The text names it.
-        RuntimeError: a target outside [0, C), on the CPU. On a GPU, for which nobody waits, the
-            loss and the gradient of its row are NaN. There is no `ignore_index`.
+        TypeError, ValueError: an argument has the wrong type or value. The message names it.
+        RuntimeError: a target is outside [0, C), on the CPU. On a GPU, which is not waited for, the
+            loss and the gradient of its row are NaN instead. There is no `ignore_index`.
 
     Example:
         >>> import torch

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The losses as modules: the options of each, and how its arguments become a problem (problem.py).
 
-How a problem becomes a loss, with the threshold and the statistics, is the same for all of them and
-is in contrastive.py. The mathematics is in the docstrings of functional.py and in docs/math.md.
+contrastive.py turns a problem into a loss, with the threshold and the statistics, in the same way
+for all of them. The mathematics is in the docstrings of functional.py and in docs/math.md.
 """
 
 from collections.abc import Sequence
@@ -28,55 +28,55 @@ __all__ = ["HEXCrossEntropyLoss", "HEXLoss", "HEXSupConLoss", "InfoNCELoss", "St
 class HEXLoss(ContrastiveLoss):
     """The HEX loss, with a threshold that follows training.
 
-    It is InfoNCE in which the negatives near the anchor have a term of their own. With c_ij the
-    cosine of anchor i and candidate j, l = c / tau, p the positive of i::
+    It is InfoNCE in which the negatives near the anchor have a term of their own. Let c_ij be the
+    cosine of anchor i and candidate j, l = c / tau, and p the positive of i. Then::
 
         H(i) = { j : c_ij > eps },   G(i) the other negatives
         L_i  = -l_ip + log( exp(l_ip) + Q_i + sum_{j in G(i)} exp(l_ij) )
 
-    Q_i is the weighted and debiased sum over H(i), which `hex_loss` gives in full. By default eps
-    is measured on each batch: it is the 0.99 quantile of the cosines of each anchor's negatives,
+    Q_i is the weighted and debiased sum over H(i). `hex_loss` has its formula. By default, eps is
+    measured on each batch: it is each anchor's 0.99 quantile of its cosines with its negatives,
     averaged over the anchors. As groups emerge in the embedding, eps falls.
 
     Args:
         temperature: tau > 0, a number or a tensor of one element. A Parameter is learned.
-        threshold: "adaptive"; or a `ThresholdTracker`, for another quantile, a warm-up, a momentum
-            or a schedule; or a number, which is a fixed cosine; or None for InfoNCE.
-        beta: >= 0. The greater beta, the more the closest members of H weigh.
-        tau_plus: in [0, 1), the share of H expected to be false negatives.
+        threshold: "adaptive"; a `ThresholdTracker`, for another quantile, a warm-up, a momentum or
+            a schedule; a number, which is a fixed cosine; or None for InfoNCE.
+        beta: >= 0. The larger beta, the more the closest members of H count.
+        tau_plus: in [0, 1), the expected share of false negatives in H. A large one does not simply
+            weaken the repulsion of H: see docs/guides/what_h_holds.md.
         variant: "paper", or "released" for what the authors' code computes (docs/released.md).
         mode: "ntxent" (SimCLR), "query" (NNCLR, MoCo v3) or "cross" (CLIP); see `hex_loss`.
         reduction: "mean", "sum" or "none".
         gather_distributed: whether the batches of all ranks of torch.distributed count as one
-            batch. Each rank computes its own anchors against all candidates, and the ranks exchange
-            what they measured: the threshold, the loss and the statistics are those of all rows and
-            have the same bits on all ranks. The gradient is such that data-parallel training (DDP,
-            FSDP), which averages over ranks, gets that of the whole batch. With `negatives` the
-            candidates remain the rank's own. In a single process it has no effect. Every rank must
-            call the loss equally often (docs/distributed.md).
-        process_group: the data-parallel ranks, a torch.distributed.ProcessGroup, where these are
-            not all. It is kept by deepcopy and cannot be pickled.
-        check_sizes: whether the ranks compare, at each call and before they exchange anything, how
-            many rows they bring, with what dtype and options. It costs one small exchange on the
-            host.
-        cache_bytes: on a CPU, how many bytes the cosines may take that the forward keeps for the
-            backward of each call. A batch with more computes them again, which takes longer and no
-            memory. None is what HEX_CACHE_BYTES in the environment says, or 1 GiB; with 0 none are
-            kept.
+            batch. Each rank then computes its own anchors against all candidates, and the ranks
+            exchange what they measured. So the threshold, the loss and the statistics are those of
+            all rows, with the same bits on all ranks. Data-parallel training (DDP, FSDP) averages
+            the gradients over ranks, and this average is the gradient of the whole batch. With
+            `negatives`, the candidates remain the rank's own. In a single process this option has
+            no effect. Every rank must call the loss equally often (docs/distributed.md).
+        process_group: the data-parallel ranks, a torch.distributed.ProcessGroup, if these are not
+            all ranks. deepcopy keeps it. It cannot be pickled.
+        check_sizes: whether the ranks first compare, at each call, their numbers of rows, dtypes
+            and options. This costs one small exchange on the host.
+        cache_bytes: on a CPU, the most bytes of cosines that the forward of a call may keep for its
+            backward. If a batch has more, none are kept and the backward computes them again, which
+            takes longer but needs no memory. None stands for HEX_CACHE_BYTES in the environment
+            or, if that is not set, for 1 GiB. With 0 none are kept.
 
     Shape:
         z0, z1: (B, D). negatives: (K, D) or (B, K, D). Each is float64, float32, bfloat16 or
             float16.
-        Result: 0-d, or one value for each row with reduction "none". float64 if an input is, else
-            float32.
+        Result: 0-d, or one value for each row with reduction "none". It is float64 if an input is
+            float64, and otherwise float32.
 
     Attributes:
         threshold: the `ThresholdTracker` in use, which is part of `state_dict`, or None.
-        last: a `Statistics` of the last batch, eps, mean |H| and mean share of the local term, as
-            tensors; None before the first batch. `statistics()` gives them as numbers.
+        last: the `Statistics` of the last batch as tensors (eps, mean |H| and mean share of the
+            local term), or None before the first batch. `statistics()` gives them as numbers.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or value. The text names it.
+        TypeError, ValueError: an argument has the wrong type or value. The message names it.
 
     Example:
         >>> import torch
@@ -140,18 +140,19 @@ class HEXLoss(ContrastiveLoss):
         Args:
             z0, z1: (B, D), two views.
             negatives: None, (K, D) or (B, K, D).
-            groups: H(i) is then the negatives in the group of i, and there is no threshold: the
-                statistic eps is NaN, and the tracker does not change. (B,) integers, one for each
-                image. With negatives it is a pair (groups, negative_groups), of which the second is
-                (K,) or (B, K). Give groups or a guide, not both.
-            guide: other features of the same images, for example a backbone's, which keep more of
-                the image than the embeddings do. H(i) and eps are then taken from their cosines,
-                and the loss from the cosines of the embeddings. (g0, g1), or (g0, g1, g_negatives)
-                with negatives, of the shapes of the embeddings except for D. They get no gradient.
-            temperature: takes the place of the module's for this call (CLIP: `1 /
+            groups: (B,) integers, one for each image. H(i) is then the negatives in the group of i.
+                There is no threshold: the statistic eps is NaN, and the tracker does not change.
+                With negatives, groups is a pair (groups, negative_groups), and the second of these
+                is (K,) or (B, K). Give either groups or a guide, not both.
+            guide: other features of the same images, for example those of a backbone, which keep
+                more of the image than the embeddings do. H(i) and eps are then taken from the
+                cosines of the guide, and the loss from the cosines of the embeddings. It is
+                (g0, g1) or, with negatives, (g0, g1, g_negatives), with the shapes of the
+                embeddings except for D. The guide gets no gradient.
+            temperature: replaces the module's temperature for this call (CLIP: `1 /
                 logit_scale.exp()`).
-            rows: with `gather_distributed`, where the ranks have different numbers of images: those
-                of every rank, a tuple of ints.
+            rows: with `gather_distributed`, if the ranks have different numbers of images: the
+                number of every rank, as a tuple of ints.
 
         Example:
             >>> import torch
@@ -168,7 +169,7 @@ class HEXLoss(ContrastiveLoss):
 
 
 class InfoNCELoss(ContrastiveLoss):
-    """InfoNCE by the kernels of `HEXLoss`: the baseline to compare it with.
+    """InfoNCE on the kernels of `HEXLoss`: the baseline with which to compare HEX.
 
         L_i = -l_ip + log( exp(l_ip) + sum_{negatives j} exp(l_ij) ),    l = c / tau
 
@@ -177,14 +178,14 @@ class InfoNCELoss(ContrastiveLoss):
             as in `HEXLoss`.
 
     Shape:
-        As in `HEXLoss`.
+        z0, z1, negatives, result: as in `HEXLoss`.
 
     Attributes:
-        threshold: None, as there is no H.
-        last, statistics(): as in `HEXLoss`, with eps +inf and the others 0.
+        threshold: None, because there is no H.
+        last, statistics(): as in `HEXLoss`. eps is +inf, and the others are 0.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or value. The text names it.
+        TypeError, ValueError: an argument has the wrong type or value. The message names it.
 
     Example:
         >>> import torch
@@ -229,7 +230,7 @@ class InfoNCELoss(ContrastiveLoss):
         Args:
             z0, z1: (B, D), two views.
             negatives: None, (K, D) or (B, K, D).
-            temperature: takes the place of the module's for this call (CLIP: `1 /
+            temperature: replaces the module's temperature for this call (CLIP: `1 /
                 logit_scale.exp()`).
             rows: as in `HEXLoss`.
         """
@@ -239,13 +240,13 @@ class InfoNCELoss(ContrastiveLoss):
 
 
 class HEXSupConLoss(ContrastiveLoss):
-    """The HEX loss for several positives: more than two views, or classes by labels or a mask.
+    """The HEX loss for several positives: more than two views, or classes by labels or by a mask.
 
-    `hex_sup_con` has the equations. The threshold follows training as in `HEXLoss`. It takes the
-    place of SupContrast's `SupConLoss`, of pytorch-metric-learning's `SupConLoss`, and, with
-    `positives="inside"`, of solo-learn's `simclr_loss_func(z, indexes)`. With threshold=None it is
-    these losses, except that pytorch-metric-learning averages only over the rows that have a
-    positive, and that its NTXentLoss leaves the other positives out of each denominator.
+    `hex_sup_con` has the equations. The threshold follows training as in `HEXLoss`. This loss can
+    replace SupContrast's `SupConLoss`, pytorch-metric-learning's `SupConLoss`, and, with
+    `positives="inside"`, solo-learn's `simclr_loss_func(z, indexes)`. With threshold=None it has
+    the values of these losses, except that pytorch-metric-learning averages only over the rows that
+    have a positive. (Its NTXentLoss leaves the other positives out of each denominator.)
 
     Args:
         temperature, threshold, beta, tau_plus, variant, reduction: as in `HEXLoss`.
@@ -253,20 +254,20 @@ class HEXSupConLoss(ContrastiveLoss):
         base_temperature: None, or a number > 0. The loss is then multiplied by temperature /
             base_temperature (SupContrast: 0.07).
         gather_distributed, process_group, check_sizes, cache_bytes: as in `HEXLoss`. Labels, groups
-            and guides are gathered too. Without labels every image of every rank is its own class.
-            A mask is refused.
+            and guides are gathered too. Without labels, every image of every rank is its own class.
+            A mask cannot be gathered and is refused.
 
     Shape:
         features: (B, V, D), or (N, D) with labels or a mask. labels: (B,) or (N,) integers. mask:
             (B, B) or (N, N).
         Result: 0-d, or (N,) with reduction "none", where N = V B and all rows of the first view
-            come first. float64 if the features are, else float32.
+            come first. It is float64 if the features are float64, and otherwise float32.
 
     Attributes:
         threshold, last, statistics(), set_epoch(): as in `HEXLoss`.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or value. The text names it.
+        TypeError, ValueError: an argument has the wrong type or value. The message names it.
 
     Example:
         >>> import torch
@@ -323,10 +324,10 @@ class HEXSupConLoss(ContrastiveLoss):
             features: (B, V, D), or (N, D) with labels or a mask.
             labels: None, or (B,) or (N,) integers.
             mask: None, or (B, B) or (N, N), of bool or of 0 and 1.
-            groups: None, or (B,) or (N,) integers, which give H. There is then no threshold: the
-                statistic eps is NaN, and the tracker does not change.
-            guide: None, or other features, from whose cosines H and eps are then taken.
-            temperature: takes the place of the module's for this call.
+            groups: None, or (B,) or (N,) integers. H(i) is then the negatives in the group of i.
+                There is no threshold: the statistic eps is NaN, and the tracker does not change.
+            guide: None, or other features. H and eps are then taken from their cosines.
+            temperature: replaces the module's temperature for this call.
             rows: as in `HEXLoss`.
         """
         tau = self.temperature if temperature is None else temperature
@@ -341,32 +342,33 @@ class HEXSupConLoss(ContrastiveLoss):
 class HEXCrossEntropyLoss(ContrastiveLoss):
     """The HEX loss in place of `torch.nn.CrossEntropyLoss` on contrastive logits.
 
-    It is for MoCo, sthalles/SimCLR, mmpretrain and others that compute logits = cosines /
-    temperature and a target. `hex_cross_entropy` has the equations. The threshold follows training
-    as in `HEXLoss`. Where you have the embeddings, use `HEXLoss` instead: it does not store the
-    logits, and so saves their memory.
+    It is for code bases that compute logits = cosines / temperature and a target, such as MoCo,
+    sthalles/SimCLR and mmpretrain. `hex_cross_entropy` has the equations. The threshold follows
+    training as in `HEXLoss`. If you have the embeddings, use `HEXLoss` instead. It does not store
+    the logits, and so it saves their memory.
 
     Args:
         temperature: what the cosines were divided by. The cosines are logits * temperature.
-        self_column: whether to count the anchor's similarity with itself, a cosine of 1, as one
-            more element of each row for the quantile (with over="all"). The logits do not have it.
-            The authors' quantile counts it. Use True for SimCLR, where the code has left out the
-            diagonal or filled it with -inf. Use False for MoCo, whose rows never had it.
+        self_column: whether the quantile with over="all" counts the anchor's similarity with itself
+            as one more element of each row, a cosine of 1. The authors' quantile counts it, but the
+            logits do not contain it. Use True for SimCLR, whose code has left out the diagonal or
+            filled it with -inf. Use False for MoCo, whose rows never contained it.
         threshold, beta, tau_plus, variant, reduction, process_group, check_sizes: as in `HEXLoss`.
-        gather_distributed: whether the loss is the mean over the rows of all ranks, at a threshold
-            that is measured on all of them. The columns remain the rank's own. As in `HEXLoss`.
+        gather_distributed: as in `HEXLoss`. The loss is then the mean over the rows of all ranks,
+            at a threshold that is measured on all of them. The columns remain the rank's own.
 
     Shape:
         logits: (N, C), float64, float32, bfloat16 or float16. target: (N,) integers in [0, C).
-        Result: 0-d, or (N,) with reduction "none". float64 if the logits are, else float32.
+        Result: 0-d, or (N,) with reduction "none". It is float64 if the logits are float64, and
+            otherwise float32.
 
     Attributes:
         threshold, last, statistics(), set_epoch(): as in `HEXLoss`.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or value. The text names it.
-        RuntimeError: a target outside [0, C), on the CPU. On a GPU, for which nobody waits, the
-            loss and the gradient of its row are NaN. There is no `ignore_index`.
+        TypeError, ValueError: an argument has the wrong type or value. The message names it.
+        RuntimeError: a target is outside [0, C), on the CPU. On a GPU, which is not waited for, the
+            loss and the gradient of its row are NaN instead. There is no `ignore_index`.
 
     Example:
         >>> import torch
@@ -422,7 +424,7 @@ class HEXCrossEntropyLoss(ContrastiveLoss):
         Args:
             logits: (N, C), cosines / temperature.
             target: (N,) integers, the column of each row's positive.
-            temperature: takes the place of the module's for this call.
+            temperature: replaces the module's temperature for this call.
             rows: as in `HEXLoss`.
         """
         tau = self.temperature if temperature is None else temperature

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The HEX loss in place of open_clip's ClipLoss: it is called alike and returns the same form.
+"""The HEX loss in place of open_clip's ClipLoss, with the same arguments and form of the result.
 
 open_clip itself is not imported. The mathematics is that of `HEXLoss` in mode "cross".
 """
@@ -27,34 +27,35 @@ __all__ = ["HEXClipLoss"]
 class HEXClipLoss(HEXLoss):
     """The HEX loss of images and texts in place of open_clip's `ClipLoss`.
 
-    With c_ij the cosine of image i and text j, s the scale that the model learns, l = s c, and L_i
-    the loss of a row in mode "cross", where the positive of i is i and all others are negatives::
+    Let c_ij be the cosine of image i and text j, s the scale that the model learns, and l = s c.
+    Let L_i be the loss of a row in mode "cross", where i is its own positive and all others are
+    negatives. Then::
 
         loss = ( mean_i L_i(images against texts) + mean_i L_i(texts against images) ) / 2
 
     With `threshold=None` this is ClipLoss. The logits are never stored.
 
-    In open_clip's releases, use it in place of `create_loss(args)`. In versions with tasks, change
-    `create_task` so that it returns `CLIPTask(model, loss=HEXClipLoss())`.
+    In open_clip's releases, use this loss in place of `create_loss(args)`. In versions with tasks,
+    change `create_task` so that it returns `CLIPTask(model, loss=HEXClipLoss())`.
 
     Args:
         threshold, beta, tau_plus, variant: as in `HEXLoss`.
         gather_distributed: as in `HEXLoss`, but True by default, because ClipLoss gathers as well.
-            Value and gradient are then those of ClipLoss with gather_with_grad=True and
-            local_loss=False.
+            With True, the value and the gradient are those of ClipLoss with gather_with_grad=True
+            and local_loss=False.
         process_group, check_sizes, cache_bytes: as in `HEXLoss`.
 
     Shape:
         image_features, text_features: (B, D), float64, float32, bfloat16 or float16. Rows may have
             any length, because they are normalised here.
         logit_scale: a number or a tensor of one element, the inverse of the temperature.
-        Result: 0-d, float64 if an input is, else float32.
+        Result: 0-d. It is float64 if an input is float64, and otherwise float32.
 
     Attributes:
         threshold, last, statistics(), set_epoch(): as in `HEXLoss`.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or value. The text names it.
+        TypeError, ValueError: an argument has the wrong type or value. The message names it.
 
     Example:
         >>> import torch
@@ -106,15 +107,15 @@ class HEXClipLoss(HEXLoss):
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss of a batch, or {"contrastive_loss": loss} with output_dict.
+        """The loss of a batch. With output_dict, the result is {"contrastive_loss": loss}.
 
         Args:
-            image_features, text_features: (B, D). Row i of both is a pair.
-            logit_scale: exp of the model's parameter, which gets its gradient.
-            logit_bias: None, or the bias of a model that has one, a number or a tensor of one
-                element. It does not change the loss, because one number added to all logits changes
-                no softmax. Its gradient is 0, as in ClipLoss, because DDP would refuse a missing
-                one.
+            image_features, text_features: (B, D). Row i of one and row i of the other are a pair.
+            logit_scale: exp of the model's parameter. The parameter gets its gradient.
+            logit_bias: None or, for a model that has a bias, a number or a tensor of one element.
+                It does not change the loss, because adding one number to all logits does not change
+                the softmax. Its gradient is 0, as in ClipLoss, and not missing, because DDP would
+                refuse a missing gradient.
             output_dict: whether to return a dict.
         """
         check_views(image_features, text_features, ("image_features", "text_features"))

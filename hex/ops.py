@@ -338,7 +338,7 @@ class Function(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise NotImplementedError(
             "hex-ssl: a loss has no forward-mode derivative (jvp, jacfwd, hessian, forward_ad); "
-            "take grad, vjp or jacrev, for a Hessian jacrev twice"
+            "use grad, vjp or jacrev, and jacrev twice for a Hessian"
         )
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The authors' own settings by name: their thresholds, and how they add HEX to another loss.
 
-The settings were read in their code, https://github.com/olivesgatech/HEX at commit c3002ed
-(docs/released.md). To repeat their training, combine them with `variant="released"`:
+The settings come from their code, https://github.com/olivesgatech/HEX at commit c3002ed
+(docs/released.md). To repeat their training, combine the settings with `variant="released"`:
 `HEXLoss(threshold=authors_threshold("simclr"), variant="released")`.
 """
 
@@ -34,17 +34,17 @@ def authors_threshold(
     |---|---|
     | "simclr" | adaptive with over="all"; InfoNCE while epoch <= 10 |
     | "nnclr" | the same, but 0.9 while epoch <= 10 (rows [neighbours; predictions], "ntxent") |
-    | "step" | 0.9, minus 0.1 every `every` epochs, for the cosines scaled to [0, 1] in each row |
+    | "step" | 0.9, minus 0.1 after every `every` epochs, for cosines scaled to [0, 1] in each row |
     | "step-imagenet-simclr" | "step" every 20 epochs, as in their run of 100 epochs |
     | "step-imagenet-nnclr" | "step" every 25 epochs, as in their run of 100 epochs |
-    | "step-cifar" | "step" every 100 epochs, as in six of their runs of 400 epochs (of seven) |
-    | "cosine" | from 0.9 to 0.3 over `epochs`, for scaled cosines, compounded as theirs is |
+    | "step-cifar" | "step" every 100 epochs, as in six of their seven runs of 400 epochs |
+    | "cosine" | from 0.9 to 0.3 over `epochs`, for scaled cosines, compounded as in their code |
 
-    For another length of training choose another `every`: once eps is below 0, the whole row is in
+    For another length of training, choose another `every`: once eps is below 0, the whole row is in
     H, and the released loss is 0.
 
     Args:
-        name: one of the table.
+        name: a name in the table.
         epochs: the number of epochs of the training, for "cosine" only.
         every: the number of epochs from one drop to the next, for "step" only.
 
@@ -52,8 +52,8 @@ def authors_threshold(
         A `ThresholdTracker`, for the argument `threshold` of a loss.
 
     Raises:
-        TypeError, ValueError: an unknown name, or `epochs` or `every` that is missing, not wanted
-            or out of range.
+        TypeError, ValueError: the name is unknown, or `epochs` or `every` is missing, is given for
+            a name that does not use it, or is out of range.
 
     Example:
         >>> from hex import HEXLoss
@@ -83,7 +83,7 @@ def authors_threshold(
 def authors_mix(
     method: Method, hex_loss: Tensor, base: Tensor | float, alpha: float = 0.1
 ) -> Tensor:
-    """HEX added to a loss that is not InfoNCE, with the weights of the authors' adaptive form.
+    """HEX plus a loss that is not InfoNCE, with the weights of the authors' adaptive form.
 
         "barlow"    alpha hex_loss + (1 - alpha) base
         "vicreg"    5 alpha hex_loss + (1 - alpha) base
@@ -92,24 +92,24 @@ def authors_mix(
         method: "barlow" (Barlow Twins) or "vicreg".
         hex_loss: the value of a `HEXLoss` on both projections, 0-d.
         base: the value of the method's own loss, 0-d or a number.
-        alpha: in [0, 1]. The one configuration of theirs that names it has 0.1.
+        alpha: in [0, 1]. Only one of the authors' configurations names it, and it has 0.1.
 
     Returns:
         0-d.
 
     Raises:
-        TypeError, ValueError: an unknown method, or alpha is no number or outside [0, 1].
+        TypeError, ValueError: the method is unknown, or alpha is not a number in [0, 1].
 
     Example:
         >>> import torch
         >>> from hex import HEXLoss
         >>> from hex.presets import authors_mix
         >>> z0, z1 = torch.randn(2, 256, 512)
-        >>> base = (z0 - z1).square().mean()  # here the loss of Barlow Twins belongs
+        >>> base = (z0 - z1).square().mean()  # put the loss of Barlow Twins here
         >>> loss = authors_mix("barlow", HEXLoss(variant="released")(z0, z1), base)
 
-    Source: solo/methods/barlow_twins.py and solo/methods/vicreg.py in their repository. (Their form
-    with a fixed threshold is hex + base.)
+    Source: solo/methods/barlow_twins.py and solo/methods/vicreg.py in the authors' repository.
+    (Their form with a fixed threshold is hex + base.)
     """
     check_choice("method", method, get_args(Method))
     alpha = check_number("alpha", alpha, 0, 1)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The rules of a threshold: the options of each with their checks, and the formulas of those that
-depend on the epoch alone."""
+"""The rules of a threshold: the options of each rule with their checks, and the formulas of the
+rules that depend only on the epoch."""
 
 import math
 from collections.abc import Callable
@@ -18,10 +18,10 @@ _MOST_FACTORS = 1 << 20  # 8 MiB of them
 
 
 def at(rule: str, options: dict[str, Any], epoch: Tensor) -> Tensor:
-    """The threshold of the rule "fixed", "step" or "cosine": a new 0-d float64 on epoch's device.
+    """The threshold of the rule "fixed", "step" or "cosine", a new 0-d float64 on epoch's device.
 
     Args:
-        epoch: 0-d, -1 before the first. An average of several states may make it fractional.
+        epoch: 0-d. It is -1 before the first epoch. An average of several states may be fractional.
     """
     o = options
     if rule == "fixed":
@@ -39,7 +39,7 @@ def at(rule: str, options: dict[str, Any], epoch: Tensor) -> Tensor:
 
 
 def lowest(rule: str, options: dict[str, Any]) -> float:
-    """The least threshold of a schedule. It is -inf for "adaptive", where the batches decide."""
+    """The lowest threshold of a schedule. It is -inf for "adaptive", where the batches decide."""
     if rule == "adaptive":
         return -math.inf
     if rule == "step":
@@ -62,7 +62,7 @@ def checked(rule: str, options: dict[str, Any]) -> dict[str, Any]:
     """The options of a rule as plain Python values.
 
     Raises:
-        TypeError, ValueError: an option of the wrong type, or outside its range.
+        TypeError, ValueError: an option has the wrong type or is outside its range.
     """
     values = {name: check(name, options[name]) for name, check in OPTIONS[rule].items()}
     for name in ("t", "start", "drop", "end"):  # an infinite t has a meaning: InfoNCE, or all in H

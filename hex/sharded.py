@@ -188,8 +188,8 @@ class _Final(ops.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> Any:
         raise RuntimeError(
-            "hex-ssl: with gather_distributed=True the loss has no second derivative, for which "
-            "the ranks would have to talk to each other in the backward; take it without gathering"
+            "hex-ssl: a loss with gather_distributed=True has no second derivative, because the "
+            "ranks exchange nothing in the backward; use gather_distributed=False"
         )
 
 

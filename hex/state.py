@@ -139,11 +139,11 @@ def unpack_history(rows: Tensor) -> list[tuple[int, float]]:
     if isinstance(rows, Tensor):
         check_dense("_extra_state", rows)
     if not isinstance(rows, Tensor) or rows.dim() != 2 or rows.shape[1] not in (2, 3):
-        got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-        raise ValueError(f"_extra_state: got {got}, wanted the tensor of a history, (epochs, 3)")
+        got = f"shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+        raise ValueError(f"_extra_state: got {got}, wanted a tensor of shape (epochs, 3)")
     if rows.is_complex() or rows.is_quantized or rows.is_meta:
         what = "device meta" if rows.is_meta else str(rows.dtype)
-        raise ValueError(f"_extra_state: got {what}, wanted real numbers of a history")
+        raise ValueError(f"_extra_state: got {what}, wanted a tensor of real numbers")
     history = []
     for *weights, epoch, value in rows.tolist():
         weight = weights[0] if weights else 1.0

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The threshold eps over training: measured on the batches, or scheduled over the epochs.
 
-A tracker turns the candidate of a batch (hex.batch_threshold) and what earlier batches left into
-the eps of a step. How a schedule depends on the epoch is in schedules.py, what is kept and saved in
-state.py, and what is kept and not saved in recent.py. Measuring the candidate, scaling a schedule
-to the range of each row, and deciding what counts as training are left to the loss.
+A tracker makes the eps of a step from the candidate of the batch (hex.batch_threshold) and what
+earlier batches left. How a schedule depends on the epoch is in schedules.py, what is kept and saved
+in state.py, and what is kept and not saved in recent.py. The loss measures the candidate, scales a
+schedule to the range of each row, and decides what counts as training.
 """
 
 from __future__ import annotations
@@ -27,49 +27,49 @@ __all__ = ["ThresholdTracker"]
 
 
 class ThresholdTracker(nn.Module):
-    """The threshold eps, a cosine, over the steps of training. A class method makes one:
+    """The threshold eps, a cosine, over the steps of training. These class methods make a tracker:
 
         adaptive(...)              measured on the batches
         fixed(t)                   t
         step(start, drop, every)   max(start - drop floor(epoch / every), -1)
         cosine(start, end, epochs) end + (start - end) (1 + cos(pi epoch / epochs)) / 2, then end
 
-    Call `set_epoch(epoch)` on the loss, or on the tracker, at the start of each epoch, counted from
-    0. An adaptive tracker without warm-up works without these calls. All state is in `state_dict`,
-    and a run that is stopped and resumed at any step continues bit for bit. `load_state_dict`, even
-    a strict one, also takes a state without a tracker, as of a model that was trained with another
-    loss. The tracker then stays as it was.
+    Call `set_epoch(epoch)` on the loss, or on the tracker, at the start of each epoch. Epochs count
+    from 0. An adaptive tracker without warm-up works without these calls. All state is in
+    `state_dict`, so a run that is stopped and resumed at any step continues bit for bit.
+    `load_state_dict`, even a strict one, also accepts a state that has no tracker, such as that of
+    a model that was trained with another loss. The tracker then stays as it was.
 
-    Short batches: the last batch of an epoch, where the loader does not drop it, says little about
-    the next. A batch with less than half the anchors of the largest batch of this epoch and the one
-    before is therefore used with the eps of its own candidate, which is not stored. (Where no epoch
-    is named, the largest of the last hundred calls at most counts.) After twenty short batches in a
-    row their length becomes the normal one. If two sizes alternate, give each a loss of its own,
-    because the smaller one would never move the threshold.
+    Short batches: a batch counts as short if it has less than half the anchors of the largest batch
+    of this epoch and the one before, such as the last batch of an epoch. It uses its own candidate
+    as eps, but does not store it, because that says little about the next batch. (If `set_epoch` is
+    never called, the largest of at most the last hundred calls counts.) After twenty short batches
+    in a row, their length becomes the normal one. If two sizes alternate, give each size a loss of
+    its own, because the smaller one would never move the threshold.
 
-    Activation checkpointing: the second run of a loss gets the eps of its first run, which is found
-    by the candidate among the last 256 training calls, and stores nothing. Of two equal batches
-    before one backward both get the eps of the second. Put `torch.compile` around a checkpoint and
-    not inside it: a loss that is compiled inside a checkpoint leaves the graph for its threshold,
-    and one that was compiled elsewhere and is then called inside a checkpoint does not recognise
-    its second run. Selective checkpointing expects the same operators in both runs, and refuses an
-    adaptive threshold.
+    Activation checkpointing: the second run of a loss gets the eps of its first run and stores
+    nothing. The first run is found by its candidate, among the last 256 training calls. If two
+    equal batches come before one backward, both get the eps of the second. Put `torch.compile`
+    around a checkpoint and not inside it. A loss that is compiled inside a checkpoint leaves the
+    graph for its threshold. A loss that was compiled elsewhere, and is then called inside a
+    checkpoint, does not recognise its second run. Selective checkpointing expects the same
+    operators in both runs, so it refuses an adaptive threshold.
 
     DDP sends rank 0's buffers to all ranks before each forward, so every rank continues from rank
-    0's state, as with BatchNorm. With that turned off each continues from its own.
+    0's state, as with BatchNorm. If this is turned off, each rank continues from its own state.
 
     Keep the tracker on the device of the embeddings (`loss.to(device)`). On another device the
     result is the same, but every step waits for copies between the devices.
 
     Attributes:
-        state: (11,) float64, all that is stored (state.py). The next four are read from it.
-        epoch: the epoch of the last `set_epoch`, -1 before the first call (taken as epoch 0).
+        state: (11,) float64, all that is stored (state.py). It contains the next four.
+        epoch: the epoch of the last `set_epoch`. Before the first call it is -1, treated as 0.
         updates: how many candidates were stored.
         skipped: how many candidates were not stored because they were not finite.
         short: how many candidates were not stored because their batch was short.
 
     Raises:
-        TypeError, ValueError: by the class methods, for an argument of the wrong type or value.
+        TypeError, ValueError: an argument of a class method has the wrong type or value.
 
     Example:
         >>> import torch
@@ -91,7 +91,7 @@ class ThresholdTracker(nn.Module):
     state: Tensor
 
     def __init__(self, rule: str, **options: Any) -> None:
-        """Called by the class methods, which fill in the defaults."""
+        """The class methods call this, and fill in the defaults."""
         super().__init__()
         check_choice("rule", rule, tuple(schedules.OPTIONS))
         if sorted(options) != sorted(schedules.OPTIONS[rule]):
@@ -114,7 +114,7 @@ class ThresholdTracker(nn.Module):
         momentum: float = 0.0, monotonic: bool = False, lagged: bool = False,
         warmup_threshold: float = math.inf,
     ) -> ThresholdTracker:  # fmt: skip
-        """A quantile of the cosines of each row, averaged over the rows, batch by batch.
+        """eps is a quantile of each row's cosines, averaged over the rows, for every batch anew.
 
             v_t = momentum v_(t-1) + (1 - momentum) candidate_t,  v_1 = candidate_1
             v_t = min(v_t, v_(t-1))      if monotonic
@@ -124,13 +124,13 @@ class ThresholdTracker(nn.Module):
             quantile: in [0, 1], the quantile of each row, by nearest rank.
             over: "negatives" takes the quantile over the negatives of a row and works for batches
                 of any size. "all", the authors' rule, takes it over the whole row, with the anchor
-                itself and its positives. It fails for short rows, see `warn_if_too_small`.
+                itself and its positives. It fails for short rows (see `warn_if_too_small`).
             warmup_epochs: while epoch < warmup_epochs, eps is warmup_threshold and nothing is
                 updated. The authors' `epoch <= 10` is warmup_epochs=11.
             momentum: in [0, 1), of the running mean. With 0 each batch has its own value.
             monotonic: whether eps may only fall.
-            lagged: whether a batch is used with the value that the batches before it left.
-            warmup_threshold: the eps of the warm-up. +inf is InfoNCE; the authors take 0.9 for
+            lagged: whether a batch uses the value that the batches before it left.
+            warmup_threshold: the eps of the warm-up. +inf is InfoNCE. The authors use 0.9 for
                 NNCLR.
         """
         return cls(
@@ -144,11 +144,11 @@ class ThresholdTracker(nn.Module):
         """One threshold for all epochs: eps = t, or eps_i = min_i + t (max_i - min_i).
 
         Args:
-            t: < 1. With t < -1 every negative is in H, and math.inf is InfoNCE. For any other
-                t >= 1 H is always empty, and a loss of the paper's form warns.
+            t: < 1, or math.inf for InfoNCE. With t < -1 every negative is in H. For any other
+                t >= 1, H is always empty, and a loss of the paper's form warns.
             normalize_rows: whether t is compared with the cosines scaled to [0, 1] in each row, as
-                in all schedules of the authors. It is the whole row that is scaled, so that in mode
-                "ntxent" max_i is 1, the cosine of the anchor with itself. t must then be finite.
+                in all schedules of the authors. The whole row is scaled, so in mode "ntxent" max_i
+                is 1, the cosine of the anchor with itself. t must then be finite.
         """
         return cls("fixed", t=t, normalize_rows=normalize_rows)
 
@@ -181,8 +181,8 @@ class ThresholdTracker(nn.Module):
             start, end: finite cosines.
             epochs: the length of the decay, >= 1.
             normalize_rows: as in `fixed`.
-            compounded: whether to decay as the authors' code does. It overwrites its own start with
-                the result of each epoch, so that the factors multiply and the decay is much faster
+            compounded: whether to decay as the authors' code does. That code overwrites its start
+                with the result of each epoch, so the factors multiply and the decay is much faster
                 (halfway at about epoch 0.94 epochs^(2/3) instead of epochs / 2):
                 eps = end + (start - end) prod_(k = 1..epoch) (1 + cos(pi k / epochs)) / 2
         """
@@ -216,15 +216,15 @@ class ThresholdTracker(nn.Module):
 
     @property
     def adaptive_rule(self) -> bool:
-        """Whether `update`, with a batch's candidate, gives eps. Otherwise `current` does."""
+        """Whether `update` gives eps, from a batch's candidate. Otherwise `current` gives it."""
         return self.rule == "adaptive"
 
     @property
     def value(self) -> Tensor:
-        """The threshold at this moment: a 0-d float64 copy.
+        """The threshold at this moment, as a 0-d float64 copy.
 
-        For an adaptive tracker it is what the last update stored, +inf before the first, and
-        warmup_threshold during warm-up. For a schedule it is the threshold of this epoch.
+        For an adaptive tracker, it is what the last update stored, +inf before the first update,
+        and warmup_threshold during warm-up. For a schedule, it is this epoch's threshold.
         """
         if not self.adaptive_rule:
             return schedules.at(self.rule, self.options, self.state[states.EPOCH] - 1)
@@ -237,16 +237,16 @@ class ThresholdTracker(nn.Module):
 
     @property
     def history(self) -> list[tuple[int, float]]:
-        """(epoch, value at its end), in order, for each epoch that a `set_epoch` has ended."""
+        """(epoch, value at its end) for each epoch that a `set_epoch` has ended, in order."""
         return list(self._history)
 
     def set_epoch(self, epoch: int) -> None:
-        """Begins `epoch`, counted from 0, and puts the epoch that ends into `history`.
+        """Begins `epoch`, which counts from 0, and adds the epoch that ends to `history`.
 
         Call it between steps and outside compiled code, because it waits for the device. Naming the
         epoch that is already running changes nothing. It warns, once, if H was empty in every row
-        of the epoch that ends, or if, in the released form, H always held all negatives, so that
-        the loss was 0.
+        of the epoch that ends. It also warns if, in the released form, H always had all negatives,
+        so that the loss was 0.
 
         Raises:
             TypeError, ValueError: epoch is not an integer >= 0.
@@ -269,7 +269,7 @@ class ThresholdTracker(nn.Module):
         self.state.copy_(state)
 
     def reset(self) -> None:
-        """Forgets all state, the history and which warnings were given. The options stay."""
+        """Forgets all state, the history and the warnings that were given. The options stay."""
         with torch.no_grad():
             self.state.zero_()
         self._history: list[tuple[int, float]] = []
@@ -288,19 +288,19 @@ class ThresholdTracker(nn.Module):
         """Gives the eps of a batch, and stores the new state of an adaptive tracker.
 
         Args:
-            candidate: 0-d, the batch's own threshold. If it is not finite, it counts as skipped,
-                and the batch is used with the stored value, which stays as it is.
+            candidate: 0-d, the batch's own threshold. If it is not finite, it counts as skipped.
+                The batch then uses the stored value, which does not change.
             store: whether to store the state. False, for evaluation, gives the same eps. Nothing is
-                stored under torch.func transforms, nor for a candidate that is met again in a
-                backward, which is that of a checkpoint's second run.
-            anchors: the number of anchors, by which a short batch is told. 0 if all have the same.
+                stored under torch.func transforms. Nothing is stored either for a candidate that is
+                met again in a backward, because that is the second run of a checkpoint.
+            anchors: how many anchors the batch has, to recognise a short one. 0 if all are equal.
 
         Returns:
-            0-d float64 on the candidate's device, without gradient, and never the buffer itself.
+            0-d float64 on the candidate's device, without gradient. It is never the buffer itself.
 
         Raises:
             RuntimeError: the tracker is a schedule.
-            TypeError, ValueError: an argument of the wrong type or shape.
+            TypeError, ValueError: an argument has the wrong type or shape.
         """
         if not self.adaptive_rule:
             raise RuntimeError(f"update: got a {self.rule} schedule, wanted an adaptive tracker")
@@ -324,10 +324,10 @@ class ThresholdTracker(nn.Module):
         return eps
 
     def store(self, state: Tensor, own: Tensor | None = None) -> None:
-        """Takes the new state of an update that another made, such as `torch.ops.hex.adaptive`.
+        """Stores the new state of an update made elsewhere, such as in `torch.ops.hex.adaptive`.
 
         Args:
-            own: `self.state`, from who has it: to find a buffer takes a module time.
+            own: `self.state`, if the caller has it already: looking up a buffer takes time.
         """
         own = self.state if own is None else own
         if state.is_meta and not own.is_meta:
@@ -339,29 +339,29 @@ class ThresholdTracker(nn.Module):
         own.copy_(state)
 
     def remember(self, candidate: Tensor, eps: Tensor) -> None:
-        """Notes which eps a candidate was given, for the second run of a checkpoint.
+        """Remembers the eps that a candidate was given, for the second run of a checkpoint.
 
         Args:
-            candidate: 0-d; or the state that it led to, which has it.
+            candidate: 0-d, or the state that followed from it, which contains it.
             eps: 0-d.
         """
         self._recall.add(candidate, eps)
 
     def counts_unseen(self, loss: Tensor) -> bool:
-        """Counts a training batch of this loss that `watch` need not look at; whether it is one."""
+        """Counts a training batch if `watch` need not look at it. Returns whether this is so."""
         return self._tally.add_unseen(loss)
 
     def watch(self, hard: Tensor, loss: Tensor, could_be_0: bool) -> None:
-        """Counts a training batch, for the warnings of `set_epoch` and `look`; see `Tally.add`."""
+        """Counts a training batch for the warnings of `set_epoch` and `look` (see `Tally.add`)."""
         if self._tally.device != hard.device and not hard.is_meta:
             self._tally = self._tally.on(hard.device)
         self._tally.add(hard, loss, could_be_0)
 
     def look(self, ended: bool = False) -> None:
-        """Warns if H was always empty, or held everything, in the batches that `watch` counted.
+        """Warns if H was always empty, or had all negatives, in the batches that `watch` counted.
 
-        It does so where no epoch was ever named, after a hundred batches, and, if `ended`, for the
-        last epoch, which no `set_epoch` ends. It waits for the device.
+        If `set_epoch` was never called, this needs at least a hundred batches. If `ended`, it
+        is about the last epoch, which no `set_epoch` ends. It waits for the device.
         """
         if ended:
             self._judge("the last epoch")
@@ -396,7 +396,7 @@ class ThresholdTracker(nn.Module):
             )
 
     def kernel_rule(self) -> tuple[float, bool, float, bool, bool, int, float]:
-        """The options of an adaptive tracker, in the order in which the operator takes them."""
+        """The options of an adaptive tracker, in the order of the operator's arguments."""
         o = self.options
         return (
             self.quantile,
@@ -409,7 +409,7 @@ class ThresholdTracker(nn.Module):
         )
 
     def current(self) -> Tensor:
-        """The threshold of a schedule in this epoch: a new 0-d float64 on the tracker's device.
+        """The threshold of a schedule in this epoch, as a new 0-d float64 on the tracker's device.
 
         Raises:
             RuntimeError: the tracker is adaptive.
@@ -421,7 +421,7 @@ class ThresholdTracker(nn.Module):
         return self.value
 
     def warn_if_never(self) -> None:
-        """Warns if no cosine is ever above the schedule, unless math.inf asks for just that."""
+        """Warns if no cosine can be above the schedule, unless that was asked for by math.inf."""
         lowest = schedules.lowest(self.rule, self.options)
         if 1 <= lowest < math.inf:
             self._warn(
@@ -434,14 +434,14 @@ class ThresholdTracker(nn.Module):
         """Warns, once, if with over="all" the quantile of a row is not the cosine of a negative.
 
         The quantile is element k = round(quantile (n - 1)) of the n cosines in ascending order. If
-        the row has the anchor's own cosine, that is element n - 1, and eps is 1 and H always empty
-        (quantile 0.99: n < 52). As soon as training works, the next element below it, or the
-        greatest if the row has no own cosine, is the positive's. eps then follows the positives and
-        H is nearly empty (n < 151, or n < 52). The short last batch of an epoch does not count.
+        that is the anchor's cosine with itself (for the quantile 0.99: n < 52), eps is 1 and H is
+        always empty. As soon as training works, the largest other cosine is the positive's. If the
+        quantile is that one (n < 151, or n < 52 in a row without the anchor itself), eps follows
+        the positives and H is nearly empty. The short last batch of an epoch does not count.
 
         Args:
             n_row: how many cosines a row has.
-            has_self: whether the anchor's own is one of them, as in mode "ntxent".
+            has_self: whether the anchor's cosine with itself is one, as in mode "ntxent".
         """
         if self.over != "all" or not self.adaptive_rule or torch.compiler.is_compiling():
             return
@@ -452,7 +452,7 @@ class ThresholdTracker(nn.Module):
         taken = (
             "the anchor's similarity with itself, so eps is 1 and H is always empty"
             if has_self and above == 0
-            else "usually the positive's, so H is nearly always empty"
+            else "usually the cosine of the positive, so H is nearly always empty"
         )
         self._warn(
             "too small",
@@ -465,11 +465,11 @@ class ThresholdTracker(nn.Module):
         return ", ".join([self.rule, *(f"{name}={v!r}" for name, v in self.options.items())])
 
     def get_extra_state(self) -> Tensor:
-        """The history as a tensor of fixed shape, so that a state_dict holds tensors only."""
+        """The history as a tensor of fixed shape, so that a state_dict has tensors only."""
         return states.pack_history(self._history)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Takes back what get_extra_state gave."""
+        """Restores what get_extra_state gave."""
         self._history = states.unpack_history(state)
 
     def _load_from_state_dict(

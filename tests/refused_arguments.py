@@ -47,7 +47,9 @@ def nested(z):
         return torch.nested.as_nested_tensor([z, z])
 
 
-STORAGE = "{}: got a storage of 0 bytes, wanted {} or more, as its shape says"
+STORAGE = (
+    "{}: got a storage of 0 bytes, wanted at least {} for its shape (was it freed or resized?)"
+)
 NESTED = "{}: got a nested tensor, wanted a dense tensor"
 SPARSE = "{}: got layout torch.sparse_coo, wanted a dense tensor"
 META = "{}: got device meta, wanted that of the embeddings, cpu"
@@ -71,7 +73,7 @@ ERRORS = (
             ("groups[1]", ONES, lambda z: HEXLoss()(Z, Z, Z, groups=(ONES, z))),
             ("mask", torch.eye(4), lambda z: HEXSupConLoss()(X, mask=z)),
             ("guide", X, lambda z: HEXSupConLoss()(X, guide=z)),
-            ("guide: z1", Z, lambda z: HEXLoss()(Z, Z, guide=(Z, z))),
+            ("guide: g1", Z, lambda z: HEXLoss()(Z, Z, guide=(Z, z))),
             ("eps", torch.ones(8), lambda z: hex_loss(Z, Z, eps=z)),
             ("temperature", ONE, lambda z: hex_loss(Z, Z, eps=0, temperature=z)),
             ("logit_scale", ONE, lambda z: HEXClipLoss()(Z, Z, z)),
@@ -83,7 +85,8 @@ ERRORS = (
     (
         lambda: info_nce(shrunk(Z), Z),
         ValueError,
-        "z0: got a storage of 89 bytes, wanted 92 or more, as its shape says",
+        "z0: got a storage of 89 bytes, wanted at least 92 for its shape (was it freed or "
+        "resized?)",
     ),
     *(
         (lambda call=call, z=z: call(nested(z)), TypeError, NESTED.format(name))
@@ -125,12 +128,12 @@ ERRORS = (
     (
         lambda: HEXLoss().to("meta")(Z, Z),
         ValueError,
-        "threshold: got a state on device meta, wanted that of the batch, cpu; call to_empty and "
-        "reset_parameters",
+        "threshold: got a state on device meta, wanted the batch's device, cpu; call "
+        "to_empty(device=...) on the loss and reset_parameters() on its threshold",
     ),
     # numbers outside the range of float64
     *(
-        (call, ValueError, f"{name}: got int beyond float64, wanted a number within")
+        (call, ValueError, f"{name}: got int beyond the range of float64, wanted one in it")
         for name, call in (
             ("beta", lambda: HEXLoss(beta=10**400)),
             ("temperature", lambda: info_nce(Z, Z, temperature=10**400)),
@@ -158,12 +161,12 @@ ERRORS = (
     (
         lambda: HEXLoss(gather_distributed=True)(Z, Z, rows=[ONE, 3]),
         TypeError,
-        "rows: got [Tensor, 3], wanted a tuple of ints, the images of every rank",
+        "rows: got [Tensor, 3], wanted a tuple of ints, the number of images of each rank",
     ),
     (
         lambda: HEXLoss(gather_distributed=True)(Z, Z, rows="4" * 99),
         TypeError,
-        f"rows: got '{'4' * 75}..., wanted a tuple of ints, the images of every rank",
+        f"rows: got '{'4' * 75}..., wanted a tuple of ints, the number of images of each rank",
     ),
     # tracker, presets and the CLIP loss
     (
@@ -190,12 +193,12 @@ ERRORS = (
     (
         lambda: adaptive().set_extra_state(Z.to(torch.complex64)),
         ValueError,
-        "_extra_state: got torch.complex64, wanted real numbers of a history",
+        "_extra_state: got torch.complex64, wanted a tensor of real numbers",
     ),
     (
         lambda: adaptive().set_extra_state(Z.to("meta")),
         ValueError,
-        "_extra_state: got device meta, wanted real numbers of a history",
+        "_extra_state: got device meta, wanted a tensor of real numbers",
     ),
     (
         lambda: adaptive().set_extra_state(torch.tensor([[1, torch.nan, 1]])),
@@ -220,7 +223,7 @@ ERRORS = (
     (
         lambda: HEXClipLoss()(Z, Z, 10.0, torch.ones(4)),
         ValueError,
-        "logit_bias: got shape (4,), wanted a number or one element",
+        "logit_bias: got shape (4,), wanted a single element",
     ),
     (
         lambda: HEXClipLoss()(Z, Z, 5e-324),

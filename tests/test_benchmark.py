@@ -2,6 +2,7 @@
 """The benchmark of a CPU at tiny sizes: it runs, and a method that is wrong cannot be timed."""
 
 import gc
+import itertools
 import json
 import os
 import re
@@ -24,6 +25,7 @@ import accuracy_report  # noqa: E402
 import batches  # noqa: E402
 import bench  # noqa: E402
 import cost  # noqa: E402
+import curves  # noqa: E402
 import measure  # noqa: E402
 import parts  # noqa: E402
 import peers  # noqa: E402
@@ -186,6 +188,30 @@ def test_the_report_makes_documents_and_pictures(tmp_path, monkeypatch):
         assert text.endswith("<!-- end -->\nafter\n")
         with pictures.open(page.picture) as file:
             assert file.info["Figures"] == report.checksum(page.points())
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in report.PAGES if page.panels], ids=lambda page: page.picture.stem
+)
+def test_a_line_has_a_gap_where_a_size_was_not_measured_and_no_words_overlap(page):
+    from matplotlib.text import Text
+
+    points = page.points()
+    figure = curves.draw(points, page.panels, "")
+    figure.draw_without_rendering()
+    for axes, panel in zip(figure.axes, page.panels, strict=True):
+        methods = {name: method + panel.suffix for method, (name, *_) in curves.STYLES.items()}
+        names = [line.get_label() for line in axes.lines]
+        assert {methods[name] for name in names} == {*methods.values()} & {*points["method"]}
+        for line, name in zip(axes.lines, names, strict=True):
+            there = dict(zip(*line.get_data(), strict=True))
+            measured = {*points["rows"][points["method"] == methods[name]]}
+            assert {rows for rows, value in there.items() if value > 0} == measured
+            assert {512 << k for k in range(8)} <= {*there}  # a gap where there is no value
+        words = [Text.get_window_extent(name) for name in axes.texts]
+        assert len(words) == len(names) + bool(panel.note)
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(words, 2))
+        assert all(axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 for box in words)
 
 
 def test_errors_are_recorded_and_named_in_tables(tmp_path, monkeypatch, capsys):
@@ -385,7 +411,7 @@ time.sleep(1000)
         (["--gpu", "data"], "no part 'data': the parts are sizes, queue"),
         (["--repeats", "0"], "--repeats: got 0, wanted at least 1"),
         (["--only", "("], "--only: got '('"),
-        (["--device", "cuda"], "--device cuda: wanted with --gpu alone"),
+        (["--device", "cuda"], "--device: got cuda without --gpu"),
         (["--record", "a.md"], "--record: got 'a.md', wanted a name with .jsonl at the end"),
     ],
 )

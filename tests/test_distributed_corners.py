@@ -167,7 +167,7 @@ def test_ranks_of_a_group_for_gpus_compare_on_the_host(seen):
     for said, made in (result["on the host"] for result in seen):
         error = (
             "ValueError: gather_distributed: got 3 and 4 rows on ranks 0 and 1, wanted the same "
-            "(drop_last=True), or rows="
+            "number: use drop_last=True in the loader, or pass rows="
         )
         assert said == ["None", "None", error] * 2
         assert made == 2  # one for each group, at the first comparison

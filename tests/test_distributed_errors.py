@@ -77,7 +77,7 @@ def hex_loss(**options: Any) -> HEXLoss:
     return HEXLoss(threshold=adaptive(), gather_distributed=True, **options)
 
 
-SAME = ", wanted the same (drop_last=True), or rows="
+SAME = ", wanted the same number: use drop_last=True in the loader, or pass rows="
 SIZES = "ValueError: gather_distributed: got 22 and 18 rows on ranks 0 and 1" + SAME
 DIFFERENT = "ValueError: gather_distributed: got different "
 ROWS = "ValueError: rows: got "
@@ -116,20 +116,20 @@ COMPARED = {
     ),
     "features": (
         lambda rank, e: good(hex_loss(), Encoded(*(x[:18, : 7 + rank] for x in e[:2]), *e[2:])),
-        DIFFERENT + "tensors",
+        DIFFERENT + "dtypes or shapes",
     ),
-    "dtypes": (wrong_dtype, DIFFERENT + "tensors"),
+    "dtypes": (wrong_dtype, DIFFERENT + "dtypes or shapes"),
     "dtypes of queues": (
         lambda rank, e: hex_loss()(
             *first(e, 18)[:2], e.queue.float() if rank else e.queue.double()
         ),
-        DIFFERENT + "tensors",
+        DIFFERENT + "dtypes or shapes",
     ),
     "a guide on one": (
         lambda rank, e: good(
             hex_loss(), first(e, 18), guide=first(e, 18).guide() if rank else None
         ),
-        DIFFERENT + "tensors",
+        DIFFERENT + "dtypes or shapes",
     ),
     "modes": (
         lambda rank, e: good(hex_loss(mode=("query", "cross")[rank]), first(e, 18)),
@@ -149,7 +149,7 @@ COMPARED = {
     ),
     "temperatures": (
         lambda rank, e: good(hex_loss(), first(e, 18), temperature=torch.tensor(0.1 + 0.1 * rank)),
-        "ValueError: temperature: got 0.1 to 0.2 on the ranks, wanted the same",
+        "ValueError: temperature: got values from 0.1 to 0.2, wanted the same on all ranks",
     ),
     "training": (
         lambda rank, e: good(hex_loss().train(bool(rank)), first(e, 18)), DIFFERENT + "options"
@@ -160,7 +160,7 @@ COMPARED = {
         ),
         DIFFERENT + "options",
     ),
-    "states": (of_state, DIFFERENT + "states"),
+    "states": (of_state, DIFFERENT + "thresholds"),
     "rows of the ranks": (
         lambda rank, e: good(hex_loss(), e, rows=(22, 18 + (not rank))), ROWS + "different"
     ),
@@ -214,7 +214,7 @@ OWN = {
         lambda rank, e: InfoNCELoss(process_group=dist.group.WORLD), "ValueError: process_group: "
     ),
     "a DTensor": (
-        d_tensor, "TypeError: z0: got DTensor, wanted a plain tensor; call .to_local()"
+        d_tensor, "TypeError: z0: got a DTensor, wanted a plain tensor; call .to_local()"
     ),
     "torch.func.grad": (
         under_func(torch.func.grad, lambda e: e.z0.detach()),
@@ -309,7 +309,7 @@ def test_the_error_of_uneven_ranks_says_what_to_do(seen):
     for rank in seen:
         assert rank["refused"]["sizes"][0] == (
             "ValueError: gather_distributed: got 22 and 18 rows on ranks 0 and 1, wanted the same "
-            "(drop_last=True), or rows="
+            "number: use drop_last=True in the loader, or pass rows="
         )
 
 

@@ -8,15 +8,17 @@ import pkgutil
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 import hex
+import hex.plots
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted(p for folder in (".", "docs", "examples") for p in ROOT.glob(f"{folder}/*.md"))
+DOCUMENTS = sorted(p for part in ("*", "docs/**/*", "examples/*") for p in ROOT.glob(f"{part}.md"))
 README = (ROOT / "README.md").read_text()
 # Where a file of this repository is seen, and where an image is.
 OURS = (
@@ -54,11 +56,29 @@ def targets(path):
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=named)
-def test_python_in_the_documents_runs(path):
+def test_python_in_the_documents_runs_and_prints_what_is_shown(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # a page may save a picture
     torch.manual_seed(0)
     names = {}
-    for source in blocks(path.read_text(), "python"):
+    shown = r"^```python\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?"
+    for source, prints in re.findall(shown, path.read_text(), re.MULTILINE | re.DOTALL):
         exec(compile(source, str(path), "exec"), names)
+        printed = capsys.readouterr().out
+        assert not prints or printed == prints
+
+
+def test_the_lightning_script_trains_and_logs_what_the_page_names(tmp_path, monkeypatch):
+    pytest.importorskip("hex.lightning", exc_type=ImportError)
+    page = (ROOT / "docs" / "guides" / "logging.md").read_text()
+    (source,) = blocks(page, "py")
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's, of the machine
+        exec(compile(source, "logging.md", "exec"), {})
+    (log,) = re.findall(r'read_csv\("(.+?)"\)', page)
+    named = set(re.findall(r"`hex/(\w+)`", page))
+    history = hex.plots.read_csv(log)
+    assert set(history) == named | {"step"} and len(history["step"]) == 8
 
 
 def test_the_script_for_several_devices_runs_on_two_processes(tmp_path):
@@ -109,7 +129,7 @@ def test_the_swap_changes_few_lines_and_trains():
 
 
 def test_the_trackers_of_the_table_can_be_made():
-    table = section("Options, and when to use what").split("| `ThresholdTracker` |")[1]
+    table = section("Options, and when to set them").split("| `ThresholdTracker` |")[1]
     cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `.")]
     calls = [call for cell in cells for call in re.findall(r"`(\.\w+\(.*?\))`", cell)]
     assert len(calls) >= 7
@@ -120,14 +140,14 @@ def test_the_trackers_of_the_table_can_be_made():
 
 
 def test_the_options_of_the_table_are_those_of_the_loss():
-    table = section("Options, and when to use what").split("| `ThresholdTracker` |")[0]
+    table = section("Options, and when to set them").split("| `ThresholdTracker` |")[0]
     shown = dict(re.findall(r"^\| `(\w+)` \| `?([^|`]+?)`? \|", table, re.MULTILINE))
     defaults = hex.HEXLoss.__init__.__kwdefaults__ | {"temperature": 0.1}
     assert {k: eval(v) for k, v in shown.items()} == defaults
 
 
 def test_the_statistics_are_those_the_readme_names():
-    assert set(re.findall(r'"(\w+)": ', section("Options, and when to use what"))) == set(
+    assert set(re.findall(r'"(\w+)": ', section("Options, and when to set them"))) == set(
         hex.Statistics._fields
     )
 
@@ -174,8 +194,8 @@ def test_the_map_names_files_that_exist():
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=named)
 def test_make_has_the_targets_that_are_named(path):
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    commands = re.findall(r"(?:^    |`)make ([a-z]+)", path.read_text(), re.MULTILINE)
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    commands = re.findall(r"(?:^    |`)make ([a-z-]+)", path.read_text(), re.MULTILINE)
     assert set(commands) <= targets
 
 

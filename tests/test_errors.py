@@ -66,7 +66,7 @@ ERRORS = (
             call,
             TypeError,
             f"{name}: got torch.int64, wanted torch.float64, float32, bfloat16 or float16; labels "
-            "go to HEXSupConLoss, the target of logits to HEXCrossEntropyLoss",
+            "go to HEXSupConLoss, logits and a target to HEXCrossEntropyLoss",
         )
         for name, call in (
             ("z1", lambda: HEXLoss()(Z, torch.arange(4))),
@@ -78,8 +78,9 @@ ERRORS = (
         (
             lambda make=make: torch.fx.symbolic_trace(make()),
             TypeError,
-            f"{name}: got a Proxy, and torch.fx.symbolic_trace cannot follow the checks of a loss; "
-            "make the loss a leaf module of the Tracer, or use torch.export or torch.compile",
+            f"{name}: got a Proxy of torch.fx, wanted a torch.Tensor; symbolic_trace cannot follow "
+            "the checks of a loss: make the loss a leaf module of the Tracer, or use torch.export "
+            "or torch.compile",
         )
         for name, make in (("z0", HEXLoss), ("z0", InfoNCELoss), ("features", HEXSupConLoss))
     ),
@@ -112,7 +113,7 @@ ERRORS = (
     (
         lambda: HEXLoss()(Z.as_subclass(Sharded), Z),
         TypeError,
-        "z0: got DTensor, wanted a plain tensor; call .to_local()",
+        "z0: got a DTensor, wanted a plain tensor; call .to_local()",
     ),
     # ranks
     (
@@ -124,17 +125,17 @@ ERRORS = (
     (
         lambda: HEXLoss()(Z, Z, rows=(4,)),
         ValueError,
-        "rows: got one, wanted None without gather_distributed=True",
+        "rows: got (4,), wanted gather_distributed=True with it",
     ),
     (
         lambda: checks.check_rows((2, 3.0)),
         TypeError,
-        "rows: got (2, 3.0), wanted a tuple of ints, the images of every rank",
+        "rows: got (2, 3.0), wanted a tuple of ints, the number of images of each rank",
     ),
     (
         lambda: checks.check_rows_are((2, 3), 2, 2, 1),
         ValueError,
-        "rows: got (2, 3), wanted the images of each of 2 ranks, 2 for rank 1",
+        "rows: got (2, 3), wanted the number of images of each of 2 ranks, and 2 for rank 1",
     ),
     (
         lambda: HEXLoss()(Z, Z, Z[0]),
@@ -184,7 +185,7 @@ ERRORS = (
     (
         lambda: InfoNCELoss(torch.ones(2)),
         ValueError,
-        "temperature: got shape (2,), wanted a number or one element",
+        "temperature: got shape (2,), wanted a single element",
     ),
     (
         lambda: InfoNCELoss("0.1"),
@@ -232,7 +233,7 @@ ERRORS = (
     (
         lambda: HEXLoss()(Z, Z, groups=torch.ones(4, dtype=torch.int64), guide=(Z, Z)),
         ValueError,
-        "groups, guide: got both, wanted one of them",
+        "groups, guide: got both, wanted at most one of them",
     ),
     (
         lambda: HEXLoss().statistics(),
@@ -263,22 +264,22 @@ ERRORS = (
     (
         lambda: HEXLoss()(Z, Z, guide=(Z,)),
         ValueError,
-        "guide: got 1 of them, wanted (g0, g1)",
+        "guide: got (Tensor,), wanted a tuple (g0, g1)",
     ),
     (
         lambda: HEXLoss()(Z, Z, guide=(Z, Z[:3])),
         ValueError,
-        "guide: z1: got shape (3, 3), wanted that of z0, (4, 3)",
+        "guide: g1: got shape (3, 3), wanted that of g0, (4, 3)",
     ),
     (
         lambda: HEXLoss()(Z, Z, guide=(Z[:3], Z[:3])),
         ValueError,
-        "guide: got [(3, 3), (3, 3)], wanted as many rows as the embeddings",
+        "guide: got [(3, 3), (3, 3)], wanted, except for the last axis, [(4, 3), (4, 3)]",
     ),
     (
         lambda: HEXSupConLoss()(X, guide=X[:, :1]),
         ValueError,
-        "guide: got shape (4, 1, 3), wanted that of features but for the last axis, (4, 2, 3)",
+        "guide: got shape (4, 1, 3), wanted that of features, (4, 2, 3), except for the last axis",
     ),
     (
         lambda: HEXSupConLoss()(Z[0]),
@@ -288,12 +289,12 @@ ERRORS = (
     (
         lambda: HEXSupConLoss()(X, ONES, torch.eye(4)),
         ValueError,
-        "labels, mask: got both, wanted one of them",
+        "labels, mask: got both, wanted at most one of them",
     ),
     (
         lambda: HEXSupConLoss()(Z),
         ValueError,
-        "labels: got None, wanted labels or a mask, without which features must be (B, V, D)",
+        "labels, mask: got neither, wanted one of them, for features are (N, D), not (B, V, D)",
     ),
     (
         lambda: hex_sup_con(X, mask=[[1]], eps=0),
@@ -303,7 +304,12 @@ ERRORS = (
     (
         lambda: hex_sup_con(X, mask=torch.eye(4).to_sparse(), eps=0),
         TypeError,
-        "mask: got torch.float32, torch.sparse_coo, wanted bool or real, dense",
+        "mask: got layout torch.sparse_coo, wanted a dense tensor",
+    ),
+    (
+        lambda: hex_sup_con(X, mask=torch.eye(4).to(torch.complex64), eps=0),
+        TypeError,
+        "mask: got torch.complex64, wanted bool or a real dtype",
     ),
     (
         lambda: hex_sup_con(X, mask=Z, eps=0),
@@ -314,7 +320,7 @@ ERRORS = (
         lambda: hex_sup_con(X, mask=torch.eye(4) / 2, eps=0),
         ValueError,
         "mask: got values other than 0 and 1, wanted 1 for positives and 0 for the others. Weights "
-        "are not supported; a mask of weights becomes one of positives by mask > t",
+        "are not supported; to make a mask of them, compare them with a number: weights > t",
     ),
     (
         lambda: hex_cross_entropy(Z[0], ONES, eps=0, temperature=1),
@@ -329,18 +335,18 @@ ERRORS = (
     (
         lambda: hex_sup_con(X),
         ValueError,
-        "eps: got neither eps nor groups, wanted one of them",
+        "eps, groups: got neither, wanted one of them",
     ),
     (
         lambda: hex_sup_con(X, eps=0, groups=ONES),
         ValueError,
-        "eps: got eps and groups, wanted one of them",
+        "eps, groups: got both, wanted one of them",
     ),
     (
         lambda: HEXSupConLoss(gather_distributed=True)(X, mask=torch.eye(4)),
         ValueError,
-        "gather_distributed: got True with a mask, wanted labels: the mask says nothing about the "
-        "rows of other ranks",
+        "gather_distributed: got True with a mask, wanted labels instead, because a mask says "
+        "nothing about the rows of other ranks",
     ),
     (
         lambda: HEXCrossEntropyLoss(0.1, self_column=1),

@@ -402,6 +402,8 @@ def test_the_demo_prints_its_table_and_draws_four_pictures(tmp_path, capsys, mon
         assert all(40 < float(score) <= 100 for score in scores), name
         assert name == "pixels" or (float(loss) > 0 and float(seconds) >= 0)
     assert "One seed" in printed
+    # What the threshold's picture means for the loss is said beside it.
+    assert re.search(r"In the end \d+% of H, .* tau_plus = 0.1 .*what_h_holds.md", printed, re.S)
     pictures = sorted(tmp_path.glob("*.png"))
     assert len(pictures) == 4
     for picture in pictures:

@@ -48,7 +48,7 @@ TESTS = 5  # of this file, which share them
 EXAMPLES = 50  # of one seed
 pytestmark = pytest.mark.timeout(SECONDS + 900)  # to shrink what fails takes minutes
 REFUSED = re.compile(r"[\w\[\]., ]+: (\w+: )?got [\s\S]+, wanted [\s\S]+")
-OUTSIDE = re.compile(r"hex::\w+: target: expected columns in \[0, \d+\), got -?\d+")
+OUTSIDE = re.compile(r"hex::\w+: target: got -?\d+, wanted a column in \[0, \d+\)")
 SETTINGS = hypothesis.settings(
     hypothesis.settings.get_profile("fixed"),
     derandomize=False, max_examples=EXAMPLES, print_blob=True, report_multiple_bugs=False,

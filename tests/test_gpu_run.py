@@ -130,7 +130,10 @@ def test_a_gate_that_fails_ends_the_run(rehearsal, tmp_path, plan, capsys):
     assert [*found] == [*CONFORMANCE, "battery"]
     assert found["battery"]["output"] == ["it is wrong"]
     said = capsys.readouterr()
-    assert "the rest would say nothing" in said.out and "not reached: tests" in said.err
+    assert (
+        "stopped: the other stages rely on this one" in said.out
+        and "not reached: tests" in said.err
+    )
 
     plan(*PRIMITIVES, Stage("battery", 20, GOOD, gate=True), Stage("tests", 20, GOOD))
     assert gpu.main(rehearsal) == 0  # mended

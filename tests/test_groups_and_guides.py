@@ -191,13 +191,17 @@ ERRORS = [
     (dict(groups=ONES, negatives=QUEUE), ValueError, "wanted (groups, negative_groups)"),
     (dict(groups=(ONES, ONES), negatives=QUEUE), ValueError, "groups[1]: got shape (4,)"),
     (dict(groups=ONES, guide=(Z, Z)), ValueError, "groups, guide: got both"),
-    (dict(guide=Z), ValueError, "guide: got Tensor, wanted (g0, g1)"),
-    (dict(guide=(Z,)), ValueError, "guide: got 1 of them, wanted (g0, g1)"),
-    (dict(guide=(Z, Z), negatives=QUEUE), ValueError, "wanted (g0, g1, g_negatives)"),
-    (dict(guide=(Z, Z, Z), negatives=QUEUE), ValueError, "as many rows as the embeddings"),
-    (dict(guide=(Z[:3], Z[:3])), ValueError, "as many rows as the embeddings"),
-    (dict(guide=(Z, Z[:3])), ValueError, "guide: z1: got shape (3, 3)"),
-    (dict(guide=(Z, Z.int())), TypeError, "guide: z1: got torch.int32"),
+    (dict(guide=Z), ValueError, "guide: got Tensor, wanted a tuple (g0, g1)"),
+    (dict(guide=(Z,)), ValueError, "guide: got (Tensor,), wanted a tuple (g0, g1)"),
+    (dict(guide=(Z, Z), negatives=QUEUE), ValueError, "wanted a tuple (g0, g1, g_neg"),
+    (
+        dict(guide=(Z, Z, Z), negatives=QUEUE),
+        ValueError,
+        "wanted, except for the last axis, [(4, 3), (4",
+    ),
+    (dict(guide=(Z[:3], Z[:3])), ValueError, "guide: got [(3, 3), (3, 3)], wanted"),
+    (dict(guide=(Z, Z[:3])), ValueError, "guide: g1: got shape (3, 3)"),
+    (dict(guide=(Z, Z.int())), TypeError, "guide: g1: got torch.int32"),
 ]
 
 

@@ -73,7 +73,7 @@ def python(site, code, **environment):
 
 def test_torch_is_not_installed(site):
     assert python(site, "import hex") == (
-        "ImportError: hex-ssl needs torch >= 2.10, and torch is not installed"
+        "ImportError: hex-ssl needs torch >= 2.10, but torch is not installed"
     )
 
 
@@ -88,7 +88,7 @@ def test_torch_cannot_be_imported_and_speaks_for_itself(site):
 def test_torch_is_too_old(site, version):
     add_torch(site, version)
     assert python(site, "import hex") == (
-        f"ImportError: hex-ssl needs torch >= 2.10, and torch {version} is installed"
+        f"ImportError: hex-ssl needs torch >= 2.10, but torch {version} is installed"
     )
 
 
@@ -100,9 +100,9 @@ def test_the_extension_is_not_built_and_torch_is_new_enough(site, version):
         extension.unlink()
     load = "import warnings; warnings.simplefilter('error'); from hex._load import _C; print(_C)"
     assert python(site, load) == (
-        f"RuntimeWarning: the extension hex._C is not built in {site / 'hex'}, so that hex-ssl has "
-        "no kernels: its formulas run as plain PyTorch operators, correct but slower and with "
-        "N x N memory. On Linux run `pip install .` in the source tree, or, to use an installed "
+        "RuntimeWarning: hex-ssl has no kernels, because the extension hex._C is not built in "
+        f"{site / 'hex'}. Its formulas run as plain PyTorch operators, correct but slower and with "
+        "N x N memory. On Linux run `pip install .` in the source tree; or, to use an installed "
         "hex-ssl, start Python in another folder. HEX_EXTENSION=0 in the environment turns this "
         "warning off"
     )
@@ -113,7 +113,7 @@ def test_the_extension_is_not_built_and_torch_is_new_enough(site, version):
 def test_hex_extension_is_neither_0_nor_1(site, wanted):
     add_torch(site, "2.10.0")
     assert python(site, "import hex", HEX_EXTENSION=wanted) == (
-        f"ImportError: HEX_EXTENSION={wanted}: expected 0 or 1"
+        f"ImportError: HEX_EXTENSION: got {wanted!r}, wanted 0 or 1"
     )
 
 
@@ -144,7 +144,8 @@ def test_torch_refuses_the_operators(site):
 def test_an_unknown_instruction_set_is_asked_for(site):
     add_libtorch(site, FUNCTIONS)
     assert python(site, "import hex", HEX_ISA="mmx") == (
-        "ImportError: HEX_ISA=mmx: expected base, neon, avx2, avx512, avx512_bf16 or avx512_amx"
+        "ImportError: HEX_ISA: got 'mmx', wanted base, neon, avx2, avx512, avx512_bf16 or "
+        "avx512_amx"
     )
 
 

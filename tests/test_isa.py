@@ -99,7 +99,7 @@ def test_a_level_that_there_is_not_is_an_import_error():
     levels = ["nonsense", "AVX2", "avx", "avx5122", " ", "base,avx2"]
     result = run("nonsense", "-c", ASK, *levels)
     names = "base, neon, avx2, avx512, avx512_bf16 or avx512_amx"
-    expected = [f"HEX_ISA={level}: expected {names}" for level in levels]
+    expected = [f"HEX_ISA: got '{level}', wanted {names}" for level in levels]
     assert result.stdout.splitlines() == expected, result.stderr
 
 

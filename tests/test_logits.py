@@ -211,8 +211,8 @@ ERRORS = [
     ((ONES[0], TARGET), ValueError, "logits: got shape (5,), wanted (N, C)"),
     ((ONES, TARGET[:3]), ValueError, "target: got shape (3,), wanted (4,)"),
     ((ONES, ONES), TypeError, "target: got torch.float32, wanted an integer dtype"),
-    ((ONES, TARGET + 5), RuntimeError, "target: expected columns in [0, 5), got 5"),
-    ((ONES, TARGET - 1), RuntimeError, "target: expected columns in [0, 5), got -1"),
+    ((ONES, TARGET + 5), RuntimeError, "target: got 5, wanted a column in [0, 5)"),
+    ((ONES, TARGET - 1), RuntimeError, "target: got -1, wanted a column in [0, 5)"),
 ]
 
 

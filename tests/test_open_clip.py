@@ -177,7 +177,7 @@ def test_a_scale_may_be_a_number():
             "logit_scale",
             torch.ones(2),
             ValueError,
-            r"logit_scale: got shape \(2,\), wanted a n",
+            r"logit_scale: got shape \(2,\), wanted a s",
         ),
         ("logit_scale", torch.ones((), dtype=torch.int64), TypeError, "logit_scale: got torch.int"),
         ("logit_scale", 0, ValueError, "logit_scale: got 0, wanted a finite number > 0"),

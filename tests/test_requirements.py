@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
-EXTRAS = ("examples", "test", "benchmarks", "dev")  # those of the Makefile
+EXTRAS = ("examples", "test", "benchmarks", "dev", "docs")  # those of the Makefile
 PYTHONS = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', PYPROJECT)
 
 

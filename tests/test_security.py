@@ -18,7 +18,10 @@ FORBIDDEN = """pickle marshal shelve dill cloudpickle joblib runpy code subproce
     pty socket ssl http urllib ftplib smtplib requests httpx aiohttp webbrowser ctypes tempfile
     """.split()
 CALLS = "eval exec compile open __import__ system popen fork spawn load".split()
-DEVNULL = "os.open(os.devnull, os.O_WRONLY)"  # `python -m hex | head` ends without a word
+OPENED = {
+    "__main__.py": {"os.open(os.devnull, os.O_WRONLY)"},  # `python -m hex | head` ends quietly
+    "plots.py": {'open(path, newline="")'},  # read_csv, with the path that its caller gives
+}
 
 
 def trees(paths):
@@ -60,7 +63,7 @@ def test_the_package_imports_nothing_that_runs_code_or_talks_to_others():
     for path, tree in trees(PACKAGE):
         assert not set(imported(tree)) & set(FORBIDDEN), path
         found = {text for name, text, _ in called(tree) if name in CALLS}
-        assert found == ({DEVNULL} if path.name == "__main__.py" else set()), path
+        assert found == OPENED.get(path.name, set()), path
     found = ast.parse("import os.path, pickle\ndef f():\n    from urllib.request import urlopen")
     assert set(imported(found)) & set(FORBIDDEN) == {"pickle", "urllib"}
     found = [name for name, *_ in called(ast.parse("os.system('x'); f(eval('1'))"))]

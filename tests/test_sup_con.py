@@ -406,7 +406,7 @@ ERRORS = [
     (dict(features=[1.0]), TypeError, "features: got list, wanted a torch.Tensor"),
     (dict(features=X.int()), TypeError, "features: got torch.int32, wanted"),
     (dict(features=X[0, 0]), ValueError, "features: got shape (3,), wanted (B, V, D) or (N, D)"),
-    (dict(features=X[:, 0]), ValueError, "labels: got None, wanted labels or a mask"),
+    (dict(features=X[:, 0]), ValueError, "labels, mask: got neither, wanted one of them"),
     (dict(labels=torch.ones(3).int()), ValueError, "labels: got shape (3,), wanted (4,)"),
     (dict(labels=torch.ones(4)), TypeError, "labels: got torch.float32, wanted an integer dtype"),
     (dict(labels=[1, 2, 3, 4]), TypeError, "labels: got list, wanted a torch.Tensor"),
@@ -452,9 +452,9 @@ def test_a_bad_option_is_named(options, error):
 
 
 def test_the_function_wants_a_threshold_or_groups():
-    with pytest.raises(ValueError, match="eps: got neither eps nor groups"):
+    with pytest.raises(ValueError, match="eps, groups: got neither"):
         hex_sup_con(X)
-    with pytest.raises(ValueError, match="eps: got eps and groups"):
+    with pytest.raises(ValueError, match="eps, groups: got both"):
         hex_sup_con(X, eps=0.3, groups=torch.ones(4).int())
 
 

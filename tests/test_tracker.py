@@ -353,10 +353,10 @@ def test_nothing_warns_where_epochs_are_set_or_not_needed_or_nothing_is_learnt()
     [
         (0.99, 2, True, "similarity with itself"),
         (0.99, 51, True, "similarity with itself"),
-        (0.99, 52, True, "usually the positive's"),
-        (0.99, 150, True, "usually the positive's"),
+        (0.99, 52, True, "usually the cosine of the positive"),
+        (0.99, 150, True, "usually the cosine of the positive"),
         (0.99, 151, True, None),
-        (0.99, 51, False, "usually the positive's"),
+        (0.99, 51, False, "usually the cosine of the positive"),
         (0.99, 52, False, None),
         (0.99, 1 + 4096, False, None),
         (0.5, 8, True, None),

@@ -144,7 +144,7 @@ def test_forward_mode_is_refused_and_never_silently_zero():
     ):
         loss = (lambda z, m=loss: m(z, z1)) if isinstance(loss, HEXLoss) else loss
         refused = (
-            "^hex-ssl: a loss has no forward-mode derivative .jvp, .*; take grad, vjp or jacrev"
+            "^hex-ssl: a loss has no forward-mode derivative .jvp, .*; use grad, vjp or jacrev"
         )
         with pytest.raises(NotImplementedError, match=refused):
             torch.func.jvp(loss, (z0,), (torch.ones_like(z0),))

@@ -133,7 +133,7 @@ const char *hex_cpu_select(const char *wanted, const char **problem)
             named = true;
         }
     if (!named)
-        *problem = "expected base, neon, avx2, avx512, avx512_bf16 or avx512_amx";
+        *problem = "wanted base, neon, avx2, avx512, avx512_bf16 or avx512_amx";
     return named ? level->name : NULL;
 }
 

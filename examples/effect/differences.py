@@ -2,7 +2,7 @@
 """From rows to numbers: which runs are compared, means, standard errors, differences by seed."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
@@ -78,7 +78,15 @@ def score(row: dict[str, Any], measure: str, split: str = "test") -> float | Non
 
 
 def difference(runs: Runs, baseline: Runs, measure: str) -> Summary | None:
-    """The differences from the baseline at the same seed, for all seeds that both have.
+    """The differences of a measure from the baseline's."""
+    return paired(runs, baseline, lambda row: score(row, measure))
+
+
+def paired(
+    runs: Runs, baseline: Runs, value: Callable[[dict[str, Any]], float | None]
+) -> Summary | None:
+    """The differences of a value of the rows from the baseline's at the same seed, for all seeds
+    that both have, or None if there are none.
 
     Raises:
         RowsError: two runs of a seed are no pair, as their first weights or their draws differ.
@@ -88,7 +96,7 @@ def difference(runs: Runs, baseline: Runs, measure: str) -> Summary | None:
         mine, other = runs[seed], baseline[seed]
         if mine["pairing"] != other["pairing"]:
             raise RowsError(f"{mine['key']!r} and {other['key']!r} are no pair: {mine['pairing']}")
-    pairs = [(score(runs[s], measure), score(baseline[s], measure)) for s in seeds]
+    pairs = [(value(runs[s]), value(baseline[s])) for s in seeds]
     pairs = [(a, b) for a, b in pairs if a is not None and b is not None]
     return summary(a - b for a, b in pairs) if pairs else None
 

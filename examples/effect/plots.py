@@ -1,20 +1,32 @@
 # SPDX-License-Identifier: MIT
-"""The pictures of docs/effect.md, drawn from the rows by matplotlib."""
+"""The pictures of docs/effect.md, drawn from the rows by matplotlib.
 
-from collections.abc import Callable
+Losses are compared in one way: each has a line with its differences from InfoNCE at the same seed,
+as pale dots, and with their mean ± two standard errors. Its colour is that of its family.
+"""
+
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from common.pictures import BLUE, GREEN, GREY, ORANGE, plt
 
-from effect.differences import MEASURES, SCORE, Runs, compared, difference, score
-from effect.report import mean_of, title
+from effect.differences import MEASURES, SCORE, Runs, compared, paired, score
+from effect.report import mean_of, scaled, title
 from effect.rows import Rows
 from effect.table import MAIN, Study
 
-COLOURS = {
+COLOURS = {  # in the order of the lines
     "infonce": GREY, "decoupled": GREY, "hcl": GREEN, "paper": BLUE, "released": ORANGE
 }  # fmt: skip
+WIDTH = 10  # inches, so that text is large enough where a page makes the picture narrower
+LINE = 0.27  # inches of a loss
+MINUS = "minus InfoNCE's at the same seed"
+MARKS = "diamonds: mean ± 2 standard errors; pale dots: the seeds"
+Families = dict[str, str]  # of the losses, by name
+Value = Callable[[dict[str, Any]], float | None]  # of a row
 
 
 def draw(name: str, study: Study, rows: Rows, folder: Path) -> list[Path]:
@@ -34,164 +46,184 @@ def draw(name: str, study: Study, rows: Rows, folder: Path) -> list[Path]:
     return made
 
 
-def differences(runs: dict[str, Runs], families: dict[str, str]):
-    """One panel for each measure: each loss minus InfoNCE, by seed, with two standard errors."""
-    base = runs.get("infonce", {})
-    losses = [
-        x for x in runs if x != "infonce" and (d := difference(runs[x], base, SCORE)) and d.n > 1
-    ]
+def differences(runs: dict[str, Runs], families: Families):
+    """One panel for each measure of the test images, each loss minus InfoNCE."""
+    losses = repeated(runs, families)
     if not losses:
         return None
-    measures = [
-        m for m in MEASURES if m != SCORE and difference(runs[losses[0]], base, m) is not None
-    ]
-    figure, panels = plt.subplots(
-        1, len(measures), figsize=(2.6 * len(measures) + 1.5, 0.36 * len(losses) + 1.6), sharey=True
-    )
+    measures = [m for m in MEASURES if paired(runs[losses[0]], runs["infonce"], tested(m))]
+    figure, panels = grid(len(measures), len(losses), columns=3, sharex=True)
     for panel, measure in zip(panels, measures, strict=True):
-        differences_of(panel, losses, runs, measure, families)
+        dots(panel, losses, runs, tested(measure), families)
         panel.set_title(MEASURES[measure])
-    figure.suptitle(
-        "Test accuracy minus InfoNCE's at the same seed: mean ± 2 standard errors; pale: the seeds",
-        x=0.01, ha="left", fontsize=12,
+        panel.tick_params(labelbottom=True)
+    return headed(figure, f"Accuracy on the test images {MINUS}, in points", MARKS)
+
+
+def regimes(everywhere: dict[str, dict[str, Runs]], families: Families):
+    """One panel for each regime, with the losses that ran in more regimes than the main one."""
+    there = {name: runs for name, runs in everywhere.items() if len(runs.get("infonce", {})) > 1}
+    more = {x for name, runs in there.items() if name != MAIN for x in runs} - {"infonce"}
+    if not more:
+        return None
+    losses = in_order(more, families)
+    figure, panels = grid(len(there), len(losses), columns=4, sharex=True)
+    for panel, (name, runs) in zip(panels, there.items(), strict=True):
+        dots(panel, losses, runs, tested(SCORE), families)
+        panel.set_title(name)
+    return headed(figure, f"Score in each regime {MINUS}, in points", MARKS)
+
+
+def geometry(runs: dict[str, Runs], families: Families):
+    """One panel for each measure of the embedding at the end of training. The losses are sorted by
+    the rank within classes, which local collapse would make low."""
+    shown = {
+        "rank_within": ("rank within a class", "← local collapse"),
+        "rank": ("rank over all images", "← collapse"),
+        "alignment": ("alignment", "← better"),
+        "uniformity": ("uniformity", "← better"),
+    }
+    losses = repeated(runs, families)
+    if not losses:
+        return None
+    base = runs["infonce"]
+    losses.sort(key=lambda x: -paired(runs[x], base, last("rank_within")).mean)
+    figure, panels = grid(len(shown), len(losses), columns=4)
+    for panel, (measure, (name, meaning)) in zip(panels, shown.items(), strict=True):
+        dots(panel, losses, runs, last(measure), families)
+        own = mean_of(map(last(measure), base.values()))
+        panel.set_title(f"{name}\n(InfoNCE: {own:.3g})")
+        panel.set_xlabel(meaning)
+        panel.locator_params(axis="x", nbins=5)
+    taus = {x: next(iter(runs[x].values()))["temperature"] for x in ("infonce", *losses)}
+    others = [f"{title(x)}: {tau:g}" for x, tau in taus.items() if tau != taus["infonce"]]
+    at = f"temperature {taus['infonce']:g}" + f" ({', '.join(others)})" * bool(others)
+    return headed(figure, f"Geometry of held-out images after training, {MINUS}", f"{at}; {MARKS}")
+
+
+def groups(runs: dict[str, Runs], families: Families):
+    """The shares of the nearest 1 % of negatives of the anchor's class and superclass: InfoNCE's
+    over the epochs, and below them each loss minus InfoNCE after the last epoch."""
+    losses = repeated(runs, families)
+    if not losses:
+        return None
+    base = runs["infonce"]
+    row = next(iter(base.values()))
+    parts = [part for part in ("class", "superclass") if near(part)(row) is not None]
+    height = LINE * len(losses) + 0.6
+    figure, panels = plt.subplots(
+        2, len(parts), figsize=(WIDTH, height + 4.2), height_ratios=(2.4, height), sharex="row",
+        squeeze=False,
     )  # fmt: skip
+    for (curves, ends), part in zip(panels.T, parts, strict=True):
+        epochs, shares = curve(base, "looks", lambda x, part=part: scaled(x["near"][part]))
+        curves.plot(epochs, shares, "o-", color=GREY, markersize=5)
+        chance = mean_of(scaled(r["looks"][-1]["chance"][part]) for r in base.values())
+        curves.axhline(chance, color="black", linewidth=1, linestyle=":")
+        curves.text(max(epochs), chance, "chance", va="bottom", ha="right")
+        curves.set_title(f"InfoNCE: of the anchor's {part}, in %")
+        curves.set_xlabel("epoch")
+        curves.locator_params(axis="y", steps=[1, 2, 5, 10])
+        curves.grid(alpha=0.25)
+        dots(ends, losses, runs, near(part), families)
+        ends.set_title(f"{part}: each loss minus InfoNCE")
+        ends.set_xlabel("points, after the last epoch")
+        ends.tick_params(labelleft=ends is panels[1, 0])
+    of = " or ".join(parts)
+    return headed(
+        figure, f"Share of each anchor's nearest 1 % of negatives that is of its {of}", MARKS
+    )
+
+
+def threshold(runs: dict[str, Runs], families: Families):
+    """eps of every epoch, the mean of the seeds: one panel for each setting, one line a form."""
+    forms = ("paper", "released")
+    settings = in_order((x for x in runs if families[x] in forms), families)
+    settings = [*dict.fromkeys(x.removeprefix(families[x]).strip() for x in settings)]
+    if not settings:
+        return None
+    figure, panels = grid(len(settings), 7, columns=3, sharex=True)
+    for panel, setting in zip(panels, settings, strict=True):
+        for form in forms:
+            if (mine := runs.get(f"{form} {setting}")) is not None:
+                epochs, values = curve(mine, "curves", lambda x: x["eps"])
+                panel.plot(epochs, values, color=COLOURS[form], linewidth=2)
+        panel.set_title(title(setting))
+        panel.set_xlabel("epoch")
+        panel.grid(alpha=0.25)
+    lines = [plt.Line2D([], [], color=COLOURS[x], linewidth=2, label=title(x)) for x in forms]
+    panels[0].legend(handles=lines)
+    return headed(figure, "eps (a cosine), mean over the epoch and the seeds")
+
+
+def repeated(runs: dict[str, Runs], families: Families) -> list[str]:
+    """The losses that have two seeds or more in common with InfoNCE."""
+    base = runs.get("infonce", {})
+    return in_order(
+        (x for x in runs if x != "infonce" and len(runs[x].keys() & base.keys()) > 1), families
+    )
+
+
+def in_order(losses: Iterable[str], families: Families) -> list[str]:
+    """By family, then by name."""
+    return sorted(losses, key=lambda x: ([*COLOURS].index(families[x]), title(x)))
+
+
+def tested(measure: str) -> Value:
+    """A measure of the test images, in %."""
+    return lambda row: scaled(score(row, measure))
+
+
+def last(measure: str) -> Value:
+    """A measure of the embedding after the last epoch."""
+    return lambda row: row["looks"][-1][measure]
+
+
+def near(part: str) -> Value:
+    """A share of the nearest 1 % of negatives after the last epoch, in %."""
+    return lambda row: scaled(row["looks"][-1]["near"][part])
+
+
+def headed(figure, *lines: str):
+    """The figure, with a title above its panels."""
+    figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=12)
     return figure
 
 
-def differences_of(panel, losses: list[str], runs: dict[str, Runs], measure: str, families):
+def grid(count: int, lines: int, columns: int, **options):
+    """A figure, and its panels that have a height for so many lines."""
+    rows = math.ceil(count / columns)
+    figure, panels = plt.subplots(
+        rows, min(columns, count), figsize=(WIDTH, rows * (LINE * lines + 1) + 0.6), sharey=True,
+        squeeze=False, **options,
+    )  # fmt: skip
+    for spare in panels.flat[count:]:
+        spare.remove()
+    return figure, panels.flat[:count]
+
+
+def dots(panel, losses: list[str], runs: dict[str, Runs], value: Value, families: Families):
     """Draws each loss minus InfoNCE, one line for each loss, even for a loss without runs."""
     base = runs["infonce"]
-    places = np.arange(len(losses))[::-1]
+    places = range(len(losses))[::-1]
     panel.axvline(0, color=GREY, linewidth=1)
     for loss, y in zip(losses, places, strict=True):
-        found = difference(runs.get(loss, {}), base, measure)
+        found = paired(runs.get(loss, {}), base, value)
         if found is None:
             continue
         colour = COLOURS[families[loss]]
-        each = [
-            100 * (score(runs[loss][s], measure) - score(base[s], measure))
-            for s in runs[loss] if s in base
-        ]  # fmt: skip
-        panel.plot(each, [y] * len(each), "o", color=colour, alpha=0.35, markersize=4)
+        panel.plot(found.values, [y] * found.n, "o", color=colour, alpha=0.35, markersize=5)
         if found.error is not None:
             panel.errorbar(
-                100 * found.mean, y, xerr=200 * found.error, fmt="D", color=colour,
-                markersize=5, capsize=3,
-            )  # fmt: skip
+                found.mean, y, xerr=2 * found.error, fmt="D", color=colour, markersize=5, capsize=3
+            )
     panel.set_yticks(places, [title(x) for x in losses])
+    panel.set_ylim(-0.7, len(losses) - 0.3)
+    panel.locator_params(axis="x", nbins=6, steps=[1, 2, 5, 10])
     panel.grid(axis="x", alpha=0.25)
-    panel.set_xlabel("points")
 
 
-def regimes(everywhere: dict[str, dict[str, Runs]], families: dict[str, str]):
-    """One panel for each regime: the score of each loss minus InfoNCE's, for the losses that ran in
-    more regimes than the main one."""
-    there = {name: runs for name, runs in everywhere.items() if len(runs.get("infonce", {})) > 1}
-    losses = [
-        x for x in families if x != "infonce"
-        and any(x in runs for name, runs in there.items() if name != MAIN)
-    ]  # fmt: skip
-    if not losses:
-        return None
-    figure, panels = plt.subplots(
-        1, len(there), figsize=(2.6 * len(there) + 1.5, 0.36 * len(losses) + 1.6), sharey=True,
-        sharex=True, squeeze=False,
-    )  # fmt: skip
-    for panel, (name, runs) in zip(panels[0], there.items(), strict=True):
-        differences_of(panel, losses, runs, SCORE, families)
-        panel.set_title(name)
-    figure.suptitle(
-        "Score minus InfoNCE's at the same seed: mean ± 2 standard errors; pale: the seeds",
-        x=0.01, ha="left", fontsize=12,
-    )  # fmt: skip
-    return figure
-
-
-def threshold(runs: dict[str, Runs], families: dict[str, str]):
-    """eps of every epoch, one line for each loss (the mean of its seeds)."""
-    losses = [x for x in runs if families[x] in ("paper", "released")]
-    if not losses:
-        return None
-    figure, panels = plt.subplots(1, 2, figsize=(10.5, 4.2), sharey=True)
-    for panel, family in zip(panels, ("paper", "released"), strict=True):
-        mine = [x for x in losses if families[x] == family]
-        shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, max(2, len(mine))))
-        styles = "-", "--", "-.", ":", (0, (1, 1, 4, 1)), (0, (6, 2))
-        for loss, colour, style in zip(mine, shades, styles * 3, strict=False):
-            epochs, values = curve(runs[loss], "curves", lambda x: x["eps"])
-            label = named(loss, runs[loss]).removeprefix("HEX ")
-            panel.plot(epochs, values, color=colour, linestyle=style, label=label)
-        panel.set_title(f"HEX {family}")
-        panel.set_xlabel("epoch")
-        panel.legend(fontsize=9)
-        panel.grid(alpha=0.25)
-    panels[0].set_ylabel("eps (cosine), mean over the epoch")
-    return figure
-
-
-def groups(runs: dict[str, Runs], families: dict[str, str]):
-    """The shares of the nearest 1 % of negatives of the anchor's class and superclass, by epoch."""
-    shown = [x for x in ("infonce", "decoupled", "hcl") if x in runs]
-    shown += [x for x in runs if x in ("paper q0.99", "paper q0.9", "released q0.99",
-                                       "released q0.9")]  # fmt: skip
-    if not shown:
-        return None
-    parts = ["class", "superclass"]
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2))
-    for panel, part in zip(panels, parts, strict=True):
-        for loss in shown:
-            epochs, values = curve(runs[loss], "looks", lambda x, part=part: x["near"][part])
-            style = {"decoupled": "--", "paper q0.9": "--", "released q0.9": "--"}.get(loss, "-")
-            panel.plot(
-                epochs, 100 * np.array(values, float), marker="o", markersize=3, linestyle=style,
-                color=COLOURS[families[loss]], label=title(loss),
-            )  # fmt: skip
-        chance = mean_of(r["looks"][-1]["chance"][part] for r in runs[shown[0]].values())
-        if chance is not None:
-            panel.axhline(100 * chance, color="black", linewidth=1, linestyle=":")
-            panel.text(0, 100 * chance, "chance", va="bottom")
-        panel.set_title(f"Of the anchor's {part}")
-        panel.set_xlabel("epoch")
-        panel.grid(alpha=0.25)
-    panels[0].set_ylabel("% of each anchor's nearest 1 % of negatives")
-    panels[1].legend(fontsize=9, loc="center right")
-    return figure
-
-
-def geometry(runs: dict[str, Runs], families: dict[str, str]):
-    """At the end of training: rank within classes against rank, uniformity against alignment."""
-    if not runs:
-        return None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6))
-    marks = "os^vD<>pP*Xhd8H"
-    for (loss, mine), mark in zip(runs.items(), marks * 3, strict=False):
-        last = [r["looks"][-1] for r in mine.values()]
-        colour = COLOURS[families[loss]]
-        for panel, x, y in ((left, "rank", "rank_within"), (right, "alignment", "uniformity")):
-            panel.plot(
-                mean_of(r[x] for r in last), mean_of(r[y] for r in last), mark, color=colour,
-                label=named(loss, mine),
-                markersize=7, alpha=0.8,
-            )  # fmt: skip
-    left.set_xlabel("effective rank of the embedding")
-    left.set_ylabel("mean effective rank within a class")
-    left.set_title("Local collapse would be low here")
-    right.set_xlabel("alignment (distance of two views; low is good)")
-    right.set_ylabel("uniformity (low is good)")
-    right.set_title("Alignment and uniformity")
-    for panel in (left, right):
-        panel.grid(alpha=0.25)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=9)
-    return figure
-
-
-def named(loss: str, runs: Runs) -> str:
-    """A legend's text: the loss, its temperature, and "one seed" if there is only one."""
-    tau = next(iter(runs.values()))["temperature"]
-    return f"{title(loss)}, tau {tau:g}" + (", one seed" if len(runs) == 1 else "")
-
-
-def curve(runs: Runs, of: str, value: Callable[[dict], float | None]) -> tuple[list, list]:
+def curve(runs: Runs, of: str, value: Value) -> tuple[list, list]:
     """The epochs, and the mean over seeds at each of them, NaN where there is no value."""
     by_epoch: dict[int, list[float | None]] = {}
     for row in runs.values():

@@ -123,9 +123,9 @@ def cost(name: str, study: Study, rows: Rows) -> str:
         f"{len(rows)} runs took {sum(seconds) / 3600:.1f} hours of CPU time in all. A run of the "
         f"main grid took {median(main):.0f} seconds (the median; {min(main):.0f} to "
         f"{max(main):.0f}). Machine: {'; '.join(machines)}. Commits: "
-        f"{', '.join(f'`{c}`' for c in commits)}. There were {images['train']} images to train "
-        f"on, {images['validation']} of the training set held out, and {images['test']} to test "
-        "with."
+        f"{', '.join(f'`{c}`' for c in commits)}. Each run had "
+        f"{images['train']} training images, {images['validation']} held-out images of the "
+        f"training set, and {images['test']} test images."
     )
 
 
@@ -182,7 +182,7 @@ def against(baseline: str, all_runs: dict[str, Runs], measures: dict[str, str]) 
     adjusted = iter(holm([x for x in p if x is not None]))
     for line, raw in zip(lines, p, strict=True):
         line += ["", ""] if raw is None else [f"{raw:.3f}", f"{next(adjusted):.3f}"]
-    return table(["loss", "seeds", *measures.values(), "p of score", "Holm's"], lines)
+    return table(["loss", "seeds", *measures.values(), "p of score", "p, Holm"], lines)
 
 
 def paired(name: str, study: Study, rows: Rows) -> str:
@@ -250,7 +250,7 @@ def geometry(name: str, study: Study, rows: Rows) -> str:
         "rank": (lambda x: x["rank"], 1),
         "rank in a class": (lambda x: x["rank_within"], 1),
         "features' rank": (lambda x: x["rank_features"], 1),
-        "in a class": (lambda x: x["rank_features_within"], 1),
+        "features' rank in a class": (lambda x: x["rank_features_within"], 1),
         "uniformity": (lambda x: x["uniformity"], 2),
         "alignment": (lambda x: x["alignment"], 3),
     }
@@ -303,13 +303,13 @@ def verdict(name: str, study: Study, rows: Rows) -> str:
     errors = ", ".join(f"{2 * noise / math.sqrt(n):.1f} with {n} seeds" for n in seeds)
     return (
         f"{len(found)} losses have {ENOUGH} seeds or more. Each is compared with InfoNCE by its "
-        "score, the mean of k-NN and linear probe on the test images, in points:\n\n"
-        f"* These are above InfoNCE by more than two standard errors: {listed(up)}.\n"
-        f"* These are below it by more than two standard errors: {listed(down)}.\n"
-        "* Of these the difference is significant at the 5 % level after Holm's correction: "
+        "score, the mean of k-NN and the linear probe on the test images, in points:\n\n"
+        f"* Above InfoNCE by more than two standard errors: {listed(up)}.\n"
+        f"* Below InfoNCE by more than two standard errors: {listed(down)}.\n"
+        "* Significantly different at the 5 % level after Holm's correction: "
         f"{listed(sure)}.\n\n"
-        "At one seed the difference of two losses has a standard deviation of "
-        f"{noise:.2f} points, pooled over the losses. Two standard errors are then {errors}."
+        "For one seed, the difference between two losses has a standard deviation of "
+        f"{noise:.2f} points, pooled over the losses. Two standard errors are therefore {errors}."
     )
 
 
@@ -326,10 +326,12 @@ def left(name: str, study: Study, rows: Rows) -> str:
         by_seeds: dict[str, list[str]] = {}
         for loss, seeds in losses.items():
             by_seeds.setdefault(", ".join(seeds), []).append(loss)
-        texts = [f"{', '.join(x)} (seeds {seeds})" for seeds, x in by_seeds.items()]
+        texts = [
+            f"{', '.join(x)} (seed{'s' * (',' in seeds)} {seeds})" for seeds, x in by_seeds.items()
+        ]
         lines.append(f"* *{regime}*: {'; '.join(texts)}")
     done = sum(run.key in rows for run in runs)
-    listed = "\n\nThese are missing:\n\n" + "\n".join(lines) if lines else ""
+    listed = "\n\nThese have not been made yet:\n\n" + "\n".join(lines) if lines else ""
     return f"{done} of the {len(runs)} runs of the table have been made.{listed}"
 
 
