@@ -15,7 +15,7 @@ BIN := $(CURDIR)/.venv/bin
 C_FILES := $(wildcard csrc/*.[ch] csrc/*/*.[ch] csrc/cpu/levels/*.[ch] csrc/cuda/*.cu* \
     tests/emulation/*) tests/abi_check.cpp $(wildcard tests/*.c) benchmarks/core.c
 # The CUDA kernels take minutes to compile; `make cuda` does it once. `make build
-# HEX_CUDA=1` has them in .venv, `make wheel HEX_CUDA=1` in the wheel.
+# HEX_CUDA=1` has them in .venv, `make wheel-cuda` in a wheel.
 export HEX_CUDA ?= 0
 # Two processes with a thread each; tests that are about threads set their number themselves. A file
 # goes to one process: test_build.py builds once for all its tests. A process that dies ends the run.
@@ -24,10 +24,10 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help venv build test thorough cuda lint format sanitize fuzz coverage reliability demo bench \
-    gpu examples wheel versions lock clean
+    gpu examples wheel wheel-cuda check-wheel versions lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 venv: .venv/torch ## .venv with torch
 
@@ -139,13 +139,33 @@ examples: build ## every method with its own loss and with HEX, and a table: som
 	$(BIN)/python examples/minimal.py
 	$(BIN)/python examples/compare.py
 
-# What builds them is fetched anew, so it is held to its hash here.
-wheel: build ## dist/: the source archive, and from it the wheel, built as a user's pip would
-	$(if $(LOCK),PIP_CONSTRAINT=$(abspath $(LOCK))) $(BIN)/python -m build
+# Into the folder $(1) the files $(2), built with the options $(3). What builds them is fetched anew,
+# so it is held to its hash here.
+define archives
+	rm -rf build/dist $(1)/*.whl $(1)/*.tar.gz
+	$(if $(LOCK),PIP_CONSTRAINT=$(abspath $(LOCK))) $(BIN)/python -m build --outdir build/dist $(3)
+	$(BIN)/python tests/archives.py build/dist/$(2) --into $(1)
+	$(BIN)/twine check --strict $(1)/*.*
+endef
+
+wheel: export HEX_CUDA = 0
+wheel: build ## dist/: the source archive, and from it the wheel, as they are published
+	$(call archives,dist,*)
+
+# Its version ends in the CUDA of nvcc, 1.0+cu130, so that nobody takes one wheel for the other. An
+# index refuses such a version: it is for a release's page.
+CUDA = $(shell PATH="$$PATH:/usr/local/cuda/bin" $${NVCC:-nvcc} --version | \
+    sed -n 's/.*release \([0-9]*\)\.\([0-9]*\),.*/cu\1\2/p')
+wheel-cuda: export HEX_CUDA = 1
+wheel-cuda: build ## dist/cuda/: the wheel with the CUDA kernels, which takes minutes
+	$(call archives,dist/cuda,*.whl,-C--global-option=egg_info -C--global-option=--tag-build=+$(or $(CUDA),$(error nvcc is not found: set NVCC)))
 
 # VERSIONS='--python 3.12 --torch 2.10 --most-mb 4000' chooses; --help has the rest.
 versions: build ## one wheel with many releases of torch and Python; what it fetches it says first
 	$(BIN)/python tests/versions.py $(VERSIONS)
+
+check-wheel: venv ## what `make wheel` made, with the oldest torch and the newest; says first what it fetches
+	$(BIN)/python tests/versions.py --wheel dist/*.whl --python this --torch 2.10 newest $(VERSIONS)
 
 # For every Python from 3.10 on and every system, with the hashes of all files of a release.
 lock: venv ## requirements/ci.txt, anew: the newest of what CI installs, with hashes

@@ -9,6 +9,9 @@ The CUDA kernels are a library of their own, hex/_cuda.so, made where nvcc is fo
 nothing but libc, and no GPU to be built. A wheel made with HEX_CUDA=1 has it, one made without
 serves CUDA tensors by plain torch operators.
 
+Every build takes the functions of glibc as release 2.17 had them (csrc/glibc.h), not only that of
+`make wheel`: so what is tested is what is published, and a build serves older systems too.
+
 HEX_EXTENSION=0 in the environment leaves the extension out, for systems where it cannot be built:
 the wheel is then pure Python, and runs the formulas as plain torch operators (hex/_load.py).
 
@@ -227,8 +230,13 @@ class BuildExt(build_ext):
                 extra_preargs=["-xc", "/dev/null"],
                 extra_postargs=["-Wl,-soname,libtorch_cpu.so"],
             )
-            # Weak symbols alone do not make a library needed.
-            ext.extra_link_args += ["-Wl,--no-as-needed", str(stub), "-Wl,--as-needed"]
+            # glibc before 2.34 has dlopen there. A later one keeps the file, which -ldl does not
+            # find; other C libraries have none, and the compiler repeats the question.
+            ask = [*self.compiler.compiler, "-print-file-name=libdl.so.2"]
+            answer = subprocess.run(ask, capture_output=True, text=True).stdout.strip()
+            libdl = [answer] if os.path.isabs(answer) else []
+            # Weak symbols alone do not make a library needed, nor those that libc has as well.
+            ext.extra_link_args += ["-Wl,--no-as-needed", str(stub), *libdl, "-Wl,--as-needed"]
         super().build_extension(ext)
 
 
@@ -244,7 +252,7 @@ extension = Extension(
     py_limited_api=True,
     extra_compile_args=COMPILE,
     extra_link_args=LINK,
-    libraries=["m", "dl"],  # dl: for older glibc
+    libraries=["m"],
 )
 
 setup(

@@ -3,6 +3,7 @@
  * torch's current stream and torch's allocator. See device.h. */
 #define _GNU_SOURCE /* RTLD_NOLOAD's companions */
 #include "device.h"
+#include "glibc.h"
 
 #include <dlfcn.h>
 #include <stdio.h>

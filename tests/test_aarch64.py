@@ -11,6 +11,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import archives
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +55,7 @@ def tree(tmp_path_factory):
 def program(tree):
     """other_machine.c, alone/torch.c and the extension's objects, all but the one with Python."""
     objects = [str(p) for p in (tree / "objects/csrc").rglob("*.o") if p.name != "module.o"]
-    flags = "-std=gnu17 -O1 -Wall -Wextra -Wshadow -Werror -static -pthread".split()
+    flags = "-std=gnu17 -O1 -Wall -Wextra -Wshadow -Werror -pthread".split()
     sources = [str(ROOT / "tests" / name) for name in ("other_machine.c", "alone/torch.c")]
     files = [*sources, *objects, "-lm", "-o", str(tree / "program")]
     run(f"{TARGET}-gcc", *flags, *files)
@@ -66,11 +67,13 @@ def test_the_extension_is_for_aarch64_and_exports_its_init_function_only(tree):
     assert "AArch64" in run(f"{TARGET}-readelf", "-h", extension)
     assert run(f"{TARGET}-nm", "-D", "--defined-only", extension).split()[2:] == ["PyInit__C"]
     assert "[libtorch_cpu.so]" in run(f"{TARGET}-readelf", "-d", extension)
+    assert archives.newer_symbols(extension, f"{TARGET}-nm") == []
 
 
 @pytest.mark.parametrize(("asked", "level"), [("", "neon"), ("base", "base")])
 def test_a_level_computes_what_the_reference_computes(program, asked, level):
-    command = ["env", f"HEX_ISA={asked}", "qemu-aarch64", program]
+    root = Path(run(f"{TARGET}-gcc", "-print-file-name=libc.so.6")).resolve().parents[1]
+    command = ["env", f"HEX_ISA={asked}", "qemu-aarch64", "-L", root, program]
     said = run(sys.executable, Path(__file__).with_name("other_machine.py"), *command)
     name, batches, of_labels, calls = said.split()
     assert name == level

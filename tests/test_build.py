@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The source archive, and the wheel that is built from it: what is in them, what the extension
-exports and needs, which instructions its portable part has, what a type checker finds, there and in
-an editable install; that two builds give the same bytes; what a build says and does where nvcc is
-old or fails.
+"""The source archive, and the wheel that is built from it: what is in them (archives.py says what
+should be), what the extension exports and needs, of an old glibc too, which instructions its
+portable part has, what a type checker finds, there and in an editable install; that two builds give
+the same bytes, and auditwheel; what a build says and does where nvcc is old or fails.
 
 `make wheel` builds them, with an extension of their own, in an environment of their own. Here they
 are made with the setuptools that is installed, and hold the extension under test, but where two
@@ -10,7 +10,6 @@ builds are compared: compiling it takes a minute. test_clang.py and test_aarch64
 clang and for aarch64.
 """
 
-import email
 import os
 import platform
 import re
@@ -24,13 +23,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import archives
 import pytest
 
 import hex._C
 
 ROOT = Path(__file__).parent.parent
 X86 = platform.machine() == "x86_64"
-FOLDERS = ("csrc", "hex", "tests")
 GENERATED = shutil.ignore_patterns("__pycache__", "*.so")
 
 
@@ -80,13 +79,14 @@ class Built(NamedTuple):
         return self.site / "hex/_C.abi3.so"
 
 
+FILES = sorted(archives.sources("--cached", "--others", "--exclude-standard"))
+
+
 def copy_tree(tree):
-    """What building takes, into the new folder `tree`."""
-    for name in FOLDERS:
-        shutil.copytree(ROOT / name, tree / name, ignore=GENERATED)
-    for path in ROOT.iterdir():
-        if path.is_file():
-            shutil.copy(path, tree)
+    """The sources, into the new folder `tree`."""
+    for name in FILES:
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tree / name)
 
 
 @pytest.fixture(scope="module")
@@ -109,36 +109,39 @@ def test_one_wheel_serves_every_python_from_3_10_on(built):
     assert re.fullmatch(r"hex_ssl-[\d.]+-cp310-abi3-\w+\.whl", built.wheel.name)
 
 
-def test_the_wheel_holds_the_package_and_no_sources_of_the_extension(built):
-    files = {str(p.relative_to(built.site)) for p in built.site.rglob("*") if p.is_file()}
-    package = {f for f in files if ".dist-info/" not in f}
-    modules = {f"hex/{p.name}" for p in (ROOT / "hex").glob("*.py")}
-    assert package == modules | {"hex/_C.abi3.so", "hex/_C.pyi", "hex/py.typed"}
-    assert any(f.endswith("licenses/LICENSE") for f in files)
+def test_the_archives_hold_what_they_have_to_hold_and_nothing_else(built):
+    assert archives.wrong_in_sdist(built.sdist, set(FILES)) == []
+    assert archives.wrong_in_wheel(built.wheel, set(FILES), published=False) == []
 
 
-def test_the_wheel_asks_for_torch_and_nothing_else(built):
-    (path,) = built.site.glob("*.dist-info/METADATA")
-    metadata = email.message_from_string(path.read_text())
-    needed = metadata.get_all("Requires-Dist")
-    assert [r for r in needed if "extra ==" not in r] == ["torch>=2.10"]
-    assert metadata.get_all("Provides-Extra") == [
-        "lightning",
-        "examples",
-        "test",
-        "benchmarks",
-        "dev",
-    ]
-    assert metadata["Requires-Python"] == ">=3.10"
-    assert metadata["License-Expression"] == "MIT"
+@pytest.mark.skipif(
+    sys.platform != "linux" or find_spec("auditwheel") is None, reason="auditwheel is not installed"
+)
+def test_auditwheel_leaves_the_extension_and_gives_the_same_bytes(built, tmp_path, monkeypatch):
+    monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
+    one = archives.publish(built.wheel, tmp_path / "one")
+    assert archives.wrong_in_wheel(one, set(FILES)) == []
+    with zipfile.ZipFile(one) as archive:
+        assert archive.read("hex/_C.abi3.so") == built.extension.read_bytes()
+        assert {entry.date_time[:3] for entry in archive.infolist()} == {(2020, 2, 2)}
+    os.utime(built.wheel, (10**9, 10**9))
+    before = os.umask(0o077)
+    try:
+        other = archives.publish(built.wheel, tmp_path / "other")
+    finally:
+        os.umask(before)
+    assert other.read_bytes() == one.read_bytes()
 
 
-def test_the_source_archive_holds_what_building_and_testing_take(built):
-    for name in FOLDERS:
-        files = [p.relative_to(ROOT) for p in (ROOT / name).rglob("*") if p.is_file()]
-        wanted = {p for p in files if p.suffix != ".so" and "__pycache__" not in p.parts}
-        found = (built.source / name).rglob("*")
-        assert {p.relative_to(built.source) for p in found if p.is_file()} == wanted
+@pytest.mark.skipif(not archives.has_oldest(), reason="csrc/glibc.h has nothing for this system")
+def test_the_extension_takes_nothing_of_a_glibc_newer_than_2_17(built, tmp_path):
+    assert archives.newer_symbols(built.extension) == []
+    assert "exp@GLIBC_" in run("nm", "-D", "--with-symbol-versions", built.extension)
+    # On a glibc that has a newer one.
+    (tmp_path / "new.c").write_text("double exp(double); double f(double x) { return exp(x); }")
+    run("gcc", "-shared", "-fPIC", tmp_path / "new.c", "-lm", "-o", tmp_path / "new.so")
+    new = tuple(map(int, platform.libc_ver()[1].split("."))) >= (2, 29)
+    assert archives.newer_symbols(tmp_path / "new.so") == (["exp@GLIBC_2.29"] if new else [])
 
 
 def test_the_extension_exports_its_init_function_only(built):
@@ -160,7 +163,8 @@ def test_the_extension_needs_libtorch_cpu_and_the_c_library(built):
     dynamic = run("readelf", "-d", built.extension)
     needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic))
     assert {"libtorch_cpu.so", "libc.so.6"} <= needed
-    assert needed <= {"libtorch_cpu.so", "libc.so.6", "libm.so.6", "libgcc_s.so.1"}
+    others = {"libm.so.6", "libdl.so.2", "libgcc_s.so.1"}
+    assert needed <= {"libtorch_cpu.so", "libc.so.6"} | others
 
 
 def test_the_extension_has_no_openmp_and_no_cpp(built):
@@ -198,12 +202,16 @@ def test_the_wheel_works_without_this_tree(built):
 QUICK = """#!/bin/sh
 exec gcc "$@" -O0
 """
+# The source archive, and from it the wheel, as `python -m build` does.
 TWICE = """
-import os, sys
+import os, sys, tarfile
 from setuptools import build_meta
 os.umask(int(sys.argv[1], 8))
-build_meta.build_sdist("..")
-build_meta.build_wheel("..")
+sdist = build_meta.build_sdist("..")
+with tarfile.open("../" + sdist) as archive:
+    archive.extractall("unpacked", filter="data")
+os.chdir("unpacked/" + sdist.removesuffix(".tar.gz"))
+build_meta.build_wheel("../../..")
 """
 
 

@@ -80,7 +80,7 @@ def test_each_python_takes_its_newest_torch_and_one_takes_all():
 
 def test_what_fetches_too_much_is_skipped_with_the_command_that_has_it_tried():
     fetch = Fetch([], 300 * MB + 1, 7 * MB)
-    row = versions.decide("3.11", "2.10", "2.10.0", fetch, 300, 10**12)
+    row = versions.decide("3.11", "2.10", "2.10.0", fetch, 300, 10**12, "versions")
     assert row.outcome == "skipped"
     said, _, command = row.said.partition(": ")
     assert said == "it would fetch 301 MB, more than 300"
@@ -88,13 +88,13 @@ def test_what_fetches_too_much_is_skipped_with_the_command_that_has_it_tried():
     assert (make, target) == ("make", "versions")
     name, _, words = options.partition("=")
     assert (name, words) == ("VERSIONS", "--python 3.11 --torch 2.10 --most-mb 301")
-    assert versions.decide("3.11", "2.10", "2.10.0", fetch, 301, 10**12).outcome == ""
+    assert versions.decide("3.11", "2.10", "2.10.0", fetch, 301, 10**12, "versions").outcome == ""
 
 
 def test_what_the_disk_cannot_hold_is_skipped():
     fetch = Fetch([], 100 * MB, 200 * MB)
-    assert versions.decide("3.11", "2.10", "2.10.0", fetch, 300, 900 * MB).outcome == ""
-    row = versions.decide("3.11", "2.10", "2.10.0", fetch, 300, 900 * MB - 1)
+    assert versions.decide("3.11", "2.10", "2.10.0", fetch, 300, 900 * MB, "versions").outcome == ""
+    row = versions.decide("3.11", "2.10", "2.10.0", fetch, 300, 900 * MB - 1, "versions")
     assert row.outcome == "skipped" and "it takes about 900 MB of" in row.said
 
 
@@ -111,7 +111,7 @@ def answers(monkeypatch, index=LISTED, report='{"install": []}', code=0, error="
 
 def options(**given):
     return argparse.Namespace(
-        **{"python": [HERE], "torch": None, "every": False, "most_mb": 300, **given}
+        **{"python": [HERE], "torch": None, "every": False, "most_mb": 300, "wheel": None, **given}
     )
 
 
@@ -124,6 +124,25 @@ def test_pythons_and_torches_that_are_not_there_are_in_the_plan_with_the_reason(
     ]  # fmt: skip
     assert rows[0].said.endswith("pip install uv && uv python install 3.10000")
     assert rows[1].said == "pip finds none for this Python, but 2.10, 2.13, 2.15"
+
+
+def test_the_newest_torch_and_this_python_can_be_asked_for_without_their_numbers(monkeypatch):
+    answers(monkeypatch)
+    pythons = versions.interpreters([Python("other", (3, 10000, 1))])
+    asked = options(python=["this"], torch=["2.10", "newest"])
+    rows = versions.plan(pythons, asked)
+    assert [row[:3] for row in rows] == [(HERE, "2.10.0", ""), (HERE, "2.15.0", "")]
+    answers(monkeypatch, index="")
+    (row,) = versions.plan(pythons, asked)
+    assert row.outcome == "skipped" and row.said.startswith("pip finds no torch >= 2.10 for it")
+
+
+def test_of_a_wheel_that_is_given_the_command_is_the_one_that_tries_it(monkeypatch, tmp_path):
+    answers(monkeypatch)
+    monkeypatch.setattr(versions, "to_fetch", lambda report: Fetch([], 301 * MB, 0))
+    for wheel, target in ((None, "versions"), (tmp_path, "check-wheel")):
+        (row,) = versions.plan(versions.interpreters([]), options(torch=["2.10"], wheel=wheel))
+        assert f": make {target} VERSIONS='--python {HERE} --torch 2.10 --most-mb 301'" in row.said
 
 
 def test_what_pip_refuses_is_skipped_with_its_first_error(monkeypatch):

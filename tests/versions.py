@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """hex-ssl with the releases of torch and Python that it says it works with: one wheel, tried with
-each in a fresh environment. `make versions` runs it; it is for a person, and no part of the tests.
+each in a fresh environment. `make versions` runs it with a wheel that it builds, `make check-wheel`
+with that of a release; it is for a person, and no part of the tests.
 
     python tests/versions.py                  what can be tried by fetching little
-    python tests/versions.py --torch 2.10 --python 3.11 --most-mb 4000
+    python tests/versions.py --torch 2.10 newest --python this --most-mb 4000 --wheel dist/*.whl
 
 Pythons are those on PATH, and pyenv's and uv's; torch is what pip finds for them, from 2.10 to the
 newest, of each minor release the last. Each Python takes its newest torch, and the Python that runs
@@ -185,24 +186,26 @@ def pairs(known: dict[str, dict[str, str]], here: str, every: bool) -> list[tupl
     ]
 
 
-def command(python: str, torch: str, *more: str) -> str:
+def command(target: str, python: str, torch: str, *more: str) -> str:
     words = ["--python", python, "--torch", torch, *more]
-    return f"make versions VERSIONS={shlex.quote(' '.join(words))}"
+    return f"make {target} VERSIONS={shlex.quote(' '.join(words))}"
 
 
-def decide(python: str, torch: str, release: str, fetch: Fetch, most_mb: int, free: int) -> Row:
+def decide(
+    python: str, torch: str, release: str, fetch: Fetch, most_mb: int, free: int, target: str
+) -> Row:
     """To be tried, or skipped because too much would be fetched, or unpacked (about three times as
-    much as the wheels have)."""
+    much as the wheels have), with the command that has it tried, of the Makefile's `target`."""
     wanted = -(-fetch.remote // MB)
     if wanted > most_mb:
-        how = command(python, torch, "--most-mb", str(wanted))
+        how = command(target, python, torch, "--most-mb", str(wanted))
         said = f"it would fetch {wanted} MB, more than {most_mb}: {how}"
         return Row(python, release, "skipped", said, fetch)
     needed = 3 * (fetch.remote + fetch.local)
     if needed > free:
         said = (
             f"it takes about {needed // MB} MB of {tempfile.gettempdir()}, where {free // MB} are "
-            f"free: TMPDIR=... {command(python, torch)}"
+            f"free: TMPDIR=... {command(target, python, torch)}"
         )
         return Row(python, release, "skipped", said, fetch)
     return Row(python, release, "", "", fetch)
@@ -210,7 +213,9 @@ def decide(python: str, torch: str, release: str, fetch: Fetch, most_mb: int, fr
 
 def plan(pythons: dict[str, Python], options: argparse.Namespace) -> list[Row]:
     rows, known = [], {}
-    wanted = options.python or sorted(
+    here = "3.{1}".format(*sys.version_info)
+    named = [here if python == "this" else python for python in options.python or []]
+    wanted = named or sorted(
         {*(f"3.{minor}" for minor in PYTHONS), *pythons}, key=lambda p: int(p[2:])
     )
     for minor in wanted:
@@ -223,13 +228,14 @@ def plan(pythons: dict[str, Python], options: argparse.Namespace) -> list[Row]:
         if not found:
             said = f"pip finds no torch >= 2.10 for it: {complaint(asked.stderr)}"
             rows.append(Row(minor, "every", "skipped", said))
-        for torch in options.torch or []:
-            if found and torch not in found:
-                said = f"pip finds none for this Python, but {', '.join(found)}"
-                rows.append(Row(minor, torch, "skipped", said))
+            continue
         if options.torch:
-            known[minor] = {t: found[t] for t in found if t in options.torch}
-    here = "3.{1}".format(*sys.version_info)
+            torches = [list(found)[-1] if t == "newest" else t for t in options.torch]
+            for torch in torches:
+                if torch not in found:
+                    said = f"pip finds none for this Python, but {', '.join(found)}"
+                    rows.append(Row(minor, torch, "skipped", said))
+            known[minor] = {t: found[t] for t in found if t in torches}
     every = options.every or bool(options.torch and options.python)
     for python, torch in pairs(known, here, every):
         release = known[python][torch]
@@ -242,7 +248,8 @@ def plan(pythons: dict[str, Python], options: argparse.Namespace) -> list[Row]:
             continue
         free = shutil.disk_usage(tempfile.gettempdir()).free
         fetch = to_fetch(asked.stdout)
-        rows.append(decide(python, torch, release, fetch, options.most_mb, free))
+        target = "check-wheel" if options.wheel else "versions"
+        rows.append(decide(python, torch, release, fetch, options.most_mb, free, target))
     return rows
 
 
@@ -366,8 +373,8 @@ def agreed(rows: list[Row], yes: bool) -> bool:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="hex-ssl with many releases of torch and Python")
-    parser.add_argument("--python", nargs="+", metavar="3.N", help="only these")
-    parser.add_argument("--torch", nargs="+", metavar="2.N", help="only these")
+    parser.add_argument("--python", nargs="+", metavar="3.N", help="only these; `this` runs it")
+    parser.add_argument("--torch", nargs="+", metavar="2.N", help="only these; or `newest`")
     parser.add_argument("--every", action="store_true", help="each Python with each torch")
     parser.add_argument(
         "--most-mb", type=int, default=MOST_MB, help="to fetch for one of them; default %(default)s"
@@ -384,7 +391,8 @@ def main() -> int:
     rows = plan(pythons, options)
     show([describe(row) for row in rows], pythons)
     if any(row.said.startswith("it would fetch") for row in rows):
-        print(f"\nA CPU build of torch is smaller: PIP_EXTRA_INDEX_URL={CPU_INDEX} make versions")
+        target = "check-wheel" if options.wheel else "versions"
+        print(f"\nA CPU build of torch is smaller: PIP_EXTRA_INDEX_URL={CPU_INDEX} make {target}")
     if not (wanted := [row for row in rows if not row.outcome]):
         print("\nThere is nothing to try.")
         return 2

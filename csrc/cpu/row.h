@@ -14,6 +14,7 @@
 #ifndef HEX_ROW_H
 #define HEX_ROW_H
 
+#include "../glibc.h"
 #include "product.h"
 
 #define SLICE 512
