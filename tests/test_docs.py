@@ -96,6 +96,15 @@ def test_the_readme_has_python_to_run():
     assert blocks(README, "python")
 
 
+def test_the_commands_of_the_readme_are_there_and_what_checks_an_installation_runs():
+    commands = re.findall(r"^    ((?:pip|python|make) .+?) +#", README, re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["pip", "python", "make", "make"]
+    check = sys.executable + commands[1].removeprefix("python")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    printed = subprocess.check_output(check.split(), text=True, env=environment)
+    assert hex.__version__ in printed  # that pip installs it is in test_build.py
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings_run_and_print_what_they_show(name):
     if name == "lightning":  # Lightning is optional
