@@ -154,7 +154,9 @@ def test_it_is_sent_to_weights_and_biases(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "labels", (1, -1, lambda batch: batch[1], lambda batch: (batch[1], None)), ids=str
+    "labels",
+    (1, -1, lambda batch: batch[1], lambda batch: (batch[1], None)),
+    ids=("place", "place from the end", "function", "function of both"),
 )
 def test_labels_are_found_by_their_place_or_by_a_function(labels):
     model, logger = Model(), Recorder()
