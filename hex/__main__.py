@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         same = same_bits(n)
         right &= same
         print(f"\n{n} threads give the same bits as one: {'yes' if same else 'NO'}")
-    print(f"\n{'All is right.' if right else 'Something is wrong: see above.'}")
+    print(f"\n{'All checks passed.' if right else 'Something is wrong: see above.'}")
     return 0 if right else 1
 
 

@@ -217,6 +217,15 @@ def check_features(features: Any, labels: Any, mask: Any) -> None:
         raise ValueError(f"features: got shape {tuple(features.shape)}, wanted (B, V, D) or (N, D)")
     if labels is not None and mask is not None:
         raise ValueError("labels, mask: got both, wanted at most one of them")
+    if (
+        isinstance(labels, Tensor)
+        and labels.is_floating_point()
+        and has_shape(labels, features.shape)
+    ):
+        raise TypeError(
+            "labels: got a second batch of embeddings, wanted (B,) integers; two views z0 and z1 "
+            "are features of shape (B, 2, D), torch.stack([z0, z1], dim=1)"
+        )
     if features.dim() == 2 and labels is None and mask is None:
         raise ValueError(
             "labels, mask: got neither, wanted one of them, for features are (N, D), not (B, V, D)"

@@ -68,7 +68,7 @@ def hex_loss(
         eps: the threshold, a cosine: a number, a 0-d tensor, or (N,), one value for each row.
         temperature: tau > 0, a number or a tensor of one element, which may require grad. A tensor
             <= 0 gives NaN instead of an error, because checking it would wait for the device.
-        beta: >= 0. The larger beta, the more the closest members of H count.
+        beta: >= 0. The larger beta is, the more the closest members of H count.
         tau_plus: in [0, 1), the expected share of false negatives in H. A large one does not simply
             weaken the repulsion of H: see docs/guides/what_h_holds.md.
         variant: "paper" for the equations above, or "released" for what the authors' code computes

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._calls import warn
 from .contrastive import ContrastiveLoss
 from .loss import HEXLoss
 from .watch import class_share
@@ -66,7 +67,7 @@ class HEXCallback(_Callback):  # type: ignore[misc]
     the training ends, a loss warns if H was empty for the whole epoch.
 
     The losses must be submodules of the LightningModule. The state of the threshold is then part of
-    its checkpoints.
+    its checkpoints. A warning at the start of the training says if there is none.
 
     `hex/class_share` is for the losses that take two views, `HEXLoss` and those derived from it.
     It is computed only for the steps that are logged, from the arguments of the last call of the
@@ -85,6 +86,7 @@ class HEXCallback(_Callback):  # type: ignore[misc]
     Raises:
         TypeError: prefix is not a str, or labels is not an int, a str or callable.
         TypeError, ValueError: in training, if the labels do not fit the embeddings.
+        IndexError, KeyError, TypeError: in training, if a batch has no such place.
         ImportError: Lightning is not installed. It is raised when hex.lightning is imported.
 
     Example:
@@ -109,6 +111,14 @@ class HEXCallback(_Callback):  # type: ignore[misc]
         self.prefix = prefix
         self.labels = labels
         self._calls: dict[str, _Call] = {}  # by the name of the loss; empty between steps
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if not any(isinstance(module, ContrastiveLoss) for module in pl_module.modules()):
+            warn(
+                f"HEXCallback: {type(pl_module).__name__} has no loss of hex among its submodules, "
+                "so nothing is logged and no loss is told the epoch. Assign the loss to an "
+                "attribute of the module, or put several into a torch.nn.ModuleList"
+            )
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         for loss in self.losses(pl_module).values():
@@ -163,7 +173,15 @@ class HEXCallback(_Callback):  # type: ignore[misc]
         return calls
 
     def _labels_of(self, batch: Any) -> Any:
-        return self.labels(batch) if callable(self.labels) else batch[self.labels]
+        if callable(self.labels):
+            return self.labels(batch)
+        try:
+            return batch[self.labels]
+        except (IndexError, KeyError, TypeError) as error:
+            raise type(error)(
+                f"labels: got {self.labels!r}, wanted an index or a key of a batch, which is a "
+                f"{type(batch).__name__} here: {error}"
+            ) from None
 
     @staticmethod
     def losses(module: nn.Module) -> dict[str, Any]:

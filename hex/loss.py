@@ -36,13 +36,13 @@ class HEXLoss(ContrastiveLoss):
 
     Q_i is the weighted and debiased sum over H(i). `hex_loss` has its formula. By default, eps is
     measured on each batch: it is each anchor's 0.99 quantile of its cosines with its negatives,
-    averaged over the anchors. As groups emerge in the embedding, eps falls.
+    averaged over the anchors. It falls as the embeddings spread.
 
     Args:
         temperature: tau > 0, a number or a tensor of one element. A Parameter is learned.
         threshold: "adaptive"; a `ThresholdTracker`, for another quantile, a warm-up, a momentum or
             a schedule; a number, which is a fixed cosine; or None for InfoNCE.
-        beta: >= 0. The larger beta, the more the closest members of H count.
+        beta: >= 0. The larger beta is, the more the closest members of H count.
         tau_plus: in [0, 1), the expected share of false negatives in H. A large one does not simply
             weaken the repulsion of H: see docs/guides/what_h_holds.md.
         variant: "paper", or "released" for what the authors' code computes (docs/released.md).

@@ -160,7 +160,7 @@ def threshold(
             if name == "hard":
                 axis.set_ylim(bottom=0)
             elif percent == 100:
-                axis.set_ylim(0, 100)
+                axis.set_ylim(0, 102)  # a line at 100 % is seen whole
             if name == "class_share" and chance is not None:
                 axis.axhline(100 * chance, color=GREY, linestyle="--", linewidth=1)
                 axis.text(
@@ -168,6 +168,7 @@ def threshold(
                     color=GREY, ha="right", transform=axis.get_yaxis_transform(),
                 )  # fmt: skip
         axes[-1].set_xlabel(unit)
+        axes[-1].locator_params(axis="x", integer=True)
         if x[-1] > x[0]:
             axes[-1].set_xlim(0 if unit == "epoch" else x[0], x[-1])
         figure.align_ylabels()
@@ -222,7 +223,8 @@ def _title(
     if name == "eps":
         at, highest = max(there, key=lambda point: point[1])
         when = f"{unit} {math.ceil(at) if unit == 'epoch' else int(at)}"
-        return f"The threshold eps: at most {highest:.2f}, in {when}; {end:.2f} at the end"
+        most = "" if at == there[-1][0] else f"at most {highest:.2f}, in {when}; "
+        return f"The threshold eps: {most}{end:.2f} at the end"
     if name == "hard":
         of = "" if negatives is None else f" of an anchor's {negatives}"
         return f"H, the negatives above it: {end:.1f}{of} at the end"
@@ -293,7 +295,7 @@ class _Pairs:
     def members(self) -> str:
         """How large H is, and whose."""
         hard = int(self.hard.sum())
-        text = f"H has {hard / len(self.hard):.1f} negatives an anchor"
+        text = f"H has {hard / len(self.hard):.1f} negatives per anchor"
         if self.same is not None and hard:
             text += f", {100 * int((self.hard & self.same).sum()) / hard:.0f} % of its class"
         return text
@@ -355,7 +357,7 @@ def cosines(
             each = len(values) / len(pairs.cosines)
             axis.stairs(
                 counts.tolist(), edges, fill=True, color=colour, alpha=0.55,
-                label=f"{name} ({each:.0f} an anchor)",
+                label=f"{name} ({each:.0f} per anchor)",
             )  # fmt: skip
         above = min(max(pairs.eps, -1), 1)
         axis.axvspan(above, 1, color=GREY, alpha=0.15, linewidth=0)

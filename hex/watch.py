@@ -40,15 +40,15 @@ def class_share(
         share = sum_i |{ j in H(i) : y_j = y_i }| / sum_i |H(i)|,   y the labels
 
     The anchors, their negatives and H are those of `HEXLoss(mode=mode)(z0, z1, negatives)`: an
-    anchor and its positive are no negatives of it. With eps=-math.inf H holds all negatives, and
-    the share is what chance gives.
+    anchor and its positive are not among its negatives. With eps=-math.inf H holds all negatives,
+    and the share is what chance gives.
 
     It says how many of the negatives in H are false negatives. The paper's form of the loss repels
     H, and expects only a share tau_plus of it to be of the anchor's class. The released form leaves
     H out (docs/guides/what_h_holds.md).
 
     The cosines are computed in blocks of anchors, without gradients, so that memory does not grow
-    with B². It takes about twice as long as the similarity matrix alone in plain PyTorch.
+    with B². It takes two to four times as long as the similarity matrix in plain PyTorch.
 
     Args:
         z0, z1: (B, D), the two views that the loss was given.
@@ -62,7 +62,7 @@ def class_share(
 
     Returns:
         0-d float64 on the device of z0, in [0, 1]. It is NaN if no H has a member, as with the eps
-        of a warm-up, +inf. Nobody waits for the device.
+        of a warm-up, +inf. It does not synchronise with the device.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or value. The text names it.

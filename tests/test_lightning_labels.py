@@ -174,6 +174,29 @@ def test_labels_are_found_by_their_key():
     assert list(logger.of("hex/class_share").values()) == pytest.approx(model.wanted)
 
 
+@pytest.mark.parametrize("labels, kind", ((7, IndexError), ("target", TypeError)))
+def test_a_place_that_a_batch_lacks_is_named(labels, kind):
+    with pytest.raises(kind, match=f"labels: got {labels!r}, wanted an index or a key of a batch"):
+        fit(Model(), logger=Recorder(), labels=labels)
+
+
+def test_a_module_without_a_loss_of_hex_is_warned_of_once():
+    class Without(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.criterion = [self.criterion], None
+
+        def training_step(self, batch, index):
+            return self.hidden[0](*self.views(batch[0]))
+
+    with warnings.catch_warnings(record=True) as got:
+        warnings.simplefilter("always")
+        fit(Without(), logger=Recorder())
+    (ours,) = (w for w in got if "HEXCallback" in str(w.message))
+    assert "Without has no loss of hex among its submodules" in str(ours.message)
+    assert ours.filename == __file__
+
+
 def test_without_labels_nothing_is_watched_and_no_share_logged():
     class Unwatched(Model):
         def training_step(self, batch, index):

@@ -73,7 +73,7 @@ def test_every_statistic_has_a_panel_with_its_numbers_at_each_step():
     assert line(eps) == [(0, pytest.approx(0.9)), (1, pytest.approx(0.8)), (2, pytest.approx(0.7))]
     assert line(hard) == [(0, 3), (1, 2), (2, 1)]
     assert line(share) == [(0, 10), (1, 20), (2, 30)]
-    assert share.get_xlabel() == "step" and share.get_ylim() == (0, 100)
+    assert share.get_xlabel() == "step" and share.get_ylim() == (0, 102)
     assert hard.get_ylim()[0] == 0
     assert "0.90, in step 0; 0.70 at the end" in eps.get_title("left")
     assert "1.0 at the end" in hard.get_title("left")
@@ -106,7 +106,7 @@ def test_a_warm_up_is_a_gap_and_a_training_without_a_threshold_is_said_to_have_n
     eps, hard = plots.threshold({"eps": [INF, INF, 0.5], "hard": [0, 0, 2.0]}).axes
     (_, a), (_, b), (_, c) = line(eps)
     assert math.isnan(a) and math.isnan(b) and c == 0.5
-    assert "0.50, in step 2" in eps.get_title("left")
+    assert eps.get_title("left") == "The threshold eps: 0.50 at the end"
     figure = plots.threshold({"eps": [INF, INF], "class_share": [NAN, NAN]})
     eps, share = figure.axes
     assert eps.get_title("left") == "eps: no threshold"
@@ -190,7 +190,7 @@ def test_a_histogram_has_each_negatives_cosine_and_shades_those_in_h(mode, dtype
     assert float(axis.lines[0].get_xdata()[0]) == pytest.approx(0.6)
     share = float(class_share(z0, z1, labels, eps, mode=mode))
     hard = float(criterion.last.hard)
-    title = f"Now: H has {hard:.1f} negatives an anchor, {100 * share:.0f} % of its class"
+    title = f"Now: H has {hard:.1f} negatives per anchor, {100 * share:.0f} % of its class"
     assert axis.get_title("left") == title
     png(figure)
 
@@ -211,7 +211,7 @@ def test_an_eps_outside_of_all_cosines_shades_nothing_or_everything(eps, width):
     (axis,) = figure.axes
     assert axis.patches[2].get_width() == pytest.approx(width)
     members = (2 * B - 2) if eps < 0 else 0
-    assert f"H has {members:.1f} negatives an anchor" in axis.get_title("left")
+    assert f"H has {members:.1f} negatives per anchor" in axis.get_title("left")
     assert ("% of its class" in axis.get_title("left")) == (eps < 0)
     png(figure)
 
@@ -285,7 +285,7 @@ def test_a_negative_of_another_class_in_h_is_orange_and_without_labels_grey():
         frames = {to_hex(a.spines["left"].get_edgecolor()).upper() for a in figure.axes[2:]}
         assert frames == wanted
         assert ("orange" in texts(figure)) == (given is not None)
-        assert "At last, eps = -2.000: H has 16.0 negatives an anchor" in texts(figure)
+        assert "At last, eps = -2.000: H has 16.0 negatives per anchor" in texts(figure)
 
 
 def test_the_members_of_h_that_are_not_shown_are_counted():

@@ -29,7 +29,7 @@ def test_it_reports_the_installation_and_that_every_kernel_is_right():
     assert re.search(r"CPU kernels +base \(HEX_ISA = base\)", done.stdout)
     rows = [line for line in done.stdout.splitlines() if line.startswith(MODES)]
     assert len(rows) == 20 and all(len(NUMBER.findall(row)) == 6 for row in rows)
-    assert done.stdout.endswith("All is right.\n")
+    assert done.stdout.endswith("All checks passed.\n")
 
 
 def test_a_level_that_was_asked_for_and_is_not_there_is_named_with_the_reason():

@@ -413,7 +413,7 @@ def test_the_report_is_drawn_from_the_rows_and_keeps_what_people_wrote(whole, tm
     assert "No runs of `gpu` so far." in text
     runs = differences.compared("tiny", TINY_STUDY, rows.read(whole))
     knn = [100 * row["test"]["knn"] for row in runs["infonce"].values()]
-    assert f"| {np.mean(knn):.1f} ± {stats.sem(knn):.1f} |" in text
+    assert f"| {np.mean(knn):.1f}\u00a0±\u00a0{stats.sem(knn):.1f} |" in text
     assert len(list((tmp_path / "images").glob("effect-tiny-*.png"))) == 4
     assert report.filled(text, STUDIES, rows.read(whole)) == text
 

@@ -423,6 +423,7 @@ ERRORS = [
         )
     ),
     (dict(labels=torch.ones(4).int(), mask=torch.eye(4)), ValueError, "labels, mask: got both"),
+    (dict(features=X[:, 0], labels=X[:, 1]), TypeError, "labels: got a second batch of embeddings"),
     (dict(groups=torch.ones(5).int()), ValueError, "groups: got shape (5,), wanted (4,)"),
     (dict(groups=torch.ones(4).int(), guide=X), ValueError, "groups, guide: got both"),
     (dict(guide=X[:3]), ValueError, "guide: got shape (3, 2, 3), wanted that of features"),

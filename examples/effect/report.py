@@ -97,7 +97,8 @@ def signed(value: Summary | None) -> str:
 
 def table(head: list[str], lines: list[list[str]]) -> str:
     rule = "|---|" + "---:|" * (len(head) - 1)
-    return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(x)} |" for x in lines)])
+    cells = [f"| {' | '.join(line)} |".replace(" ± ", "\u00a0±\u00a0") for line in lines]
+    return "\n".join([f"| {' | '.join(head)} |", rule, *cells])  # a number and its error stay whole
 
 
 def measures_of(rows: Rows) -> dict[str, str]:
