@@ -177,7 +177,7 @@ def report(runs: list[Run], pixels: list[float], seeds: int) -> Table:
         seconds = cell([run.seconds for run in mine], "{:.0f}")
         table.add_row(name, cell(losses, "{:.2f}"), *scores, seconds)
     table.caption = "loss: mean of the last epoch; the two losses are on different scales.\n" + (
-        "One seed: on 500 images a difference of a point is chance; --seeds 5 repeats it"
+        "One seed: small differences are chance; --seeds 5 repeats it"
         if seeds == 1
         else f"Mean and standard deviation of {seeds} seeds"
     )
