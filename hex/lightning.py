@@ -7,6 +7,7 @@ With labels it also logs how much of H is of the anchor's class (watch.py). It w
 
 import importlib
 import inspect
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._calls import warn
+from ._calls import is_in_backward, warn
 from .contrastive import ContrastiveLoss
 from .loss import HEXLoss
 from .watch import class_share
@@ -70,11 +71,16 @@ class HEXCallback(_Callback):  # type: ignore[misc]
     its checkpoints. A warning at the start of the training says if there is none.
 
     `hex/class_share` is for the losses that take two views, `HEXLoss` and those derived from it.
-    It is computed only for the steps that are logged, from the arguments of the last call of the
-    loss in the step, which the callback keeps until the step ends. With a guide it is of the H that
-    the guide gives. It is left out where groups give H, and where the loss is called in a compiled
-    graph. With `gather_distributed` each rank counts its own images alone, as anchors and as
-    candidates, at the eps of all ranks; what is logged is the number of rank 0.
+    It is computed only in the steps that are logged, in each call of the loss, and that of the last
+    call is logged. No embedding is kept. With a guide it is of the H that the guide gives. It is
+    left out where groups give H, and where the loss is called in a compiled graph or under a
+    transform of torch.func. With `gather_distributed` each rank counts its own images alone, as
+    anchors and as candidates, at the eps of all ranks; what is logged is the number of rank 0. With
+    `normalize_rows` on several ranks it is left out, because the thresholds of the rows are not
+    gathered.
+
+    A figure that was logged in an earlier step and is left out in a step, for example because the
+    loss was not called, is logged as NaN there.
 
     Args:
         prefix: the beginning of the names in the log.
@@ -110,9 +116,14 @@ class HEXCallback(_Callback):  # type: ignore[misc]
             )
         self.prefix = prefix
         self.labels = labels
-        self._calls: dict[str, _Call] = {}  # by the name of the loss; empty between steps
+        # By the name of the loss, and empty between steps: the figures that it had before the
+        # step, and who watches it.
+        self._before: dict[str, Any] = {}
+        self._watches: dict[str, _Watch] = {}
+        self._logged: set[str] = set()  # all names that have been logged in this training
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._logged = set()
         if not any(isinstance(module, ContrastiveLoss) for module in pl_module.modules()):
             warn(
                 f"HEXCallback: {type(pl_module).__name__} has no loss of hex among its submodules, "
@@ -128,29 +139,36 @@ class HEXCallback(_Callback):  # type: ignore[misc]
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         self._forget()
+        losses = self.losses(pl_module)
+        self._before = {name: loss._last for name, loss in losses.items()}
         if self.labels is None or not _is_logged(trainer):
             return
-        for name, loss in self.losses(pl_module).items():
+        labels = self._labels_of(batch)
+        for name, loss in losses.items():
             if isinstance(loss, HEXLoss):
-                self._calls[name] = _Call(loss)
+                self._watches[name] = _Watch(loss, *labels)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        calls = self._forget()
+        before, watches = self._forget()
         losses = self.losses(pl_module)
         figures: dict[str, Any] = {}
         for name, loss in losses.items():
-            if (last := loss.last) is not None:
-                of = f"{name}/" if len(losses) > 1 else ""
-                figures |= {f"{self.prefix}{of}{k}": v for k, v in last._asdict().items()}
-                arguments = calls[name].arguments if name in calls else None
-                if arguments is not None:
-                    share = _share(loss, arguments, self._labels_of(batch))
-                    if share is not None:
-                        figures[f"{self.prefix}{of}class_share"] = share
-        if figures:
-            pl_module.log_dict(figures, on_step=True, on_epoch=False, batch_size=1)
+            of = self.prefix + (f"{name}/" if len(losses) > 1 else "")
+            if loss._last is not before.get(name):
+                figures |= {of + k: v for k, v in loss.last._asdict().items()}
+            if (watch := watches.get(name)) is None:
+                continue
+            if watch.misfit is not None:
+                raise watch.misfit
+            if watch.share is not None:
+                figures[of + "class_share"] = watch.share
+        # Of what is missing in a step Lightning would send the last value once more.
+        missing = dict.fromkeys(self._logged - figures.keys(), math.nan)
+        self._logged |= figures.keys()
+        if figures or missing:
+            pl_module.log_dict(figures | missing, on_step=True, on_epoch=False, batch_size=1)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self._forget()  # of a batch with which a hook has ended the epoch
@@ -163,25 +181,36 @@ class HEXCallback(_Callback):  # type: ignore[misc]
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_calls": {}}
+        return {**self.__dict__, "_before": {}, "_watches": {}}
 
-    def _forget(self) -> "dict[str, _Call]":
-        """Ends the watch over the losses, and returns what was seen."""
-        calls, self._calls = self._calls, {}
-        for call in calls.values():
-            call.hook.remove()
-        return calls
+    def _forget(self) -> "tuple[dict[str, Any], dict[str, _Watch]]":
+        """Ends the watch over the losses. Returns what they had before, and what was seen."""
+        before, watches = self._before, self._watches
+        self._before, self._watches = {}, {}
+        for watch in watches.values():
+            watch.hook.remove()
+        return before, watches
 
-    def _labels_of(self, batch: Any) -> Any:
+    def _labels_of(self, batch: Any) -> tuple[Any, Any]:
+        """The labels of the images, and of the negatives or None."""
         if callable(self.labels):
-            return self.labels(batch)
-        try:
-            return batch[self.labels]
-        except (IndexError, KeyError, TypeError) as error:
-            raise type(error)(
-                f"labels: got {self.labels!r}, wanted an index or a key of a batch, which is a "
-                f"{type(batch).__name__} here: {error}"
-            ) from None
+            labels = self.labels(batch)
+        else:
+            try:
+                labels = batch[self.labels]
+            except (IndexError, KeyError, TypeError) as error:
+                raise type(error)(
+                    f"labels: got {self.labels!r}, wanted an index or a key of a batch, which is a "
+                    f"{type(batch).__name__} here: {error}"
+                ) from None
+        if not isinstance(labels, (tuple, list)):
+            return labels, None
+        if len(labels) != 2:
+            raise ValueError(
+                f"labels: got {len(labels)} of them in a {type(labels).__name__}, wanted a tensor, "
+                "or the pair of the images' labels and the negatives'"
+            )
+        return labels[0], labels[1]
 
     @staticmethod
     def losses(module: nn.Module) -> dict[str, Any]:
@@ -193,24 +222,51 @@ class HEXCallback(_Callback):  # type: ignore[misc]
         }
 
 
-class _Call:
-    """A hook of a loss, with the arguments of its last call, by name, once it has seen one."""
+class _Watch:
+    """A hook of a loss that computes the `class_share` of each call at once, and keeps the last."""
 
-    def __init__(self, loss: HEXLoss) -> None:
-        self.arguments: dict[str, Any] | None = None
-        self.hook = loss.register_forward_pre_hook(self, with_kwargs=True)
+    def __init__(self, loss: HEXLoss, labels: Any, of_negatives: Any) -> None:
+        self.labels, self.of_negatives = labels, of_negatives
+        self.share: Tensor | None = None
+        self.misfit: Exception | None = None  # what is wrong with the labels
+        self.hook = loss.register_forward_hook(self, with_kwargs=True)
 
-    def __call__(self, loss: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling():  # in a graph they have no values
-            self.arguments = inspect.signature(loss.forward).bind(*args, **kwargs).arguments
+    def __call__(
+        self, loss: HEXLoss, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
+    ) -> None:
+        # In a graph and under transforms nothing has a value. A backward repeats calls of an
+        # activation checkpoint.
+        transformed = torch._C._are_functorch_transforms_active()
+        if torch.compiler.is_compiling() or transformed or is_in_backward():
+            return
+        arguments = inspect.signature(loss.forward).bind(*args, **kwargs).arguments
+        try:
+            self.share, self.misfit = self._share(loss, arguments), None
+        except (TypeError, ValueError) as misfit:  # an error if this is the step's last call
+            self.share, self.misfit = None, misfit.with_traceback(None)  # whose frames have z0, z1
+
+    def _share(self, loss: HEXLoss, arguments: dict[str, Any]) -> Tensor | None:
+        """None if groups gave H, or if the threshold of each row is not known here."""
+        assert loss._last is not None and loss.threshold is not None
+        eps = loss._last[0]  # of each row if the rows have thresholds of their own
+        if arguments.get("groups") is not None or (loss.threshold.normalize_rows and not eps.dim()):
+            return None
+        z0, z1 = list(arguments.values())[:2]  # HEXClipLoss has names of its own for them
+        negatives = arguments.get("negatives")
+        if (guide := arguments.get("guide")) is not None:
+            z0, z1, negatives = guide if len(guide) == 3 else (*guide, None)
+        return class_share(
+            z0, z1, self.labels, eps, mode=loss.mode, negatives=negatives,
+            negative_labels=None if negatives is None else self.of_negatives,
+        )  # fmt: skip
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A model that is copied or saved in the middle of a step gets a hook that keeps nothing,
+        """A model that is copied or saved in the middle of a step gets a hook that does nothing,
         for nobody would remove it."""
-        return _no_call, ()
+        return _no_watch, ()
 
 
-def _no_call() -> Callable[..., None]:
+def _no_watch() -> Callable[..., None]:
     return _see_nothing
 
 
@@ -221,22 +277,3 @@ def _see_nothing(*_: Any) -> None:
 def _is_logged(trainer: Any) -> bool:
     """Whether Lightning will give the figures of this step to the loggers."""
     return bool(trainer.fast_dev_run or trainer._logger_connector.should_update_logs)
-
-
-def _share(loss: HEXLoss, arguments: dict[str, Any], labels: Any) -> Tensor | None:
-    """`class_share` of a call of the loss; None if groups gave H."""
-    if arguments.get("groups") is not None:
-        return None
-    z0, z1 = list(arguments.values())[:2]  # HEXClipLoss has names of its own for them
-    negatives = arguments.get("negatives")
-    if (guide := arguments.get("guide")) is not None:
-        z0, z1, negatives = guide if len(guide) == 3 else (*guide, None)
-    of_negatives = None
-    if isinstance(labels, (tuple, list)):
-        labels, of_negatives = labels
-    assert loss._last is not None
-    return class_share(
-        z0, z1, labels, loss._last[0],  # eps, of each row if the rows have thresholds of their own
-        mode=loss.mode, negatives=negatives,
-        negative_labels=None if negatives is None else of_negatives,
-    )  # fmt: skip

@@ -8,14 +8,17 @@ import copy
 import gc
 import importlib.util
 import json
+import math
 import pickle
 import warnings
 import weakref
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from hex import HEXLoss, HEXSupConLoss, InfoNCELoss, ThresholdTracker, plots
@@ -105,7 +108,7 @@ def fit(model, *callbacks, logger=False, epochs=2, loader=None, labels=1, **opti
 
 
 def watched(model) -> int:
-    return sum(len(module._forward_pre_hooks) for module in model.modules())
+    return sum(len(module._forward_hooks) for module in model.modules())
 
 
 # ---- what is logged -----------------------------------------------------------------------------
@@ -313,6 +316,67 @@ def test_a_loss_in_a_compiled_graph_is_left_out():
     assert len(logger.of("hex/eps")) == 4 and not logger.of("hex/class_share")
 
 
+@pytest.mark.parametrize("reentrant", (False, True))
+def test_what_a_checkpoint_computes_again_is_not_counted(reentrant):
+    class Checkpointed(Model):
+        def training_step(self, batch, index):
+            (z0, z1), y = self.views(batch[0]), batch[1]
+            again = partial(checkpoint, self.criterion, use_reentrant=reentrant)
+            first = again(z0, z1.flip(1))
+            loss = first + again(z0, z1)
+            self.wanted.append(float(class_share(z0, z1, y, self.criterion.last.eps)))
+            return loss
+
+    model, logger = Checkpointed(), Recorder()
+    fit(model, logger=logger)
+    assert list(logger.of("hex/class_share").values()) == pytest.approx(model.wanted)
+
+
+def test_what_changes_after_the_call_does_not_change_the_share():
+    class Queue(Model):
+        def training_step(self, batch, index):
+            z0, z1 = self.views(batch[0])
+            self.queue = z1.detach().clone()
+            loss = self.criterion(z0, z1, self.queue)
+            eps = self.criterion.last.eps
+            share = class_share(
+                z0, z1, batch[1], eps, negatives=self.queue, negative_labels=batch[1]
+            )
+            self.wanted.append(float(share))
+            return loss
+
+        def on_after_backward(self):
+            self.queue.neg_()
+
+    model, logger = Queue(), Recorder()
+    fit(model, logger=logger, labels=lambda batch: (batch[1], batch[1]))
+    assert list(logger.of("hex/class_share").values()) == pytest.approx(model.wanted)
+
+
+def test_a_step_without_a_figure_logs_nan_and_not_the_last_value():
+    class Alternating(Model):
+        def training_step(self, batch, index):
+            x, y = batch
+            if index % 4 == 1:
+                return self.criterion(*self.views(x), groups=y)
+            if index % 4 == 2:  # not called
+                return self.layer(x).square().mean()
+            return super().training_step(batch, index)
+
+    logger = Recorder()
+    fit(Alternating(), logger=logger)
+    share = list(logger.of("hex/class_share").values())
+    hard = list(logger.of("hex/hard").values())
+    assert [math.isnan(x) for x in share] == [False, True, True, False] * 2
+    assert [math.isnan(x) for x in hard] == [False, False, True, False] * 2
+
+
+@pytest.mark.parametrize("labels", ((), (1,), (1, 2, 3)))
+def test_labels_that_are_no_pair_are_named(labels):
+    with pytest.raises(ValueError, match=f"labels: got {len(labels)} of them in a tuple"):
+        fit(Model(), logger=Recorder(), labels=lambda batch: labels)
+
+
 # ---- nothing is left ----------------------------------------------------------------------------
 
 
@@ -363,7 +427,7 @@ def test_a_copy_of_the_model_in_the_middle_of_a_step_keeps_no_embedding():
                 assert [ref() for ref in references] == [None, None]
             callbacks = self.trainer.callbacks
             (ours,) = (c for c in callbacks if isinstance(c, HEXCallback))
-            assert ours._calls and not copy.deepcopy(ours)._calls
+            assert ours._watches and not copy.deepcopy(ours)._watches
             return loss
 
     fit(Copied())
