@@ -56,6 +56,7 @@ COMPILE = [
     "-fno-trapping-math",  # the exception flags are not read: a choice can be vectorised
     "-fopenmp-simd",  # the simd pragmas only: threads are torch's, never a second OpenMP runtime
     "-fvisibility=hidden",  # others see PyInit__C only
+    "-fno-lto",  # a link-time optimiser would move code away from the .symver of csrc/glibc.h
     # Warnings. -Wvla: an array of a size from outside could overflow the stack.
     *["-Wall", "-Wextra", "-Wshadow", "-Wstrict-prototypes", "-Wvla"],
 ]

@@ -54,7 +54,7 @@ def address(texts: Texts) -> str:
 
 def move(texts: Texts, new: str) -> None:
     """Replaces the address everywhere, also where pictures are shown from."""
-    if not re.fullmatch(HOST + r"[\w.-]+/[\w.-]+", new):
+    if not re.fullmatch(HOST + r"[\w.-]+/[\w.-]+(?<!\.git)", new):
         raise SystemExit(f"--address: got {new!r}, wanted {HOST}OWNER/NAME")
     old = address(texts).removeprefix(HOST)
     files = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True)
@@ -70,26 +70,41 @@ def move(texts: Texts, new: str) -> None:
 
 def begin(texts: Texts, version: str) -> None:
     """Makes `version` the one that is worked on."""
-    texts[INIT] = VERSION.sub(version, texts[INIT])
-    if HEADING.search(texts[CHANGES])[1] != version:
-        first = HEADING.search(texts[CHANGES]).start()
-        heading = f"## {version} ({UNRELEASED})\n\n"
-        texts[CHANGES] = texts[CHANGES][:first] + heading + texts[CHANGES][first:]
+    newest = newest_of(texts)
+    texts[INIT] = VERSION.sub(wanted("--next", version), texts[INIT])
+    heading = f"## {version} ({UNRELEASED})"
+    if newest[2] == UNRELEASED:  # the same work gets another number
+        texts.change(CHANGES, f"^{re.escape(newest[0])}$", heading)
+    else:
+        texts.change(CHANGES, f"^{re.escape(newest[0])}$", f"{heading}\n\n{newest[0]}")
 
 
 def release(texts: Texts, version: str, date: str) -> None:
     """Gives the newest section of CHANGELOG.md its version and date."""
-    newest = HEADING.search(texts[CHANGES])
+    newest = newest_of(texts)
     if newest[2] != UNRELEASED:
         raise SystemExit(f"{CHANGES}: {newest[1]} is of {newest[2]}; --next begins another version")
-    texts[INIT] = VERSION.sub(version, texts[INIT])
-    heading = re.escape(newest[0])
-    texts.change(CHANGES, f"^{heading}$", f"## {version} ({date})")
+    texts[INIT] = VERSION.sub(wanted("--version", version), texts[INIT])
+    texts.change(CHANGES, f"^{re.escape(newest[0])}$", f"## {version} ({date})")
+
+
+def newest_of(texts: Texts) -> re.Match[str]:
+    """The first heading of CHANGELOG.md: all of it, the version, and the date."""
+    if (found := HEADING.search(texts[CHANGES])) is None:
+        raise SystemExit(f"{CHANGES}: there is no heading such as ## 0.1.0 ({UNRELEASED})")
+    return found
+
+
+def wanted(option: str, version: str) -> str:
+    if not re.fullmatch(r"\d+\.\d+\.\d+", version):
+        raise SystemExit(f"{option}: got {version!r}, wanted three numbers such as 0.1.0")
+    return version
 
 
 def follow(texts: Texts) -> None:
     """Rewrites what follows from the address, the version and the dates."""
     name = re.search(r'^name = "(.+)"$', texts[PYPROJECT], re.MULTILINE)[1]
+    newest_of(texts)
     releases = [match for match in HEADING.finditer(texts[CHANGES]) if match[2] != UNRELEASED]
     if releases:
         command, source = f"pip install {name}", f"{name}[plots]"
@@ -102,7 +117,7 @@ def follow(texts: Texts) -> None:
         texts.change(NOTEBOOK, rf"(?<=[\"'])({name}\[plots\])[^\"'\\]*(?=\\?[\"'])", source)
     texts.change(CITATION, r"^version: .*$", f"version: {VERSION.search(texts[INIT])[0]}")
     texts[CITATION] = re.sub(r"^date-released: .*\n", "", texts[CITATION], flags=re.MULTILINE)
-    if HEADING.search(texts[CHANGES])[2] != UNRELEASED:
+    if newest_of(texts)[2] != UNRELEASED:
         date = f"version: {releases[0][1]}\ndate-released: {releases[0][2]}"
         texts.change(CITATION, r"^version: .*$", date)
 
@@ -129,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
             (ROOT / path).write_text(texts[path])
         print(f"rewritten: {', '.join(changed) or 'nothing'}")
         return 0
-    newest, version = HEADING.search(texts[CHANGES]), VERSION.search(texts[INIT])[0]
+    newest, version = newest_of(texts), VERSION.search(texts[INIT])[0]
     wrong = [f"{path} is out of line; {sys.argv[0]} --mend rewrites it" for path in changed]
     if newest[1] != version:
         wrong.append(f"{CHANGES} begins with {newest[1]}, {INIT} has {version}")

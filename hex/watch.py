@@ -48,7 +48,7 @@ def class_share(
     H out (docs/guides/what_h_holds.md).
 
     The cosines are computed in blocks of anchors, without gradients, so that memory does not grow
-    with B². It takes two to four times as long as the similarity matrix in plain PyTorch.
+    with B². It takes one to four times as long as the similarity matrix in plain PyTorch.
 
     Args:
         z0, z1: (B, D), the two views that the loss was given.

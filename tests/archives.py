@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -167,13 +168,15 @@ def publish(path: Path, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if path.suffix != ".whl":
         return Path(shutil.copy(path, folder))
-    before = set(folder.glob("*.whl"))
-    command = [sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", str(folder)]
+    apart = Path(tempfile.mkdtemp(dir=folder))  # a file of an earlier run is replaced
+    command = [sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", str(apart)]
     # libtorch_cpu.so is torch's. Without a patcher any change of a library is an error.
     command += ["--exclude", "libtorch_cpu.so", "--patcher", "none", str(path)]
     environment = {"SOURCE_DATE_EPOCH": DATE, **os.environ}
     subprocess.run(command, check=True, env=environment, umask=0o022)
-    (made,) = set(folder.glob("*.whl")) - before
+    (made,) = apart.iterdir()
+    made = made.replace(folder / made.name)
+    apart.rmdir()
     return made
 
 

@@ -15,6 +15,9 @@ import runpy
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -109,19 +112,38 @@ def test_a_run_in_two_parts_ends_with_the_bits_of_one_in_one(loss, tmp_path, cap
     assert list(whole.glob("events.out.tfevents.*"))
 
 
-def test_ctrl_c_leaves_the_last_whole_epoch_to_go_on_from(tmp_path):
-    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    arguments = ["--epochs", "500", *TINY]
-    command = [sys.executable, EXAMPLES / "simclr.py", *arguments, "--out", stopped]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+@contextmanager
+def started(*command: object) -> Iterator[subprocess.Popen[str]]:
+    """A process with a thread, in a group of its own, which Ctrl-C reaches as in a terminal. Where
+    the tests run in the background they have the signal ignored, and processes inherit that."""
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        list(map(str, command)), env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    with process:
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def interrupted(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """What a training says from its first epoch on, after which comes Ctrl-C."""
     for line in process.stdout:
         if line.startswith("epoch   1"):
             break
-    process.send_signal(signal.SIGINT)
-    printed, errors = process.communicate(timeout=120)
+    os.killpg(process.pid, signal.SIGINT)
+    return process.communicate(timeout=120)  # until no process has the pipes open
+
+
+def test_ctrl_c_leaves_the_last_whole_epoch_to_go_on_from(tmp_path):
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    arguments = ["--epochs", "500", *TINY]
+    script = EXAMPLES / "simclr.py"
+    with started(sys.executable, script, *arguments, "--out", stopped) as process:
+        printed, errors = interrupted(process)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     epochs = int(re.search(r"as it was after (\d+) whole epochs", printed)[1])

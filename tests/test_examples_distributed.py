@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ for name in ("torchvision", "sklearn", "rich", "tensorboard", "lightning"):
 import example_ranks  # noqa: E402
 from common.options import LAST  # noqa: E402
 from example_ranks import BATCH, EPOCHS, IMAGES, MODULES, OPTIONS, OTHERS  # noqa: E402
-from test_examples import EXAMPLES, bits, photographs  # noqa: E402
+from test_examples import EXAMPLES, bits, interrupted, photographs, started  # noqa: E402
 
 RANKS = 2
 STEPS = IMAGES // RANKS // (BATCH // RANKS)  # an epoch
@@ -209,19 +208,8 @@ def test_two_processes_train_on_a_folder_of_images(name, tmp_path):
 
 def test_ctrl_c_ends_both_processes_and_leaves_the_last_whole_epoch(tmp_path):
     arguments = ["--epochs", 500, "--device", "cpu", "--devices", RANKS, "--out", tmp_path]
-    process = subprocess.Popen(
-        [sys.executable, EXAMPLES / "simclr.py", *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # a process group, to all of which a terminal sends the signal
-    )
-    for line in process.stdout:
-        if line.startswith("epoch   1"):
-            break
-    os.killpg(process.pid, signal.SIGINT)
-    said, errors = process.communicate(timeout=120)  # until no process has the pipes open
+    with started(sys.executable, EXAMPLES / "simclr.py", *arguments) as process:
+        said, errors = interrupted(process)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     epochs = int(re.search(r"as it was after (\d+) whole epochs", said)[1])

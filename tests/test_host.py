@@ -95,12 +95,19 @@ def test_the_citation_names_this_version_and_the_paper_as_the_readme_does():
 
 @pytest.fixture
 def tree(tmp_path):
-    """A repository with the texts alone."""
+    """A repository with the texts alone, before its first release, of 0.1.0."""
     for name in (RELEASE, *TEXTS):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
+    changes = tmp_path / "CHANGELOG.md"
+    dated = r"^## \S+ \(\d{4}-.+\)$"  # of releases that there have been since
+    changes.write_text(re.sub(dated, "## An older one", changes.read_text(), flags=re.MULTILINE))
+    if "(not released yet)" not in changes.read_text():
+        first = "## 0.1.0 (not released yet)"
+        changes.write_text(changes.read_text().replace("## An older one", first, 1))
     for command in (["init", "--quiet"], ["add", "."]):
         subprocess.run(["git", "-C", tmp_path, *command], check=True)
+    assert release(tmp_path, "--next", "0.1.0")[0] == 0
     return tmp_path
 
 
@@ -125,6 +132,21 @@ def test_a_release_dates_the_changes_and_installs_from_the_index(tree):
     assert citation["version"] == "0.1.0" and citation["date-released"]
     assert release(tree, "--tag", "v0.1.0") == (0, "")
     assert release(tree, "--version", "0.1.1")[0] == 1  # nothing new is there to be released
+
+
+@pytest.mark.parametrize("option", ["--version", "--next"])
+@pytest.mark.parametrize("version", ["v0.1.0", "0.1", "0.1.0rc1"])
+def test_a_version_of_another_form_is_refused(tree, option, version):
+    status, said = release(tree, option, version)
+    assert status == 1 and f"{option}: got '{version}', wanted three numbers" in said
+
+
+def test_work_that_gets_another_number_leaves_no_section_behind(tree):
+    release(tree, "--next", "0.2.0")
+    release(tree, "--version", "0.3.0")
+    changes = (tree / "CHANGELOG.md").read_text()
+    assert re.search(r"^## 0\.3\.0 \(2", changes, re.MULTILINE)
+    assert "not released yet" not in changes and "## 0.2.0" not in changes
 
 
 def test_after_a_release_the_next_version_has_a_section_of_its_own(tree):
@@ -155,8 +177,9 @@ def test_the_repository_moves_in_all_texts_at_once(tree):
 
 
 def test_an_address_of_another_kind_is_refused(tree):
-    status, said = release(tree, "--address", "example.org")
-    assert status == 1 and "wanted https://github.com/OWNER/NAME" in said
+    for address in ("example.org", "https://github.com/someone/else.git"):
+        status, said = release(tree, "--address", address)
+        assert status == 1 and "wanted https://github.com/OWNER/NAME" in said
 
 
 def test_what_is_out_of_line_is_named_and_mended(tree):

@@ -278,7 +278,7 @@ def test_a_folder_of_images_with_superclasses_is_studied(tmp_path):
 def test_regimes_about_other_classes_are_left_out_and_it_is_said(tmp_path, capsys):
     arguments = ["list", "cpu", "--data", "folder", "--rows", str(tmp_path / "rows.jsonl")]
     assert study.main(arguments) == 0
-    assert "left out, for it names classes of cifar10: siblings" in capsys.readouterr().out
+    assert "left out, because they name classes of cifar10: siblings" in capsys.readouterr().out
 
 
 NAMES = {"ant": "insect", "bee": "insect", "car": "vehicle"}

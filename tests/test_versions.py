@@ -182,7 +182,8 @@ def test_nothing_is_fetched_unasked(monkeypatch, capsys):
 def test_the_exit_status_tells_of_a_failure(monkeypatch, tmp_path, capsys, outcomes, status):
     rows = [Row(HERE, f"2.{10 + n}.0", "", "", Fetch([], 0, 0)) for n in range(2)]
     said = iter(outcomes)
-    monkeypatch.setattr(sys, "argv", ["versions.py", "--wheel", str(tmp_path)])
+    (wheel := tmp_path / "a.whl").touch()
+    monkeypatch.setattr(sys, "argv", ["versions.py", "--wheel", str(wheel)])
     monkeypatch.setattr(versions, "candidates", list)
     monkeypatch.setattr(versions, "plan", lambda *_: rows)
     monkeypatch.setattr(

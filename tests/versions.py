@@ -386,6 +386,8 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     options = arguments()
+    if options.wheel and not options.wheel.is_file():
+        sys.exit(f"--wheel: got {options.wheel}, wanted a wheel; make wheel makes one in dist/")
     pythons = interpreters([p for p in map(probe, candidates()) if p])
     print("pip is asked what each would fetch, which takes a minute")
     rows = plan(pythons, options)

@@ -273,6 +273,7 @@ def train(model: Method, test: data.Split, folder: Path, state: dict[str, Any] |
         ),
         CSVLogger(folder, name="csv", version=f"from-epoch-{first + 1}"),
     ]
+    callback = HEXCallback(labels=-1 if model.classes_known else None)
     trainer = Trainer(
         accelerator="gpu" if gpu else device.type,
         devices=[device.index] if gpu and not several else options.devices,
@@ -287,7 +288,7 @@ def train(model: Method, test: data.Split, folder: Path, state: dict[str, Any] |
         logger=logs,
         log_every_n_steps=1,
         callbacks=[
-            HEXCallback(labels=-1 if model.classes_known else None),
+            *([callback] if callback.losses(model) else []),  # or there is nothing to tell or log
             LearningRateMonitor("step"),
             each_epoch,
         ],
