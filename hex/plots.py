@@ -169,8 +169,8 @@ def threshold(
                 )  # fmt: skip
         axes[-1].set_xlabel(unit)
         axes[-1].locator_params(axis="x", integer=True)
-        if x[-1] > x[0]:
-            axes[-1].set_xlim(0 if unit == "epoch" else x[0], x[-1])
+        if max(x) > min(x):
+            axes[-1].set_xlim(0 if unit == "epoch" else min(x), max(x))
         figure.align_ylabels()
         if "class_share" in series:
             figure.supxlabel(_WHAT_HAPPENS_TO_H, x=0.01, ha="left", fontsize=9, color=GREY)
@@ -188,6 +188,8 @@ def _checked_history(history: Any) -> dict[str, list[float]]:
         raise ValueError(f"history: got {got}, wanted some of {', '.join(map(repr, known))}")
     series = {name: _numbers(f"history[{name!r}]", history[name]) for name in known
               if name in history}  # fmt: skip
+    if not all(map(math.isfinite, series.get("step", []))):
+        raise ValueError("history['step']: got one that is not finite, wanted numbers of steps")
     first, *others = series
     for name in others:
         if len(series[name]) != len(series[first]):
@@ -254,10 +256,11 @@ def read_csv(path: str | Path, prefix: str = "hex/") -> dict[str, list[float]]:
     columns = list(rows[0]) if rows else []
     names = [name for name in _KEYS if prefix + name in columns]
     logged = [row for row in rows if any(row[prefix + name] for name in names)]
-    if not logged:
+    if not logged or "step" not in columns:
         raise ValueError(
-            f"path: got a log of {', '.join(columns) or 'nothing'}, wanted one with {prefix}eps; "
-            "with several losses the name of one belongs to the prefix, as in 'hex/criterion/'"
+            f"path: got a log of {', '.join(columns) or 'nothing'}, wanted one with step and "
+            f"{prefix}eps; with several losses the name of one belongs to the prefix, as in "
+            "'hex/criterion/'"
         )
     places = {"step": "step", **{name: prefix + name for name in names}}
     return {name: [float(row[at] or math.nan) for row in logged] for name, at in places.items()}
@@ -283,7 +286,7 @@ class _Pairs:
         self.eps = float(eps)
         with torch.no_grad():
             c, _, self.negative = reference.cosines(z0.cpu(), z1.cpu(), None, mode)
-        self.cosines = c.to(torch.float64).clamp(max=1)
+        self.cosines = c.to(torch.float64).clamp(-1, 1)
         self.hard = self.negative & (self.cosines > self.eps)
         self.same: Tensor | None = None
         self.labels: Tensor | None = None

@@ -359,7 +359,7 @@ def test_a_run_is_not_written_over(tmp_path, capsys):
     assert "already holds a run" in capsys.readouterr().err
     assert (tmp_path / "last.ckpt").read_bytes() == before
     assert run("--resume", tmp_path, "--features", 64) == 2
-    assert "the checkpoint's model does not fit" in capsys.readouterr().err
+    assert "--features: got 64 with --resume, of a run with 128" in capsys.readouterr().err
     for name, wanted, there in (("lr", "0.1", "0.003"), ("seed", "4", "0")):
         assert (
             run("--resume", tmp_path, f"--{name}", wanted) == 2

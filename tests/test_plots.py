@@ -160,7 +160,7 @@ def test_the_log_of_lightning_is_read_as_a_history(tmp_path):
     with pytest.raises(ValueError, match="^path: got a log of epoch, hex/criterion/class_share, "):
         plots.read_csv(path)
     path.write_text("")
-    with pytest.raises(ValueError, match="^path: got a log of nothing, wanted one with hex/eps"):
+    with pytest.raises(ValueError, match="^path: got a log of nothing, wanted one with "):
         plots.read_csv(path)
 
 
@@ -371,6 +371,8 @@ ERRORS = (
      "history: got nothing, wanted some of 'eps', 'hard', 'share', 'class_share', 'step'"),
     (lambda: plots.threshold({"eps": [1], "loss": [1]}), ValueError,
      "history: got 'loss', wanted some of 'eps', 'hard', 'share', 'class_share', 'step'"),
+    (lambda: plots.threshold({"step": [1, math.nan], "eps": [0.1, 0.2]}), ValueError,
+     "history['step']: got one that is not finite, wanted numbers of steps"),
     (lambda: plots.threshold({"step": [1]}), ValueError,
      "history: got 'step', wanted some of 'eps', 'hard', 'share', 'class_share', 'step'"),
     (lambda: plots.threshold({"eps": []}), ValueError,

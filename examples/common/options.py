@@ -20,6 +20,8 @@ RULES = ("adaptive", 0), ("fixed", 1), ("step", 3), ("cosine", 2)  # rule, how m
 NAMED = {-1: "cosine", 0: "cosine scaled by row"}  # by the least value there is
 LAST = "last.ckpt"  # the checkpoint of a run's last complete epoch, in the run's folder
 ONE_CALL = "resume", "stop_after"  # options that a resumed run does not take over
+# Options that may be others in a resumed run.
+CHANGEABLE = {"epochs", "device", "devices", "workers", "root", "out", "knn_every"}
 AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -54,10 +56,11 @@ def parse(
         parser.set_defaults(**saved)
         options = parser.parse_args(arguments)
         options.resume, options.out = file, str(file.parent)
-        for name in ("lr", "seed"):  # the checkpoint's state follows from these
-            if (wanted := getattr(options, name)) != saved[name]:
+        for name in saved.keys() - CHANGEABLE:  # the checkpoint's state follows from these
+            if (wanted := getattr(options, name, saved[name])) != saved[name]:
                 raise ValueError(
-                    f"--{name}: got {wanted} with --resume, of a run with {saved[name]}"
+                    f"--{name.replace('_', '-')}: got {wanted} with --resume, of a run with "
+                    f"{saved[name]}"
                 )
         if options.epochs <= state["epoch"]:
             raise ValueError(
