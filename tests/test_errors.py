@@ -292,6 +292,12 @@ ERRORS = (
         "labels, mask: got both, wanted at most one of them",
     ),
     (
+        lambda: HEXSupConLoss()(Z, Z),
+        TypeError,
+        "labels: got a second batch of embeddings, wanted (B,) integers; two views z0 and z1 are "
+        "features of shape (B, 2, D), torch.stack([z0, z1], dim=1)",
+    ),
+    (
         lambda: HEXSupConLoss()(Z),
         ValueError,
         "labels, mask: got neither, wanted one of them, for features are (N, D), not (B, V, D)",
