@@ -71,7 +71,7 @@ def move(texts: Texts, new: str) -> None:
 def begin(texts: Texts, version: str) -> None:
     """Makes `version` the one that is worked on."""
     newest = newest_of(texts)
-    texts[INIT] = VERSION.sub(wanted("--next", version), texts[INIT])
+    texts[INIT] = VERSION.sub(wanted(texts, "--next", version), texts[INIT])
     heading = f"## {version} ({UNRELEASED})"
     if newest[2] == UNRELEASED:  # the same work gets another number
         texts.change(CHANGES, f"^{re.escape(newest[0])}$", heading)
@@ -84,7 +84,7 @@ def release(texts: Texts, version: str, date: str) -> None:
     newest = newest_of(texts)
     if newest[2] != UNRELEASED:
         raise SystemExit(f"{CHANGES}: {newest[1]} is of {newest[2]}; --next begins another version")
-    texts[INIT] = VERSION.sub(wanted("--version", version), texts[INIT])
+    texts[INIT] = VERSION.sub(wanted(texts, "--version", version), texts[INIT])
     texts.change(CHANGES, f"^{re.escape(newest[0])}$", f"## {version} ({date})")
 
 
@@ -95,7 +95,10 @@ def newest_of(texts: Texts) -> re.Match[str]:
     return found
 
 
-def wanted(option: str, version: str) -> str:
+def wanted(texts: Texts, option: str, version: str) -> str:
+    for heading in HEADING.finditer(texts[CHANGES]):
+        if heading[1] == version and heading[2] != UNRELEASED:
+            raise SystemExit(f"{option}: got {version}, which was released on {heading[2]}")
     if not re.fullmatch(r"\d+\.\d+\.\d+", version):
         raise SystemExit(f"{option}: got {version!r}, wanted three numbers such as 0.1.0")
     return version

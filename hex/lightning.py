@@ -10,6 +10,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,10 +121,13 @@ class HEXCallback(_Callback):  # type: ignore[misc]
         # step, and who watches it.
         self._before: dict[str, Any] = {}
         self._watches: dict[str, _Watch] = {}
-        self._logged: set[str] = set()  # all names that have been logged in this training
+        # The names of the figures that there have been in this training, and in this step, which
+        # with accumulated gradients has several batches.
+        self._known: set[str] = set()
+        self._now: set[str] = set()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._logged = set()
+        self._known, self._now = set(), set()
         if not any(isinstance(module, ContrastiveLoss) for module in pl_module.modules()):
             warn(
                 f"HEXCallback: {type(pl_module).__name__} has no loss of hex among its submodules, "
@@ -143,10 +147,9 @@ class HEXCallback(_Callback):  # type: ignore[misc]
         self._before = {name: loss._last for name, loss in losses.items()}
         if self.labels is None or not _is_logged(trainer):
             return
-        labels = self._labels_of(batch)
         for name, loss in losses.items():
             if isinstance(loss, HEXLoss):
-                self._watches[name] = _Watch(loss, *labels)
+                self._watches[name] = _Watch(loss, partial(self._labels_of, batch))
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -156,19 +159,22 @@ class HEXCallback(_Callback):  # type: ignore[misc]
         figures: dict[str, Any] = {}
         for name, loss in losses.items():
             of = self.prefix + (f"{name}/" if len(losses) > 1 else "")
-            if loss._last is not before.get(name):
-                figures |= {of + k: v for k, v in loss.last._asdict().items()}
+            if (last := loss.last) is not None and loss._last is not before.get(name):
+                figures |= {of + k: v for k, v in last._asdict().items()}
             if (watch := watches.get(name)) is None:
                 continue
             if watch.misfit is not None:
                 raise watch.misfit
             if watch.share is not None:
                 figures[of + "class_share"] = watch.share
-        # Of what is missing in a step Lightning would send the last value once more.
-        missing = dict.fromkeys(self._logged - figures.keys(), math.nan)
-        self._logged |= figures.keys()
-        if figures or missing:
-            pl_module.log_dict(figures | missing, on_step=True, on_epoch=False, batch_size=1)
+        self._now |= figures.keys()
+        if not trainer.fit_loop._should_accumulate():  # the step ends
+            if _is_logged(trainer):  # Lightning would send the last value of a missing one again
+                figures |= dict.fromkeys(self._known - self._now, math.nan)
+            self._known |= self._now
+            self._now = set()
+        if figures:
+            pl_module.log_dict(figures, on_step=True, on_epoch=False, batch_size=1)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self._forget()  # of a batch with which a hook has ended the epoch
@@ -225,8 +231,8 @@ class HEXCallback(_Callback):  # type: ignore[misc]
 class _Watch:
     """A hook of a loss that computes the `class_share` of each call at once, and keeps the last."""
 
-    def __init__(self, loss: HEXLoss, labels: Any, of_negatives: Any) -> None:
-        self.labels, self.of_negatives = labels, of_negatives
+    def __init__(self, loss: HEXLoss, labels: Callable[[], tuple[Any, Any]]) -> None:
+        self.labels = labels  # those of the images, and of the negatives or None
         self.share: Tensor | None = None
         self.misfit: Exception | None = None  # what is wrong with the labels
         self.hook = loss.register_forward_hook(self, with_kwargs=True)
@@ -240,12 +246,17 @@ class _Watch:
         if torch.compiler.is_compiling() or transformed or is_in_backward():
             return
         arguments = inspect.signature(loss.forward).bind(*args, **kwargs).arguments
+        labels, of_negatives = self.labels()
         try:
-            self.share, self.misfit = self._share(loss, arguments), None
+            self.share = self._share(loss, arguments, labels, of_negatives)
+            self.misfit = None
         except (TypeError, ValueError) as misfit:  # an error if this is the step's last call
             self.share, self.misfit = None, misfit.with_traceback(None)  # whose frames have z0, z1
 
-    def _share(self, loss: HEXLoss, arguments: dict[str, Any]) -> Tensor | None:
+    @staticmethod
+    def _share(
+        loss: HEXLoss, arguments: dict[str, Any], labels: Any, of_negatives: Any
+    ) -> Tensor | None:
         """None if groups gave H, or if the threshold of each row is not known here."""
         assert loss._last is not None and loss.threshold is not None
         eps = loss._last[0]  # of each row if the rows have thresholds of their own
@@ -256,8 +267,8 @@ class _Watch:
         if (guide := arguments.get("guide")) is not None:
             z0, z1, negatives = guide if len(guide) == 3 else (*guide, None)
         return class_share(
-            z0, z1, self.labels, eps, mode=loss.mode, negatives=negatives,
-            negative_labels=None if negatives is None else self.of_negatives,
+            z0, z1, labels, eps, mode=loss.mode, negatives=negatives,
+            negative_labels=None if negatives is None else of_negatives,
         )  # fmt: skip
 
     def __reduce__(self) -> tuple[Any, ...]:

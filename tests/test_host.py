@@ -132,6 +132,7 @@ def test_a_release_dates_the_changes_and_installs_from_the_index(tree):
     assert citation["version"] == "0.1.0" and citation["date-released"]
     assert release(tree, "--tag", "v0.1.0") == (0, "")
     assert release(tree, "--version", "0.1.1")[0] == 1  # nothing new is there to be released
+    assert "which was released on 2" in release(tree, "--next", "0.1.0")[1]
 
 
 @pytest.mark.parametrize("option", ["--version", "--next"])

@@ -371,6 +371,51 @@ def test_a_step_without_a_figure_logs_nan_and_not_the_last_value():
     assert [math.isnan(x) for x in hard] == [False, False, True, False] * 2
 
 
+def test_between_logged_steps_the_last_figure_stays_for_other_callbacks():
+    seen = []
+
+    class Monitor(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            seen.append(float(trainer.callback_metrics["hex/class_share"]))
+
+    model = Model()
+    fit(model, Monitor(), logger=Recorder(), log_every_n_steps=3)
+    assert seen == pytest.approx([model.wanted[2], model.wanted[5]])
+
+
+def test_a_loss_in_one_of_the_accumulated_batches_is_logged_for_the_step():
+    class Every(Model):
+        def training_step(self, batch, index):
+            if index % 2:
+                return self.layer(batch[0]).square().mean()
+            return super().training_step(batch, index)
+
+    model, logger = Every(), Recorder()
+    fit(model, logger=logger, accumulate_grad_batches=2)
+    assert list(logger.of("hex/class_share").values()) == pytest.approx(model.wanted)
+    assert not any(map(math.isnan, logger.of("hex/eps").values()))
+
+
+def test_labels_are_asked_for_only_where_a_loss_of_two_views_is_called():
+    class Classes(Model):
+        def training_step(self, batch, index):
+            return self.criterion(torch.stack(self.views(batch[0]), 1), batch[1])
+
+    logger = Recorder()
+    fit(Classes(HEXSupConLoss(0.2)), logger=logger, labels="nowhere")
+    assert logger.of("hex/eps") and not logger.of("hex/class_share")
+
+
+def test_a_loss_that_is_replaced_in_a_step_has_no_figures_yet():
+    class Replaced(Model):
+        def training_step(self, batch, index):
+            loss = super().training_step(batch, index)
+            self.criterion = HEXLoss(0.2)
+            return loss
+
+    fit(Replaced(), logger=Recorder())
+
+
 @pytest.mark.parametrize("labels", ((), (1,), (1, 2, 3)))
 def test_labels_that_are_no_pair_are_named(labels):
     with pytest.raises(ValueError, match=f"labels: got {len(labels)} of them in a tuple"):
