@@ -289,11 +289,10 @@ class _Pairs:
         self.cosines = c.to(torch.float64).clamp(-1, 1)
         self.hard = self.negative & (self.cosines > self.eps)
         self.same: Tensor | None = None
-        self.labels: Tensor | None = None
         if labels is not None:
             y = check_labels("labels", _tensor(labels), (images,), torch.device("cpu"))
             of_rows, of_columns = (y.repeat(size // images) for size in c.shape)
-            self.same, self.labels = of_rows[:, None] == of_columns, of_columns
+            self.same = of_rows[:, None] == of_columns
 
     def members(self) -> str:
         """How large H is, and whose."""

@@ -168,16 +168,15 @@ def publish(path: Path, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if path.suffix != ".whl":
         return Path(shutil.copy(path, folder))
-    apart = Path(tempfile.mkdtemp(dir=folder))  # a file of an earlier run is replaced
-    command = [sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", str(apart)]
+    command = [sys.executable, "-m", "auditwheel", "repair"]
     # libtorch_cpu.so is torch's. Without a patcher any change of a library is an error.
     command += ["--exclude", "libtorch_cpu.so", "--patcher", "none", str(path)]
     environment = {"SOURCE_DATE_EPOCH": DATE, **os.environ}
-    subprocess.run(command, check=True, env=environment, umask=0o022)
-    (made,) = apart.iterdir()
-    made = made.replace(folder / made.name)
-    apart.rmdir()
-    return made
+    with tempfile.TemporaryDirectory(dir=folder) as apart:
+        command += ["--wheel-dir", apart]
+        subprocess.run(command, check=True, env=environment, umask=0o022)
+        (made,) = Path(apart).iterdir()
+        return made.replace(folder / made.name)  # and that of an earlier run
 
 
 def main(arguments: list[str] | None = None) -> int:
