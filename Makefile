@@ -63,8 +63,9 @@ format: build ## let ruff and clang-format rewrite the sources
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(C_FILES)
 
-# In a copy of the sources, with an extension of its own; without the tests that never enter it, without
-# that of the heap, which is the sanitizer's here, and without the public functions' fuzzer, for
+# In a copy of the sources, with an extension of its own, and with the list of files that a source
+# archive has, for git knows none of a copy. Left out are tests that never enter the extension, that
+# of the heap, which is the sanitizer's here, and the public functions' fuzzer, for
 # tests/test_alone.py has one of the operators.
 #   detect_leaks                no: Python and torch keep memory until the end
 #   allocator_may_return_null   an allocation that fails is for us to report
@@ -77,7 +78,7 @@ sanitize: FILL = malloc_fill_byte=255:max_malloc_fill_size=1048576
 sanitize: build ## the tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	git ls-files -z | xargs -0 cp --parents --target-directory=build/sanitize
-	cd build/sanitize && HEX_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --inplace
+	cd build/sanitize && HEX_SANITIZE=1 $(BIN)/python setup.py --quiet egg_info build_ext --inplace
 	cd build/sanitize && \
 	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=16:$(FILL) \
 	    UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$$PWD \
