@@ -59,6 +59,13 @@ def version() -> str:
     return found[1]
 
 
+def address() -> str:
+    """Of the repository, as pyproject.toml has it."""
+    found = re.search(r'^Source = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert found
+    return found[1]
+
+
 def extras() -> list[str]:
     """The names that pyproject.toml has, as a Python before 3.11 can read them."""
     table = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]\n")[2]

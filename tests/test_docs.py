@@ -11,6 +11,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import archives
 import pytest
 import torch
 
@@ -178,10 +179,9 @@ def test_links_between_files_lead_somewhere(path):
 
 
 def test_the_readme_has_whole_addresses_for_pypi_shows_it_too():
-    repository = re.search(r'^Source = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)[1]
     page, raw = OURS
-    assert page == f"{repository}/blob/main/"
-    assert raw == f"{repository}/main/".replace("github.com", "raw.githubusercontent.com")
+    assert page == f"{archives.address()}/blob/main/"
+    assert raw == f"{archives.address()}/main/".replace("github.com", "raw.githubusercontent.com")
     found = targets(ROOT / "README.md")
     assert all(target.startswith("https://") for target in found), found
     text = (ROOT / "README.md").read_text()

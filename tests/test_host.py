@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import archives
 import pytest
 import yaml
 
@@ -169,7 +170,7 @@ def test_a_tag_before_the_release_is_refused():
 
 
 def test_the_repository_moves_in_all_texts_at_once(tree):
-    old = re.search(r'^Source = "https://(.+)"$', PYPROJECT, re.MULTILINE)[1].partition("/")[2]
+    old = archives.address().removeprefix("https://github.com/")
     assert release(tree, "--address", "https://github.com/someone/else")[0] == 0
     for name in TEXTS:
         assert old not in (tree / name).read_text(), name

@@ -10,20 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from trainers import MISSING, pl
 
 from hex import HEXLoss, HEXSupConLoss, InfoNCELoss, ThresholdTracker
-
-try:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of other packages, on import
-        try:
-            import lightning.pytorch as pl
-        except ModuleNotFoundError:
-            import pytorch_lightning as pl
-except ModuleNotFoundError as error:
-    pl, MISSING = None, f"no Lightning is installed: {error}"
-else:
-    MISSING = ""
 
 needs_lightning = pytest.mark.skipif(pl is None, reason=MISSING)
 

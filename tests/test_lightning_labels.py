@@ -20,20 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
+from trainers import MISSING, pl
 
 from hex import HEXLoss, HEXSupConLoss, InfoNCELoss, ThresholdTracker, plots
 from hex.open_clip import HEXClipLoss
 from hex.watch import class_share
 
-try:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of other packages, on import
-        try:
-            import lightning.pytorch as pl
-        except ModuleNotFoundError:
-            import pytorch_lightning as pl
-except ModuleNotFoundError as error:
-    pytest.skip(f"no Lightning is installed: {error}", allow_module_level=True)
+if pl is None:
+    pytest.skip(MISSING, allow_module_level=True)
 
 import hex.lightning  # noqa: E402
 from hex.lightning import HEXCallback  # noqa: E402

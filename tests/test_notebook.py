@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import archives
 import pytest
 
 nbformat = pytest.importorskip("nbformat", reason="running a notebook needs nbclient")
@@ -19,7 +20,7 @@ pytest.importorskip("ipykernel", reason="running a notebook needs ipykernel")
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "docs" / "first_run.ipynb"
-REPOSITORY = re.search(r'^Source = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+REPOSITORY = archives.address()
 PNG = b"\x89PNG\r\n"
 
 

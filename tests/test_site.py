@@ -14,12 +14,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import archives
 import pytest
 
 import hex
 
 ROOT = Path(__file__).parent.parent
-REPOSITORY = re.search(r'^Source = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+REPOSITORY = archives.address()
 MODULES = ("hex", "hex.lightning", "hex.open_clip", "hex.plots", "hex.presets", "hex.watch")
 
 pytest.importorskip("furo", reason="the site needs hex-ssl[docs]")
