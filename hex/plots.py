@@ -48,13 +48,24 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-__all__ = ["BLUE", "GREEN", "GREY", "ORANGE", "cosines", "neighbours", "read_csv", "threshold"]
+__all__ = [
+    "BLUE",
+    "GREEN",
+    "GREY",
+    "ORANGE",
+    "STYLE",
+    "cosines",
+    "neighbours",
+    "read_csv",
+    "threshold",
+]
 
-# Of Okabe and Ito, which colour-blind people can tell apart.
+#: A colour of Okabe and Ito's, which colour-blind people can tell apart.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 _SAME, _OTHER = BLUE, ORANGE  # negatives of the anchor's class, and of other classes
 
-_STYLE: dict[Any, Any] = {
+#: The settings of matplotlib with which all pictures are drawn.
+STYLE: dict[Any, Any] = {
     "font.size": 11, "axes.titlesize": 12, "axes.titlelocation": "left",
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
     "figure.dpi": 110,
@@ -80,7 +91,7 @@ def _new_figure(width: float, height: float) -> Iterator[Figure]:
         raise ImportError(
             "hex.plots needs matplotlib, which is not installed: pip install 'hex-ssl[plots]'"
         ) from None
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         # IPython asks an object for this; for a figure without pyplot nothing else answers.
         vars(figure)["_repr_png_"] = functools.partial(_png, figure)

@@ -138,6 +138,16 @@ def test_no_markup_of_a_docstring_is_left(site):
         assert "`" not in text and "system-message" not in text, page.name
 
 
+def test_constants_are_described_by_a_text_of_their_own(site):
+    """Not by that of their type, which is what Sphinx takes where there is none."""
+    html, _ = site
+    text = (html / "api/plots.html").read_text()
+    assert "A colour of Okabe and Ito" in text
+    for page in pages(html / "api"):
+        assert "Create a new string object" not in page.read_text(), page.name
+        assert "new empty dictionary" not in page.read_text(), page.name
+
+
 def test_the_site_can_be_searched(site):
     html, _ = site
     index = (html / "searchindex.js").read_text()

@@ -9,18 +9,14 @@ from collections.abc import Mapping
 import matplotlib
 import numpy as np
 
-from hex.plots import BLUE, GREEN, GREY, ORANGE
+from hex.plots import BLUE, GREEN, GREY, ORANGE, STYLE
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 __all__ = ["BLUE", "GREEN", "GREY", "ORANGE", "maps", "plt"]
 
-plt.rcParams.update({
-    "font.size": 11, "axes.titlesize": 12, "axes.titlelocation": "left",
-    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-    "figure.dpi": 110, "figure.constrained_layout.use": True,
-})  # fmt: skip
+plt.rcParams.update(STYLE | {"figure.constrained_layout.use": True})
 
 
 def maps(panels: Mapping[str, np.ndarray], labels: np.ndarray, title: str) -> plt.Figure:
