@@ -36,6 +36,7 @@ extensions = [
     "sphinx_copybutton",
 ]
 highlight_language = "none"  # of blocks that name none: equations and commands
+smartquotes = False  # in "all" or pip install 'hex-ssl[plots]' they would be wrong when copied
 
 html_theme = "furo"
 html_title = f"hex-ssl {version}"

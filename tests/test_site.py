@@ -138,6 +138,13 @@ def test_no_markup_of_a_docstring_is_left(site):
         assert "`" not in text and "system-message" not in text, page.name
 
 
+def test_quotes_are_as_they_are_written_for_they_are_copied(site):
+    html, _ = site
+    for page in pages(html):
+        main = re.search(r"<article .*?</article>", page.read_text(), re.S)
+        assert main is None or not re.findall("[\u2018\u2019\u201c\u201d]", main[0]), page.name
+
+
 def test_constants_are_described_by_a_text_of_their_own(site):
     """Not by that of their type, which is what Sphinx takes where there is none."""
     html, _ = site
