@@ -20,6 +20,8 @@
  *     L = log D - mean_P l      positives outside the logarithm
  *     L = log D - log E         inside
  *
+ * Decoupled, D = S. In the variant "excluded" H is left out, S = sum_G e.
+ *
  * docs/math.md derives the gradient. Unit rows have one index space, whatever the mode:
  *
  *     [0, B) z0      [B, B + M) z1      [B + M, B + M + K) the shared negatives
@@ -48,7 +50,7 @@ typedef enum { HEX_F32, HEX_F64, HEX_F16, HEX_BF16 } hex_dtype_t;
 typedef enum { HEX_NTXENT, HEX_QUERY, HEX_CROSS, HEX_UNPAIRED, HEX_PAIRED, HEX_LOGITS } hex_mode_t;
 typedef enum { HEX_OUTSIDE, HEX_INSIDE, HEX_POSITIVES } hex_positives_t;
 typedef enum { HEX_NONE, HEX_MEAN, HEX_SUM, HEX_REDUCTIONS } hex_reduction_t;
-typedef enum { HEX_PAPER, HEX_RELEASED, HEX_VARIANTS } hex_variant_t;
+typedef enum { HEX_PAPER, HEX_RELEASED, HEX_EXCLUDED, HEX_VARIANTS } hex_variant_t;
 
 /* What the forward keeps of each row, stats[kind][row] in the compute type. With
  * e = exp((c - shift) / tau) and b = e^beta a gradient entry of row i is
@@ -60,7 +62,7 @@ typedef enum { HEX_PAPER, HEX_RELEASED, HEX_VARIANTS } hex_variant_t;
  * The last three are there where positives may be several; one has e = pos_mean = 1. */
 enum {
     HEX_STAT_EPS,   /* the threshold used, rounded down to the compute type */
-    HEX_STAT_SHIFT, /* largest cosine of the row (of G(i) in the released variant) */
+    HEX_STAT_SHIFT, /* largest cosine of the row (of G(i) in the other variants than the paper's) */
     HEX_STAT_REST,  /* see above; these three carry 1 / tau */
     HEX_STAT_HARD_E,
     HEX_STAT_HARD,
@@ -137,6 +139,7 @@ typedef struct {
     hex_variant_t variant;
     hex_positives_t positives; /* outside the logarithm, or inside */
     double beta, tau_plus;
+    bool decoupled; /* the positives are not in the denominator; in the released variant never */
     bool self_column; /* of logits: each row's quantile has a cosine of 1 too, the anchor's own */
 } hex_problem_t;
 

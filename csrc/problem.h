@@ -234,11 +234,12 @@ static bool read_decider(call_t *c, const tensors_t *t, hex_problem_t *p)
 /* What is computed: what both directions look at, and what only the forward does, for the
  * statistics that it leaves say the rest. */
 #define RULE "int mode, int reduction, int positives, float beta, "
-#define FORWARD_RULE RULE "int variant, float tau_plus, "
+#define FORWARD_RULE RULE "int variant, float tau_plus, bool decoupled, "
 
 typedef struct {
     int64_t mode, reduction, positives, variant;
     double beta, tau_plus;
+    bool decoupled;
 } rule_t;
 
 static rule_t next_rule(call_t *c, bool forward)
@@ -251,6 +252,7 @@ static rule_t next_rule(call_t *c, bool forward)
         return r;
     r.variant = next_int(c);
     r.tau_plus = next_float(c);
+    r.decoupled = next_bool(c);
     return r;
 }
 
@@ -259,7 +261,7 @@ static bool read_rule(call_t *c, const rule_t *r, hex_problem_t *p)
     if (r->reduction < 0 || r->reduction >= HEX_REDUCTIONS)
         return fail(c, "reduction: expected 0, 1 or 2");
     if (r->variant < 0 || r->variant >= HEX_VARIANTS)
-        return fail(c, "variant: expected 0 or 1");
+        return fail(c, "variant: expected 0, 1 or 2");
     if (r->positives < ONE_POSITIVE || r->positives > SEVERAL_INSIDE)
         return fail(c, "positives: expected 0, 1 or 2");
     if (!(r->beta >= 0))
@@ -271,6 +273,7 @@ static bool read_rule(call_t *c, const rule_t *r, hex_problem_t *p)
     p->positives = r->positives == SEVERAL_INSIDE ? HEX_INSIDE : HEX_OUTSIDE;
     p->beta = r->beta;
     p->tau_plus = r->tau_plus;
+    p->decoupled = r->decoupled;
     return true;
 }
 

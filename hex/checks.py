@@ -28,7 +28,7 @@ __all__ = ["Mode", "Over", "Positives", "Reduction", "Variant", "as_float",
            "check_threshold", "check_views", "has_shape", "is_number", "shown"]  # fmt: skip
 
 Mode = Literal["ntxent", "query", "cross"]
-Variant = Literal["paper", "released"]
+Variant = Literal["paper", "released", "excluded"]
 Reduction = Literal["none", "mean", "sum"]
 Over = Literal["all", "negatives"]
 Positives = Literal["outside", "inside"]

@@ -68,6 +68,7 @@ class ContrastiveLoss(nn.Module):
     variant: Variant
     beta: float
     tau_plus: float
+    decoupled: bool = False
     positives: Positives = "outside"
     base_temperature: float | None = None
     cache_bytes: int | None = None
@@ -141,8 +142,8 @@ class ContrastiveLoss(nn.Module):
         """The loss of a problem. It also makes the tracker's step and keeps the statistics."""
         tracker = None if batch.h_is_given else self.threshold
         rule = Rule(
-            self.reduction, self.variant, self.beta, self.tau_plus, self.positives,
-            self.base_temperature, self.cache_bytes,
+            self.reduction, self.variant, self.beta, self.tau_plus, self.decoupled,
+            self.positives, self.base_temperature, self.cache_bytes,
         )  # fmt: skip
         learner, state = batch.learner(), None
         if tracker is None:

@@ -38,6 +38,7 @@ def hex_loss(
     beta: float = 1.0,
     tau_plus: float = 0.1,
     variant: Variant = "paper",
+    decoupled: bool = False,
     mode: Mode = "ntxent",
     reduction: Reduction = "mean",
     cache_bytes: int | None = None,
@@ -72,7 +73,10 @@ def hex_loss(
         tau_plus: in [0, 1), the expected share of false negatives in H. A large one does not simply
             weaken the repulsion of H: see docs/guides/what_h_holds.md.
         variant: "paper" for the equations above, or "released" for what the authors' code computes
-            (docs/released.md).
+            (docs/released.md). In "excluded" H is left out: Q_i is 0.
+        decoupled: whether the positive is left out of the denominator, as in decoupled contrastive
+            learning. A row without negatives then has the loss 0. The released form has no positive
+            there in either case, and this option changes it only where eps is +inf.
         mode: which rows are anchors and candidates.
             "ntxent" (SimCLR): all rows of z0 and z1 are anchors, and the other 2B - 2 rows are
             negatives. "query" (NNCLR, MoCo v3): z0 against z1. "cross" (CLIP): z0 against z1, and
@@ -102,7 +106,12 @@ def hex_loss(
     Algorithms", WACV 2025 (arXiv 2410.23200); https://github.com/olivesgatech/HEX.
     """
     rule = checked_rule(
-        reduction=reduction, variant=variant, beta=beta, tau_plus=tau_plus, cache_bytes=cache_bytes
+        reduction=reduction,
+        variant=variant,
+        beta=beta,
+        tau_plus=tau_plus,
+        decoupled=decoupled,
+        cache_bytes=cache_bytes,
     )
     batch = problem.of_views(z0, z1, negatives, mode, temperature)
     return _at(batch, eps, rule)
@@ -203,6 +212,7 @@ def hex_sup_con(
     beta: float = 1.0,
     tau_plus: float = 0.1,
     variant: Variant = "paper",
+    decoupled: bool = False,
     positives: Positives = "outside",
     base_temperature: float | None = None,
     reduction: Reduction = "mean",
@@ -266,7 +276,8 @@ def hex_sup_con(
     the positives; Kokilepersaud et al., WACV 2025 (arXiv 2410.23200), for the negatives.
     """
     rule = checked_rule(
-        reduction=reduction, variant=variant, beta=beta, tau_plus=tau_plus, positives=positives,
+        reduction=reduction, variant=variant, beta=beta, tau_plus=tau_plus, decoupled=decoupled,
+        positives=positives,
         base_temperature=base_temperature, cache_bytes=cache_bytes,
     )  # fmt: skip
     check_eps_or_groups(eps, groups)
@@ -283,6 +294,7 @@ def hex_cross_entropy(
     beta: float = 1.0,
     tau_plus: float = 0.1,
     variant: Variant = "paper",
+    decoupled: bool = False,
     reduction: Reduction = "mean",
 ) -> Tensor:
     """The HEX loss of rows of logits at a given threshold, in nats.
@@ -326,7 +338,9 @@ def hex_cross_entropy(
 
     Source: Kokilepersaud et al., WACV 2025 (arXiv 2410.23200); https://github.com/olivesgatech/HEX.
     """
-    rule = checked_rule(reduction=reduction, variant=variant, beta=beta, tau_plus=tau_plus)
+    rule = checked_rule(
+        reduction=reduction, variant=variant, beta=beta, tau_plus=tau_plus, decoupled=decoupled
+    )
     rows = problem.of_logits(logits, target, temperature)
     return _at(rows, eps, rule)
 

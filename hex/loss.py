@@ -109,6 +109,7 @@ class HEXLoss(ContrastiveLoss):
         beta: float = 1.0,
         tau_plus: float = 0.1,
         variant: Variant = "paper",
+        decoupled: bool = False,
         mode: Mode = "ntxent",
         reduction: Reduction = "mean",
         gather_distributed: bool = False,
@@ -118,7 +119,7 @@ class HEXLoss(ContrastiveLoss):
     ) -> None:
         super().__init__(
             temperature, threshold, beta=beta, tau_plus=tau_plus, variant=variant,
-            reduction=reduction, gather_distributed=gather_distributed,
+            decoupled=decoupled, reduction=reduction, gather_distributed=gather_distributed,
             process_group=process_group, check_sizes=check_sizes, cache_bytes=cache_bytes,
         )  # fmt: skip
         check_mode(mode)
@@ -292,6 +293,7 @@ class HEXSupConLoss(ContrastiveLoss):
         beta: float = 1.0,
         tau_plus: float = 0.1,
         variant: Variant = "paper",
+        decoupled: bool = False,
         positives: Positives = "outside",
         base_temperature: float | None = None,
         reduction: Reduction = "mean",
@@ -302,9 +304,9 @@ class HEXSupConLoss(ContrastiveLoss):
     ) -> None:
         super().__init__(
             temperature, threshold, beta=beta, tau_plus=tau_plus, variant=variant,
-            positives=positives, base_temperature=base_temperature, reduction=reduction,
-            gather_distributed=gather_distributed, process_group=process_group,
-            check_sizes=check_sizes, cache_bytes=cache_bytes,
+            decoupled=decoupled, positives=positives, base_temperature=base_temperature,
+            reduction=reduction, gather_distributed=gather_distributed,
+            process_group=process_group, check_sizes=check_sizes, cache_bytes=cache_bytes,
         )  # fmt: skip
 
     def forward(
@@ -399,6 +401,7 @@ class HEXCrossEntropyLoss(ContrastiveLoss):
         beta: float = 1.0,
         tau_plus: float = 0.1,
         variant: Variant = "paper",
+        decoupled: bool = False,
         reduction: Reduction = "mean",
         gather_distributed: bool = False,
         process_group: Any = None,
@@ -406,7 +409,7 @@ class HEXCrossEntropyLoss(ContrastiveLoss):
     ) -> None:
         super().__init__(
             temperature, threshold, beta=beta, tau_plus=tau_plus, variant=variant,
-            reduction=reduction, gather_distributed=gather_distributed,
+            decoupled=decoupled, reduction=reduction, gather_distributed=gather_distributed,
             process_group=process_group, check_sizes=check_sizes,
         )  # fmt: skip
         self.self_column = check_flag("self_column", self_column)

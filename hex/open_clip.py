@@ -39,7 +39,7 @@ class HEXClipLoss(HEXLoss):
     change `create_task` so that it returns `CLIPTask(model, loss=HEXClipLoss())`.
 
     Args:
-        threshold, beta, tau_plus, variant: as in `HEXLoss`.
+        threshold, beta, tau_plus, variant, decoupled: as in `HEXLoss`.
         gather_distributed: as in `HEXLoss`, but True by default, because ClipLoss gathers as well.
             With True, the value and the gradient are those of ClipLoss with gather_with_grad=True
             and local_loss=False.
@@ -73,7 +73,13 @@ class HEXClipLoss(HEXLoss):
     2410.23200).
     """
 
-    shown: ClassVar[tuple[str, ...]] = ("beta", "tau_plus", "variant", "gather_distributed")
+    shown: ClassVar[tuple[str, ...]] = (
+        "beta",
+        "tau_plus",
+        "variant",
+        "decoupled",
+        "gather_distributed",
+    )
 
     def __init__(
         self,
@@ -82,6 +88,7 @@ class HEXClipLoss(HEXLoss):
         beta: float = 1.0,
         tau_plus: float = 0.1,
         variant: Variant = "paper",
+        decoupled: bool = False,
         gather_distributed: bool = True,
         process_group: Any = None,
         check_sizes: bool = True,
@@ -92,6 +99,7 @@ class HEXClipLoss(HEXLoss):
             beta=beta,
             tau_plus=tau_plus,
             variant=variant,
+            decoupled=decoupled,
             mode="cross",
             gather_distributed=gather_distributed,
             process_group=process_group,

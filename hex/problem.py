@@ -37,6 +37,7 @@ from .checks import (
     check_base_temperature,
     check_cache_bytes,
     check_features,
+    check_flag,
     check_groups,
     check_guide,
     check_guide_of_features,
@@ -77,6 +78,7 @@ class Rule(NamedTuple):
     variant: Variant
     beta: float
     tau_plus: float
+    decoupled: bool
     positives: Positives
     base_temperature: float | None
     cache_bytes: int | None
@@ -84,8 +86,8 @@ class Rule(NamedTuple):
 
 def checked_rule(
     *, beta: float, tau_plus: float, variant: Variant, reduction: Reduction,
-    positives: Positives = "outside", base_temperature: float | None = None,
-    cache_bytes: int | None = None,
+    decoupled: bool = False, positives: Positives = "outside",
+    base_temperature: float | None = None, cache_bytes: int | None = None,
 ) -> Rule:  # fmt: skip
     """The options of a loss as one.
 
@@ -99,7 +101,8 @@ def checked_rule(
     check_positives(positives)
     base = check_base_temperature(base_temperature)
     cache = check_cache_bytes(cache_bytes)
-    return Rule(reduction, variant, beta, tau_plus, positives, base, cache)
+    decoupled = check_flag("decoupled", decoupled)
+    return Rule(reduction, variant, beta, tau_plus, decoupled, positives, base, cache)
 
 
 class Problem(NamedTuple):
@@ -189,7 +192,9 @@ class Problem(NamedTuple):
         """The rule in the order of the operators' schemas."""
         positives = ops.POSITIVES[rule.positives] if self.several else ops.POSITIVES["one"]
         reduction, variant = ops.REDUCTIONS[rule.reduction], ops.VARIANTS[rule.variant]
-        return self.mode, reduction, positives, rule.beta, variant, rule.tau_plus
+        return (
+            self.mode, reduction, positives, rule.beta, variant, rule.tau_plus, rule.decoupled
+        )  # fmt: skip
 
     def _scaled(self, value: Tensor, rule: Rule) -> Tensor:
         if rule.base_temperature is None:

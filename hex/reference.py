@@ -35,7 +35,7 @@ __all__ = ["Table", "cosines", "decided_loss", "logits_table", "loss_rows", "pro
 MODES = ("ntxent", "query", "cross", "unpaired", "paired")
 LOGITS = len(MODES)  # the code of the mode in which logits are given
 REDUCTIONS = ("none", "mean", "sum")
-VARIANTS = ("paper", "released")
+VARIANTS = ("paper", "released", "excluded")
 POSITIVES = ("outside", "inside")
 
 Rows = tuple[Tensor, Tensor, Tensor]  # loss, |H| and share of each row
@@ -269,8 +269,8 @@ def row_range(
 
 def row_loss(
     table: Table, hard: Tensor, tau: Tensor, beta: float = 1.0, tau_plus: float = 0.1,
-    variant: str | int = "paper", positives: str | int = "outside", *, logits: bool = False,
-    plain: Tensor | None = None,
+    variant: str | int = "paper", positives: str | int = "outside", decoupled: bool = False, *,
+    logits: bool = False, plain: Tensor | None = None,
 ) -> Rows:  # fmt: skip
     """The HEX loss of each row, in nats.
 
@@ -280,9 +280,11 @@ def row_loss(
         Q = max( (R - tau_plus N_h E / n_P) / (1 - tau_plus),  N_h exp(-1/tau) )
         R = N_h sum_H exp((1 + beta) l) / sum_H exp(beta l)
 
-    It is evaluated on the differences d = l - centre, where the centre is mean_P l, or max_P l for
-    "inside". So no exponential overflows, and a small loss keeps its digits. The variant "released"
-    is what the authors' code computes. It is 0 where G is empty, and elsewhere
+    If `decoupled` is True, the denominator is S in place of E + S. In the variant "excluded" S is
+    sum_G exp(l). The loss is evaluated on the differences d = l - centre, where the centre is
+    mean_P l, or max_P l for "inside". So no exponential overflows, and a small loss keeps its
+    digits. The variant "released" is what the authors' code computes. It is 0 where G is empty, and
+    elsewhere
 
         L = log sum_G exp(l) + (number of negatives) exp(-1/tau) - mean_P l  (or - log E)
 
@@ -293,24 +295,28 @@ def row_loss(
         tau: 0-d, > 0. With any other value the loss is NaN.
         beta: >= 0, how much more the closest members of H weigh.
         tau_plus: in [0, 1), the share of H expected to be false negatives.
-        plain: (N,) bool, the rows that get the paper's form in either variant.
+        decoupled: whether the positives are left out of the denominator.
+        plain: (N,) bool, the rows that get the paper's form in the variant "released".
 
     Returns:
-        The loss, N_h and the share Q / (E + S), (N,) each. The share is 0 for "released". Only the
-        loss has a gradient. Loss and gradient are 0 for a row without positives, and for a row with
-        a single positive and no negatives. A row whose only positive is the logit -inf has the loss
-        +inf and the gradient of log S - l_p, or NaN if S is 0. Where the loss is NaN the gradient
-        contains NaN.
+        The loss, N_h and the share Q / (E + S) or Q / S, (N,) each. The share is 0 where there is
+        no Q. Only the loss has a gradient. Loss and gradient are 0 for a row without positives, for
+        a row whose denominator is empty, and for one whose denominator holds its single positive
+        alone. A row whose only positive is the logit -inf has the loss +inf and the gradient of
+        log S - l_p, or NaN if S is 0. Where the loss is NaN the gradient contains NaN.
 
     Raises:
         ValueError: variant or positives is unknown.
     """
-    released = _code(variant, VARIANTS, "variant") == 1
+    code = _code(variant, VARIANTS, "variant")
+    released, excluded = code == 1, code == 2
     inside = _code(positives, POSITIVES, "positives") == 1
     v, positive, negative, _ = table
-    seen = positive | negative
     hard, rest = negative & hard, negative & ~hard  # H and G
+    local_term = torch.zeros_like(hard) if excluded else hard  # of the candidates that Q is of
+    repelled, seen = local_term | rest, positive | negative
     n_p, n_h = positive.sum(1).to(v), hard.sum(1).to(v)  # (N,)
+    n_q = local_term.sum(1).to(v)
     tau = tau.to(v)
     tau = tau * torch.where(tau > 0, 1.0, math.nan)  # as a factor, NaN reaches the gradient
     among = torch.where(positive, v, 0.0).sum(1)  # (N,), sum_P v
@@ -321,23 +327,29 @@ def row_loss(
     d = v - centre[:, None] if logits else (v - centre[:, None]) / tau
     floor = -1 / tau - centre if logits else -(1 + centre) / tau  # (N,)
 
-    # m is the greatest exponent, which cancels in L and so needs no gradient. Masked entries are
-    # set to -inf before exp, so that their value and every derivative are exactly 0.
-    m = _row_max(d, seen).clamp(min=0)
-    m = torch.where(n_h > 0, torch.maximum(m, floor.detach()), m)  # (N,)
-    e = torch.exp(torch.where(seen, d - m[:, None], -math.inf))  # (N, M)
+    # m is the greatest exponent of the denominator, which cancels in L and so needs no gradient.
+    # Masked entries are set to -inf before exp, so that their value and every derivative are
+    # exactly 0.
+    m = _row_max(d, repelled if decoupled else positive | repelled)
+    m = m if decoupled else m.clamp(min=0)
+    m = torch.where(n_q > 0, torch.maximum(m, floor.detach()), m)  # (N,)
+    x, x_0 = torch.where(positive | repelled, d - m[:, None], -math.inf), -m
+    if decoupled:  # of positives: so large an E makes q less than its floor, and larger ones do too
+        limit = 70.0 if v.dtype == torch.float32 else 600.0
+        x, x_0 = x.clamp(max=limit), x_0.clamp(max=limit)
+    e = torch.exp(x)  # (N, M)
     # E = sum_P e. Where the centre is a single positive, E is exp(-m) and has no gradient.
-    e_0 = torch.exp(-m)
+    e_0 = torch.exp(x_0)
     big_e = torch.where(positive, e, 0.0).sum(1)
     if not inside:
         big_e = torch.where((n_p == 1) & ~lost, e_0, big_e)
     # r = R / N_h = sum_H b e / sum_H b,  b = exp(beta d) times any common factor
-    h = _row_max(beta * d, hard)
-    b = torch.exp(torch.where(hard, beta * d - h[:, None], -math.inf))  # (N, M)
-    r = (b * e).sum(1) / torch.where(n_h > 0, b.sum(1), 1.0)
+    h = _row_max(beta * d, local_term)
+    b = torch.exp(torch.where(local_term, beta * d - h[:, None], -math.inf))  # (N, M)
+    r = (b * e).sum(1) / torch.where(n_q > 0, b.sum(1), 1.0)
     # Q = max( N_h (r - tau_plus E / n_P) / (1 - tau_plus),  N_h exp(-1/tau) ), at a tie the first
-    q = n_h * (r - tau_plus * big_e / n_p.clamp(min=1)) / (1 - tau_plus)
-    f = n_h * torch.exp(torch.where(n_h > 0, floor - m, 0.0))
+    q = n_q * (r - tau_plus * big_e / n_p.clamp(min=1)) / (1 - tau_plus)
+    f = n_q * torch.exp(torch.where(n_q > 0, floor - m, 0.0))
     local = torch.where(q >= f, q, f)
     # S = Q + sum_G e
     s = local + torch.where(rest, e, 0.0).sum(1)
@@ -347,22 +359,39 @@ def row_loss(
     nothing = (0 * torch.where(seen, v, 0.0)).sum(1) / tau + 0
     log_e = torch.zeros_like(m)  # outside, mean_P l takes its place, which is 0 on this scale
     if inside:
-        # L = log(1 + exp(x)),  x = log S - log E
         held = positive | (n_p == 0)[:, None]  # log 0, without positives, would make NaN
         log_e = torch.logsumexp(torch.where(held, d, -math.inf), 1)
-        x = m + torch.log(torch.where(s > 0, s, 1.0)) - log_e
-        loss = torch.where(s > 0, -F.logsigmoid(-x), s + nothing)
+    if decoupled or released:
+        # log sum_G exp(d), by the largest of G: by that of H it may underflow
+        some, g = rest.any(1), _row_max(d, rest)
+        total = torch.exp(torch.where(rest, d - g[:, None], -math.inf)).sum(1)  # 0 or >= 1
+        log_g = g + torch.log(torch.where(some, total, 1.0))
+    if decoupled:
+        # L = log S - log E, where log S is of log Q and of log sum_G
+        above = (n_q > 0) & (q >= f)
+        log_q = m + torch.log(torch.where(above, q, 1.0))
+        log_q = torch.where(above, log_q, floor + torch.log(n_q.clamp(min=1)))
+        log_q = torch.where(n_q > 0, log_q, 0.0)
+        among_s = torch.stack([n_q > 0, some], 1)
+        logs = torch.where(among_s, torch.stack([log_q, log_g], 1), -math.inf)
+        top = _row_max(logs, among_s)
+        s = torch.exp(logs - top[:, None]).sum(1)
+        log_s = top + torch.log(torch.where(among_s.any(1), s, 1.0))
+        share = torch.where(n_q > 0, torch.exp(log_q - log_s), 0.0).detach()
+        loss = torch.where(among_s.any(1), log_s - log_e, nothing)
+    elif inside:
+        # L = log(1 + S / E)
+        difference = m + torch.log(torch.where(s > 0, s, 1.0)) - log_e
+        loss = torch.where(s > 0, -F.logsigmoid(-difference), s + nothing)
     else:
         # L = log(E + S) + m = log(1 + exp(m) (S + E - e_0))
         loss = _log1p_scaled(s + torch.where(n_p > 1, big_e - e_0, 0.0), m)
-    loss = torch.where(lost, m + torch.log(torch.where(lost, s, 1.0)), loss)
+    if not decoupled:
+        loss = torch.where(lost, m + torch.log(torch.where(lost, s, 1.0)), loss)
     if released:
         # L = log sum_G exp(d) + (number of negatives) exp(-1/tau) - log E
-        g = _row_max(d, rest)
-        total = torch.exp(torch.where(rest, d - g[:, None], -math.inf)).sum(1)  # 0 or >= 1
-        some = rest.any(1)
         constant = negative.sum(1).to(v) * torch.exp(-1 / tau)
-        form = g + torch.log(torch.where(some, total, 1.0)) + constant - log_e
+        form = log_g + constant - log_e
         form = torch.where(some, form, nothing)
         kept = torch.zeros_like(some) if plain is None else plain
         loss, share = torch.where(kept, loss, form), torch.where(kept, share, 0.0)
@@ -375,7 +404,8 @@ def row_loss(
 
 def decided_loss(
     table: Table, score: Tensor, eps: Tensor, tau: Tensor, beta: float, tau_plus: float,
-    variant: str | int, positives: str | int = "outside", *, logits: bool = False,
+    variant: str | int, positives: str | int = "outside", decoupled: bool = False, *,
+    logits: bool = False,
 ) -> Rows:  # fmt: skip
     """`row_loss` where a threshold decides: H is the negatives with min(score, 1) > eps.
 
@@ -391,7 +421,7 @@ def decided_loss(
     compared = (table.whole if logits else table.negative) & ~table.values.isnan()
     unknown = eps.isnan().squeeze(1) | (score.isnan() & compared).any(1)
     plain = (eps == math.inf).squeeze(1)
-    options = beta, tau_plus, variant, positives
+    options = beta, tau_plus, variant, positives, decoupled
     rows = row_loss(table, hard, tau, *options, logits=logits, plain=plain)
     known = torch.where(unknown, math.nan, 1.0).to(table.values)
     loss, n_h, share = (x * known for x in rows)
@@ -400,17 +430,18 @@ def decided_loss(
 
 def loss_rows(
     z0: Tensor, z1: Tensor, negatives: Tensor | None, eps: Tensor, tau: Tensor, mode: str | int,
-    beta: float = 1.0, tau_plus: float = 0.1, variant: str | int = "paper",
+    beta: float = 1.0, tau_plus: float = 0.1, variant: str | int = "paper", decoupled: bool = False,
 ) -> Rows:  # fmt: skip
     """Loss, |H| and share of each row of two views. eps is compared with the cosines."""
     table = _table_of_views(z0, z1, negatives, mode)
-    return decided_loss(table, table.values, eps, tau, beta, tau_plus, variant)
+    options = beta, tau_plus, variant, "outside", decoupled
+    return decided_loss(table, table.values, eps, tau, *options)
 
 
 def problem_rows(
     z0: Tensor, z1: Tensor, negatives: Tensor, ids: Tensor, mask: Tensor, groups: Tensor,
     guide: Tensor, eps: Tensor, tau: Tensor, mode: int, positives: int, beta: float,
-    variant: int, tau_plus: float,
+    variant: int, tau_plus: float, decoupled: bool = False,
 ) -> Rows:  # fmt: skip
     """Loss, |H| and share of each row of a problem as the operators get it (problem.py).
 
@@ -421,10 +452,11 @@ def problem_rows(
     if mode == LOGITS:
         table = logits_table(z0, ids)
         score = _scaled(table.values.detach(), tau.detach())
-        return decided_loss(table, score, eps, tau, beta, tau_plus, variant, logits=True)
+        options = beta, tau_plus, variant, "outside", decoupled
+        return decided_loss(table, score, eps, tau, *options, logits=True)
     several = positives > 0
     table = problem_table(z0, z1, negatives, ids, mask, tau, mode, several, False)
-    options = beta, tau_plus, variant, POSITIVES[max(positives - 1, 0)]
+    options = beta, tau_plus, variant, POSITIVES[max(positives - 1, 0)], decoupled
     if groups.numel():
         hard = _is_alike(groups, z0, z1, negatives, mode, several)
         return row_loss(table, hard, tau, *options)

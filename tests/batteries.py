@@ -284,7 +284,7 @@ class InBlocks(Problem):
 
     def statistics(self, allow_tf32: bool = False) -> tuple[Tensor, Tensor]:
         """Loss (N,) and statistics (9, N) of all rows."""
-        *inputs, eps, tau, mode, _, positives, beta, variant, tau_plus, _, tf32 = (
+        *inputs, eps, tau, mode, _, positives, beta, variant, tau_plus, decoupled, _, tf32 = (
             operators.arguments("forward", *self.raw(), allow_tf32=allow_tf32)
         )
 
@@ -293,7 +293,7 @@ class InBlocks(Problem):
             its = eps[at] if eps.dim() else eps
             loss, stats, _ = HEX.block_forward(
                 *inputs, its, tau, eps.new_empty(0, dtype=self.dtype), mode, 0, positives, beta,
-                variant, tau_plus, False, tf32, first, count,
+                variant, tau_plus, decoupled, False, tf32, first, count,
             )  # fmt: skip
             assert loss.shape == (len(at),)
             return torch.cat([loss[None], stats])

@@ -22,7 +22,7 @@ import hypothesis
 import operators
 import pytest
 import torch
-from data import batch, eps_in_a_gap, f64
+from data import batch, eps_in_a_gap, f64, form
 from torch import Tensor
 
 from hex import _load, hex_loss, ops, reference
@@ -178,7 +178,7 @@ class Problem:
     tau: float = 0.1
     beta: float = 1.0
     tau_plus: float = 0.1
-    variant: str = "paper"
+    variant: str = "paper"  # one of data.FORMS
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -197,7 +197,7 @@ class Problem:
     @property
     def condition(self) -> float:
         """Of the debiasing, r - tau_plus e_0 over 1 - tau_plus."""
-        return 1.0 if self.variant == "released" else (1 + self.tau_plus) / (1 - self.tau_plus)
+        return 1.0 if self.variant != "paper" else (1 + self.tau_plus) / (1 - self.tau_plus)
 
     def grad_output(self) -> Tensor:
         """Of the rows: numbers of both signs."""
@@ -212,7 +212,7 @@ class Problem:
             temperature=self.tau if tau is None else tau,
             beta=self.beta,
             tau_plus=self.tau_plus,
-            variant=self.variant,
+            **form(self.variant),
             mode=self.mode if self.mode in ("ntxent", "query", "cross") else "ntxent",
             reduction=reduction,
         )
@@ -221,7 +221,7 @@ class Problem:
         """By plain PyTorch: loss, |H| and share of each row."""
         padded = (*inputs, None)[:3]
         return reference.loss_rows(
-            *padded, self.eps, tau, self.mode, self.beta, self.tau_plus, self.variant
+            *padded, self.eps, tau, self.mode, self.beta, self.tau_plus, **form(self.variant)
         )
 
     def _result(self, loss: Any, inputs: list[Tensor], grad: Tensor | None) -> Result:
@@ -250,9 +250,10 @@ class Problem:
             f64(self.tau).to(z0.device),
             ops.MODES[self.mode],
             ops.REDUCTIONS["none"],
-            ops.VARIANTS[self.variant],
+            ops.VARIANTS[form(self.variant)["variant"]],
             self.beta,
             self.tau_plus,
+            form(self.variant)["decoupled"],
             0,
         )
 

@@ -22,6 +22,7 @@ from hex import reference
 
 INF, NAN = math.inf, math.nan
 MODES = ("ntxent", "query", "cross", "unpaired", "paired")
+FORMS = ("paper", "released", "excluded", "paper decoupled", "excluded decoupled")
 KINDS = (
     "gauss",  # cosines near 0, positives near 0.9
     "cluster",  # four groups of four classes: many cosines above 0.5
@@ -30,6 +31,12 @@ KINDS = (
     "zero_rows",  # gauss with two rows of zeros, one in each view
     "clamped",  # positives near 1, negatives near 0: the floor of Q acts for tau_plus near 1
 )
+
+
+def form(name: str) -> dict[str, Any]:
+    """One of FORMS, as options of a loss."""
+    variant, _, decoupled = name.partition(" ")
+    return {"variant": variant, "decoupled": bool(decoupled)}
 
 
 def inputs(kind: str, B: int, D: int, seed: int) -> np.ndarray:

@@ -13,7 +13,7 @@ import operators
 import torch
 from conftest import assert_as_good_as_torch
 from data import MODES as OF_VIEWS
-from data import batch, eps_in_a_gap, f64, views
+from data import batch, eps_in_a_gap, f64, form, views
 from torch import Tensor
 
 from hex import ops, reference
@@ -38,6 +38,7 @@ class Call:
     positives: int  # -1: one, of two views
     beta: float
     tau_plus: float
+    decoupled: bool
     about: str = ""
 
     def __str__(self) -> str:
@@ -83,7 +84,10 @@ class Call:
         )  # fmt: skip
 
     def options(self, reduction: int) -> tuple[Any, ...]:
-        return (self.code, reduction, 1 + self.positives, self.beta, self.variant, self.tau_plus)
+        return (
+            self.code, reduction, 1 + self.positives, self.beta, self.variant, self.tau_plus,
+            self.decoupled,
+        )  # fmt: skip
 
     def changed(self, *differentiable: Tensor) -> list[Tensor]:
         """The tensors, with other differentiable ones if given."""
@@ -136,7 +140,7 @@ class Call:
         tensors = self.changed(*differentiable)
         return reference.problem_rows(
             *self.inputs(tensors), *tensors[-2:], self.code, 1 + self.positives, self.beta,
-            self.variant, self.tau_plus,
+            self.variant, self.tau_plus, self.decoupled,
         )  # fmt: skip
 
     def values(self, function, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -175,6 +179,12 @@ class Call:
                 found[name] = parts[0]
                 assert all(torch.equal(x, parts[0]) for x in parts)
         return found
+
+
+def _codes(name: str) -> tuple[int, bool]:
+    """Of one of data.FORMS: the variant as the operators take it, and whether it is decoupled."""
+    options = form(name)
+    return ops.VARIANTS[options["variant"]], options["decoupled"]
 
 
 def labelled(
@@ -216,11 +226,12 @@ def labelled(
         candidate_guide = guide[:0]
         if pairing != "self":
             candidate_guide = views(kind, m, D + 3, seed + 11)[1].to(of_guide)
+    code, decoupled = _codes(variant)
     p = Call(
         "labelled",
         (x, y, ids, candidate_ids, mask, groups, candidate_groups, guide, candidate_guide, f64(0.3),
          f64(tau)),
-        pairing, int(variant == "released"), int(positives == "inside"), beta, tau_plus,
+        pairing, code, int(positives == "inside"), beta, tau_plus, decoupled,
         f"{kind} {N} x {D} {pairing} {source} {variant} {positives} {dtype} seed {seed}",
     )  # fmt: skip
     return _with_eps(p, near)
@@ -241,11 +252,12 @@ def viewed(
     else:
         guides = views(kind, B + len(y), D + 3, seed + 9)[0].to(dtype)
         guide, candidate_guide = guides.split([B, len(y)])
+    code, decoupled = _codes(variant)
     p = Call(
         "labelled",
         (z0.to(dtype), y, no_ids, no_ids, no_mask, groups, candidate_groups, guide, candidate_guide,
          f64(0.3), f64(tau)),
-        mode, int(variant == "released"), -1, beta, tau_plus,
+        mode, code, -1, beta, tau_plus, decoupled,
         f"{kind} {B} x {D} {mode} {source} {variant} {dtype} seed {seed}",
     )  # fmt: skip
     return _with_eps(p, near)
@@ -284,9 +296,10 @@ def logits(
     negative = reference.logits_table(values, target).negative
     seen = values.double() * tau
     eps = eps_in_a_gap(seen[negative], near) if negative.sum() > 2 else f64(near)
+    code, decoupled = _codes(variant)
     return Call(
-        "logits", (values, target, eps, f64(tau)), "logits", int(variant == "released"), 0, beta,
-        tau_plus, f"{N} x {C} {variant} {dtype}",
+        "logits", (values, target, eps, f64(tau)), "logits", code, 0, beta, tau_plus, decoupled,
+        f"{N} x {C} {variant} {dtype}",
     )  # fmt: skip
 
 

@@ -28,13 +28,14 @@ def nothing(like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def arguments(name: str, *of: Any, allow_tf32: bool = False) -> tuple[Any, ...]:
     """Of forward, adaptive, backward, threshold and row_range below."""
     if name == "forward":
-        z0, z1, negatives, eps, tau, mode, reduction, variant, beta, tau_plus, keep = of
+        z0, z1, negatives, eps, tau, mode, reduction, variant, beta, tau_plus, decoupled, keep = of
         return (z0, z1, negatives, *nothing(z0), eps, tau, mode, reduction, 0, beta, variant,
-                tau_plus, keep, allow_tf32)  # fmt: skip
+                tau_plus, decoupled, keep, allow_tf32)  # fmt: skip
     if name == "adaptive":
-        z0, z1, negatives, state, tau, mode, reduction, variant, beta, tau_plus, *rule, keep = of
+        z0, z1, negatives, state, tau, mode, reduction, variant, beta, *rest, keep = of
+        tau_plus, decoupled, *rule = rest
         return (z0, z1, negatives, *nothing(z0), state, tau, mode, reduction, 0, beta, variant,
-                tau_plus, keep, allow_tf32, False, *rule)  # fmt: skip
+                tau_plus, decoupled, keep, allow_tf32, False, *rule)  # fmt: skip
     if name == "backward":
         grad, z0, z1, negatives, tau, stats, kept, mode, reduction, beta, needs = of
         return (grad, z0, z1, negatives, *nothing(z0), tau, stats, kept, mode, reduction, 0, beta,
@@ -47,12 +48,13 @@ def arguments(name: str, *of: Any, allow_tf32: bool = False) -> tuple[Any, ...]:
 
 
 def forward(*of: Any, allow_tf32: bool = False) -> Any:
-    """z0, z1, negatives, eps, tau, mode, reduction, variant, beta, tau_plus, keep."""
+    """z0, z1, negatives, eps, tau, mode, reduction, variant, beta, tau_plus, decoupled, keep."""
     return HEX.forward(*arguments("forward", *of, allow_tf32=allow_tf32))
 
 
 def adaptive(*of: Any) -> Any:
-    """z0, z1, negatives, state, tau, mode, reduction, variant, beta, tau_plus, *rule, keep."""
+    """z0, z1, negatives, state, tau, mode, reduction, variant, beta, tau_plus, decoupled, *rule,
+    keep."""
     return HEX.adaptive(*arguments("adaptive", *of))
 
 

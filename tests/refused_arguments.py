@@ -156,7 +156,7 @@ ERRORS = (
     (
         lambda: HEXLoss(variant=Z),
         ValueError,
-        "variant: got Tensor, wanted one of 'paper', 'released'",
+        "variant: got Tensor, wanted one of 'paper', 'released', 'excluded'",
     ),
     (
         lambda: HEXLoss(gather_distributed=True)(Z, Z, rows=[ONE, 3]),

@@ -49,18 +49,20 @@ def anchors_of(arguments, first, count):
 
 
 def backward_of(arguments, grad, stats, kept):
-    *inputs, _, tau, mode, reduction, positives, beta, _, _, _, _ = arguments
+    *inputs, _, tau, mode, reduction, positives, beta, _, _, _, _, _ = arguments
     return grad, *inputs, tau, stats, kept, mode, reduction, positives, beta, False, 15
 
 
 def forward_of(arguments, kept, keep=0):
-    *inputs, eps, tau, mode, reduction, positives, beta, variant, tau_plus, _, _ = arguments
-    rule = mode, reduction, positives, beta, variant, tau_plus
+    *inputs, eps, tau, mode, reduction, positives, beta, variant, tau_plus, decoupled, _, _ = (
+        arguments
+    )
+    rule = mode, reduction, positives, beta, variant, tau_plus, decoupled
     return *inputs, eps, tau, kept, *rule, keep, False
 
 
 def quantile_of(arguments, over_negatives, bounds):
-    *inputs, _, tau, mode, _, positives, _, _, _, _, _ = arguments
+    *inputs, _, tau, mode, _, positives, _, _, _, _, _, _ = arguments
     logits = mode == ops.MODES["logits"]
     return *inputs[:5], tau, mode, positives > 0, False, logits, 0.9, over_negatives, bounds
 

@@ -347,7 +347,7 @@ def call_of(operator, B, D=8, mode="ntxent", K=0, dtype=torch.bfloat16, wanted="
     needs = sum(1 << k for k, name in enumerate(NAMES) if name in wanted.split())
     return {
         "forward": lambda: operators.forward(
-            *views, f64(0.4), f64(0.1), code, none, ops.VARIANTS["paper"], 1.0, 0.0, False
+            *views, f64(0.4), f64(0.1), code, none, ops.VARIANTS["paper"], 1.0, 0.0, False, False
         ),
         "threshold": lambda: operators.threshold(*views, code, 0.99, "all"),
         "row_range": lambda: operators.row_range(*views, code),

@@ -155,7 +155,7 @@ ERRORS = (
     (
         lambda: HEXLoss(variant="author"),
         ValueError,
-        "variant: got 'author', wanted one of 'paper', 'released'",
+        "variant: got 'author', wanted one of 'paper', 'released', 'excluded'",
     ),
     (
         lambda: InfoNCELoss(reduction=None),

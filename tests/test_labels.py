@@ -95,7 +95,7 @@ def test_derivatives_of_views_are_those_of_finite_differences(mode, source, vari
     else:
         guide = views("cluster", n, 4, seed=2)[0]
         eps = guide.new_tensor(0.2)
-    rule = code, reduction, 0, p.beta, ops.VARIANTS[variant], p.tau_plus
+    rule = code, reduction, 0, p.beta, ops.VARIANTS[variant], p.tau_plus, False
 
     def loss(tau: Tensor, *z: Tensor) -> tuple[Tensor, ...]:
         inputs = *(*z, negatives)[:3], ids, mask, groups, guide

@@ -69,7 +69,7 @@ def check_groups(mode: str, dtype: torch.dtype, variant: int, beta: float, seed:
     weights = torch.randn(2 * B, generator=torch.Generator().manual_seed(1))
 
     def ours(*leaves):
-        return ops.loss((*leaves, *sets), *numbers, (code, 0, 0, beta, variant, 0.1))[0]
+        return ops.loss((*leaves, *sets), *numbers, (code, 0, 0, beta, variant, 0.1, False))[0]
 
     def plain(*leaves):
         return reference.problem_rows(*leaves, *sets, *numbers, code, 0, beta, variant, 0.1)[0]

@@ -112,7 +112,9 @@ def errors(batch, eps, tau, beta, tau_plus, dtype):
     the condition; the condition; whether Q is at its floor.
     """
     given = [z.to(dtype) for z in batch.inputs]
-    loss, stats, kept = operators.forward(*given, f64(eps), f64(tau), 4, 0, 0, beta, tau_plus, True)
+    loss, stats, kept = operators.forward(
+        *given, f64(eps), f64(tau), 4, 0, 0, beta, tau_plus, False, True
+    )
     ones = torch.ones(len(given[0]), dtype=dtype)
     dz = operators.backward(ones, *given, f64(tau), stats, kept, 4, 0, beta, 6)
     ours = torch.cat([dz[1][:, None], dz[2]], 1).double().numpy()  # (N, 1 + K, D)

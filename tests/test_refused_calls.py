@@ -43,7 +43,7 @@ OPERATORS = ("forward", "adaptive", "backward", "quantile")
 VIEWS = (
     dict(z0=Z, z1=Z, negatives=EMPTY, ids=NO_LABELS, mask=NO_MASK, groups=NO_GROUPS)
     | dict(guide=NO_GUIDE, eps=EPS, tau=TAU, mode=0, reduction=0, variant=0, positives=0, beta=1.0)
-    | dict(tau_plus=0.1, keep=True, allow_tf32=False, self_column=False)
+    | dict(tau_plus=0.1, decoupled=False, keep=True, allow_tf32=False, self_column=False)
     | dict(state=STATE, quantile=0.9, over_negatives=False, momentum=0.0, monotonic=False)
     | dict(lagged=False, warmup_epochs=0, warmup_threshold=1.0)
     | dict(grad=ROWS, stats=STATS, kept=KEPT, needs=15, several=False, bounds=False)
@@ -106,8 +106,8 @@ REFUSED = [
     ("forward", dict(mode=2**32), MODE),
     ("forward", dict(reduction=3), "reduction: expected 0, 1 or 2"),
     ("forward", dict(reduction=-1), "reduction: expected 0, 1 or 2"),
-    ("forward", dict(variant=2), "variant: expected 0 or 1"),
-    ("forward", dict(variant=-1), "variant: expected 0 or 1"),
+    ("forward", dict(variant=3), "variant: expected 0, 1 or 2"),
+    ("forward", dict(variant=-1), "variant: expected 0, 1 or 2"),
     ("forward", dict(beta=-0.5), BETA),
     ("forward", dict(beta=float("nan")), BETA),
     ("forward", dict(tau_plus=-0.1), TAU_PLUS),
@@ -142,7 +142,7 @@ REFUSED = [
     ("quantile", dict(z0=Z.long()), f"z0: {FLOATING}"),
     ("adaptive", dict(quantile=1.01), "quantile: expected a number in [0, 1]"),
     ("adaptive", dict(tau=torch.ones(10)), f"tau: {NUMBERS} ()"),
-    ("adaptive", dict(variant=2), "variant: expected 0 or 1"),
+    ("adaptive", dict(variant=3), "variant: expected 0, 1 or 2"),
     *(
         ("adaptive", dict(state=state), f"state: {text}")
         for state, text in (
@@ -376,7 +376,7 @@ def test_a_mask_is_true_where_its_byte_is_not_zero():
 
     def run(mask):
         inputs = z, none, none.clone(), ids, mask, groups, guide
-        value, seen = ops.loss(inputs, f64(0.1), f64(0.1), (0, 0, 1, 1.0, 0, 0.1))
+        value, seen = ops.loss(inputs, f64(0.1), f64(0.1), (0, 0, 1, 1.0, 0, 0.1, False))
         return value.detach(), *seen, *torch.autograd.grad(value.sum(), z)
 
     assert all(torch.equal(x, y) for x, y in zip(run(mask), run(truth), strict=True))

@@ -26,7 +26,7 @@ THREADS = (1, 2, 3, 4)
 
 def everything(p) -> list[Tensor]:
     """The outputs of every operator, forward and backward."""
-    z0, z1, negatives, eps, tau, mode, reduction, variant, beta, tau_plus, _ = p.raw()
+    z0, z1, negatives, eps, tau, mode, reduction, variant, beta, tau_plus, *_ = p.raw()
     loss, stats, kept = operators.forward(*p.raw())
     mean = operators.forward(*p.raw()[:6], ops.REDUCTIONS["mean"], *p.raw()[7:])[0]
     grads = operators.backward(

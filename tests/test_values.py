@@ -198,5 +198,5 @@ def test_the_threshold_is_compared_in_float64(device):
     negative = torch.tensor([[0.75, 0.6614378]], device=device)
     cosine = reference.cosines(z, z, negative, "unpaired")[0][0, 1].double()
     for eps, inside in ((cosine, 0), (cosine - 1e-12, 1), (cosine + 1e-12, 0)):
-        stats = operators.forward(z, z, negative, eps, f64(0.1), 3, 0, 0, 1.0, 0.1, False)[1]
+        stats = operators.forward(z, z, negative, eps, f64(0.1), 3, 0, 0, 1.0, 0.1, False, False)[1]
         assert stats[ops.COUNT].item() == inside

@@ -203,7 +203,7 @@ static int64_t logits_capacity(const hex_problem_t *p, double quantile)
 {
     const double share = 1 - quantile, m = PIECES * PIECE;
     const double most = share + SIGMA_CAPACITY * sqrt(share * (1 - share) / m);
-    if (p->mode != HEX_LOGITS || p->D < FEWEST_COLUMNS || p->variant == HEX_RELEASED ||
+    if (p->mode != HEX_LOGITS || p->D < FEWEST_COLUMNS || p->variant != HEX_PAPER ||
         most > LONGEST_LIST)
         return 0;
     const int64_t room = round_up((int64_t)(most * (double)p->D) + 16, 16);

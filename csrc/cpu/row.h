@@ -326,6 +326,12 @@ static inline bool is_released(const hex_problem_t *p, real eps)
     return p->variant == HEX_RELEASED && (p->by_group || eps != (real)INFINITY);
 }
 
+/* Whether the denominator has no term of H. */
+static inline bool leaves_out(const hex_problem_t *p, real eps)
+{
+    return p->variant == HEX_EXCLUDED || is_released(p, eps);
+}
+
 /* Prepares the statistics of a row; false if it has none: its loss is NaN then. */
 static bool row_begin(real eps, double tau, double *out)
 {
@@ -374,46 +380,52 @@ INLINE double row_scalars(const hex_problem_t *p, sums_t s, const sets_t *of, co
                           double shift, real eps, double tau, bool classed, double *out)
 {
     const bool released = is_released(p, eps), inside = classed && p->positives == HEX_INSIDE;
-    const bool logits = classed && p->mode == HEX_LOGITS;
+    const bool logits = classed && p->mode == HEX_LOGITS, decoupled = p->decoupled;
     const double nP = classed ? of->positives : 1, negatives = of->negatives, t = logits ? 1 : tau;
+    /* of which Q is a sum, and all that are repelled */
+    const double near = leaves_out(p, eps) ? 0 : s.count, repelled = near + negatives - s.count;
     /* A positive logit of -Inf: L = log D - l_p is +Inf and has a gradient, that of log D and -1. */
     const bool lost = classed && of->sum == -INFINITY;
 
     out[HEX_STAT_COUNT] = s.count;
     if (!classed) {
-        if (s.count == negatives && (released || negatives == 0)) /* nothing to repel */
+        if (repelled == 0)
             return of->sum - of->sum;
     } else {
         if (nP == 0) /* nothing to attract */
             return idle_row(of->finite, out);
         out[HEX_STAT_POS_SHIFT] = of->shift;
-        if (negatives == 0 ? (released || inside || nP == 1) : released && s.count == negatives)
+        if (repelled == 0 && (released || decoupled || inside || nP == 1))
             return idle_row(of->finite, out);
     }
-    out[HEX_STAT_SHIFT] = negatives > 0 ? shift : 0;
+    out[HEX_STAT_SHIFT] = repelled > 0 ? shift : 0;
     const double centre = !classed ? of->sum : lost ? shift : inside ? of->shift : of->sum / nP;
     if (released) {
         const double loss = released_row(p, &s, of, shift, centre, t, tau, classed, out);
         return lost ? loss + INFINITY : loss;
     }
 
-    /* m = max(0, the largest of d, of the positives and of the floor's exponent) */
+    /* m: the largest of d that the denominator has, of the floor's exponent, and of 0 where it has
+     * the positives */
     const double lowest = logits ? -(1 / tau + centre) : -(1 + centre) / tau;
     const double below = classed ? (of->largest - centre) / t : 0;
-    double above = negatives > 0 ? shift - centre : 0, m = below > 0 ? below : 0;
-    m = above / t > m ? above / t : m;
-    if (classed && s.count > 0 && lowest > m)
+    double above = repelled > 0 ? shift - centre : 0, m = below > 0 ? below : 0;
+    m = decoupled || above / t > m ? above / t : m;
+    if (classed && near > 0 && lowest > m)
         m = lowest;
-    const double e0 = exp(-m), E = classed ? exp(below - m) * s.e : e0;
+    /* of no more than 1e260, for E makes q less than the floor long before */
+    const double e0 = exp(-m < 600 ? -m : 600);
+    const double unit_p = classed ? exp(below - m < 600 ? below - m : 600) : e0,
+                 E = classed ? unit_p * s.e : e0;
     double unit = exp(above / t - m); /* e_j = unit * the summed exponential */
 
     /* Q = max(q, f),  q = N_h (r - tau_plus E / n_P) / (1 - tau_plus),  f = N_h exp(lowest - m) */
     double local = 0, r = 0, floor_ = 0;
     bool clamped = false;
-    if (s.count > 0) {
+    if (near > 0) {
         r = unit * s.be / s.b;
-        local = s.count * (r - p->tau_plus * (classed ? E / nP : e0)) / (1 - p->tau_plus);
-        floor_ = s.count * exp(lowest - m);
+        local = near * (r - p->tau_plus * (classed ? E / nP : e0)) / (1 - p->tau_plus);
+        floor_ = near * exp(lowest - m);
         clamped = local < floor_;
         local = clamped ? floor_ : local;
     }
@@ -428,33 +440,40 @@ INLINE double row_scalars(const hex_problem_t *p, sums_t s, const sets_t *of, co
         above = shift - centre;
         unit = exp(above / t - m);
     }
+    if (clamped && decoupled) { /* what is left may all be far below the largest, which is in H */
+        const bool some = s.count < negatives;
+        m = some && above / t > lowest ? above / t : lowest;
+        unit = some ? exp(above / t - m) : 0;
+        local = floor_ = near * exp(lowest - m);
+    }
 
-    /* S = Q + sum_G e,  k = 1 / (t D) with D = E + S;  debias: dq / de_0 of the positives' share */
-    const double rest = unit * s.rest, S = local + rest, k = 1 / (t * (E + S));
-    const bool debiased = s.count > 0 && !clamped;
-    const double share = k * s.count * p->tau_plus * (classed ? exp(below - m) : e0);
+    /* S = Q + sum_G e,  k = 1 / (t D) with D = E + S or S;  debias: dq / de_0 of the positives'
+     * share */
+    const double rest = unit * s.rest, S = local + rest, D = decoupled ? S : E + S, k = 1 / (t * D);
+    const bool debiased = near > 0 && !clamped;
+    const double share = k * near * p->tau_plus * unit_p;
     const double debias = debiased ? share / (1 - p->tau_plus) / nP : 0;
     out[HEX_STAT_REST] = k * unit;
-    out[HEX_STAT_SHARE] = local / (E + S);
+    out[HEX_STAT_SHARE] = local / D;
     /* -tau dL/dtau = sum_j (v_j - centre) dL/dv_j: only differences, but for the floor, which knows
      * the centre itself */
     double moment = k * unit * (s.rest_x + above * s.rest), W; /* L = log(1 + exp(m) W) */
-    if (inside) { /* L = log(E + S) - log E; E itself may underflow, and below is 0 */
+    if (inside) { /* L = log D - log E; E itself may underflow, and below is 0 */
         out[HEX_STAT_POS_E] = -k * S / s.e - debias;
         moment += out[HEX_STAT_POS_E] * s.ex;
         W = S / s.e;
-    } else { /* L = log(E + S) - mean_P l */
+    } else { /* L = log D - mean_P l */
         const double mean = classed ? s.e / nP : 1;
         out[HEX_STAT_POSITIVE] = -k * S / nP;
         if (classed) {
             out[HEX_STAT_POS_MEAN] = mean;
-            out[HEX_STAT_POS_E] = k * exp(below - m) - debias;
+            out[HEX_STAT_POS_E] = (decoupled ? 0 : k * unit_p) - debias;
             moment += out[HEX_STAT_POS_E] * (s.ex - mean * s.x);
         }
         W = S + (nP > 1 ? E - e0 : 0);
     }
-    if (s.count > 0 && !clamped) {
-        const double h = k * s.count / ((1 - p->tau_plus) * s.b);
+    if (debiased) {
+        const double h = k * near / ((1 - p->tau_plus) * s.b);
         const double hard_e = h * (1 + p->beta) * unit, hard = h * p->beta * r;
         out[HEX_STAT_HARD_E] = hard_e;
         out[HEX_STAT_HARD] = hard;
@@ -467,6 +486,8 @@ INLINE double row_scalars(const hex_problem_t *p, sums_t s, const sets_t *of, co
         out[HEX_STAT_DTAU] = at_floor / (tau * tau);
     else
         out[HEX_STAT_DTAU] = (at_floor * (1 + centre) - moment) / tau;
+    if (decoupled) /* as released_row */
+        return m + log(S) - (inside ? log(s.e) : 0) + (lost ? INFINITY : 0);
     if (m <= 30 && !lost) /* with the logarithm x, L would lose |x| ulp where x is far below 0 */
         return log1p(W * exp(m));
     /* also far below 0: where all rows share the shift 1, no difference of the row's may be near m */
@@ -495,12 +516,12 @@ static double row_forward(const hex_problem_t *p, const row_t *r, double eps_giv
     const real eps = row_eps(p, eps_given);
     if (!row_begin(eps, tau, out))
         return NAN;
-    const bool released = is_released(p, eps);
+    const bool apart = leaves_out(p, eps);
     const real scale = (real)(M_LOG2E / (p->mode == HEX_LOGITS ? 1 : tau));
     if (!has_classes(r)) {
         const sets_t of = {.positives = 1, .negatives = (double)r->n, .sum = r->cp};
         const bool one = r->n > ENOUGH && may_have_one_shift(p);
-        const real shift = one ? 1 : row_largest(r->v, r->n, released ? eps : (real)INFINITY);
+        const real shift = one ? 1 : row_largest(r->v, r->n, apart ? eps : (real)INFINITY);
         const sums_t s = plain_sums(r->v, r->n, (double)shift, eps, scale, p->beta);
         return plain_scalars(p, s, &of, one ? NULL : r, (double)shift, eps, tau, out);
     }
@@ -510,7 +531,7 @@ static double row_forward(const hex_problem_t *p, const row_t *r, double eps_giv
         row_begin(eps, NAN, out);
         return NAN;
     }
-    const double shift = released || of.rest > hard ? of.rest : hard;
+    const double shift = apart || of.rest > hard ? of.rest : hard;
     const sums_t s = classed_sums(r, shift, of.shift, eps, scale, p->beta, of.hard);
     return classed_scalars(p, s, &of, r, shift, eps, tau, out);
 }

@@ -225,6 +225,7 @@ SHARED_DEVICE double row_loss(const hex_problem_t &p, const hex_row &row, double
     const bool logits = SETS && p.mode == HEX_LOGITS, several = SETS && p.several && !logits;
     const bool inside = several && p.positives == HEX_INSIDE;
     const bool released = p.variant == HEX_RELEASED && (p.by_group || eps != (double)INFINITY);
+    const bool decoupled = p.decoupled, leaves_out = released || p.variant == HEX_EXCLUDED;
     const double t = logits ? 1 : tau;
     double unknown = 0, finite = 0;
     // Of one positive: there is one, it is the largest, e = 1 and t = 0.
@@ -255,10 +256,11 @@ SHARED_DEVICE double row_loss(const hex_problem_t &p, const hex_row &row, double
         return (double)NAN;
     out[HEX_STAT_COUNT] = count;
     // Nothing to attract, or nothing to repel.
-    const bool all_hard = count == negatives;
-    if (!SETS ? all_hard && (released || negatives == 0)
-              : positives == 0 || (negatives == 0 ? released || inside || positives == 1
-                                                  : released && all_hard)) {
+    // Of which Q is a sum, and all that are repelled.
+    const double near = leaves_out ? 0 : count, repelled = near + negatives - count;
+    if (!SETS ? repelled == 0
+              : positives == 0 ||
+                    (repelled == 0 && (released || decoupled || inside || positives == 1))) {
         if (SETS && finite != 0) // with a gradient of NaN
 #pragma unroll
             for (int k = HEX_STAT_REST; k < HEX_STATS_SEVERAL; k++)
@@ -270,9 +272,9 @@ SHARED_DEVICE double row_loss(const hex_problem_t &p, const hex_row &row, double
     const double rest_top = s.v[SUM_TOP], hard_top = s.v[SUM_HARD_TOP];
     // Where eps decides on the cosines themselves, those of H are the largest; rest_top may be 1.
     const bool given = SETS && (p.by_group || p.G > 0);
-    double shift = count > 0 && !(given && some && rest_top > hard_top) ? hard_top : rest_top;
+    double shift = near > 0 && !(given && some && rest_top > hard_top) ? hard_top : rest_top;
     out[HEX_STAT_POS_SHIFT] = lost ? 0 : largest;
-    const double centre = lost     ? negatives > 0 ? released ? rest_top : shift : 0
+    const double centre = lost     ? repelled > 0 ? shift : 0
                           : inside ? largest
                                    : largest + pos_x / positives;
     if (released) {
@@ -281,53 +283,64 @@ SHARED_DEVICE double row_loss(const hex_problem_t &p, const hex_row &row, double
         return lost ? loss + (double)INFINITY : loss;
     }
 
-    // m = max(0, the largest of d, of the positives and of the floor's exponent)
+    // m: the largest of d that the denominator has, of the floor's exponent, and of 0 where it has
+    // the positives
     const double lowest = logits ? -(1 / tau + centre) : -(1 + centre) / tau;
     const double below = SETS ? (largest - centre) / t : 0;
     double m = below > 0 ? below : 0;
-    if (negatives > 0)
-        m = fmax(m, (shift - centre) / t);
-    if (SETS && count > 0)
+    if (repelled > 0)
+        m = decoupled ? (shift - centre) / t : fmax(m, (shift - centre) / t);
+    if (SETS && near > 0)
         m = fmax(m, lowest);
-    const double e0 = exp(-m), pos_unit = SETS ? exp(below - m) : e0, E = pos_unit * pos_e;
-    const double rest_unit = some ? exp((rest_top - centre) / t - m) : 0;
-    const double hard_unit = count > 0 ? exp((hard_top - centre) / t - m) : 0;
+    // of no more than 1e260, for E makes q less than the floor long before
+    const double e0 = exp(fmin(-m, 600.0)), pos_unit = SETS ? exp(fmin(below - m, 600.0)) : e0;
+    const double E = pos_unit * pos_e;
+    double rest_unit = some ? exp((rest_top - centre) / t - m) : 0;
+    const double hard_unit = near > 0 ? exp((hard_top - centre) / t - m) : 0;
 
     // Q = max(q, f),  q = N_h (r - tau_plus E / n_P) / (1 - tau_plus),  f = N_h exp(lowest - m)
     double local = 0, r = 0, floor_ = 0;
     bool clamped = false;
-    if (count > 0) {
+    if (near > 0) {
         r = hard_unit * s.v[SUM_BE] / s.v[SUM_B];
-        local = count * (r - p.tau_plus * E / positives) / (1 - p.tau_plus);
-        floor_ = count * exp(lowest - m);
+        local = near * (r - p.tau_plus * E / positives) / (1 - p.tau_plus);
+        floor_ = near * exp(lowest - m);
         clamped = local < floor_;
         local = clamped ? floor_ : local;
         if (clamped && some)
             shift = rest_top;
+        if (clamped && decoupled) { // what is left may all be far below the largest, which is in H
+            const double top = (rest_top - centre) / t;
+            m = some ? fmax(top, lowest) : lowest;
+            rest_unit = some ? exp(top - m) : 0;
+            local = floor_ = near * exp(lowest - m);
+        }
     }
 
-    // S = Q + sum_G e,  k = 1 / (t D) with D = E + S;  debias: dq / de_0 of the positives' share
-    const bool debiased = count > 0 && !clamped;
-    const double S = local + rest_unit * s.v[SUM_REST], k = 1 / (t * (E + S));
+    // S = Q + sum_G e,  k = 1 / (t D) with D = E + S or S;  debias: dq / de_0 of the positives' share
+    const bool debiased = near > 0 && !clamped;
+    const double S = local + rest_unit * s.v[SUM_REST], D = decoupled ? S : E + S, k = 1 / (t * D);
     const double debias =
-        debiased ? k * count * p.tau_plus * pos_unit / (1 - p.tau_plus) / positives : 0;
-    out[HEX_STAT_SHIFT] = negatives > 0 ? shift : 0;
-    out[HEX_STAT_REST] = negatives > 0 ? k * exp((shift - centre) / t - m) : 0;
-    out[HEX_STAT_SHARE] = local / (E + S);
+        debiased ? k * near * p.tau_plus * pos_unit / (1 - p.tau_plus) / positives : 0;
+    // Of a row whose floor alone is left the entries have no gradient, and no e that is in range.
+    const bool spread = debiased || (repelled > 0 && some);
+    out[HEX_STAT_SHIFT] = repelled > 0 ? shift : 0;
+    out[HEX_STAT_REST] = spread ? k * exp((shift - centre) / t - m) : 0;
+    out[HEX_STAT_SHARE] = local / D;
     // -tau dL/dtau = sum_j (v_j - centre) dL/dv_j: only differences, but for the floor, which knows
     // the centre itself
     double moment = k * rest_unit * (s.v[SUM_REST_T] / scale + (rest_top - centre) * s.v[SUM_REST]);
     double W;     // L = log(1 + exp(m) W)
-    if (inside) { // L = log(E + S) - log E; E itself may underflow, and `below` is 0
+    if (inside) { // L = log D - log E; E itself may underflow, and `below` is 0
         out[HEX_STAT_POS_E] = -k * S / pos_e - debias;
         moment += out[HEX_STAT_POS_E] * pos_ex;
         W = S / pos_e;
-    } else { // L = log(E + S) - mean_P l
+    } else { // L = log D - mean_P l
         const double mean = pos_e / positives;
         out[HEX_STAT_POSITIVE] = -k * S / positives;
         if (several) {
             out[HEX_STAT_POS_MEAN] = mean;
-            out[HEX_STAT_POS_E] = k * pos_unit - debias;
+            out[HEX_STAT_POS_E] = (decoupled ? 0 : k * pos_unit) - debias;
             moment += out[HEX_STAT_POS_E] * (pos_ex - mean * pos_x);
         }
         W = S + (positives > 1 ? E - e0 : 0);
@@ -337,7 +350,7 @@ SHARED_DEVICE double row_loss(const hex_problem_t &p, const hex_row &row, double
         // gradient of it is nothing beside that of G.
         const double f = pow2((hard_top - shift) * scale),
                      fb = exp2(p.beta * (hard_top - shift) * scale);
-        const double above = hard_top - centre, h = k * count / ((1 - p.tau_plus) * s.v[SUM_B]);
+        const double above = hard_top - centre, h = k * near / ((1 - p.tau_plus) * s.v[SUM_B]);
         const double hard_e = h * (1 + p.beta) * hard_unit, hard = h * p.beta * r;
         const bool in_range = f * fb > 1e-35;
         out[HEX_STAT_HARD_E] = in_range ? hard_e / (f * fb) : 0;
@@ -352,6 +365,8 @@ SHARED_DEVICE double row_loss(const hex_problem_t &p, const hex_row &row, double
         out[HEX_STAT_DTAU] = at_floor / (tau * tau);
     else
         out[HEX_STAT_DTAU] = (at_floor * (1 + centre) - moment) / tau;
+    if (decoupled) // as released_row
+        return m + log(S) - (inside ? log(pos_e) : 0) + (lost ? (double)INFINITY : 0);
     if (m <= 30 && !lost) // with the logarithm x, L would lose |x| ulp where x is far below 0
         return log1p(W * exp(m));
     // also far below 0: where all rows share a shift, no difference of the row's may be near m

@@ -416,6 +416,7 @@ static void make_rule(random_t *r, const shape_t *s, values_t *v)
     set_number(v, "several", s->positives > 0);
     set_number(v, "reduction", below(r, HEX_REDUCTIONS));
     set_number(v, "variant", below(r, HEX_VARIANTS));
+    set_number(v, "decoupled", chance(r, 0.3));
     set_number(v, "keep", chance(r, 0.5) ? (int64_t)1 << 27 : chance(r, 0.5) ? 0 : 1000);
     set_number(v, "allow_tf32", chance(r, 0.3));
     set_number(v, "self_column", chance(r, 0.3));
