@@ -126,6 +126,8 @@ TINY = Setup(
     data="digits", backbone="small", view=None, train=512, validation=200, epochs=2, batch=256,
     lr=3e-3, warmup=1, measured=(0, 2),
 )  # fmt: skip
+# Of the batch size: few looks, because only the scores are compared.
+BATCH = replace(CPU, measured=(0, 10))
 SIBLINGS = "automobile", "cat", "dog", "truck"  # two pairs: a strong hierarchy
 STUDIES = {
     "cpu": Study(
@@ -146,6 +148,23 @@ STUDIES = {
             "4 x longer": {"epochs": 400, "warmup": 40, "measured": (0, 10, 100, 200, 400)},
         },
         whole_regimes=("batch 512",),
+    ),
+    # How much of the released form's effect comes from leaving out the positive? Adam's learning
+    # rate goes with the square root of the batch. The temperature is the best of the study "cpu".
+    "batch": Study(
+        BATCH,
+        losses=tuple(
+            replace(loss, like=None)
+            for loss in LOSSES
+            if loss.name in ("infonce", "decoupled", "paper q0.99 neg", "released q0.99 neg")
+        ),
+        temperatures=(0.1,),
+        seeds=(0, 1, 2, 3, 4),
+        more_seeds=(),
+        regimes={
+            f"batch {batch}": {"batch": batch, "lr": round(3e-3 * (batch / 256) ** 0.5, 6)}
+            for batch in (128, 64, 32)
+        },
     ),
     # in seconds, on the digits of scikit-learn: to try the machinery
     "tiny": Study(
