@@ -26,7 +26,7 @@ from common.runs import console, progress
 from rich.table import Table
 
 HERE = Path(__file__).parent
-METHODS = "simclr moco nnclr clip supcon byol dino barlow_twins vicreg".split()
+METHODS = "simclr moco nnclr all4one clip supcon byol dino barlow_twins vicreg".split()
 LOSSES = "base", "hex"
 SHOWN = {"knn": "k-NN", "linear_1": "1 label"}
 

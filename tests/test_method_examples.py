@@ -33,6 +33,7 @@ SCRIPTS = compare.METHODS
 ADDED = ["byol", "dino", "barlow_twins", "vicreg"]  # HEX beside their own loss
 SLOW = [  # the trained network, its slow average
     ("moco", "queries", "keys"),
+    ("all4one", "online", "slow"),
     ("byol", "online", "target"),
     ("dino", "backbone", "teacher"),
     ("dino", "head", "teacher_head"),
@@ -94,6 +95,7 @@ def test_a_method_stopped_and_resumed_ends_with_the_same_bits_and_result(
     one, two = (json.loads((x / "result.json").read_text()) for x in (whole, parts))
     assert (one["script"], one["loss"], one["epochs"]) == (script, "hex", 2)
     assert one["objective"] == {
+        "all4one": "HEX in place of InfoNCE, in both terms",
         "byol": "0.1 HEX + 0.9 base",
         "dino": "0.1 HEX + 0.9 base",
         "barlow_twins": "0.1 HEX + 0.9 base",
