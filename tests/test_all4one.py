@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: MIT
-"""examples/all4one.py: its loss and gradients are those of the method's equations, HEX is in both
-contrastive terms, and impossible options are refused.
+"""examples/all4one.py: its loss is that of the method's equations and of the authors' code, HEX is
+in both contrastive terms, and impossible options are refused. Also the recipe for their code.
 
 What it shares with the other examples is in test_method_examples.py.
 """
 
 import math
+from argparse import Namespace
+from functools import partial
 
 import pytest
 import torch
 from test_method_examples import batch, few_digits, method_of, run
+from test_recipe_values import agree, cases
+from test_recipe_values import run as recipe
 from torch import Tensor
 from torch.nn import functional as F
 
-from hex import HEXLoss
+import all4one  # isort: skip
+from lightly.models.modules.memory_bank import MemoryBankModule
+
+from hex import HEXLoss, InfoNCELoss
 from hex.lightning import HEXCallback
 
 assert few_digits  # a fixture
@@ -108,7 +115,8 @@ def test_hex_is_in_both_contrastive_terms_each_with_a_threshold_of_its_own():
     torch.testing.assert_close(torch.stack(values), torch.stack([value for *_, value in seen]))
     torch.testing.assert_close(loss, sum(values) / 4 + features / 2)
     base, _ = exact("--loss", "base")
-    assert loss - base(*views) > 0.01  # some negatives are in H
+    assert all(criterion.last.hard > 0 for criterion in criteria)
+    assert abs(loss - base(*views)) > 1e-3
     assert HEXCallback.losses(base) == {}
 
 
@@ -144,3 +152,33 @@ def test_the_loss_falls_in_training(few_digits, tmp_path, capsys):
     losses = [float(line.split("loss ")[1].split()[0]) for line in lines if "epoch  " in line]
     assert len(losses) == 8 and all(math.isfinite(loss) for loss in losses)
     assert losses[-1] < losses[0] - 0.5
+
+
+# ---- solo-learn's All4One, which is the authors' ------------------------------------------------
+
+
+def on_what_was_recorded(case, criterion, criterion_of_centroids) -> Tensor:
+    """The method's loss, without networks, on what solo-learn's was given."""
+    method = all4one.All4One.__new__(all4one.All4One)
+    torch.nn.Module.__init__(method)
+    method.online, method.slow = (lambda views, x=x: x for x in (case.z, case.k))
+    method.to_neighbour, method.to_centroid = (lambda z, x=x: x for x in (case.p, case.q))
+    method.transformer = torch.nn.Identity()
+    method.place = case.place
+    method.bank = MemoryBankModule(tuple(case.queue.shape), feature_dim_first=False)
+    method.bank.bank = case.queue.clone()
+    method.criterion, method.criterion_of_centroids = criterion, criterion_of_centroids
+    return method(*torch.zeros(2, len(case.z) // 2))
+
+
+def test_the_base_loss_is_that_of_the_authors():
+    for case in cases("solo-learn-all4one"):
+        criteria = InfoNCELoss(case.T, mode="query"), InfoNCELoss(0.1, mode="query")
+        agree(on_what_was_recorded(case, *criteria), case.value, 10, 0.1)
+
+
+def test_the_recipe_of_solo_learns_all4one():
+    for case in cases("solo-learn-all4one"):
+        ours = recipe("solo-learn-all4one", self=Namespace())["nnclr_loss_func"]
+        value = on_what_was_recorded(case, partial(ours, temperature=case.T), ours)
+        agree(value, case.value, 10, 0.1)

@@ -157,6 +157,40 @@ def solo_nnclr() -> Iterator[Case]:
     yield {"nn1": nn1, "nn2": nn2, "p1": p1, "p2": p2, "T": 0.2}, value
 
 
+@recipe("solo-learn-all4one", "solo-learn")
+def solo_all4one() -> Iterator[Case]:
+    """The whole loss, with identities for the projector and the transformer."""
+    solo("nnclr")
+    z, k = numbers(2, 2 * B, D, seed=26)
+    k = F.normalize(k)
+
+    class Base(nn.Module):
+        def training_step(self, batch, index):
+            return {"loss": 0, "feats": z.chunk(2), "momentum_z": k.chunk(2)}
+
+        def log_dict(self, *_, **__):
+            pass
+
+    bare("solo.methods")
+    sys.modules["solo.methods.base"] = Namespace(BaseMomentumMethod=Base)
+    theirs = importlib.import_module("solo.methods.all4one")
+    to_neighbour, to_centroid = (nn.Linear(D, D, bias=False).double() for _ in range(2))
+    with torch.no_grad():
+        to_neighbour.weight.copy_(numbers(D, D, seed=27))
+        to_centroid.weight.copy_(numbers(D, D, seed=28))
+    queue = F.normalize(numbers(K, D, seed=29))
+    encoding = theirs.Summer(theirs.PositionalEncodingPermute1D(5)).double()
+    given = {"z": z, "k": k, "p": to_neighbour(z), "q": to_centroid(z), "queue": queue, "T": 0.2}
+    given["place"] = encoding.penc(torch.zeros(1, 5, D).double())[0]
+    model = without_init(
+        theirs.All4One, projector=nn.Identity(), predictor=to_neighbour, predictor2=to_centroid,
+        transformer_encoder=nn.Identity(), pos_enc=encoding, temperature=0.2, queue_size=K,
+        queue=queue.clone(), queue_y=-torch.ones(K), queue_index=-torch.ones(K),
+        queue_ptr=torch.zeros(1, dtype=torch.int64),
+    )  # fmt: skip
+    yield given, model.training_step([torch.arange(B), None, torch.zeros(B)], 0)
+
+
 @recipe("solo-learn-moco", "solo-learn")
 def solo_moco() -> Iterator[Case]:
     q, k = (F.normalize(x) for x in numbers(2, B, D, seed=12))
