@@ -5,23 +5,25 @@
     python examples/all4one.py --data cifar10 --root DIR --backbone resnet18 --epochs 1000 \\
         --features 256 --bank 98304 --temperature 0.2 --momentum 0.99
 
-The second command has the settings of the authors, except for their optimizer and the widths of
-their heads. A bank holds past projections of a momentum encoder, and each projection of that
+The second command has the settings of the authors for CIFAR, except for the optimizer, the views and
+the widths of the heads.
+
+A bank holds past projections of a momentum encoder, and each projection of that
 encoder has five nearest neighbours there. The loss is half the sum of three terms:
 
-* Neighbours: the prediction from one view has to find the nearest neighbour of the other, as in
-  NNCLR.
-* Centroids: a transformer makes one embedding of the five neighbours. It makes another of a second
-  prediction and the four nearest neighbours of the same view. Each has to find the other across the
-  views.
+* Neighbours: the nearest neighbour of one view has to find the prediction from the other view, as
+  in NNCLR.
+* Centroids: a transformer makes one embedding, the centroid, of the five neighbours of one view. It
+  makes a second one of another prediction and the four nearest neighbours of the other view. The
+  first centroid has to find the second.
 * Features: each feature has to agree with itself between the encoder and the momentum encoder, and
   with no other feature. This is close to Barlow Twins.
 
-The first two are contrastive, in mode "query". HEX goes into both, with a threshold of its own in
-each, because centroids are much closer to each other than neighbours are.
+The first two terms are contrastive, in mode "query". HEX goes into both, with a threshold of its
+own in each: the cosines of centroids are much larger than those of neighbours.
 
-The authors' code makes the positional encoding with the positions and the features exchanged. Here
-it is the usual one.
+The authors' code exchanges positions and features in the positional encoding. Here the encoding is
+the usual one.
 
 All4One: Estepa et al. 2023, https://arxiv.org/abs/2303.09417. Needs hex-ssl[examples].
 """

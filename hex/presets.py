@@ -16,8 +16,9 @@ from .threshold import ThresholdTracker
 __all__ = ["authors_mix", "authors_threshold"]
 
 Threshold = Literal[
-    "simclr", "nnclr", "step", "step-imagenet-simclr", "step-imagenet-nnclr", "step-cifar", "cosine"
-]
+    "simclr", "nnclr", "all4one",
+    "step", "step-imagenet-simclr", "step-imagenet-nnclr", "step-cifar", "cosine",
+]  # fmt: skip
 Method = Literal["barlow", "vicreg"]
 
 # Their epoch_step in scripts/pretrain, for runs of 100, 100 and 400 epochs, in which eps falls from
@@ -34,6 +35,7 @@ def authors_threshold(
     |---|---|
     | "simclr" | adaptive with over="all"; InfoNCE while epoch <= 10 |
     | "nnclr" | the same, but 0.9 while epoch <= 10 (rows [neighbours; predictions], "ntxent") |
+    | "all4one" | as "nnclr"; one for the loss of the neighbours, one for that of the centroids |
     | "step" | 0.9, minus 0.1 after every `every` epochs, for cosines scaled to [0, 1] in each row |
     | "step-imagenet-simclr" | "step" every 20 epochs, as in their run of 100 epochs |
     | "step-imagenet-nnclr" | "step" every 25 epochs, as in their run of 100 epochs |
@@ -61,7 +63,7 @@ def authors_threshold(
         >>> criterion = HEXLoss(0.1, threshold=authors_threshold("simclr"), variant="released")
 
     Source: solo/losses/simclr.py and solo/losses/nnclr.py in their repository, and the methods that
-    call them.
+    call them (All4One: with type 'adaptive').
     """
     check_choice("name", name, get_args(Threshold))
     if (epochs is not None) != (name == "cosine"):
@@ -72,7 +74,7 @@ def authors_threshold(
         raise ValueError(f"every: got {shown(every)}, wanted {wanted}")
     if name == "simclr":
         return ThresholdTracker.adaptive(over="all", warmup_epochs=11)
-    if name == "nnclr":
+    if name in ("nnclr", "all4one"):
         return ThresholdTracker.adaptive(over="all", warmup_epochs=11, warmup_threshold=0.9)
     if (falls := _EVERY.get(name, every)) is not None:
         return ThresholdTracker.step(0.9, 0.1, falls, normalize_rows=True)

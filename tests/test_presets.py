@@ -22,11 +22,13 @@ def over_epochs(tracker: ThresholdTracker, epochs, candidate: float | None = Non
     return values
 
 
-def test_simclr_warms_up_for_eleven_epochs_with_info_nce_and_nnclr_with_a_fixed_threshold():
+def test_simclr_warms_up_for_eleven_epochs_with_info_nce_and_the_others_with_a_fixed_threshold():
     assert over_epochs(authors_threshold("simclr"), (0, 10, 11), 0.5) == [math.inf, math.inf, 0.5]
-    assert over_epochs(authors_threshold("nnclr"), (0, 10, 11), 0.5) == [0.9, 0.9, 0.5]
-    assert authors_threshold("simclr").quantile == 0.99
-    assert authors_threshold("simclr").over == "all"
+    for name in ("nnclr", "all4one"):
+        assert over_epochs(authors_threshold(name), (0, 10, 11), 0.5) == [0.9, 0.9, 0.5]
+    for name in ("simclr", "nnclr", "all4one"):
+        assert authors_threshold(name).quantile == 0.99
+        assert authors_threshold(name).over == "all"
 
 
 def test_the_fixed_schedules_are_of_scaled_rows_and_fall_as_theirs_do():

@@ -367,7 +367,7 @@ SWAP = {
     "lightly: SimCLR, NNCLR; stable-pretraining": [("lightly", "stable-pretraining")],
     "lightly: MoCo, its memory bank kept": [("lightly's bank",)],
     "solo-learn: SimCLR, SupCon": [("solo-learn",)],
-    "solo-learn: NNCLR": [("solo-learn-nnclr",)],
+    "solo-learn: NNCLR, All4One": [("solo-learn-nnclr",)],
     "solo-learn: MoCo v2+": [("solo-learn-moco",)],
     "MoCo v3": [("moco-v3",)],
     "HobbitLong/SupContrast": [("supcontrast",)],
