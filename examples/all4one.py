@@ -5,8 +5,8 @@
     python examples/all4one.py --data cifar10 --root DIR --backbone resnet18 --epochs 1000 \\
         --features 256 --bank 98304 --temperature 0.2 --momentum 0.99
 
-The second command has the settings of the authors for CIFAR, except for the optimizer, the views and
-the widths of the heads.
+The second command has the authors' settings for CIFAR, except for the optimizer, the views and the
+widths of the heads.
 
 A bank holds past projections of a momentum encoder, and each projection of that
 encoder has five nearest neighbours there. The loss is half the sum of three terms:
