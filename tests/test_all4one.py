@@ -17,7 +17,7 @@ from test_recipe_values import run as recipe
 from torch import Tensor
 from torch.nn import functional as F
 
-import all4one  # isort: skip
+import all4one  # isort: skip  # in examples/, which test_method_examples.py puts on the path
 from lightly.models.modules.memory_bank import MemoryBankModule
 
 from hex import HEXLoss, InfoNCELoss
