@@ -206,8 +206,10 @@ def hex_sup_con(
     mask: Tensor | None = None,
     *,
     eps: float | Tensor | None = None,
-    groups: Tensor | None = None,
-    guide: Tensor | None = None,
+    candidates: Tensor | None = None,
+    candidate_labels: Tensor | None = None,
+    groups: Tensor | tuple[Tensor, Tensor] | None = None,
+    guide: Tensor | tuple[Tensor, Tensor] | None = None,
     temperature: float | Tensor = 0.1,
     beta: float = 1.0,
     tau_plus: float = 0.1,
@@ -245,10 +247,18 @@ def hex_sup_con(
             labels, not both.
         eps: the threshold, a cosine: a number, a 0-d tensor, or (N,), one value for each row.
             Give either eps or groups, not both.
+        candidates: None, or (M, D), reference embeddings such as those of a memory. M may be any
+            number. All rows of features are then compared with the candidates alone, and not with
+            each other: P(i) is the candidates with the label of i, and the negatives are the
+            others. No candidate is left out. One that is a copy of row i counts as a positive of i,
+            so compare with a memory first, and then put the batch into it. Candidates get a
+            gradient if they require one.
+        candidate_labels: (M,) integers, the labels of the candidates. `labels` are then wanted.
         groups: (B,), or (N,) for features (N, D), integers. H(i) is then the negatives in the group
-            of i.
+            of i. With candidates it is a pair (groups, candidate_groups), and the second is (M,).
         guide: a tensor with the shape of features, except for D. Its cosines, instead of those of
-            the features, decide which negatives are above eps.
+            the features, decide which negatives are above eps. With candidates it is a pair
+            (guide, candidate_guide), and the second is (M, any D).
         variant: "paper" for the equations above, or "released" for the authors' form. Their code
             does not handle several positives, so here P(i) takes the place of the positive. H(i) is
             left out, and the positives are missing in the denominator:
@@ -271,6 +281,10 @@ def hex_sup_con(
         >>> from hex import hex_sup_con
         >>> features, labels = torch.randn(64, 2, 128), torch.arange(64) % 10
         >>> loss = hex_sup_con(features, labels, eps=0.6)
+        >>> memory, memory_labels = torch.randn(1000, 128), torch.arange(1000) % 10
+        >>> loss = hex_sup_con(
+        ...     features, labels, candidates=memory, candidate_labels=memory_labels, eps=0.6
+        ... )
 
     Source: Khosla et al., "Supervised Contrastive Learning", NeurIPS 2020 (arXiv 2004.11362), for
     the positives; Kokilepersaud et al., WACV 2025 (arXiv 2410.23200), for the negatives.
@@ -281,7 +295,10 @@ def hex_sup_con(
         base_temperature=base_temperature, cache_bytes=cache_bytes,
     )  # fmt: skip
     check_eps_or_groups(eps, groups)
-    rows = problem.of_features(features, labels, mask, temperature, groups, guide)
+    rows = problem.of_features(
+        features, labels, mask, temperature, groups, guide,
+        candidates=candidates, candidate_labels=candidate_labels,
+    )  # fmt: skip
     return _at(rows, eps, rule)
 
 

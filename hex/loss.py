@@ -256,7 +256,8 @@ class HEXSupConLoss(ContrastiveLoss):
             base_temperature (SupContrast: 0.07).
         gather_distributed, process_group, check_sizes, cache_bytes: as in `HEXLoss`. Labels, groups
             and guides are gathered too. Without labels, every image of every rank is its own class.
-            A mask cannot be gathered and is refused.
+            A mask cannot be gathered and is refused. Candidates are not gathered: each rank
+            compares its rows with its own.
 
     Shape:
         features: (B, V, D), or (N, D) with labels or a mask. labels: (B,) or (N,) integers. mask:
@@ -315,8 +316,10 @@ class HEXSupConLoss(ContrastiveLoss):
         labels: Tensor | None = None,
         mask: Tensor | None = None,
         *,
-        groups: Tensor | None = None,
-        guide: Tensor | None = None,
+        candidates: Tensor | None = None,
+        candidate_labels: Tensor | None = None,
+        groups: Tensor | tuple[Tensor, Tensor] | None = None,
+        guide: Tensor | tuple[Tensor, Tensor] | None = None,
         temperature: float | Tensor | None = None,
         rows: Sequence[int] | None = None,
     ) -> Tensor:
@@ -326,9 +329,14 @@ class HEXSupConLoss(ContrastiveLoss):
             features: (B, V, D), or (N, D) with labels or a mask.
             labels: None, or (B,) or (N,) integers.
             mask: None, or (B, B) or (N, N), of bool or of 0 and 1.
+            candidates: None, or (M, D), reference embeddings, with which alone the features are
+                then compared. Every candidate counts, also a copy of a row's own embedding.
+            candidate_labels: (M,) integers, with candidates.
             groups: None, or (B,) or (N,) integers. H(i) is then the negatives in the group of i.
                 There is no threshold: the statistic eps is NaN, and the tracker does not change.
-            guide: None, or other features. H and eps are then taken from their cosines.
+                With candidates it is a pair (groups, candidate_groups).
+            guide: None, or other features. H and eps are then taken from their cosines. With
+                candidates it is a pair (guide, candidate_guide).
             temperature: replaces the module's temperature for this call.
             rows: as in `HEXLoss`.
         """
@@ -337,7 +345,9 @@ class HEXSupConLoss(ContrastiveLoss):
             check_no_mask_to_gather(mask)
         meeting = self.meeting(rows)
         return self.loss_of(
-            problem.of_features(features, labels, mask, tau, groups, guide, meeting)
+            problem.of_features(
+                features, labels, mask, tau, groups, guide, meeting, candidates, candidate_labels
+            )
         )
 
 

@@ -13,6 +13,7 @@ a threshold on the cosine, groups, or the cosines of a guide decide which negati
     negatives (B, K, D)  z0          own z1, own K       own row of z1
     features             all rows    all rows            of the same label,  the anchor itself
                                                          or marked in a mask
+    candidates           all rows    the candidates      of the same label
     logits               rows        columns             the target          -inf
 
 To the operators all of them are tensors z0, z1 and negatives (or logits in place of z0) and, where
@@ -36,10 +37,12 @@ from .checks import (
     Variant,
     check_base_temperature,
     check_cache_bytes,
+    check_candidates,
     check_features,
     check_flag,
     check_groups,
     check_guide,
+    check_guide_of_candidates,
     check_guide_of_features,
     check_has_numbers,
     check_labels,
@@ -132,7 +135,7 @@ class Problem(NamedTuple):
 
     def may_lack_positives(self) -> bool:
         """Whether rows may be without one, and `is_without_positives` tells whether all are."""
-        return self.several and self.mode == ops.MODES["ntxent"]
+        return self.several and self.mode != ops.MODES["logits"]
 
     def learner(self) -> tuple[Tensor, ...]:
         """The tensors that may have a gradient."""
@@ -209,6 +212,9 @@ class Problem(NamedTuple):
             views = ids.shape[0] // mask.shape[0]
             others = mask if views > 1 else mask.triu(1) | mask.tril(-1)
             return ~others.any()
+        if self.mode == ops.MODES["query"]:
+            own, others = ids.split_with_sizes([z.shape[0] for z in self.inputs[:2]])
+            return ~torch.isin(own, others).any()
         ids = ids.sort().values
         return ~(ids[1:] == ids[:-1]).any()
 
@@ -285,14 +291,21 @@ def of_features(
     labels: Tensor | None,
     mask: Tensor | None,
     temperature: float | Tensor,
-    groups: Tensor | None = None,
-    guide: Tensor | None = None,
+    groups: Any = None,
+    guide: Any = None,
     meeting: Meeting | None = None,
+    candidates: Tensor | None = None,
+    candidate_labels: Tensor | None = None,
 ) -> Problem:
     """Rows with several positives: all of the first view come first. Those of all ranks go by
     images, each with its views one after another, so that every rank's come together."""
     check_features(features, labels, mask)
     check_one_decider(groups, guide)
+    if candidates is not None or candidate_labels is not None:
+        check_candidates(features, labels, mask, candidates, candidate_labels)
+        return _of_candidates(
+            features, labels, candidates, candidate_labels, temperature, groups, guide, meeting
+        )
     device, images = features.device, features.shape[0]
     if labels is not None:
         labels = check_labels("labels", labels, (images,), device)
@@ -332,6 +345,48 @@ def of_features(
     return Problem(
         inputs, tau, ops.MODES["ntxent"], True, rows, rows, True, groups is not None, seen,
         part=part,
+    )  # fmt: skip
+
+
+def _of_candidates(
+    features: Tensor, labels: Any, candidates: Any, candidate_labels: Any,
+    temperature: float | Tensor, groups: Any, guide: Any, meeting: Meeting | None,
+) -> Problem:  # fmt: skip
+    """Rows with labels, in the order of `of_features`, against candidates with labels of their own.
+    Of many ranks, each has its own candidates."""
+    device, images, number = features.device, features.shape[0], candidates.shape[0]
+    labels = check_labels("labels", labels, (images,), device)
+    others = check_labels("candidate_labels", candidate_labels, (number,), device)
+    if groups is not None:
+        groups = check_groups(groups, features, candidates, "candidate")
+    if guide is not None:
+        guide = check_guide_of_candidates(guide, features, candidates)
+    tau = _tau_tensor(temperature, features)
+    views = features.shape[1] if features.dim() > 2 else 1
+    share = None
+    if meeting is not None:
+        deciders = groups[0] if groups else None, guide[0] if guide else None
+        mark = features.new_empty(0, dtype=candidates.dtype)  # a rank may have more than another
+        share = meeting.share(images, tau, features, mark, *deciders)
+    in_rows = _view_major if share is None else _image_major
+
+    def of_rows(ids: Tensor) -> Tensor:
+        return ids.repeat(views) if share is None else ids[:, None].expand(-1, views).flatten()
+
+    x = in_rows(features)
+    negatives, _, no_mask, alike, rows = _nothing(x)
+    ids, seen, part, anchors = torch.cat([of_rows(labels), others]), None, None, x.shape[0]
+    if groups is not None:
+        alike = torch.cat([of_rows(groups[0]), groups[1]])
+    if guide is not None:
+        seen = in_rows(guide[0]), guide[1], guide[1].new_empty((0, guide[1].shape[1]))
+        rows = cat(seen[:2])
+    if share is not None:
+        part = Part(share, (x, candidates, negatives), views, gathered=False, whole=True)
+        x, candidates, anchors = x.detach(), candidates.detach(), views * share.total()
+    return Problem(
+        (x, candidates, negatives, ids, no_mask, alike, rows), tau, ops.MODES["query"], True,
+        anchors, number, False, groups is not None, seen, part=part,
     )  # fmt: skip
 
 

@@ -46,15 +46,21 @@ class Part(NamedTuple):
     """2 where rows of z1 are anchors too."""
     gathered: bool = True
     """Whether the problem is of all ranks; else of this one's candidates."""
+    whole: bool = False
+    """Whether the operators have to be given no block: z1 has another number of rows than z0."""
+
+    def place(self) -> tuple[int, int]:
+        """The rank's rows of z0 among those of all ranks: the first, and their number."""
+        return self.views * self.share.first(), self.views * self.share.images()
 
     def block(self) -> tuple[int, int]:
-        """The rank's rows among those of the problem."""
-        first, count = self.views * self.share.first(), self.views * self.share.images()
-        return (first if self.gathered else 0), count
+        """The rank's rows among those of the problem, as the operators take them."""
+        first, count = self.place()
+        return ops.WHOLE if self.whole else (first if self.gathered else 0, count)
 
     def gather(self, rows: Tensor) -> Tensor:
         """(R, own anchors) to (R, all anchors), contiguous, in the order of one process."""
-        apart = rows.reshape(rows.shape[0], self.sides, self.block()[1])
+        apart = rows.reshape(rows.shape[0], self.sides, self.place()[1])
         every: Tensor
         (every,) = self.share.of_views(self.views).gather(apart.permute(2, 1, 0))
         return every.permute(2, 1, 0).contiguous().flatten(1)
@@ -85,16 +91,17 @@ def adaptive_loss(
     lagged = step[2]
     over = "negatives" if over_negatives else "all"
     keep = ops.bytes_to_keep(cache_bytes)  # for the forward, even where no backward comes
-    own, kept = ops.block_quantiles(p.measured(), quantile, over, keep, part.block())
+    first_keep, keep = (0, keep) if part.whole else (keep, 0)  # of a block both keep alike
+    own, kept = ops.block_quantiles(p.measured(), quantile, over, first_keep, part.block())
     if lagged:  # eps is known: the quantiles travel with the losses
         unknown = own.new_full((1,), torch.nan)
         eps, _ = ops.settle(unknown, state, tuple(step))
-        every, kept = _forward(p, eps, kept, rule, 0, own)
+        every, kept = _forward(p, eps, kept, rule, keep, own)
         rows, every = every[-1], every[:-1]
         _, state = ops.settle(rows, state, tuple(step))
     else:
         eps, state = ops.settle(part.gather(own[None])[0], state, tuple(step))
-        every, kept = _forward(p, eps, kept, rule, 0)
+        every, kept = _forward(p, eps, kept, rule, keep)
     value, hard, share, _ = _finish(p, every, kept, rule)
     return value, (hard, share), eps, state
 
@@ -146,11 +153,11 @@ def _finish(
     if _learns(p):
         own = stats
         if not part.gathered:
-            at, count = part.share.first(), part.share.images()
+            at, count = part.place()
             own = stats[:, at : at + count].contiguous()
         value = _attach(
             *part.own, p.tau, value, *p.inputs, own, stats[ops.DTAU], kept,
-            rule, part.block(), part.share.size(), 0 if part.gathered else part.share.first(),
+            rule, part.block(), part.share.size(), 0 if part.gathered else part.place()[0],
         )  # fmt: skip
     return _in_order(value, part.views, reduction), means[1], means[2], means[3]
 
@@ -299,7 +306,7 @@ def _plain_loss(p: Problem, eps: Tensor, rule: tuple[Any, ...]) -> tuple[Tensor,
             dtau = torch.func.jvp(lambda t: rows_of(t)[0], (tau.detach(),), (one,))[1]
         of_own = [x.detach().to(own) for x in (own, hard, share, eps.expand_as(own), dtau)]
         every = part.gather(torch.stack(of_own))
-        rows = _own(own, tau, every[0], every[4], part.share.first(), ranks)
+        rows = _own(own, tau, every[0], every[4], part.place()[0], ranks)
         means = list((ops.total(every[1:4]) / max(rows.shape[0], 1)).unbind())
         total = rows.sum(dtype=torch.float64)
     value = _in_order(_reduce(rows, total, reduction), part.views, reduction)
