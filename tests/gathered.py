@@ -97,6 +97,10 @@ def _by_range() -> ThresholdTracker:
     return ThresholdTracker.fixed(0.8, normalize_rows=True)
 
 
+def _by_positive() -> ThresholdTracker:
+    return ThresholdTracker.by_positive(0.3)
+
+
 _MEASURED = {"threshold": adaptive}
 _RELEASED = _MEASURED | {"variant": "released"}
 _OTHER = {"beta": 0.5, "tau_plus": 0.2}
@@ -143,6 +147,12 @@ CASES = {
         "threshold": lambda: adaptive(0.8, over="all"), "positives": "inside"
     }, 3),
     "three views and a guide": Case(HEXSupConLoss, "views guide", _MEASURED, 3),
+    "by positive": Case(HEXLoss, "views", {"threshold": _by_positive, "variant": "excluded"}, 2),
+    "by positive of a guide": Case(
+        HEXLoss, "guide", {"threshold": _by_positive, "mode": "query"}, 2
+    ),
+    "by positive with a queue": Case(HEXLoss, "queue", {"threshold": _by_positive}, 1),
+    "logits by positive": Case(_cross_entropy, "logits", {"threshold": _by_positive}, 1),
     "logits": Case(_cross_entropy, "logits", _MEASURED, 2),
     "logits with the own column": Case(_cross_entropy, "logits", {
         "threshold": lambda: adaptive(0.8, over="all"), "self_column": True
