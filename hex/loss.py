@@ -40,8 +40,9 @@ class HEXLoss(ContrastiveLoss):
 
     Args:
         temperature: tau > 0, a number or a tensor of one element. A Parameter is learned.
-        threshold: "adaptive"; a `ThresholdTracker`, for another quantile, a warm-up, a momentum or
-            a schedule; a number, which is a fixed cosine; or None for InfoNCE.
+        threshold: "adaptive"; a `ThresholdTracker`, for another quantile, a warm-up, a momentum, a
+            schedule, or a threshold of each row by its positive; a number, which is a fixed cosine;
+            or None for InfoNCE.
         beta: >= 0. The larger beta is, the more the closest members of H count.
         tau_plus: in [0, 1), the expected share of false negatives in H. A large one does not simply
             weaken the repulsion of H: see docs/guides/what_h_holds.md.
@@ -261,7 +262,7 @@ class HEXSupConLoss(ContrastiveLoss):
 
     Shape:
         features: (B, V, D), or (N, D) with labels or a mask. labels: (B,) or (N,) integers. mask:
-            (B, B) or (N, N).
+            (B, B) or (N, N). candidates: (M, D). candidate_labels: (M,) integers.
         Result: 0-d, or (N,) with reduction "none", where N = V B and all rows of the first view
             come first. It is float64 if the features are float64, and otherwise float32.
 
@@ -277,6 +278,10 @@ class HEXSupConLoss(ContrastiveLoss):
         >>> criterion = HEXSupConLoss(temperature=0.1)
         >>> features = torch.randn(128, 2, 64, requires_grad=True)
         >>> criterion(features, labels=torch.arange(128) % 10).backward()
+        >>> memory, memory_labels = torch.randn(1000, 64), torch.arange(1000) % 10
+        >>> loss = criterion(
+        ...     features, torch.arange(128) % 10, candidates=memory, candidate_labels=memory_labels
+        ... )
 
     Source: Khosla et al. 2020 (arXiv 2004.11362); Kokilepersaud et al. 2025 (arXiv 2410.23200).
     """

@@ -277,7 +277,7 @@ def test_the_mean_is_that_of_pytorch_metric_learning_over_rows_that_have_a_posit
     )  # fmt: skip
     labels = torch.where(torch.arange(N) % 4 == 0, 100, LABELS)
 
-    def over_those_with_a_positive(x, c):  # the two lines of docs/guides/labels.md
+    def over_those_with_a_positive(x, c):  # the lines of docs/guides/labels.md
         criterion = HEXSupConLoss(threshold=None, reduction="none")
         rows = criterion(x, labels, candidates=c, candidate_labels=OTHERS)
         return rows[torch.isin(labels, OTHERS)].mean()

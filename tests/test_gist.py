@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """With the variant "excluded" and a threshold by the positive, HEX is GISTEmbed.
 
-The peer is GISTEmbedLoss of sentence-transformers from PyPI. The tests are skipped where it is not
-installed. Its two models hand on the embeddings that they are given, so that values and gradients
-are compared in float64, without a network and without files.
+The peer is GISTEmbedLoss of sentence-transformers from PyPI (gist.py). The tests are skipped where
+it is not installed. Values and gradients are compared in float64.
 """
 
 import contextlib
@@ -11,13 +10,13 @@ import contextlib
 import pytest
 import torch
 from data import views
-from torch import Tensor, nn
+from gist import TAU, gist
+from torch import Tensor
 from torch.nn import functional as F
 
 from hex import HEXLoss, ThresholdTracker, hex_cross_entropy, hex_sup_con
 
 B, D = 29, 9
-TAU = 0.2
 MARGINS = (
     ("absolute", 0.0),
     ("absolute", 0.1),
@@ -25,43 +24,6 @@ MARGINS = (
     ("relative", 0.0),
     ("relative", 0.15),
 )
-
-
-class Given(nn.Module):
-    """A model's only module: its embeddings are among the features already."""
-
-    def __init__(self, key: str, tokenizer) -> None:
-        super().__init__()
-        self.key, self.tokenizer, self.max_seq_length = key, tokenizer, 8
-
-    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        return features | {"sentence_embedding": features[self.key]}
-
-
-def gist(margin_strategy: str, margin: float, **contrast: bool):
-    """loss(embeddings, embeddings of the guide), each a list of columns: anchors, positives and
-    maybe negatives."""
-    package = pytest.importorskip("sentence_transformers", exc_type=ImportError)
-    losses = pytest.importorskip(
-        "sentence_transformers.sentence_transformer.losses", exc_type=ImportError
-    )
-    tokenizers = pytest.importorskip("tokenizers", exc_type=ImportError)
-    transformers = pytest.importorskip("transformers", exc_type=ImportError)
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="a")
-    models = (
-        package.SentenceTransformer(modules=[Given(key, fast)], device="cpu")
-        for key in ("own", "guide")
-    )
-    loss = losses.GISTEmbedLoss(
-        *models, temperature=TAU, margin_strategy=margin_strategy, margin=margin, **contrast
-    )
-
-    def value(own: list[Tensor], guide: list[Tensor]) -> Tensor:
-        columns = [{"own": a, "guide": g} for a, g in zip(own, guide, strict=True)]
-        return loss(columns, None)
-
-    return value
 
 
 def columns(number: int = 2) -> tuple[list[Tensor], list[Tensor]]:
