@@ -351,7 +351,15 @@ class HEXSupConLoss(ContrastiveLoss):
         meeting = self.meeting(rows)
         return self.loss_of(
             problem.of_features(
-                features, labels, mask, tau, groups, guide, meeting, candidates, candidate_labels
+                features,
+                labels,
+                mask,
+                tau,
+                groups,
+                guide,
+                meeting,
+                candidates=candidates,
+                candidate_labels=candidate_labels,
             )
         )
 

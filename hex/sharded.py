@@ -113,8 +113,13 @@ def loss(
     if not ops.has_block(p.inputs[0]):
         return _plain_loss(p, eps, rule)
     keep = ops.bytes_to_keep(cache_bytes, wanted=_learns(p))
-    value, hard, share, mean = _finish(p, *_forward(p, eps, None, rule, keep), rule)
-    return value, (hard, share), mean if eps.dim() else eps
+    if not eps.dim():
+        value, hard, share, _ = _finish(p, *_forward(p, eps, None, rule, keep), rule)
+        return value, (hard, share), eps
+    # Of logits the statistics have another number for an eps from 1 on.
+    every, kept = _forward(p, eps, None, rule, keep, eps)
+    value, hard, share, mean = _finish(p, every[:-1], kept, rule, every[-1])
+    return value, (hard, share), mean
 
 
 def _part(p: Problem) -> Part:
@@ -131,7 +136,7 @@ def _forward(
     rows, stats, kept = ops.block_forward(
         p.inputs, eps, p.tau.detach(), kept, rule, keep, part.block()
     )
-    return part.gather(torch.cat([rows[None], stats, *(x[None] for x in more)])), kept
+    return part.gather(torch.cat([rows[None], stats, *(x[None].to(rows) for x in more)])), kept
 
 
 def _learns(p: Problem) -> bool:
@@ -142,12 +147,12 @@ def _learns(p: Problem) -> bool:
 
 
 def _finish(
-    p: Problem, every: Tensor, kept: Tensor, rule: tuple[Any, ...]
+    p: Problem, every: Tensor, kept: Tensor, rule: tuple[Any, ...], eps: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss with its gradient, and the means of |H|, share and eps, from all numbers."""
     part, reduction = _part(p), rule[1]
     rows, stats = every[0], every[1:]
-    named = [rows, stats[ops.COUNT], stats[ops.SHARE], stats[ops.EPS]]
+    named = [rows, stats[ops.COUNT], stats[ops.SHARE], stats[ops.EPS] if eps is None else eps]
     sums = ops.total(torch.stack(named))
     value, means = _reduce(rows, sums[0], reduction), sums / max(rows.shape[0], 1)
     if _learns(p):

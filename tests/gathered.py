@@ -152,6 +152,9 @@ CASES = {
         HEXLoss, "guide", {"threshold": _by_positive, "mode": "query"}, 2
     ),
     "by positive with a queue": Case(HEXLoss, "queue", {"threshold": _by_positive}, 1),
+    "logits by positive, eps above 1": Case(
+        _cross_entropy, "logits", {"threshold": lambda: ThresholdTracker.by_positive(-0.3)}, 1
+    ),
     "logits by positive": Case(_cross_entropy, "logits", {"threshold": _by_positive}, 1),
     "logits": Case(_cross_entropy, "logits", _MEASURED, 2),
     "logits with the own column": Case(_cross_entropy, "logits", {
