@@ -349,19 +349,11 @@ class HEXSupConLoss(ContrastiveLoss):
         if self.gather_distributed:
             check_no_mask_to_gather(mask)
         meeting = self.meeting(rows)
-        return self.loss_of(
-            problem.of_features(
-                features,
-                labels,
-                mask,
-                tau,
-                groups,
-                guide,
-                meeting,
-                candidates=candidates,
-                candidate_labels=candidate_labels,
-            )
-        )
+        batch = problem.of_features(
+            features, labels, mask, tau, groups, guide, meeting,
+            candidates=candidates, candidate_labels=candidate_labels,
+        )  # fmt: skip
+        return self.loss_of(batch)
 
 
 class HEXCrossEntropyLoss(ContrastiveLoss):

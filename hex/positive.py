@@ -58,13 +58,14 @@ def rounding(p: Problem) -> float:
 
     Let u be the unit roundoff of the dtype that they compute in. A sum of D products of two unit
     rows, in any order, has an error of at most D u; that of D squares, from which a length is
-    taken, has D u / 2 for each of the two rows. Four more roundings of each row are of its dtype,
-    its length, the inverse and the product. So the cosine has an error of at most 2 (D + 4) u.
-    Where torch lets float32 be rounded before it is multiplied, both factors have that error, too.
+    taken, has D u / 2 for each of the two rows. Each row has four more roundings: of its elements
+    to that dtype, of its length, of the inverse, and of the product with it. So the cosine has an
+    error of at most 2 (D + 4) u. Where torch lets float32 be rounded before it is multiplied, both
+    factors have that error, too.
 
     Logits are given, and a product with tau is the same for equal logits. But two that were equal
-    may have been rounded to different neighbours when they were computed, one unit in the last
-    place (2 u) apart, so two units are allowed.
+    may have been rounded to different neighbours, one unit in the last place (2 u) apart, when they
+    were stored in their dtype. So two units are allowed. What else rounded them is not known.
     """
     z0, z1, negatives, *_ = p.inputs
     if p.mode == ops.MODES["logits"]:

@@ -91,8 +91,9 @@ def adaptive_loss(
     lagged = step[2]
     over = "negatives" if over_negatives else "all"
     keep = ops.bytes_to_keep(cache_bytes)  # for the forward, even where no backward comes
-    first_keep, keep = (0, keep) if part.whole else (keep, 0)  # of a block both keep alike
-    own, kept = ops.block_quantiles(p.measured(), quantile, over, first_keep, part.block())
+    # What the quantiles keep of a block serves its forward, which has another order for the whole.
+    at_first, keep = (0, keep) if part.whole else (keep, 0)
+    own, kept = ops.block_quantiles(p.measured(), quantile, over, at_first, part.block())
     if lagged:  # eps is known: the quantiles travel with the losses
         unknown = own.new_full((1,), torch.nan)
         eps, _ = ops.settle(unknown, state, tuple(step))

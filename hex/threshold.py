@@ -151,16 +151,17 @@ class ThresholdTracker(nn.Module):
 
         So H has the negatives that are nearer to the anchor than its positive, which are likely to
         be false ones. With the variant "excluded" they are left out, which is GISTEmbed. If the
-        loss is given a guide, c are the cosines of the guide. The loss must have one positive an
-        anchor. The statistic eps is the mean over the rows. Nothing is stored but the epoch, so
-        `value` is NaN after the warm-up, and `history` stays empty.
+        loss is given a guide, c are the cosines of the guide. The loss must have one positive for
+        each anchor. The statistic eps is the mean of eps_i + r over the rows. Nothing is stored but
+        the epoch, so `value` is NaN after the warm-up, and `history` stays empty.
 
         r is the most by which the kernels' cosine may be too large by rounding, 2 (D + 4) u for
         rows of D features, where u is 2^-24 in float32 and 2^-53 in float64 (positive.py). It keeps
         a duplicate of the positive out of H, which has the same cosine but for rounding. In float32
         it is 3e-5 for D = 256. Where torch is set to round float32 before it multiplies (TF32,
-        bfloat16), r is 2^-10 or 2^-7 larger. For logits it is two units in their last place, which
-        in float16 is 0.002 and in bfloat16 0.016.
+        bfloat16), r is 2^-10 or 2^-7 larger. For logits r is two units in the last place of 1 in
+        their dtype: 2e-7 in float32, 0.002 in float16 and 0.016 in bfloat16. How they were computed
+        is not known, and a margin of -1e-4 allows for larger errors.
 
         Args:
             margin: a finite number. With 0.05, a negative is in H as soon as it comes within 0.05
