@@ -185,8 +185,10 @@ static bool read_mask(call_t *c, AtenTensorHandle t, hex_problem_t *p)
         return fail(c, "mask: expected a matrix");
     if (v.size[0] == 0 || v.size[1] == 0)
         return true;
-    if (p->mode == HEX_LOGITS || (v.is_bool && !p->several))
-        return fail(c, "mask: expected none%s", v.is_bool ? " of bool, with one positive" : "");
+    if (p->mode == HEX_LOGITS)
+        return fail(c, "mask: expected none with logits");
+    if (v.is_bool && !p->several)
+        return fail(c, "mask: expected uint8, for anchors with one positive");
     if (anchors % v.size[0] || candidates % v.size[1])
         return fail(c, "mask: expected parts of %" PRId64 " anchors and %" PRId64 " candidates",
                     anchors, candidates);

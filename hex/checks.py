@@ -528,6 +528,6 @@ def check_no_mask_to_gather(mask: Any, ignored: Any) -> None:
         )
     if ignored is not None:
         raise ValueError(
-            "gather_distributed: got True with ignored, wanted it with negatives only, because ignored "
+            "gather_distributed: got True with ignored, wanted it with negatives only, because it "
             "says nothing about the rows of other ranks"
         )

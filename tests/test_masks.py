@@ -36,6 +36,14 @@ def everywhere(dtype):
                     beta=(1.0, 0.0, 0.5)[k // 2 % 3], **options)  # fmt: skip
 
 
+def check_half() -> int:
+    """Of these, every second in float32 and the others in float64, for test_isa.py. How many."""
+    half = [*everywhere(F32)][::2] + [*everywhere(F64)][1::2]
+    for p in half:
+        check(p)
+    return len(half)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_kernels_compute_what_the_reference_computes(dtype):
     for p in everywhere(dtype):

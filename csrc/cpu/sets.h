@@ -98,8 +98,8 @@ static void mark_kinds(const hex_problem_t *p, int64_t o, int64_t from, int64_t 
 {
     const hex_mask_t *m = &p->mask;
     const int64_t step = anchor ? m->col : m->row, size = anchor ? m->columns : m->rows;
-    const uint8_t *at = m->data + (anchor ? o % m->rows * m->row
-                                          : hex_candidate(p, o) % m->columns * m->col);
+    const uint8_t *at =
+        m->data + (anchor ? o % m->rows * m->row : hex_candidate(p, o) % m->columns * m->col);
     int64_t b = (anchor ? hex_candidate(p, from) : from) % size;
     for (int64_t j = 0; j < n; j++) {
         const uint8_t code = m->codes ? at[b * step] : at[b * step] != 0;

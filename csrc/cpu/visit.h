@@ -211,12 +211,11 @@ static void free_anchor(anchor_t *a)
 static row_t anchor_row(const hex_problem_t *p, const inputs_t *in, int64_t i, anchor_t *a)
 {
     row_t r = {.v = a->own.c, .s = a->own.c, .n = p->K, .kind = a->table.kind, .apart = true};
-    const uint8_t *codes =
-        p->mask.data ? p->mask.data + i % p->mask.rows * p->mask.row : NULL;
+    const uint8_t *codes = p->mask.data ? p->mask.data + i % p->mask.rows * p->mask.row : NULL;
     for (int64_t j = 0; r.kind && j < p->K; j++)
-        a->table.kind[j] =
-            codes && codes[j % p->mask.columns * p->mask.col] == HEX_CODE_LEFT_OUT ? LEFT_OUT
-                                                                                   : NEGATIVE;
+        a->table.kind[j] = codes && codes[j % p->mask.columns * p->mask.col] == HEX_CODE_LEFT_OUT
+                               ? LEFT_OUT
+                               : NEGATIVE;
     paired_cosines(p, &p->input[2], p->D, &in->unit, i, r.kind, &a->own);
     if (p->G > 0) {
         paired_cosines(p, &p->guide[2], p->G, &in->guide, i, r.kind, &a->guide);

@@ -102,8 +102,8 @@ struct hex_marker {
                 }
             }
         uint32_t positive_to = positive;
-        if (places_in_mask)
-#pragma unroll
+        if (places_in_mask) // unrolled, it would take registers from problems without a mask
+#pragma unroll 1
             for (int n = 0; n < 8; n++) {
                 const pair of = pair_at(places_in_mask + first + 8 * n);
 #pragma unroll

@@ -107,10 +107,10 @@ struct bounds {
 
 struct selection {
     hex_choice choice;
-    int *coarse;      // of each row
-    int64_t *ranks;   // left within the coarse bin
-    double *sums;     // of each block of rows; where rows are uneven, each row's quantile
-    unsigned *spoilt; // of each block of rows: some of its columns are not finite, if not 0
+    int *coarse;           // of each row
+    int64_t *ranks;        // left within the coarse bin
+    double *sums;          // of each block of rows; where rows are uneven, each row's quantile
+    unsigned *spoilt;      // of each block of rows: some of its columns are not finite, if not 0
     unsigned *spoilt_rows; // the same of each row, where they are uneven; else NULL
     int *chosen; // each row's bin as bracket.cu found it, -1 where it did not; NULL: nobody looked
 };
