@@ -83,7 +83,7 @@ struct hex_marker {
     __device__ __forceinline__ hex_marks enter(int tile, int col0, int col1, hex_marks *to)
     {
         const bool edge = places.enter(tile, col0, col1);
-        uint32_t seen = ~0u, positive = 0, of_z1 = 0, hard = 0, out = 0, out_to = 0;
+        uint32_t seen = ~0u, positive = 0, positive_to, of_z1 = 0, hard = 0, out = 0, out_to = 0;
         if (edge) {
             seen = 0;
             for_each_bit([&](uint32_t bit, int, int q, int col) {
@@ -101,7 +101,7 @@ struct hex_marker {
                     positive |= of.second == id[h] ? 2u << (4 * n + 2 * h) : 0;
                 }
             }
-        uint32_t positive_to = positive;
+        positive_to = positive;
         if (places_in_mask) // unrolled, it would take registers from problems without a mask
 #pragma unroll 1
             for (int n = 0; n < 8; n++) {
