@@ -22,11 +22,12 @@ __all__ = ["Mode", "Over", "Positives", "Reduction", "Variant", "as_float",
            "check_choice", "check_count", "check_dense", "check_device", "check_embeddings",
            "check_eps", "check_eps_or_groups", "check_features", "check_flag", "check_gathers",
            "check_groups", "check_guide", "check_guide_of_candidates", "check_guide_of_features",
-           "check_has_numbers", "check_labels", "check_logits", "check_mask", "check_mode",
-           "check_negatives", "check_no_mask_to_gather", "check_number", "check_one_decider",
-           "check_one_positive", "check_over", "check_positives", "check_process_group",
-           "check_reduction", "check_rows", "check_rows_are", "check_temperature",
-           "check_threshold", "check_views", "has_shape", "is_number", "shown"]  # fmt: skip
+           "check_has_numbers", "check_ignored", "check_labels", "check_logits", "check_mask",
+           "check_mode", "check_negatives", "check_no_mask_to_gather", "check_number",
+           "check_one_decider", "check_one_positive", "check_over", "check_positives",
+           "check_process_group", "check_reduction", "check_rows", "check_rows_are",
+           "check_temperature", "check_threshold", "check_views", "has_shape", "is_number",
+           "shown"]  # fmt: skip
 
 Mode = Literal["ntxent", "query", "cross"]
 Variant = Literal["paper", "released", "excluded"]
@@ -324,6 +325,24 @@ def _check_ones(mask: Tensor) -> None:
         raise ValueError(text)
 
 
+def check_ignored(ignored: Any, shapes: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
+    """The negatives that do not count, (rows, columns) on the device, of one of these shapes."""
+    if not isinstance(ignored, Tensor):
+        raise TypeError(f"ignored: got {type(ignored).__name__}, wanted a torch.Tensor")
+    if ignored.dtype != torch.bool:
+        raise TypeError(
+            f"ignored: got {ignored.dtype}, wanted torch.bool, True for a negative that does not "
+            "count"
+        )
+    check_dense("ignored", ignored)
+    if not any(has_shape(ignored, shape) for shape in shapes):
+        wanted = " or ".join(map(str, shapes))
+        raise ValueError(f"ignored: got shape {tuple(ignored.shape)}, wanted {wanted}")
+    check_has_numbers("ignored", ignored, device)
+    of_rows = ignored if ignored.dim() == 2 else ignored[None]
+    return of_rows.to(device)
+
+
 def check_logits(logits: Any, target: Any) -> Tensor:
     """The target (N,) of logits (N, C), as int64 on their device."""
     check_embeddings("logits", logits)
@@ -551,9 +570,14 @@ def check_rows_are(rows: Sequence[int], images: int, ranks: int, rank: int) -> N
         )
 
 
-def check_no_mask_to_gather(mask: Any) -> None:
+def check_no_mask_to_gather(mask: Any, ignored: Any) -> None:
     if mask is not None:
         raise ValueError(
             "gather_distributed: got True with a mask, wanted labels instead, because a mask says "
             "nothing about the rows of other ranks"
+        )
+    if ignored is not None:
+        raise ValueError(
+            "gather_distributed: got True with ignored, wanted it with negatives only, because it "
+            "says nothing about the rows of other ranks"
         )

@@ -132,6 +132,7 @@ class HEXLoss(ContrastiveLoss):
         z1: Tensor,
         negatives: Tensor | None = None,
         *,
+        ignored: Tensor | None = None,
         groups: Tensor | tuple[Tensor, Tensor] | None = None,
         guide: tuple[Tensor, ...] | None = None,
         temperature: float | Tensor | None = None,
@@ -142,6 +143,11 @@ class HEXLoss(ContrastiveLoss):
         Args:
             z0, z1: (B, D), two views.
             negatives: None, (K, D) or (B, K, D).
+            ignored: None, or a bool tensor that is True where a negative does not count. It is
+                (B, B) by images, or (N, M) by anchors and candidates; with negatives (K, D) it is
+                (B, K) or (K,), and with (B, K, D) it is (B, K), which serves as padding. An ignored
+                negative does not count for the threshold either. With `gather_distributed` it is
+                for negatives only.
             groups: (B,) integers, one for each image. H(i) is then the negatives in the group of i.
                 There is no threshold: the statistic eps is NaN, and the tracker does not change.
                 With negatives, groups is a pair (groups, negative_groups), and the second of these
@@ -164,9 +170,11 @@ class HEXLoss(ContrastiveLoss):
             >>> loss = HEXLoss()(z0, z1, guide=tuple(torch.randn(2, 256, 512)))
         """
         tau = self.temperature if temperature is None else temperature
+        if self.gather_distributed and negatives is None:
+            check_no_mask_to_gather(None, ignored)
         meeting = self.meeting(rows)
         return self.loss_of(
-            problem.of_views(z0, z1, negatives, self.mode, tau, groups, guide, meeting)
+            problem.of_views(z0, z1, negatives, self.mode, tau, groups, guide, meeting, ignored)
         )
 
 
@@ -224,6 +232,7 @@ class InfoNCELoss(ContrastiveLoss):
         z1: Tensor,
         negatives: Tensor | None = None,
         *,
+        ignored: Tensor | None = None,
         temperature: float | Tensor | None = None,
         rows: Sequence[int] | None = None,
     ) -> Tensor:
@@ -232,13 +241,18 @@ class InfoNCELoss(ContrastiveLoss):
         Args:
             z0, z1: (B, D), two views.
             negatives: None, (K, D) or (B, K, D).
+            ignored: as in `HEXLoss`.
             temperature: replaces the module's temperature for this call (CLIP: `1 /
                 logit_scale.exp()`).
             rows: as in `HEXLoss`.
         """
         tau = self.temperature if temperature is None else temperature
+        if self.gather_distributed and negatives is None:
+            check_no_mask_to_gather(None, ignored)
         meeting = self.meeting(rows)
-        return self.loss_of(problem.of_views(z0, z1, negatives, self.mode, tau, meeting=meeting))
+        return self.loss_of(
+            problem.of_views(z0, z1, negatives, self.mode, tau, meeting=meeting, ignored=ignored)
+        )
 
 
 class HEXSupConLoss(ContrastiveLoss):
@@ -257,8 +271,8 @@ class HEXSupConLoss(ContrastiveLoss):
             base_temperature (SupContrast: 0.07).
         gather_distributed, process_group, check_sizes, cache_bytes: as in `HEXLoss`. Labels, groups
             and guides are gathered too. Without labels, every image of every rank is its own class.
-            A mask cannot be gathered and is refused. Candidates are not gathered: each rank
-            compares its rows with its own.
+            `mask` and `ignored` cannot be gathered and are refused. Candidates are not gathered:
+            each rank compares its rows with its own, of which some may be ignored.
 
     Shape:
         features: (B, V, D), or (N, D) with labels or a mask. labels: (B,) or (N,) integers. mask:
@@ -321,6 +335,7 @@ class HEXSupConLoss(ContrastiveLoss):
         labels: Tensor | None = None,
         mask: Tensor | None = None,
         *,
+        ignored: Tensor | None = None,
         candidates: Tensor | None = None,
         candidate_labels: Tensor | None = None,
         groups: Tensor | tuple[Tensor, Tensor] | None = None,
@@ -335,8 +350,10 @@ class HEXSupConLoss(ContrastiveLoss):
             labels: None, or (B,) or (N,) integers.
             mask: None, or (B, B) or (N, N), of bool or of 0 and 1.
             candidates: None, or (M, D), reference embeddings, with which alone the features are
-                then compared. Every candidate counts, also a copy of a row's own embedding.
+                then compared. A copy of a row's own embedding counts, unless it is ignored.
             candidate_labels: (M,) integers, with candidates.
+            ignored: None, or a bool tensor (B, B) or (N, N), True where a negative does not count;
+                with candidates (B, M) or (N, M), True where a candidate does not count.
             groups: None, or (B,) or (N,) integers. H(i) is then the negatives in the group of i.
                 There is no threshold: the statistic eps is NaN, and the tracker does not change.
                 With candidates it is a pair (groups, candidate_groups).
@@ -347,11 +364,11 @@ class HEXSupConLoss(ContrastiveLoss):
         """
         tau = self.temperature if temperature is None else temperature
         if self.gather_distributed:
-            check_no_mask_to_gather(mask)
+            check_no_mask_to_gather(mask, ignored if candidates is None else None)
         meeting = self.meeting(rows)
         batch = problem.of_features(
             features, labels, mask, tau, groups, guide, meeting,
-            candidates=candidates, candidate_labels=candidate_labels,
+            candidates=candidates, candidate_labels=candidate_labels, ignored=ignored,
         )  # fmt: skip
         return self.loss_of(batch)
 
@@ -440,7 +457,8 @@ class HEXCrossEntropyLoss(ContrastiveLoss):
         """The loss of a batch. Arguments, result and errors are those of `hex_cross_entropy`.
 
         Args:
-            logits: (N, C), cosines / temperature.
+            logits: (N, C), cosines / temperature. A column that is -inf is left out of its row, so
+                that a negative can be ignored without a mask.
             target: (N,) integers, the column of each row's positive.
             temperature: replaces the module's temperature for this call.
             rows: as in `HEXLoss`.

@@ -197,12 +197,13 @@ class Case:
             return problem.of_features(
                 b["features"], b["labels"], b["mask"], tau, a.get("groups"), a.get("guide"),
                 candidates=b["candidates"], candidate_labels=b["candidate_labels"],
+                ignored=a.get("ignored"),
             )  # fmt: skip
         if "logits" in b:
             return problem.of_logits(b["logits"], b["target"], tau, self.seen["self_column"])
         return problem.of_views(
             b["z0"], b["z1"], b["negatives"], self.seen["mode"], tau, a.get("groups"),
-            a.get("guide"),
+            a.get("guide"), ignored=a.get("ignored"),
         )  # fmt: skip
 
     def plain(self, dtype: torch.dtype, eps, grad=None):
@@ -292,6 +293,10 @@ def cases(draw, names, like: Case | None = None, gathers: bool = False) -> Case:
         return case
     if name != "batch_threshold":
         a["temperature"] = tau
+    if "logits" not in batch and draw(st.integers(0, 2)) == 0:
+        own = any(batch.get(name) is not None for name in ("negatives", "candidates"))
+        if own or not options.get("gather_distributed"):
+            a["ignored"] = draw(draws.ignored(batch, case.seen["mode"]))
     decider = draw(st.sampled_from((None, None, "groups", "guide")))
     if decider and name in ("HEXLoss", "HEXSupConLoss", "hex_sup_con"):
         if "features" in batch:

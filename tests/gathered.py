@@ -66,13 +66,19 @@ def _queue_groups(e: Encoded) -> tuple[Tensor, Tensor]:
     return e.labels % 3, others if e.queue.dim() == 2 else others.expand(len(e.z0), K)
 
 
+def _ignored(e: Encoded) -> Tensor:
+    return (torch.arange(K) + e.labels[:, None]) % 3 == 0
+
+
 CALLS: dict[str, Callable[..., Tensor]] = {
     "views": lambda loss, e, **o: loss(e.z0, e.z1, **o),
     "groups": lambda loss, e, **o: loss(e.z0, e.z1, groups=e.labels, **o),
     "guide": lambda loss, e, **o: loss(e.z0, e.z1, guide=e.guide(), **o),
     "queue": lambda loss, e, **o: loss(e.z0, e.z1, e.queue, **o),
     "queue groups": lambda loss, e, **o: loss(e.z0, e.z1, e.queue, groups=_queue_groups(e), **o),
+    "queue ignored": lambda loss, e, **o: loss(e.z0, e.z1, e.queue, ignored=_ignored(e), **o),
     "own": lambda loss, e, **o: loss(e.z0, e.z1, e.own, **o),
+    "own ignored": lambda loss, e, **o: loss(e.z0, e.z1, e.own, ignored=_ignored(e), **o),
     "own guide": lambda loss, e, **o: loss(
         e.z0, e.z1, e.own, guide=(*e.guide(), e.own.detach() ** 3), **o
     ),
@@ -133,7 +139,9 @@ CASES = {
     "queue at 0.3": Case(HEXLoss, "queue", {"threshold": 0.3}, 1),
     "queue InfoNCE": Case(InfoNCELoss, "queue", {}, 1),
     "queue groups": Case(HEXLoss, "queue groups", {}, 1),
+    "queue ignored": Case(HEXLoss, "queue ignored", _MEASURED, 2),
     "own": Case(HEXLoss, "own", _MEASURED | _OTHER, 2),
+    "own ignored": Case(HEXLoss, "own ignored", _MEASURED, 2),
     "own over all": Case(HEXLoss, "own", {"threshold": lambda: adaptive(0.8, over="all")}, 2),
     "own guide": Case(HEXLoss, "own guide", _MEASURED, 2),
     "labels": Case(HEXSupConLoss, "labels", _MEASURED, 3),

@@ -72,6 +72,7 @@ ERRORS = (
             ("groups", ONES, lambda z: HEXLoss()(Z, Z, groups=z)),
             ("groups[1]", ONES, lambda z: HEXLoss()(Z, Z, Z, groups=(ONES, z))),
             ("mask", torch.eye(4), lambda z: HEXSupConLoss()(X, mask=z)),
+            ("ignored", torch.eye(4) > 0, lambda z: HEXLoss()(Z, Z, ignored=z)),
             ("guide", X, lambda z: HEXSupConLoss()(X, guide=z)),
             ("guide: g1", Z, lambda z: HEXLoss()(Z, Z, guide=(Z, z))),
             ("eps", torch.ones(8), lambda z: hex_loss(Z, Z, eps=z)),
@@ -95,6 +96,7 @@ ERRORS = (
             ("features", X, lambda z: HEXSupConLoss()(z)),
             ("labels", ONES, lambda z: HEXSupConLoss()(Z, z)),
             ("mask", Z, lambda z: HEXSupConLoss()(X, mask=z)),
+            ("ignored", Z > 0, lambda z: HEXSupConLoss()(X, ignored=z)),
             ("eps", torch.ones(8), lambda z: hex_loss(Z, Z, eps=z)),
             ("temperature", torch.ones(1), lambda z: HEXLoss(z)),
         )
@@ -116,6 +118,7 @@ ERRORS = (
             ("labels", ONES, lambda z: HEXSupConLoss()(Z, z)),
             ("groups", ONES, lambda z: HEXLoss()(Z, Z, groups=z)),
             ("mask", torch.eye(4), lambda z: HEXSupConLoss()(X, mask=z)),
+            ("ignored", torch.eye(4) > 0, lambda z: hex_loss(Z, Z, eps=0, ignored=z)),
             ("logit_scale", ONE, lambda z: HEXClipLoss()(Z, Z, z)),
             ("logit_bias", ONE, lambda z: HEXClipLoss()(Z, Z, 10.0, z)),
         )

@@ -143,6 +143,23 @@ def groups_of(draw, batch):
 
 
 @st.composite
+def ignored(draw, batch, mode):
+    """Of two views or of features: negatives that do not count."""
+    B = len(batch["features"] if "features" in batch else batch["z0"])
+    shapes = [(B, B)]
+    if (negatives := batch.get("negatives")) is not None:
+        K = negatives.shape[-2]
+        shapes = [(B, K), (K,)] if negatives.dim() == 2 else [(B, K)]
+    elif batch.get("candidates") is not None:
+        shapes = [(B, len(batch["candidates"]))]
+    elif "features" not in batch and mode != "query":
+        shapes.append((2 * B, 2 * B if mode == "ntxent" else B))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    shape, share = draw(st.sampled_from(shapes)), draw(st.sampled_from((0.0, 0.1, 0.5, 1.0)))
+    return torch.rand(shape, generator=generator) < share
+
+
+@st.composite
 def features(draw, special):
     """features, and labels, with candidates or without, a mask or neither."""
     B, D = draw(FEW | st.sampled_from((64, 200))), draw(FEATURES)

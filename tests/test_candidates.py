@@ -323,6 +323,63 @@ def test_cross_batch_memory_over_several_steps_in_which_its_ring_is_filled_and_g
 
 
 @SCRIPTS
+def test_cross_batch_memory_that_holds_the_batch_itself_with_each_rows_own_ignored():
+    losses = pytest.importorskip("pytorch_metric_learning.losses", exc_type=ImportError)
+    theirs = losses.CrossBatchMemory(losses.SupConLoss(0.2), D, memory_size=3 * N)
+    ours = HEXSupConLoss(0.2, threshold=None)
+    for step in range(3):
+        x = views("cluster", N, D, step)[0]
+
+        def of_memory(x, step=step):
+            memory = theirs.embedding_memory[: (step + 1) * N].clone()
+            own = torch.zeros(N, len(memory), dtype=torch.bool)
+            own[:, step * N :].fill_diagonal_(True)
+            labels = theirs.label_memory[: (step + 1) * N]
+            return ours(x, LABELS, candidates=memory, candidate_labels=labels, ignored=own)
+
+        wanted = values(lambda x: theirs(x, LABELS), x)
+        for a, b in zip(values(of_memory, x), wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-10 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("variant, positives", FORMS)
+def test_what_is_ignored_is_in_no_set_even_if_it_is_a_positive(variant, positives):
+    x, c = batch()
+    out = torch.rand(N, M, generator=torch.Generator().manual_seed(0)) < 0.3
+    options = dict(eps=0.3, temperature=0.3, variant=variant, positives=positives)
+
+    def ours(x, c):
+        return hex_sup_con(
+            x, LABELS, candidates=c, candidate_labels=OTHERS, ignored=out, reduction="none",
+            **options,
+        )  # fmt: skip
+
+    def row_by_row(x, c):
+        rows = [
+            hex_sup_con(x[k : k + 1], LABELS[k : k + 1], candidates=c[~out[k]],
+                        candidate_labels=OTHERS[~out[k]], **options)
+            for k in range(N)
+        ]  # fmt: skip
+        return torch.stack(rows)
+
+    agree(ours, row_by_row, x, c)
+    three = torch.stack([x, x.flip(0), 2 * x.roll(1, 0)], 1)
+    both = hex_sup_con(
+        three, LABELS, candidates=c, candidate_labels=OTHERS, ignored=out, reduction="none",
+        **options,
+    )  # fmt: skip
+    assert torch.equal(both[:N], ours(x, c))
+    module = HEXSupConLoss(threshold=ThresholdTracker.adaptive(0.8))
+    module(x, LABELS, candidates=c, candidate_labels=OTHERS, ignored=out)
+    eps = [HEXSupConLoss(threshold=ThresholdTracker.adaptive(0.8)) for _ in range(N)]
+    for k, one in enumerate(eps):
+        one(x[k : k + 1], LABELS[k : k + 1], candidates=c[~out[k]],
+            candidate_labels=OTHERS[~out[k]])  # fmt: skip
+    mean = torch.stack([one.last.eps for one in eps]).mean()
+    torch.testing.assert_close(module.last.eps, mean, rtol=0, atol=1e-12)
+
+
+@SCRIPTS
 def test_a_copy_of_a_row_among_the_candidates_is_a_positive_here_and_with_a_cloned_ref_emb():
     """pytorch-metric-learning leaves the row's own out only where ref_labels is labels itself."""
     x = batch()[0]

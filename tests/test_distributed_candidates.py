@@ -34,6 +34,7 @@ OPTIONS = {
     "SupCon": {"threshold": lambda: None},
     "groups": {"threshold": adaptive},
     "guide": {"threshold": adaptive},
+    "ignored": {"threshold": adaptive},
 }
 VIEWS = (1, 3)
 
@@ -59,6 +60,8 @@ def call(loss, model: nn.Module, name: str, part: Part, views: int, rank: int, s
         given = {"groups": (encoded.labels % 2, labels % 2)}
     elif name == "guide":
         given = {"guide": (z.detach() ** 3, c.detach() ** 3)}
+    elif name == "ignored":
+        given = {"ignored": encoded.z0.detach() @ c.detach().T < 0}
     return loss(z, encoded.labels, candidates=c, candidate_labels=labels, temperature=tau,
                 **given, **rows)  # fmt: skip
 
