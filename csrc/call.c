@@ -122,15 +122,17 @@ static bool inside_storage(AtenTensorHandle t, view_t *v, int64_t element)
 
 bool read_dense(call_t *c, AtenTensorHandle t, const char *name, element_t kind, view_t *v)
 {
-    static const char *const wanted[] = {"float64, float32, bfloat16 or float16", "int64", "bool"};
+    static const char *const wanted[] = {"float64, float32, bfloat16 or float16", "int64",
+                                         "bool or uint8"};
     hex_place_t place;
     int32_t dtype, layout;
     if (!hex_place_of(t, &place) || aoti_torch_get_dtype(t, &dtype) ||
         aoti_torch_get_layout(t, &layout))
         return fail(c, SHIM_FAILED);
+    v->is_bool = dtype == aoti_torch_dtype_bool();
     const bool right = kind == FLOATS     ? read_dtype(dtype, &v->dtype)
                        : kind == INTEGERS ? dtype == aoti_torch_dtype_int64()
-                                          : dtype == aoti_torch_dtype_bool();
+                                          : v->is_bool || dtype == aoti_torch_dtype_uint8();
     if (place.type != c->place.type || layout != aoti_torch_layout_strided() || !right)
         return fail(c, "%s: expected a dense %s tensor of %s", name, hex_place_name(&c->place),
                     wanted[kind]);

@@ -47,8 +47,8 @@ bool next_bool(call_t *c);
 
 /* ---- tensors -> plain C ---- */
 
-/* The embeddings' dtypes, int64, bool. */
-typedef enum { FLOATS, INTEGERS, BOOLEANS } element_t;
+/* The embeddings' dtypes, int64, bool or uint8. */
+typedef enum { FLOATS, INTEGERS, BYTES } element_t;
 
 /* Rows or columns of a matrix. A tensor that is expanded may claim any number; with no more than
  * these no product of sizes leaves int64_t, of which the longest is the arithmetic of a loop's
@@ -58,6 +58,7 @@ typedef enum { FLOATS, INTEGERS, BOOLEANS } element_t;
 typedef struct {
     const void *data;
     hex_dtype_t dtype; /* of FLOATS */
+    bool is_bool;      /* of BYTES */
     int64_t dim, *size, *stride;
 } view_t;
 

@@ -105,11 +105,17 @@ typedef struct {
     int64_t stride;
 } hex_ids_t;
 
-/* Booleans, any byte but 0 is true: a _Bool of another than 0 and 1 is undefined, and torch has
- * them. data NULL: there are none. */
+/* What is said of anchor i and its candidate number j, from 0 on: the byte at (i % rows,
+ * j % columns). Of booleans any byte but 0 marks a positive: a _Bool of another than 0 and 1 is
+ * undefined, and torch has them. Of codes HEX_CODE_POSITIVE does, where positives may be several, and
+ * HEX_CODE_LEFT_OUT marks what is left out, unless it is a positive; others say nothing. data NULL:
+ * there are none. */
+enum { HEX_CODE_POSITIVE = 1, HEX_CODE_LEFT_OUT = 2 };
+
 typedef struct {
     const uint8_t *data;
-    int64_t rows, row, col;
+    int64_t rows, columns, row, col;
+    bool codes;
 } hex_mask_t;
 
 typedef struct {
@@ -125,9 +131,10 @@ typedef struct {
                  * forward to the backward; of a block also from the quantiles to the forward */
     bool filled; /* they are there already; the backward's always are */
     /* sets */
-    bool several;     /* positives are those of equal ids, or of the mask; else p(i) alone */
-    hex_ids_t ids[3]; /* of the rows of each input; of logits the target, which is checked */
-    hex_mask_t mask;  /* ntxent: P(i) where it is given, rows and columns modulo its own */
+    bool several;     /* positives are those of equal ids, and of the mask; else p(i) alone */
+    hex_ids_t ids[3]; /* of the rows of each input; none beside a mask of booleans. Of logits the
+                       * target, which is checked */
+    hex_mask_t mask;  /* of none but logits */
     /* who decides H */
     bool by_group;         /* groups: eps plays no part */
     hex_ids_t groups[3];   /* of the rows of each input */
@@ -139,7 +146,7 @@ typedef struct {
     hex_variant_t variant;
     hex_positives_t positives; /* outside the logarithm, or inside */
     double beta, tau_plus;
-    bool decoupled; /* the positives are not in the denominator; in the released variant never */
+    bool decoupled;   /* the positives are not in the denominator; in the released variant never */
     bool self_column; /* of logits: each row's quantile has a cosine of 1 too, the anchor's own */
 } hex_problem_t;
 
@@ -194,6 +201,24 @@ static inline int64_t hex_anchors(const hex_problem_t *p)
 static inline int64_t hex_input_rows(const hex_problem_t *p, int input)
 {
     return input == 0 ? p->B : input == 1 ? p->M : p->mode == HEX_PAIRED ? p->B * p->K : p->K;
+}
+
+/* Candidates that a mask has a column for: of one positive those beside its row of z1, where that is
+ * no column of a matrix of cosines. */
+static inline int64_t hex_candidates(const hex_problem_t *p)
+{
+    return p->mode == HEX_NTXENT    ? p->B + p->M
+           : p->mode < HEX_UNPAIRED ? p->M
+           : p->several             ? p->M + p->K
+                                    : p->K;
+}
+
+/* The number of a unit row among the candidates of the anchors that meet it; 0 if none does. */
+static inline int64_t hex_candidate(const hex_problem_t *p, int64_t j)
+{
+    const bool of_z0 = p->mode == HEX_NTXENT || (p->mode == HEX_CROSS && j < p->B);
+    const int64_t first = of_z0 ? 0 : p->mode == HEX_UNPAIRED && !p->several ? p->B + p->M : p->B;
+    return j < first ? 0 : j - first;
 }
 
 /* Rows of an input that belong to the block. */

@@ -178,20 +178,25 @@ static bool read_target(call_t *c, AtenTensorHandle t, hex_problem_t *p)
 static bool read_mask(call_t *c, AtenTensorHandle t, hex_problem_t *p)
 {
     view_t v;
-    if (!read_dense(c, t, "mask", BOOLEANS, &v))
+    const int64_t anchors = hex_anchors(p), candidates = hex_candidates(p);
+    if (!read_dense(c, t, "mask", BYTES, &v))
         return false;
-    if (v.dim != 2 || v.size[0] != v.size[1])
-        return fail(c, "mask: expected a square matrix");
-    if (v.size[0] == 0)
+    if (v.dim != 2)
+        return fail(c, "mask: expected a matrix");
+    if (v.size[0] == 0 || v.size[1] == 0)
         return true;
-    if (p->mode != HEX_NTXENT || !p->several || (p->B + p->M) % v.size[0])
-        return fail(c, "mask: expected rows among themselves and a part of their %" PRId64,
-                    p->B + p->M);
-    p->mask = (hex_mask_t){v.data, v.size[0], v.stride[0], v.stride[1]};
+    if (p->mode == HEX_LOGITS)
+        return fail(c, "mask: expected none with logits");
+    if (v.is_bool && !p->several)
+        return fail(c, "mask: expected uint8, for anchors with one positive");
+    if (anchors % v.size[0] || candidates % v.size[1])
+        return fail(c, "mask: expected parts of %" PRId64 " anchors and %" PRId64 " candidates",
+                    anchors, candidates);
+    p->mask = (hex_mask_t){v.data, v.size[0], v.size[1], v.stride[0], v.stride[1], !v.is_bool};
     return true;
 }
 
-/* Who is a positive of whom. */
+/* Who is a positive of whom, and who is left out. */
 static bool read_positives(call_t *c, const tensors_t *t, hex_problem_t *p)
 {
     bool labelled = false;
@@ -201,6 +206,8 @@ static bool read_positives(call_t *c, const tensors_t *t, hex_problem_t *p)
         return false;
     if (p->several ? !labelled && !p->mask.data && p->B + p->M + p->K > 0 : labelled)
         return fail(c, "ids: expected %s", p->several ? "labels, or a mask" : "none");
+    for (int k = 0; k < 3 && p->mask.data && !p->mask.codes; k++)
+        p->ids[k].data = NULL; /* the mask says all */
     return true;
 }
 

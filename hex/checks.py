@@ -18,14 +18,16 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from ._calls import is_transformed, is_wrapped
 
 __all__ = ["Mode", "Over", "Positives", "Reduction", "Variant", "as_float",
-           "check_base_temperature", "check_bias", "check_candidate", "check_choice", "check_count",
-           "check_dense", "check_device", "check_embeddings", "check_eps", "check_eps_or_groups",
-           "check_features", "check_flag", "check_gathers", "check_groups", "check_guide",
-           "check_guide_of_features", "check_has_numbers", "check_labels", "check_logits",
-           "check_mask", "check_mode", "check_negatives", "check_no_mask_to_gather", "check_number",
-           "check_one_decider", "check_over", "check_positives", "check_process_group",
-           "check_reduction", "check_rows", "check_rows_are", "check_temperature",
-           "check_threshold", "check_views", "has_shape", "is_number", "shown"]  # fmt: skip
+           "check_base_temperature", "check_bias", "check_candidate", "check_candidates",
+           "check_choice", "check_count", "check_dense", "check_device", "check_embeddings",
+           "check_eps", "check_eps_or_groups", "check_features", "check_flag", "check_gathers",
+           "check_groups", "check_guide", "check_guide_of_candidates", "check_guide_of_features",
+           "check_has_numbers", "check_ignored", "check_labels", "check_logits", "check_mask",
+           "check_mode", "check_negatives", "check_no_mask_to_gather", "check_number",
+           "check_one_decider", "check_one_positive", "check_over", "check_positives",
+           "check_process_group", "check_reduction", "check_rows", "check_rows_are",
+           "check_temperature", "check_threshold", "check_views", "has_shape", "is_number",
+           "shown"]  # fmt: skip
 
 Mode = Literal["ntxent", "query", "cross"]
 Variant = Literal["paper", "released", "excluded"]
@@ -168,14 +170,16 @@ def check_one_decider(groups: Any, guide: Any) -> None:
         raise ValueError("groups, guide: got both, wanted at most one of them")
 
 
-def check_groups(groups: Any, z0: Tensor, negatives: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The group of each image and, if there are negatives, of each negative."""
+def check_groups(
+    groups: Any, z0: Tensor, negatives: Tensor | None, name: str = "negative"
+) -> tuple[Tensor, Tensor | None]:
+    """The group of each image and, if there are negatives, or candidates, of each of these."""
     images = (z0.shape[0],)
     if negatives is None:
         return check_labels("groups", groups, images, z0.device), None
     if not isinstance(groups, tuple) or len(groups) != 2:
         raise ValueError(
-            f"groups: got {shown(groups)}, wanted (groups, negative_groups) with negatives"
+            f"groups: got {shown(groups)}, wanted (groups, {name}_groups) with {name}s"
         )
     return (
         check_labels("groups[0]", groups[0], images, z0.device),
@@ -232,6 +236,45 @@ def check_features(features: Any, labels: Any, mask: Any) -> None:
         )
 
 
+def check_candidates(
+    features: Tensor, labels: Any, mask: Any, candidates: Any, candidate_labels: Any
+) -> None:
+    """Candidates (M, D) of checked features, and whether there are labels of both."""
+    if candidates is None or candidate_labels is None:
+        got = "the labels alone" if candidates is None else "no labels"
+        raise ValueError(f"candidates, candidate_labels: got {got}, wanted both or neither")
+    if labels is None:
+        got = "None" if mask is None else "a mask"
+        raise ValueError(f"labels: got {got}, wanted (B,) or (N,) integers with candidates")
+    check_embeddings("candidates", candidates)
+    width = _width(features)
+    if candidates.dim() != 2 or not has_shape(candidates, (candidates.shape[0], width)):
+        raise ValueError(f"candidates: got shape {tuple(candidates.shape)}, wanted (M, {width})")
+    check_device("candidates", candidates, features.device, "features")
+
+
+def _width(features: Tensor) -> int:
+    """Of a row of features, whose axes after the third are flattened into it."""
+    return math.prod(features.shape[2:]) if features.dim() > 2 else features.shape[1]
+
+
+def check_guide_of_candidates(
+    guide: Any, features: Tensor, candidates: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The guide of features and candidates, detached. The number of features may be another."""
+    if not isinstance(guide, (tuple, list)) or len(guide) != 2:
+        raise ValueError(
+            f"guide: got {shown(guide)}, wanted a tuple (guide, candidate_guide) with candidates"
+        )
+    own, others = check_guide_of_features(guide[0], features), guide[1]
+    check_embeddings("guide[1]", others)
+    wanted = candidates.shape[0], _width(own)
+    if not has_shape(others, wanted):
+        raise ValueError(f"guide[1]: got shape {tuple(others.shape)}, wanted {wanted}")
+    check_device("guide[1]", others, features.device, "features")
+    return own, others.detach()
+
+
 def check_guide_of_features(guide: Any, features: Tensor) -> Tensor:
     """The guide of features, detached. Only its last axis may have another size."""
     check_embeddings("guide", guide)
@@ -280,6 +323,24 @@ def _check_ones(mask: Tensor) -> None:
         torch._assert_async(right, text)
     elif not right:
         raise ValueError(text)
+
+
+def check_ignored(ignored: Any, shapes: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
+    """The negatives that do not count, (rows, columns) on the device, of one of these shapes."""
+    if not isinstance(ignored, Tensor):
+        raise TypeError(f"ignored: got {type(ignored).__name__}, wanted a torch.Tensor")
+    if ignored.dtype != torch.bool:
+        raise TypeError(
+            f"ignored: got {ignored.dtype}, wanted torch.bool, True for a negative that does not "
+            "count"
+        )
+    check_dense("ignored", ignored)
+    if not any(has_shape(ignored, shape) for shape in shapes):
+        wanted = " or ".join(map(str, shapes))
+        raise ValueError(f"ignored: got shape {tuple(ignored.shape)}, wanted {wanted}")
+    check_has_numbers("ignored", ignored, device)
+    of_rows = ignored if ignored.dim() == 2 else ignored[None]
+    return of_rows.to(device)
 
 
 def check_logits(logits: Any, target: Any) -> Tensor:
@@ -467,6 +528,14 @@ def check_threshold(threshold: Any) -> None:
         raise ValueError("threshold: got nan, wanted a cosine")
 
 
+def check_one_positive(several: bool) -> None:
+    if several:
+        raise ValueError(
+            "threshold: got by_positive for rows with several positives, wanted a loss of one, "
+            "such as HEXLoss; or hex_sup_con with an eps for each row"
+        )
+
+
 def check_process_group(group: Any) -> None:
     available = torch.distributed.is_available()
     if group is not None and not (available and isinstance(group, torch.distributed.ProcessGroup)):
@@ -501,9 +570,14 @@ def check_rows_are(rows: Sequence[int], images: int, ranks: int, rank: int) -> N
         )
 
 
-def check_no_mask_to_gather(mask: Any) -> None:
+def check_no_mask_to_gather(mask: Any, ignored: Any) -> None:
     if mask is not None:
         raise ValueError(
             "gather_distributed: got True with a mask, wanted labels instead, because a mask says "
             "nothing about the rows of other ranks"
+        )
+    if ignored is not None:
+        raise ValueError(
+            "gather_distributed: got True with ignored, wanted it with negatives only, because it "
+            "says nothing about the rows of other ranks"
         )

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import ops, problem
+from . import ops, positive, problem
 from ._calls import is_compiled_in_checkpoint, is_first_run, is_in_backward, is_transformed
 from .checks import (
     Positives,
@@ -21,6 +21,7 @@ from .checks import (
     Variant,
     check_flag,
     check_gathers,
+    check_one_positive,
     check_rows,
     check_temperature,
     check_threshold,
@@ -197,6 +198,9 @@ class ContrastiveLoss(nn.Module):
             candidate = batch.threshold(tracker.quantile, tracker.over)
             update = _update_outside if is_compiled_in_checkpoint() else ThresholdTracker.update
             return update(tracker, candidate, store=learns, anchors=batch.anchors)
+        if tracker.rule == "by_positive":
+            check_one_positive(batch.several and batch.mode != ops.MODES["logits"])
+            return tracker.below(positive.cosines(batch), positive.rounding(batch)).to(like.device)
         eps = tracker.current()
         if not tracker.normalize_rows:
             return eps.to(like.device)

@@ -34,6 +34,7 @@ def hex_loss(
     negatives: Tensor | None = None,
     *,
     eps: float | Tensor,
+    ignored: Tensor | None = None,
     temperature: float | Tensor = 0.1,
     beta: float = 1.0,
     tau_plus: float = 0.1,
@@ -67,6 +68,14 @@ def hex_loss(
             either of these, the anchors are the rows of z0, there are no other negatives, and
             `mode` has no effect.
         eps: the threshold, a cosine: a number, a 0-d tensor, or (N,), one value for each row.
+        ignored: None, or a bool tensor that is True where a negative does not count: it is neither
+            in H nor in G. Without negatives its shape is (B, B), by images: entry (i, j) is about
+            the views of image i as anchors and all views of image j as candidates. Or it is
+            (N, M), with a row for each anchor and a column for each candidate: (2B, 2B) in
+            "ntxent", (2B, B) in "cross". For negatives (K, D) it is (B, K) or (K,), and for
+            (B, K, D) it is (B, K), which serves as padding. An entry of the positive, or of the
+            anchor itself, has no effect. Ignored negatives must still be finite, or gradients may
+            be NaN. Only those of (B, K, D) may hold any numbers.
         temperature: tau > 0, a number or a tensor of one element, which may require grad. A tensor
             <= 0 gives NaN instead of an error, because checking it would wait for the device.
         beta: >= 0. The larger beta is, the more the closest members of H count.
@@ -113,7 +122,7 @@ def hex_loss(
         decoupled=decoupled,
         cache_bytes=cache_bytes,
     )
-    batch = problem.of_views(z0, z1, negatives, mode, temperature)
+    batch = problem.of_views(z0, z1, negatives, mode, temperature, ignored=ignored)
     return _at(batch, eps, rule)
 
 
@@ -122,6 +131,7 @@ def info_nce(
     z1: Tensor,
     negatives: Tensor | None = None,
     *,
+    ignored: Tensor | None = None,
     temperature: float | Tensor = 0.1,
     mode: Mode = "ntxent",
     reduction: Reduction = "mean",
@@ -132,7 +142,7 @@ def info_nce(
         L_i = -l_ip + log( exp(l_ip) + sum_{negatives j} exp(l_ij) ),    l = c / tau
 
     Args:
-        z0, z1, negatives, temperature, mode, reduction, cache_bytes: as in `hex_loss`.
+        z0, z1, negatives, ignored, temperature, mode, reduction, cache_bytes: as in `hex_loss`.
 
     Returns:
         As `hex_loss`: 0-d, or (N,) for reduction "none". It is float64 if an input is float64, and
@@ -150,8 +160,8 @@ def info_nce(
     Source: van den Oord et al. 2018 (arXiv 1807.03748); Chen et al. 2020 (arXiv 2002.05709).
     """
     return hex_loss(
-        z0, z1, negatives, eps=math.inf, temperature=temperature, mode=mode, reduction=reduction,
-        cache_bytes=cache_bytes,
+        z0, z1, negatives, eps=math.inf, ignored=ignored, temperature=temperature, mode=mode,
+        reduction=reduction, cache_bytes=cache_bytes,
     )  # fmt: skip
 
 
@@ -160,6 +170,7 @@ def batch_threshold(
     z1: Tensor,
     negatives: Tensor | None = None,
     *,
+    ignored: Tensor | None = None,
     mode: Mode = "ntxent",
     quantile: float = 0.99,
     over: Over = "negatives",
@@ -172,7 +183,7 @@ def batch_threshold(
     gradient flows through the threshold.
 
     Args:
-        z0, z1, negatives, mode: as in `hex_loss`.
+        z0, z1, negatives, ignored, mode: as in `hex_loss`. An ignored negative is in no c_i.
         quantile: in [0, 1].
         over: "negatives": c_i are the cosines of the negatives alone, which suits any batch size.
             "all": c_i is the whole row, as in the authors' code. It also contains the positive and,
@@ -196,7 +207,7 @@ def batch_threshold(
     """
     check_number("quantile", quantile, 0, 1)
     check_over("over", over)
-    batch = problem.of_views(z0, z1, negatives, mode, 1.0)
+    batch = problem.of_views(z0, z1, negatives, mode, 1.0, ignored=ignored)
     return batch.threshold(float(quantile), over)
 
 
@@ -206,8 +217,11 @@ def hex_sup_con(
     mask: Tensor | None = None,
     *,
     eps: float | Tensor | None = None,
-    groups: Tensor | None = None,
-    guide: Tensor | None = None,
+    ignored: Tensor | None = None,
+    candidates: Tensor | None = None,
+    candidate_labels: Tensor | None = None,
+    groups: Tensor | tuple[Tensor, Tensor] | None = None,
+    guide: Tensor | tuple[Tensor, Tensor] | None = None,
     temperature: float | Tensor = 0.1,
     beta: float = 1.0,
     tau_plus: float = 0.1,
@@ -245,10 +259,21 @@ def hex_sup_con(
             labels, not both.
         eps: the threshold, a cosine: a number, a 0-d tensor, or (N,), one value for each row.
             Give either eps or groups, not both.
+        candidates: None, or (M, D), reference embeddings such as those of a memory. M may be any
+            number. All rows of features are then compared with the candidates alone, and not with
+            each other: P(i) is the candidates with the label of i, and the negatives are the
+            others. One that is a copy of row i counts as a positive of i, unless it is ignored.
+            Candidates get a gradient if they require one.
+        candidate_labels: (M,) integers, the labels of the candidates. `labels` are then wanted.
+        ignored: None, or a bool tensor (B, B), or (N, N) for features (N, D). It is True where a
+            negative does not count, for all views of both images. An entry of a positive, or of the
+            row itself, has no effect. With candidates it is (B, M), or (N, M) for features (N, D),
+            and what it marks does not count, even if it is a positive.
         groups: (B,), or (N,) for features (N, D), integers. H(i) is then the negatives in the group
-            of i.
+            of i. With candidates it is a pair (groups, candidate_groups), and the second is (M,).
         guide: a tensor with the shape of features, except for D. Its cosines, instead of those of
-            the features, decide which negatives are above eps.
+            the features, decide which negatives are above eps. With candidates it is a pair
+            (guide, candidate_guide), and the second is (M, any D).
         variant: "paper" for the equations above, or "released" for the authors' form. Their code
             does not handle several positives, so here P(i) takes the place of the positive. H(i) is
             left out, and the positives are missing in the denominator:
@@ -271,6 +296,10 @@ def hex_sup_con(
         >>> from hex import hex_sup_con
         >>> features, labels = torch.randn(64, 2, 128), torch.arange(64) % 10
         >>> loss = hex_sup_con(features, labels, eps=0.6)
+        >>> memory, memory_labels = torch.randn(1000, 128), torch.arange(1000) % 10
+        >>> loss = hex_sup_con(
+        ...     features, labels, candidates=memory, candidate_labels=memory_labels, eps=0.6
+        ... )
 
     Source: Khosla et al., "Supervised Contrastive Learning", NeurIPS 2020 (arXiv 2004.11362), for
     the positives; Kokilepersaud et al., WACV 2025 (arXiv 2410.23200), for the negatives.
@@ -281,7 +310,10 @@ def hex_sup_con(
         base_temperature=base_temperature, cache_bytes=cache_bytes,
     )  # fmt: skip
     check_eps_or_groups(eps, groups)
-    rows = problem.of_features(features, labels, mask, temperature, groups, guide)
+    rows = problem.of_features(
+        features, labels, mask, temperature, groups, guide,
+        candidates=candidates, candidate_labels=candidate_labels, ignored=ignored,
+    )  # fmt: skip
     return _at(rows, eps, rule)
 
 
@@ -311,7 +343,7 @@ def hex_cross_entropy(
 
     Args:
         logits: (N, C), cosine / temperature, in float64, float32, bfloat16 or float16. A column
-            that is -inf is left out of its row.
+            that is -inf is left out of its row, so that no `ignored` is needed.
         target: (N,), integers in [0, C), the column of the positive. If the logit of that column is
             -inf, the loss is +inf, as torch's is. The gradient is then that of the limit, which is
             -1 in that column. If nothing else is in the denominator either (in the released form:

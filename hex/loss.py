@@ -40,8 +40,9 @@ class HEXLoss(ContrastiveLoss):
 
     Args:
         temperature: tau > 0, a number or a tensor of one element. A Parameter is learned.
-        threshold: "adaptive"; a `ThresholdTracker`, for another quantile, a warm-up, a momentum or
-            a schedule; a number, which is a fixed cosine; or None for InfoNCE.
+        threshold: "adaptive"; a `ThresholdTracker`, for another quantile, a warm-up, a momentum, a
+            schedule, or a threshold of each row by its positive; a number, which is a fixed cosine;
+            or None for InfoNCE.
         beta: >= 0. The larger beta is, the more the closest members of H count.
         tau_plus: in [0, 1), the expected share of false negatives in H. A large one does not simply
             weaken the repulsion of H: see docs/guides/what_h_holds.md.
@@ -131,6 +132,7 @@ class HEXLoss(ContrastiveLoss):
         z1: Tensor,
         negatives: Tensor | None = None,
         *,
+        ignored: Tensor | None = None,
         groups: Tensor | tuple[Tensor, Tensor] | None = None,
         guide: tuple[Tensor, ...] | None = None,
         temperature: float | Tensor | None = None,
@@ -141,6 +143,11 @@ class HEXLoss(ContrastiveLoss):
         Args:
             z0, z1: (B, D), two views.
             negatives: None, (K, D) or (B, K, D).
+            ignored: None, or a bool tensor that is True where a negative does not count. It is
+                (B, B) by images, or (N, M) by anchors and candidates; with negatives (K, D) it is
+                (B, K) or (K,), and with (B, K, D) it is (B, K), which serves as padding. An ignored
+                negative does not count for the threshold either. With `gather_distributed` it is
+                for negatives only.
             groups: (B,) integers, one for each image. H(i) is then the negatives in the group of i.
                 There is no threshold: the statistic eps is NaN, and the tracker does not change.
                 With negatives, groups is a pair (groups, negative_groups), and the second of these
@@ -163,9 +170,11 @@ class HEXLoss(ContrastiveLoss):
             >>> loss = HEXLoss()(z0, z1, guide=tuple(torch.randn(2, 256, 512)))
         """
         tau = self.temperature if temperature is None else temperature
+        if self.gather_distributed and negatives is None:
+            check_no_mask_to_gather(None, ignored)
         meeting = self.meeting(rows)
         return self.loss_of(
-            problem.of_views(z0, z1, negatives, self.mode, tau, groups, guide, meeting)
+            problem.of_views(z0, z1, negatives, self.mode, tau, groups, guide, meeting, ignored)
         )
 
 
@@ -223,6 +232,7 @@ class InfoNCELoss(ContrastiveLoss):
         z1: Tensor,
         negatives: Tensor | None = None,
         *,
+        ignored: Tensor | None = None,
         temperature: float | Tensor | None = None,
         rows: Sequence[int] | None = None,
     ) -> Tensor:
@@ -231,13 +241,18 @@ class InfoNCELoss(ContrastiveLoss):
         Args:
             z0, z1: (B, D), two views.
             negatives: None, (K, D) or (B, K, D).
+            ignored: as in `HEXLoss`.
             temperature: replaces the module's temperature for this call (CLIP: `1 /
                 logit_scale.exp()`).
             rows: as in `HEXLoss`.
         """
         tau = self.temperature if temperature is None else temperature
+        if self.gather_distributed and negatives is None:
+            check_no_mask_to_gather(None, ignored)
         meeting = self.meeting(rows)
-        return self.loss_of(problem.of_views(z0, z1, negatives, self.mode, tau, meeting=meeting))
+        return self.loss_of(
+            problem.of_views(z0, z1, negatives, self.mode, tau, meeting=meeting, ignored=ignored)
+        )
 
 
 class HEXSupConLoss(ContrastiveLoss):
@@ -256,11 +271,12 @@ class HEXSupConLoss(ContrastiveLoss):
             base_temperature (SupContrast: 0.07).
         gather_distributed, process_group, check_sizes, cache_bytes: as in `HEXLoss`. Labels, groups
             and guides are gathered too. Without labels, every image of every rank is its own class.
-            A mask cannot be gathered and is refused.
+            `mask` and `ignored` cannot be gathered and are refused. Candidates are not gathered:
+            each rank compares its rows with its own, of which some may be ignored.
 
     Shape:
         features: (B, V, D), or (N, D) with labels or a mask. labels: (B,) or (N,) integers. mask:
-            (B, B) or (N, N).
+            (B, B) or (N, N). candidates: (M, D). candidate_labels: (M,) integers.
         Result: 0-d, or (N,) with reduction "none", where N = V B and all rows of the first view
             come first. It is float64 if the features are float64, and otherwise float32.
 
@@ -276,6 +292,10 @@ class HEXSupConLoss(ContrastiveLoss):
         >>> criterion = HEXSupConLoss(temperature=0.1)
         >>> features = torch.randn(128, 2, 64, requires_grad=True)
         >>> criterion(features, labels=torch.arange(128) % 10).backward()
+        >>> memory, memory_labels = torch.randn(1000, 64), torch.arange(1000) % 10
+        >>> loss = criterion(
+        ...     features, torch.arange(128) % 10, candidates=memory, candidate_labels=memory_labels
+        ... )
 
     Source: Khosla et al. 2020 (arXiv 2004.11362); Kokilepersaud et al. 2025 (arXiv 2410.23200).
     """
@@ -315,8 +335,11 @@ class HEXSupConLoss(ContrastiveLoss):
         labels: Tensor | None = None,
         mask: Tensor | None = None,
         *,
-        groups: Tensor | None = None,
-        guide: Tensor | None = None,
+        ignored: Tensor | None = None,
+        candidates: Tensor | None = None,
+        candidate_labels: Tensor | None = None,
+        groups: Tensor | tuple[Tensor, Tensor] | None = None,
+        guide: Tensor | tuple[Tensor, Tensor] | None = None,
         temperature: float | Tensor | None = None,
         rows: Sequence[int] | None = None,
     ) -> Tensor:
@@ -326,19 +349,28 @@ class HEXSupConLoss(ContrastiveLoss):
             features: (B, V, D), or (N, D) with labels or a mask.
             labels: None, or (B,) or (N,) integers.
             mask: None, or (B, B) or (N, N), of bool or of 0 and 1.
+            candidates: None, or (M, D), reference embeddings, with which alone the features are
+                then compared. A copy of a row's own embedding counts, unless it is ignored.
+            candidate_labels: (M,) integers, with candidates.
+            ignored: None, or a bool tensor (B, B) or (N, N), True where a negative does not count;
+                with candidates (B, M) or (N, M), True where a candidate does not count.
             groups: None, or (B,) or (N,) integers. H(i) is then the negatives in the group of i.
                 There is no threshold: the statistic eps is NaN, and the tracker does not change.
-            guide: None, or other features. H and eps are then taken from their cosines.
+                With candidates it is a pair (groups, candidate_groups).
+            guide: None, or other features. H and eps are then taken from their cosines. With
+                candidates it is a pair (guide, candidate_guide).
             temperature: replaces the module's temperature for this call.
             rows: as in `HEXLoss`.
         """
         tau = self.temperature if temperature is None else temperature
         if self.gather_distributed:
-            check_no_mask_to_gather(mask)
+            check_no_mask_to_gather(mask, ignored if candidates is None else None)
         meeting = self.meeting(rows)
-        return self.loss_of(
-            problem.of_features(features, labels, mask, tau, groups, guide, meeting)
-        )
+        batch = problem.of_features(
+            features, labels, mask, tau, groups, guide, meeting,
+            candidates=candidates, candidate_labels=candidate_labels, ignored=ignored,
+        )  # fmt: skip
+        return self.loss_of(batch)
 
 
 class HEXCrossEntropyLoss(ContrastiveLoss):
@@ -425,7 +457,8 @@ class HEXCrossEntropyLoss(ContrastiveLoss):
         """The loss of a batch. Arguments, result and errors are those of `hex_cross_entropy`.
 
         Args:
-            logits: (N, C), cosines / temperature.
+            logits: (N, C), cosines / temperature. A column that is -inf is left out of its row, so
+                that a negative can be ignored without a mask.
             target: (N,) integers, the column of each row's positive.
             temperature: replaces the module's temperature for this call.
             rows: as in `HEXLoss`.

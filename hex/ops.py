@@ -30,6 +30,7 @@ __all__ = [
     "SHARE",
     "Seen",
     "VARIANTS",
+    "WHOLE",
     "adaptive_loss",
     "block_backward",
     "block_forward",
@@ -46,6 +47,7 @@ __all__ = [
     "loss",
     "plain_rows",
     "quantile",
+    "rounding_of_factors",
     "row_range",
     "settle",
     "total",
@@ -64,6 +66,8 @@ POSITIVES = _codes(("one", *reference.POSITIVES))  # or several, outside the log
 # Rows of stats (csrc/hex.h, HEX_STAT_*): eps, dL/dtau, |H|, and the local term's share.
 EPS, DTAU, COUNT, SHARE = 0, 6, 7, 8
 _STATS, _STATS_SEVERAL = 9, 12  # rows of one positive, and of several
+
+WHOLE = (0, -1)  # the block that is the whole batch
 
 _INPUTS = 7  # tensors that a problem is given as: z0, z1, negatives, ids, mask, groups, guide
 _TAU = _INPUTS + 1  # its place among the arguments of forward
@@ -238,6 +242,8 @@ def _kept_of_block(
     z0: Tensor, z1: Tensor, negatives: Tensor, mode: int, several: int, most: int, *block: int
 ) -> int:
     """As `kept_numbers`, of a block."""
+    if isinstance(block[1], int) and block[1] == WHOLE[1]:
+        return kept_numbers(z0, z1, negatives, mode, several, most)
     if not _keeps(z0, mode, most):
         return 0
     item = compute_dtype(z0, z1, negatives, mode).itemsize
@@ -508,6 +514,11 @@ def _allow_tf32(z: Tensor) -> bool:
     return _cuda(z.device.index)[1] if z.is_cuda else z.is_cpu and _allow_bf16()
 
 
+def rounding_of_factors(z: Tensor) -> float:
+    """The relative error of a float32 that is rounded before it is multiplied; 0 if none is."""
+    return 0.0 if not _allow_tf32(z) else 2.0**-11 if z.is_cuda else 2.0**-8
+
+
 def bytes_to_keep(cache_bytes: int | None, wanted: bool = True) -> int:
     """How many bytes of cosines a forward may keep. None: as the environment says."""
     return 0 if not wanted else _CACHE_BYTES if cache_bytes is None else cache_bytes
@@ -648,6 +659,8 @@ def _measure_block(
 
 def _of_block(rows: Tensor, z0: Tensor, z1: Tensor, mode: int, first: int, count: int) -> Tensor:
     """Those of the rows of all anchors that are of the block."""
+    if (first, count) == WHOLE:
+        return rows
     both = mode in (MODES["ntxent"], MODES["cross"]) and z1.shape[0]
     begins = (first, z0.shape[0] + first) if both else (first,)
     return torch.cat([rows[begin : begin + count] for begin in begins])

@@ -13,7 +13,10 @@ a threshold on the cosine, groups, or the cosines of a guide decide which negati
     negatives (B, K, D)  z0          own z1, own K       own row of z1
     features             all rows    all rows            of the same label,  the anchor itself
                                                          or marked in a mask
+    candidates           all rows    the candidates      of the same label
     logits               rows        columns             the target          -inf
+
+Negatives that do not count (`ignored`) are left out, too.
 
 To the operators all of them are tensors z0, z1 and negatives (or logits in place of z0) and, where
 there are any, a mask, and the ids, groups and guide of all their rows, one after another; of logits
@@ -36,12 +39,15 @@ from .checks import (
     Variant,
     check_base_temperature,
     check_cache_bytes,
+    check_candidates,
     check_features,
     check_flag,
     check_groups,
     check_guide,
+    check_guide_of_candidates,
     check_guide_of_features,
     check_has_numbers,
+    check_ignored,
     check_labels,
     check_logits,
     check_mask,
@@ -132,7 +138,7 @@ class Problem(NamedTuple):
 
     def may_lack_positives(self) -> bool:
         """Whether rows may be without one, and `is_without_positives` tells whether all are."""
-        return self.several and self.mode == ops.MODES["ntxent"]
+        return self.several and self.mode != ops.MODES["logits"]
 
     def learner(self) -> tuple[Tensor, ...]:
         """The tensors that may have a gradient."""
@@ -205,10 +211,15 @@ class Problem(NamedTuple):
     def is_without_positives(self) -> Tensor:
         """Of features: whether no row has one, so that every loss is 0; 0-d bool, on the device."""
         ids, mask = self.inputs[3:5]
-        if mask.numel():
-            views = ids.shape[0] // mask.shape[0]
-            others = mask if views > 1 else mask.triu(1) | mask.tril(-1)
-            return ~others.any()
+        if mask.numel() and (mask.dtype == torch.bool or not ids.numel()):
+            marked = mask == _POSITIVE
+            views = self.inputs[0].shape[0] // mask.shape[0]
+            if views == 1 and self.mode == ops.MODES["ntxent"]:  # without the row itself
+                marked = marked.triu(1) | marked.tril(-1)
+            return ~marked.any()
+        if self.mode == ops.MODES["query"]:
+            own, others = ids.split_with_sizes([z.shape[0] for z in self.inputs[:2]])
+            return ~torch.isin(own, others).any()
         ids = ids.sort().values
         return ~(ids[1:] == ids[:-1]).any()
 
@@ -225,6 +236,7 @@ def of_views(
     groups: Any = None,
     guide: Any = None,
     meeting: Meeting | None = None,
+    ignored: Any = None,
 ) -> Problem:
     """Two views of a batch, and negatives from outside."""
     check_mode(mode)
@@ -236,6 +248,8 @@ def of_views(
         check_one_decider(groups, guide)
         groups = None if groups is None else check_groups(groups, z0, negatives)
         guide = None if guide is None else check_guide(guide, z0, negatives)
+    if ignored is not None:
+        ignored = check_ignored(ignored, _ignored_shapes(z0, negatives, mode), z0.device)
     share, own, gathered = None, (z0, z1), negatives is None
     if meeting is not None:
         # Of negatives a rank may have more than another.
@@ -247,7 +261,8 @@ def of_views(
             groups = None if groups is None else (labels, None)
             guide = None if guide is None else (*guides, None)
 
-    none, ids, mask, no_groups, no_guide = _nothing(z0)
+    none, ids, no_mask, no_groups, no_guide = _nothing(z0)
+    mask = no_mask if ignored is None else _codes(ignored)
     images = row_length = z0.shape[0]
     anchors, has_self = images, False
     if negatives is not None:
@@ -285,14 +300,23 @@ def of_features(
     labels: Tensor | None,
     mask: Tensor | None,
     temperature: float | Tensor,
-    groups: Tensor | None = None,
-    guide: Tensor | None = None,
+    groups: Any = None,
+    guide: Any = None,
     meeting: Meeting | None = None,
+    candidates: Tensor | None = None,
+    candidate_labels: Tensor | None = None,
+    ignored: Any = None,
 ) -> Problem:
     """Rows with several positives: all of the first view come first. Those of all ranks go by
     images, each with its views one after another, so that every rank's come together."""
     check_features(features, labels, mask)
     check_one_decider(groups, guide)
+    if candidates is not None or candidate_labels is not None:
+        check_candidates(features, labels, mask, candidates, candidate_labels)
+        return _of_candidates(
+            features, labels, candidates, candidate_labels, temperature, groups, guide, meeting,
+            ignored,
+        )  # fmt: skip
     device, images = features.device, features.shape[0]
     if labels is not None:
         labels = check_labels("labels", labels, (images,), device)
@@ -302,6 +326,8 @@ def of_features(
         groups = check_labels("groups", groups, (images,), device)
     if guide is not None:
         guide = check_guide_of_features(guide, features)
+    if ignored is not None:
+        ignored = check_ignored(ignored, [(images, images)], device)
     tau = _tau_tensor(temperature, features)
     views = features.shape[1] if features.dim() > 2 else 1
     share, own, in_rows = None, features, _view_major
@@ -312,7 +338,7 @@ def of_features(
     ids = torch.arange(features.shape[0], device=device) if labels is None else labels
     x = in_rows(features)
     z1 = x.new_empty((0, x.shape[1]))
-    negatives, _, no_mask, no_groups, no_guide = _nothing(x)
+    negatives, no_ids, no_mask, no_groups, no_guide = _nothing(x)
     seen = None
     if guide is not None:
         g = in_rows(guide)
@@ -324,14 +350,69 @@ def of_features(
         groups = None if groups is None else groups[:, None].expand(-1, views).flatten()
     else:
         ids, groups = ids.repeat(views), None if groups is None else groups.repeat(views)
+    marks = no_mask if mask is None else positive
+    if ignored is not None:  # beside a mask, which the ids would add positives to
+        ids, marks = (ids, _codes(ignored)) if mask is None else (no_ids, _codes(ignored, positive))
     inputs = (
-        x, z1, negatives, ids, no_mask if mask is None else positive,
+        x, z1, negatives, ids, marks,
         no_groups if groups is None else groups, no_guide if seen is None else seen[0],
     )  # fmt: skip
     rows = x.shape[0]
     return Problem(
         inputs, tau, ops.MODES["ntxent"], True, rows, rows, True, groups is not None, seen,
         part=part,
+    )  # fmt: skip
+
+
+def _of_candidates(
+    features: Tensor, labels: Any, candidates: Any, candidate_labels: Any,
+    temperature: float | Tensor, groups: Any, guide: Any, meeting: Meeting | None, ignored: Any,
+) -> Problem:  # fmt: skip
+    """Rows with labels, in the order of `of_features`, against candidates with labels of their own.
+    Of many ranks, each has its own candidates. What is ignored may be a positive, too: then a mask
+    says who is one, and the labels do not."""
+    device, images, number = features.device, features.shape[0], candidates.shape[0]
+    labels = check_labels("labels", labels, (images,), device)
+    others = check_labels("candidate_labels", candidate_labels, (number,), device)
+    if groups is not None:
+        groups = check_groups(groups, features, candidates, "candidate")
+    if guide is not None:
+        guide = check_guide_of_candidates(guide, features, candidates)
+    if ignored is not None:
+        ignored = check_ignored(ignored, [(images, number)], device)
+    tau = _tau_tensor(temperature, features)
+    views = features.shape[1] if features.dim() > 2 else 1
+    share = None
+    if meeting is not None:
+        deciders = groups[0] if groups else None, guide[0] if guide else None
+        mark = features.new_empty(0, dtype=candidates.dtype)  # a rank may have more than another
+        share = meeting.share(images, tau, features, mark, *deciders)
+    in_rows = _view_major if share is None else _image_major
+
+    def of_rows(ids: Tensor) -> Tensor:
+        return ids.repeat(views) if share is None else ids[:, None].expand(-1, views).flatten()
+
+    x = in_rows(features)
+    negatives, ids, marks, alike, rows = _nothing(x)
+    seen, part, anchors = None, None, x.shape[0]
+    if ignored is None or not ignored.numel():
+        ids = torch.cat([of_rows(labels), others])
+    else:  # of all views of an image; the rows of a mask repeat in the order of one process
+        alone = labels[:, None] == others
+        marks = torch.where(ignored, _LEFT_OUT, alone.to(torch.uint8) * _POSITIVE).to(torch.uint8)
+        if share is not None:
+            marks = marks.repeat_interleave(views, 0)
+    if groups is not None:
+        alike = torch.cat([of_rows(groups[0]), groups[1]])
+    if guide is not None:
+        seen = in_rows(guide[0]), guide[1], guide[1].new_empty((0, guide[1].shape[1]))
+        rows = cat(seen[:2])
+    if share is not None:
+        part = Part(share, (x, candidates, negatives), views, gathered=False, whole=True)
+        x, candidates, anchors = x.detach(), candidates.detach(), views * share.total()
+    return Problem(
+        (x, candidates, negatives, ids, marks, alike, rows), tau, ops.MODES["query"], True,
+        anchors, number, False, groups is not None, seen, part=part,
     )  # fmt: skip
 
 
@@ -370,6 +451,28 @@ def _nothing(like: Tensor) -> tuple[Tensor, ...]:
         like.new_empty(0, dtype=torch.int64), like.new_empty((0, 0), dtype=torch.bool),
         like.new_empty(0, dtype=torch.int64), like.new_empty((0, 0), dtype=torch.float32),
     ))  # fmt: skip
+
+
+_POSITIVE, _LEFT_OUT = 1, 2  # HEX_CODE_* in csrc/hex.h
+
+
+def _ignored_shapes(z0: Tensor, negatives: Tensor | None, mode: str) -> list[tuple[int, ...]]:
+    """Those that `ignored` may have beside two views: a row for each image or anchor, a column for
+    each image or candidate."""
+    images = z0.shape[0]
+    if negatives is not None:
+        count = negatives.shape[-2]
+        return [(images, count), (count,)] if negatives.dim() == 2 else [(images, count)]
+    shapes: list[tuple[int, ...]] = [(images, images)]
+    if mode != "query":
+        shapes.append((2 * images, 2 * images if mode == "ntxent" else images))
+    return shapes
+
+
+def _codes(ignored: Tensor, positive: Tensor | None = None) -> Tensor:
+    """The mask of the operators."""
+    codes = (ignored != 0).to(torch.uint8) * _LEFT_OUT
+    return codes if positive is None else torch.where(positive, _POSITIVE, codes)
 
 
 def _view_major(z: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ several positives.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -104,28 +105,53 @@ def problem_table(
     """A problem as the operators get it (problem.py), with its cosines.
 
     With one positive that is the row of the same image in the other view. With several they are
-    the candidates with the anchor's id, or those that mask (b, b) marks, which is repeated over the
-    views; and in "unpaired" the rows of z1 that are no positives are left out.
+    the candidates with the anchor's id, or those that the mask marks; and in "unpaired" the rows of
+    z1 that are no positives are left out.
+
+    A mask (rows, columns) says something of entry (i, j) in its entry (i % rows, j % columns). The
+    column j counts the candidates of `problem_cosines`, without the own row of z1 of one positive
+    in "unpaired" and "paired". A mask of booleans marks all positives. One of codes (uint8) marks
+    further positives, where they may be several, with 1, and what is left out with 2, beside what
+    the ids say. It leaves out neither a positive nor the anchor's own cosine.
+
+    A candidate that is left out is in no set and not in the whole row, even if its cosine is NaN.
+    In "paired", where only its anchor meets it, it is not looked at at all.
     """
     if mode == LOGITS:
         return _logits_cosines(z0, ids, tau, self_column)
+    given = mask.numel() > 0
+    if given and mode == MODES.index("paired"):  # 0 times NaN would be one in the gradient
+        codes = _repeated(mask, negatives.shape[:2])
+        negatives = torch.where((codes == 2)[..., None], 0.0, negatives)
     c = problem_cosines(z0, z1, negatives, mode, several)
-    if mask.numel():
-        views = c.shape[0] // mask.shape[0]
-        positive = mask.repeat(views, views)
-    else:
-        if not several:
-            image = torch.arange(z0.shape[0], device=z0.device)
-            none = image.new_full(negatives.shape[:-1], -1).flatten()
-            ids = torch.cat([image, image, none])
+    positive = torch.zeros_like(c, dtype=torch.bool)
+    if not several:
+        image = torch.arange(z0.shape[0], device=z0.device)
+        none = image.new_full(negatives.shape[:-1], -1).flatten()
+        images = torch.cat([image, image, none])
+        positive = _is_alike(images, z0, z1, negatives, mode, several)
+    elif ids.numel() and not (given and mask.dtype == torch.bool):
         positive = _is_alike(ids, z0, z1, negatives, mode, several)
+    left_out = torch.zeros_like(positive)
+    if given:
+        apart = int(not several and mode >= MODES.index("unpaired"))
+        codes = F.pad(_repeated(mask, (c.shape[0], c.shape[1] - apart)), (apart, 0))
+        positive = positive | (codes == 1) if several else positive
+        left_out = (codes == 2) & ~positive
     row, column = (torch.arange(size, device=c.device) for size in c.shape)
     whole = seen = torch.ones_like(positive)
     if mode == MODES.index("ntxent"):
         seen = row[:, None] != column
+        left_out = left_out & seen
     elif several and mode == MODES.index("unpaired"):
-        whole = seen = positive | (column >= c.shape[0])
-    return Table(c, positive & seen, seen & ~positive, whole)
+        whole = seen = positive | (column >= z1.shape[0])
+    return Table(c, positive & seen, seen & ~positive & ~left_out, whole & ~left_out)
+
+
+def _repeated(mask: Tensor, shape: Sequence[int]) -> Tensor:
+    """The codes of a mask for every row and column of a table of this shape."""
+    codes = mask.to(torch.uint8)
+    return codes.repeat(shape[0] // mask.shape[0], shape[1] // mask.shape[1])
 
 
 def logits_table(logits: Tensor, target: Tensor) -> Table:

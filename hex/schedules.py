@@ -39,8 +39,8 @@ def at(rule: str, options: dict[str, Any], epoch: Tensor) -> Tensor:
 
 
 def lowest(rule: str, options: dict[str, Any]) -> float:
-    """The lowest threshold of a schedule. It is -inf for "adaptive", where the batches decide."""
-    if rule == "adaptive":
+    """The lowest threshold of a schedule. It is -inf where the batches decide."""
+    if rule in ("adaptive", "by_positive"):
         return -math.inf
     if rule == "step":
         return -1.0 if options["drop"] > 0 else float(options["start"])
@@ -65,7 +65,8 @@ def checked(rule: str, options: dict[str, Any]) -> dict[str, Any]:
         TypeError, ValueError: an option has the wrong type or is outside its range.
     """
     values = {name: check(name, options[name]) for name, check in OPTIONS[rule].items()}
-    for name in ("t", "start", "drop", "end"):  # an infinite t has a meaning: InfoNCE, or all in H
+    # An infinite t has a meaning: InfoNCE, or all in H.
+    for name in ("t", "start", "drop", "end", "margin"):
         if math.isinf(values.get(name, 0)) and (name != "t" or values["normalize_rows"]):
             raise ValueError(f"{name}: got {options[name]}, wanted a finite number")
     if values.get("compounded") and values["epochs"] > _MOST_FACTORS:
@@ -85,6 +86,11 @@ OPTIONS: dict[str, dict[str, Callable[[str, Any], Any]]] = {  # rule: what each 
         "monotonic": check_flag,
         "lagged": check_flag,
         "warmup_threshold": check_number,
+    },
+    "by_positive": {
+        "margin": check_number,
+        "relative": check_flag,
+        "warmup_epochs": partial(check_count, low=0),
     },
     "fixed": {"t": check_number, "normalize_rows": check_flag},
     "step": {

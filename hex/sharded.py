@@ -46,15 +46,21 @@ class Part(NamedTuple):
     """2 where rows of z1 are anchors too."""
     gathered: bool = True
     """Whether the problem is of all ranks; else of this one's candidates."""
+    whole: bool = False
+    """Whether the operators have to be given no block: z1 has another number of rows than z0."""
+
+    def place(self) -> tuple[int, int]:
+        """The rank's rows of z0 among those of all ranks: the first, and their number."""
+        return self.views * self.share.first(), self.views * self.share.images()
 
     def block(self) -> tuple[int, int]:
-        """The rank's rows among those of the problem."""
-        first, count = self.views * self.share.first(), self.views * self.share.images()
-        return (first if self.gathered else 0), count
+        """The rank's rows among those of the problem, as the operators take them."""
+        first, count = self.place()
+        return ops.WHOLE if self.whole else (first if self.gathered else 0, count)
 
     def gather(self, rows: Tensor) -> Tensor:
         """(R, own anchors) to (R, all anchors), contiguous, in the order of one process."""
-        apart = rows.reshape(rows.shape[0], self.sides, self.block()[1])
+        apart = rows.reshape(rows.shape[0], self.sides, self.place()[1])
         every: Tensor
         (every,) = self.share.of_views(self.views).gather(apart.permute(2, 1, 0))
         return every.permute(2, 1, 0).contiguous().flatten(1)
@@ -85,16 +91,18 @@ def adaptive_loss(
     lagged = step[2]
     over = "negatives" if over_negatives else "all"
     keep = ops.bytes_to_keep(cache_bytes)  # for the forward, even where no backward comes
-    own, kept = ops.block_quantiles(p.measured(), quantile, over, keep, part.block())
+    # What the quantiles keep of a block serves its forward, which has another order for the whole.
+    at_first, keep = (0, keep) if part.whole else (keep, 0)
+    own, kept = ops.block_quantiles(p.measured(), quantile, over, at_first, part.block())
     if lagged:  # eps is known: the quantiles travel with the losses
         unknown = own.new_full((1,), torch.nan)
         eps, _ = ops.settle(unknown, state, tuple(step))
-        every, kept = _forward(p, eps, kept, rule, 0, own)
+        every, kept = _forward(p, eps, kept, rule, keep, own)
         rows, every = every[-1], every[:-1]
         _, state = ops.settle(rows, state, tuple(step))
     else:
         eps, state = ops.settle(part.gather(own[None])[0], state, tuple(step))
-        every, kept = _forward(p, eps, kept, rule, 0)
+        every, kept = _forward(p, eps, kept, rule, keep)
     value, hard, share, _ = _finish(p, every, kept, rule)
     return value, (hard, share), eps, state
 
@@ -106,8 +114,13 @@ def loss(
     if not ops.has_block(p.inputs[0]):
         return _plain_loss(p, eps, rule)
     keep = ops.bytes_to_keep(cache_bytes, wanted=_learns(p))
-    value, hard, share, mean = _finish(p, *_forward(p, eps, None, rule, keep), rule)
-    return value, (hard, share), mean if eps.dim() else eps
+    if not eps.dim():
+        value, hard, share, _ = _finish(p, *_forward(p, eps, None, rule, keep), rule)
+        return value, (hard, share), eps
+    # Of logits the statistics have another number for an eps from 1 on.
+    every, kept = _forward(p, eps, None, rule, keep, eps)
+    value, hard, share, mean = _finish(p, every[:-1], kept, rule, every[-1])
+    return value, (hard, share), mean
 
 
 def _part(p: Problem) -> Part:
@@ -124,7 +137,7 @@ def _forward(
     rows, stats, kept = ops.block_forward(
         p.inputs, eps, p.tau.detach(), kept, rule, keep, part.block()
     )
-    return part.gather(torch.cat([rows[None], stats, *(x[None] for x in more)])), kept
+    return part.gather(torch.cat([rows[None], stats, *(x[None].to(rows) for x in more)])), kept
 
 
 def _learns(p: Problem) -> bool:
@@ -135,22 +148,22 @@ def _learns(p: Problem) -> bool:
 
 
 def _finish(
-    p: Problem, every: Tensor, kept: Tensor, rule: tuple[Any, ...]
+    p: Problem, every: Tensor, kept: Tensor, rule: tuple[Any, ...], eps: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss with its gradient, and the means of |H|, share and eps, from all numbers."""
     part, reduction = _part(p), rule[1]
     rows, stats = every[0], every[1:]
-    named = [rows, stats[ops.COUNT], stats[ops.SHARE], stats[ops.EPS]]
+    named = [rows, stats[ops.COUNT], stats[ops.SHARE], stats[ops.EPS] if eps is None else eps]
     sums = ops.total(torch.stack(named))
     value, means = _reduce(rows, sums[0], reduction), sums / max(rows.shape[0], 1)
     if _learns(p):
         own = stats
         if not part.gathered:
-            at, count = part.share.first(), part.share.images()
+            at, count = part.place()
             own = stats[:, at : at + count].contiguous()
         value = _attach(
             *part.own, p.tau, value, *p.inputs, own, stats[ops.DTAU], kept,
-            rule, part.block(), part.share.size(), 0 if part.gathered else part.share.first(),
+            rule, part.block(), part.share.size(), 0 if part.gathered else part.place()[0],
         )  # fmt: skip
     return _in_order(value, part.views, reduction), means[1], means[2], means[3]
 
@@ -299,7 +312,7 @@ def _plain_loss(p: Problem, eps: Tensor, rule: tuple[Any, ...]) -> tuple[Tensor,
             dtau = torch.func.jvp(lambda t: rows_of(t)[0], (tau.detach(),), (one,))[1]
         of_own = [x.detach().to(own) for x in (own, hard, share, eps.expand_as(own), dtau)]
         every = part.gather(torch.stack(of_own))
-        rows = _own(own, tau, every[0], every[4], part.share.first(), ranks)
+        rows = _own(own, tau, every[0], every[4], part.place()[0], ranks)
         means = list((ops.total(every[1:4]) / max(rows.shape[0], 1)).unbind())
         total = rows.sum(dtype=torch.float64)
     value = _in_order(_reduce(rows, total, reduction), part.views, reduction)

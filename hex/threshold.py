@@ -30,6 +30,7 @@ class ThresholdTracker(nn.Module):
     """The threshold eps, a cosine, over the steps of training. These class methods make a tracker:
 
         adaptive(...)              measured on the batches
+        by_positive(margin)        of each anchor, the cosine with its positive less a margin
         fixed(t)                   t
         step(start, drop, every)   max(start - drop floor(epoch / every), -1)
         cosine(start, end, epochs) end + (start - end) (1 + cos(pi epoch / epochs)) / 2, then end
@@ -140,6 +141,42 @@ class ThresholdTracker(nn.Module):
         )  # fmt: skip
 
     @classmethod
+    def by_positive(
+        cls, margin: float = 0.0, relative: bool = False, warmup_epochs: int = 0
+    ) -> ThresholdTracker:
+        """eps of an anchor is the cosine with its positive less a margin, in every batch anew.
+
+            eps_i = c_ip - margin           or, if relative,  c_ip - |c_ip| margin
+            H(i)  = { j : c_ij > eps_i + r }
+
+        So H has the negatives that are nearer to the anchor than its positive, which are likely to
+        be false ones. With the variant "excluded" they are left out, which is GISTEmbed. If the
+        loss is given a guide, c are the cosines of the guide. The loss must have one positive for
+        each anchor. The statistic eps is the mean of eps_i + r over the rows. Nothing is stored but
+        the epoch, so `value` is NaN after the warm-up, and `history` stays empty.
+
+        r is the most by which the kernels' cosine may be too large by rounding, 2 (D + 4) u for
+        rows of D features, where u is 2^-24 in float32 and 2^-53 in float64 (positive.py). It keeps
+        a duplicate of the positive out of H, which has the same cosine but for rounding. In float32
+        it is 3e-5 for D = 256. Where torch is set to round float32 before it multiplies (TF32,
+        bfloat16), r is 2^-10 or 2^-7 larger. For logits r is two units in the last place of 1 in
+        their dtype: 2e-7 in float32, 0.002 in float16 and 0.016 in bfloat16. How they were computed
+        is not known, and a margin of -1e-4 allows for larger errors.
+
+        Args:
+            margin: a finite number. With 0.05, a negative is in H as soon as it comes within 0.05
+                of the positive. If it is negative, only those that are so much nearer are in H.
+            relative: whether the margin is a part of the cosine.
+            warmup_epochs: while epoch < warmup_epochs, H is empty. Without a guide, an untrained
+                network puts many negatives nearer than the positive, most of which are true ones.
+
+        Source: Solatorio, "GISTEmbed: Guided In-sample Selection of Training Negatives for Text
+        Embedding Fine-tuning", 2024 (arXiv 2402.16829); the margins are those of NV-Retriever
+        (Moreira et al. 2024, arXiv 2407.15831), as sentence-transformers has them.
+        """
+        return cls("by_positive", margin=margin, relative=relative, warmup_epochs=warmup_epochs)
+
+    @classmethod
     def fixed(cls, t: float, normalize_rows: bool = False) -> ThresholdTracker:
         """One threshold for all epochs: eps = t, or eps_i = min_i + t (max_i - min_i).
 
@@ -216,7 +253,8 @@ class ThresholdTracker(nn.Module):
 
     @property
     def adaptive_rule(self) -> bool:
-        """Whether `update` gives eps, from a batch's candidate. Otherwise `current` gives it."""
+        """Whether `update` gives eps, from a batch's candidate. Otherwise `current` gives it, or by
+        the positive `below`."""
         return self.rule == "adaptive"
 
     @property
@@ -224,8 +262,11 @@ class ThresholdTracker(nn.Module):
         """The threshold at this moment, as a 0-d float64 copy.
 
         For an adaptive tracker, it is what the last update stored, +inf before the first update,
-        and warmup_threshold during warm-up. For a schedule, it is this epoch's threshold.
+        and warmup_threshold during warm-up. For a schedule, it is this epoch's threshold. By the
+        positive, where each row of a batch has its own, it is NaN, and +inf during warm-up.
         """
+        if self.rule == "by_positive":
+            return self._unless_warm_up(torch.full_like(self.state[0], math.nan))
         if not self.adaptive_rule:
             return schedules.at(self.rule, self.options, self.state[states.EPOCH] - 1)
         threshold: float = self.options["warmup_threshold"]
@@ -234,6 +275,9 @@ class ThresholdTracker(nn.Module):
     def _is_warm_up(self) -> Tensor:
         epochs: int = self.options.get("warmup_epochs", 0)
         return self.epoch.clamp(min=0) < epochs
+
+    def _unless_warm_up(self, eps: Tensor) -> Tensor:
+        return torch.where(self._is_warm_up().to(eps.device), math.inf, eps)
 
     @property
     def history(self) -> list[tuple[int, float]]:
@@ -259,7 +303,8 @@ class ThresholdTracker(nn.Module):
         if before == epoch:
             return
         if before >= 0 or int(self.updates) > 0:
-            self._history.append((max(before, 0), float(self.value)))
+            if self.rule != "by_positive":
+                self._history.append((max(before, 0), float(self.value)))
             self._judge(f"epoch {max(before, 0)}")
         state = self.state.clone()
         if state[states.MOST] > 0:
@@ -377,6 +422,8 @@ class ThresholdTracker(nn.Module):
         if schedules.lowest(self.rule, self.options) == math.inf or self._is_warm_up():
             return  # H is meant to be empty, or as the warm-up's threshold makes it
         if members == 0:
+            if self.rule == "by_positive":
+                return  # each positive was nearer than all negatives, as it should be
             if schedules.is_falling(self.rule, self.options, float(self.value)):
                 return  # the schedule is still on its way down
             if self.options.get("lagged") and batches == 1:
@@ -412,13 +459,27 @@ class ThresholdTracker(nn.Module):
         """The threshold of a schedule in this epoch, as a new 0-d float64 on the tracker's device.
 
         Raises:
-            RuntimeError: the tracker is adaptive.
+            RuntimeError: the tracker is adaptive, or by the positive.
         """
-        if self.adaptive_rule:
-            raise RuntimeError("current: got an adaptive tracker, wanted a schedule")
+        if self.adaptive_rule or self.rule == "by_positive":
+            got = "an adaptive tracker" if self.adaptive_rule else "a tracker by the positive"
+            raise RuntimeError(f"current: got {got}, wanted a schedule")
         if self.rule != "fixed" and torch.is_grad_enabled():
             self._warn_without_epochs("the threshold stays at its start")
         return self.value
+
+    def below(self, positive: Tensor, rounding: float) -> Tensor:
+        """The threshold of each row by the positive: see `by_positive`.
+
+        Args:
+            positive: (N,) float64, the cosine of each row with its positive.
+            rounding: what is added, so that an equal cosine is not above the threshold.
+        """
+        margin: float = self.options["margin"]
+        if self.options["warmup_epochs"] > 0 and torch.is_grad_enabled():
+            self._warn_without_epochs("the warm-up never ends")
+        less = positive.abs() * margin if self.options["relative"] else margin
+        return self._unless_warm_up(positive - less + rounding)
 
     def warn_if_never(self) -> None:
         """Warns if no cosine can be above the schedule, unless that was asked for by math.inf."""

@@ -16,7 +16,7 @@ from conftest import BY_DOTS, DTYPES, assert_as_good_as_torch
 from hypothesis import strategies as st
 
 import hex
-from hex import ops, problem, reference
+from hex import ops, positive, problem, reference
 from hex import state as states
 from hex.open_clip import HEXClipLoss
 
@@ -43,8 +43,9 @@ FUNCTION_OPTIONS = {
 DEFAULTS = dict(beta=1.0, tau_plus=0.1, variant="paper", mode="ntxent", reduction="mean",
                 positives="outside", base_temperature=None, self_column=False, quantile=0.99,
                 over="negatives")  # fmt: skip
+LABELS = "labels", "groups", "target", "candidate_labels"
 GRADS = ("ones", "randn", "zero", "expanded", "negative", "strided")  # layouts of grad_output
-DIFFERENTIABLE = ("z0", "z1", "negatives", "features", "logits")
+DIFFERENTIABLE = ("z0", "z1", "negatives", "features", "candidates", "logits")
 
 
 def described(x: Any) -> str:
@@ -84,7 +85,8 @@ def bits(x: Any) -> Any:
 @dataclasses.dataclass
 class Case:
     name: str
-    batch: dict[str, Any]  # z0, z1, negatives; features, labels, mask; logits, target
+    # z0, z1, negatives; features, labels, mask, candidates and their labels; logits, target
+    batch: dict[str, Any]
     arguments: dict[str, Any]  # what is passed
     options: dict[str, Any]
 
@@ -131,8 +133,10 @@ class Case:
         """A new loss of the options; its temperature is given with each call."""
         options = dict(self.options)
         if self.name != "InfoNCELoss":
+            # Several positives have no threshold by the positive.
+            rules = [r for r in draws.RULES if r != "by_positive" or "SupCon" not in self.name]
             options["threshold"] = draw(
-                draws.trackers() | draws.trackers(["adaptive"])
+                draws.trackers(rules) | draws.trackers(["adaptive"])
                 | st.sampled_from(("adaptive", None, 0.3, -1.5))
             )  # fmt: skip
         if self.name == "HEXClipLoss":
@@ -153,8 +157,10 @@ class Case:
                 wrong = st.sampled_from((1, "z", [0.5], torch.ones(1), torch.tensor(2)))
         elif name == "features":
             wrong = draws.no_rows(value, shapes=False)
-        elif name in ("labels", "groups", "target") and isinstance(value, torch.Tensor):
-            wrong = draws.no_labels(value, none=name == "target")
+        elif name == "candidates" and value is not None:
+            wrong = draws.no_rows(value)
+        elif name in LABELS and isinstance(value, torch.Tensor):
+            wrong = draws.no_labels(value, none=name in ("target", "candidate_labels"))
         elif name == "mask" and value is not None:
             wrong = draws.no_mask(len(value))
         elif name == "mask" and self.options.get("gather_distributed"):
@@ -189,13 +195,15 @@ class Case:
         b, a = self.batch | inputs, self.arguments
         if "features" in b:
             return problem.of_features(
-                b["features"], b["labels"], b["mask"], tau, a.get("groups"), a.get("guide")
-            )
+                b["features"], b["labels"], b["mask"], tau, a.get("groups"), a.get("guide"),
+                candidates=b["candidates"], candidate_labels=b["candidate_labels"],
+                ignored=a.get("ignored"),
+            )  # fmt: skip
         if "logits" in b:
             return problem.of_logits(b["logits"], b["target"], tau, self.seen["self_column"])
         return problem.of_views(
             b["z0"], b["z1"], b["negatives"], self.seen["mode"], tau, a.get("groups"),
-            a.get("guide"),
+            a.get("guide"), ignored=a.get("ignored"),
         )  # fmt: skip
 
     def plain(self, dtype: torch.dtype, eps, grad=None):
@@ -285,6 +293,10 @@ def cases(draw, names, like: Case | None = None, gathers: bool = False) -> Case:
         return case
     if name != "batch_threshold":
         a["temperature"] = tau
+    if "logits" not in batch and draw(st.integers(0, 2)) == 0:
+        own = any(batch.get(name) is not None for name in ("negatives", "candidates"))
+        if own or not options.get("gather_distributed"):
+            a["ignored"] = draw(draws.ignored(batch, case.seen["mode"]))
     decider = draw(st.sampled_from((None, None, "groups", "guide")))
     if decider and name in ("HEXLoss", "HEXSupConLoss", "hex_sup_con"):
         if "features" in batch:
@@ -292,6 +304,13 @@ def cases(draw, names, like: Case | None = None, gathers: bool = False) -> Case:
             some = draws.rows(*z.shape[: min(z.dim() - 1, 2)], draw(draws.FEATURES),
                               *z.shape[3:], special=False)  # fmt: skip
             a[decider] = draw(draws.labels(len(z)) if decider == "groups" else some)
+            if (c := batch["candidates"]) is not None:
+                if decider == "groups":
+                    others = draws.labels(len(c))
+                else:
+                    width = math.prod(a[decider].shape[2:] if z.dim() > 2 else a[decider].shape[1:])
+                    others = draws.rows(len(c), width, special=False)
+                a[decider] = a[decider], draw(others)
         else:
             of = draws.groups_of if decider == "groups" else draws.guide_of
             a[decider] = draw(of(batch))
@@ -323,6 +342,8 @@ def check_threshold(case: Case, module, before: torch.Tensor | None, learns: boo
     if decided or tracker is None:
         assert last.eps.isnan() if decided else last.eps == math.inf
         return last.eps
+    if tracker.rule == "by_positive" and not tracker.value.isinf():
+        return _check_by_positive(case, last.eps, tracker.options)
     if not tracker.adaptive_rule:
         t = tracker.value
         if not tracker.normalize_rows:
@@ -348,6 +369,19 @@ def check_threshold(case: Case, module, before: torch.Tensor | None, learns: boo
         counts = [k for k in range(states.STATE) if k not in (states.VALUE, states.CANDIDATE)]
         assert torch.equal(tracker.state[counts], moved[counts])
     return last.eps
+
+
+def _check_by_positive(case: Case, mean: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+    """The threshold of each row, by the table of all cosines; `mean` is what a module had."""
+    p = case.problem({k: z.detach().double() for k, z in case.inputs.items()}, case.tau)
+    table = reference.problem_table(*p.measured())
+    c = torch.where(table.positive, table.values.double(), 0.0).sum(1)
+    less = c.abs() * options["margin"] if options["relative"] else options["margin"]
+    own = case.problem({k: z.detach() for k, z in case.inputs.items()}, case.tau)
+    eps = c - less + positive.rounding(own)
+    if len(eps):
+        torch.testing.assert_close(mean, eps.mean(), rtol=1e-5, atol=case.slack(), equal_nan=True)
+    return eps
 
 
 def check_loss(case: Case, value, eps, layout: str, graph: bool) -> None:

@@ -66,13 +66,19 @@ def _queue_groups(e: Encoded) -> tuple[Tensor, Tensor]:
     return e.labels % 3, others if e.queue.dim() == 2 else others.expand(len(e.z0), K)
 
 
+def _ignored(e: Encoded) -> Tensor:
+    return (torch.arange(K) + e.labels[:, None]) % 3 == 0
+
+
 CALLS: dict[str, Callable[..., Tensor]] = {
     "views": lambda loss, e, **o: loss(e.z0, e.z1, **o),
     "groups": lambda loss, e, **o: loss(e.z0, e.z1, groups=e.labels, **o),
     "guide": lambda loss, e, **o: loss(e.z0, e.z1, guide=e.guide(), **o),
     "queue": lambda loss, e, **o: loss(e.z0, e.z1, e.queue, **o),
     "queue groups": lambda loss, e, **o: loss(e.z0, e.z1, e.queue, groups=_queue_groups(e), **o),
+    "queue ignored": lambda loss, e, **o: loss(e.z0, e.z1, e.queue, ignored=_ignored(e), **o),
     "own": lambda loss, e, **o: loss(e.z0, e.z1, e.own, **o),
+    "own ignored": lambda loss, e, **o: loss(e.z0, e.z1, e.own, ignored=_ignored(e), **o),
     "own guide": lambda loss, e, **o: loss(
         e.z0, e.z1, e.own, guide=(*e.guide(), e.own.detach() ** 3), **o
     ),
@@ -95,6 +101,10 @@ def _cross_entropy(**options: Any) -> nn.Module:
 
 def _by_range() -> ThresholdTracker:
     return ThresholdTracker.fixed(0.8, normalize_rows=True)
+
+
+def _by_positive() -> ThresholdTracker:
+    return ThresholdTracker.by_positive(0.3)
 
 
 _MEASURED = {"threshold": adaptive}
@@ -129,7 +139,9 @@ CASES = {
     "queue at 0.3": Case(HEXLoss, "queue", {"threshold": 0.3}, 1),
     "queue InfoNCE": Case(InfoNCELoss, "queue", {}, 1),
     "queue groups": Case(HEXLoss, "queue groups", {}, 1),
+    "queue ignored": Case(HEXLoss, "queue ignored", _MEASURED, 2),
     "own": Case(HEXLoss, "own", _MEASURED | _OTHER, 2),
+    "own ignored": Case(HEXLoss, "own ignored", _MEASURED, 2),
     "own over all": Case(HEXLoss, "own", {"threshold": lambda: adaptive(0.8, over="all")}, 2),
     "own guide": Case(HEXLoss, "own guide", _MEASURED, 2),
     "labels": Case(HEXSupConLoss, "labels", _MEASURED, 3),
@@ -143,6 +155,15 @@ CASES = {
         "threshold": lambda: adaptive(0.8, over="all"), "positives": "inside"
     }, 3),
     "three views and a guide": Case(HEXSupConLoss, "views guide", _MEASURED, 3),
+    "by positive": Case(HEXLoss, "views", {"threshold": _by_positive, "variant": "excluded"}, 2),
+    "by positive of a guide": Case(
+        HEXLoss, "guide", {"threshold": _by_positive, "mode": "query"}, 2
+    ),
+    "by positive with a queue": Case(HEXLoss, "queue", {"threshold": _by_positive}, 1),
+    "logits by positive, eps above 1": Case(
+        _cross_entropy, "logits", {"threshold": lambda: ThresholdTracker.by_positive(-0.3)}, 1
+    ),
+    "logits by positive": Case(_cross_entropy, "logits", {"threshold": _by_positive}, 1),
     "logits": Case(_cross_entropy, "logits", _MEASURED, 2),
     "logits with the own column": Case(_cross_entropy, "logits", {
         "threshold": lambda: adaptive(0.8, over="all"), "self_column": True

@@ -11,7 +11,7 @@ from typing import Any
 
 import operators
 import torch
-from conftest import assert_as_good_as_torch
+from conftest import BY_DOTS, assert_as_good_as_torch
 from data import MODES as OF_VIEWS
 from data import batch, eps_in_a_gap, f64, form, views
 from torch import Tensor
@@ -89,6 +89,12 @@ class Call:
             self.decoupled,
         )  # fmt: skip
 
+    def plain_options(self) -> tuple[Any, ...]:
+        """The last arguments of reference.problem_rows."""
+        return (
+            self.code, 1 + self.positives, self.beta, self.variant, self.tau_plus, self.decoupled
+        )  # fmt: skip
+
     def changed(self, *differentiable: Tensor) -> list[Tensor]:
         """The tensors, with other differentiable ones if given."""
         tensors = list(self.tensors)
@@ -138,10 +144,7 @@ class Call:
     def plain(self, *differentiable: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The reference's rows, |H| and share."""
         tensors = self.changed(*differentiable)
-        return reference.problem_rows(
-            *self.inputs(tensors), *tensors[-2:], self.code, 1 + self.positives, self.beta,
-            self.variant, self.tau_plus, self.decoupled,
-        )  # fmt: skip
+        return reference.problem_rows(*self.inputs(tensors), *tensors[-2:], *self.plain_options())
 
     def values(self, function, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Rows and gradients of a function of the differentiable tensors, in a dtype."""
@@ -242,14 +245,14 @@ def viewed(
     kind: str = "cluster", dtype: torch.dtype = torch.float64, variant: str = "paper",
     near: float = 0.3, tau: float = 0.1, beta: float = 1.0, tau_plus: float = 0.1, seed: int = 0,
 ) -> Call:  # fmt: skip
-    """Two views and negatives of data.py, with groups or a guide."""
+    """Two views and negatives of data.py, with groups, a guide or (for a mask) the cosines."""
     z0, z1, *rest = (z for z in batch(kind, B, D, mode, K, seed) if z is not None)
     y = torch.cat([z1, *(z.flatten(0, -2) for z in rest)]).to(dtype)
     no_ids, no_mask, groups, guide = operators.nothing(z0)
     candidate_groups, candidate_guide = groups, guide
     if source == "groups":
         groups, candidate_groups = torch.arange(B + len(y)).mul(7).remainder(4).split([B, len(y)])
-    else:
+    elif source == "guide":
         guides = views(kind, B + len(y), D + 3, seed + 9)[0].to(dtype)
         guide, candidate_guide = guides.split([B, len(y)])
     code, decoupled = _codes(variant)
@@ -259,6 +262,41 @@ def viewed(
          f64(0.3), f64(tau)),
         mode, code, -1, beta, tau_plus, decoupled,
         f"{kind} {B} x {D} {mode} {source} {variant} {dtype} seed {seed}",
+    )  # fmt: skip
+    return _with_eps(p, near)
+
+
+def coded(
+    pairing: str = "ntxent", N: int = 13, D: int = 7, source: str = "cosines", *, M: int = 11,
+    size: tuple[int, int] | None = None, labels: bool = True, share: float = 0.4,
+    marked: float = 0.1, near: float = 0.3, seed: int = 0, **options: Any,
+) -> Call:  # fmt: skip
+    """One of `labelled` or `viewed` with a mask of codes: `share` of it is left out, and `marked`
+    of it are positives. size: of the mask; by default the whole table, all anchors by images or
+    one row for all, by the seed. labels: whether labels, too, say who is a positive."""
+    if pairing in OF_VIEWS:
+        p = viewed(N, D, pairing, source, K=M, near=near, seed=seed, **options)
+    else:
+        p = labelled(N, D, pairing, source, M=M, near=near, seed=seed, **options)
+    z0, z1, negatives, *_ = p.inputs(list(p.tensors))
+    both = pairing in ("ntxent", "cross")
+    rows = 2 * N if both else N
+    columns = {"self": N, "pair": M, "queue": N + M, "ntxent": 2 * N, "query": N, "cross": N}
+    columns = columns.get(pairing, M)
+    if size is None:
+        size = (rows, columns), (N, columns // (1 + (pairing == "ntxent"))), (1, columns)
+        size = size[seed % 3]
+    generator = torch.Generator().manual_seed(seed + 17)
+    u = torch.rand(*size, generator=generator)
+    mask = (u < share).to(torch.uint8) * 2
+    mask[u > 1 - marked] = 1
+    if not labels:
+        p = dataclasses.replace(
+            p, tensors=(*p.tensors[:2], *[p.tensors[2][:0]] * 2, *p.tensors[4:])
+        )
+    p = dataclasses.replace(
+        p, tensors=(*p.tensors[:4], mask, *p.tensors[5:]),
+        about=f"{p.about} codes {tuple(size)}{'' if labels else ' alone'}",
     )  # fmt: skip
     return _with_eps(p, near)
 
@@ -334,5 +372,7 @@ def check(p: Call) -> None:
             scale = mass / length[length > 0].min().item() if length.any() else 0.0
         else:
             scale = mass * (1 if z.dim() else p.grad_output().numel() / p.tau)
+        if BY_DOTS and a.dtype == torch.bfloat16 and p.positives < 0:
+            b = b.to(torch.bfloat16)  # as in conftest.check
         assert_as_good_as_torch(a, b, c, tau=p.tau, dtype=p.dtype, condition=condition, scale=scale,
                                 about=(k, p))  # fmt: skip

@@ -72,6 +72,7 @@ ERRORS = (
             ("groups", ONES, lambda z: HEXLoss()(Z, Z, groups=z)),
             ("groups[1]", ONES, lambda z: HEXLoss()(Z, Z, Z, groups=(ONES, z))),
             ("mask", torch.eye(4), lambda z: HEXSupConLoss()(X, mask=z)),
+            ("ignored", torch.eye(4) > 0, lambda z: HEXLoss()(Z, Z, ignored=z)),
             ("guide", X, lambda z: HEXSupConLoss()(X, guide=z)),
             ("guide: g1", Z, lambda z: HEXLoss()(Z, Z, guide=(Z, z))),
             ("eps", torch.ones(8), lambda z: hex_loss(Z, Z, eps=z)),
@@ -95,6 +96,7 @@ ERRORS = (
             ("features", X, lambda z: HEXSupConLoss()(z)),
             ("labels", ONES, lambda z: HEXSupConLoss()(Z, z)),
             ("mask", Z, lambda z: HEXSupConLoss()(X, mask=z)),
+            ("ignored", Z > 0, lambda z: HEXSupConLoss()(X, ignored=z)),
             ("eps", torch.ones(8), lambda z: hex_loss(Z, Z, eps=z)),
             ("temperature", torch.ones(1), lambda z: HEXLoss(z)),
         )
@@ -116,6 +118,7 @@ ERRORS = (
             ("labels", ONES, lambda z: HEXSupConLoss()(Z, z)),
             ("groups", ONES, lambda z: HEXLoss()(Z, Z, groups=z)),
             ("mask", torch.eye(4), lambda z: HEXSupConLoss()(X, mask=z)),
+            ("ignored", torch.eye(4) > 0, lambda z: hex_loss(Z, Z, eps=0, ignored=z)),
             ("logit_scale", ONE, lambda z: HEXClipLoss()(Z, Z, z)),
             ("logit_bias", ONE, lambda z: HEXClipLoss()(Z, Z, 10.0, z)),
         )
@@ -130,6 +133,83 @@ ERRORS = (
         ValueError,
         "threshold: got a state on device meta, wanted the batch's device, cpu; call "
         "to_empty(device=...) on the loss and reset_parameters() on its threshold",
+    ),
+    # candidates, and a threshold by the positive
+    (
+        lambda: HEXSupConLoss()(Z, ONES, candidates=Z),
+        ValueError,
+        "candidates, candidate_labels: got no labels, wanted both or neither",
+    ),
+    (
+        lambda: hex_sup_con(Z, ONES, candidate_labels=ONES, eps=0),
+        ValueError,
+        "candidates, candidate_labels: got the labels alone, wanted both or neither",
+    ),
+    (
+        lambda: HEXSupConLoss()(X, candidates=Z, candidate_labels=ONES),
+        ValueError,
+        "labels: got None, wanted (B,) or (N,) integers with candidates",
+    ),
+    (
+        lambda: HEXSupConLoss()(Z, mask=torch.eye(4), candidates=Z, candidate_labels=ONES),
+        ValueError,
+        "labels: got a mask, wanted (B,) or (N,) integers with candidates",
+    ),
+    (
+        lambda: HEXSupConLoss()(Z, ONES, candidates=Z.int(), candidate_labels=ONES),
+        TypeError,
+        FLOATING.format("candidates", "torch.int32"),
+    ),
+    (
+        lambda: HEXSupConLoss()(X, ONES, candidates=Z.T, candidate_labels=ONES),
+        ValueError,
+        "candidates: got shape (3, 4), wanted (M, 3)",
+    ),
+    (
+        lambda: HEXSupConLoss()(Z, ONES, candidates=X, candidate_labels=ONES),
+        ValueError,
+        "candidates: got shape (4, 2, 3), wanted (M, 3)",
+    ),
+    (
+        lambda: HEXSupConLoss()(Z, ONES, candidates=Z.to("meta"), candidate_labels=ONES),
+        ValueError,
+        "candidates: got device meta, wanted that of features, cpu",
+    ),
+    (
+        lambda: HEXSupConLoss()(Z, ONES, candidates=Z, candidate_labels=ONES[:3]),
+        ValueError,
+        "candidate_labels: got shape (3,), wanted (4,)",
+    ),
+    (
+        lambda: HEXSupConLoss()(Z, ONES[:3], candidates=Z, candidate_labels=ONES),
+        ValueError,
+        "labels: got shape (3,), wanted (4,)",
+    ),
+    (
+        lambda: HEXSupConLoss()(Z, ONES, candidates=Z, candidate_labels=ONES, groups=ONES),
+        ValueError,
+        "groups: got Tensor, wanted (groups, candidate_groups) with candidates",
+    ),
+    (
+        lambda: HEXSupConLoss()(Z, ONES, candidates=Z, candidate_labels=ONES, guide=Z),
+        ValueError,
+        "guide: got Tensor, wanted a tuple (guide, candidate_guide) with candidates",
+    ),
+    (
+        lambda: HEXSupConLoss()(X, ONES, candidates=Z, candidate_labels=ONES, guide=(X, Z[:3])),
+        ValueError,
+        "guide[1]: got shape (3, 3), wanted (4, 3)",
+    ),
+    (
+        lambda: HEXSupConLoss(threshold=ThresholdTracker.by_positive())(X),
+        ValueError,
+        "threshold: got by_positive for rows with several positives, wanted a loss of one, such as "
+        "HEXLoss; or hex_sup_con with an eps for each row",
+    ),
+    (
+        lambda: ThresholdTracker.by_positive(torch.inf),
+        ValueError,
+        "margin: got inf, wanted a finite number",
     ),
     # numbers outside the range of float64
     *(

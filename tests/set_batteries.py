@@ -12,7 +12,7 @@ import torch
 from batteries import BIN
 from data import f64
 from emulator import HEX
-from labelled_problems import Call, labelled, logits, viewed
+from labelled_problems import Call, coded, labelled, logits, viewed
 
 from hex import ThresholdTracker, ops, reference
 
@@ -155,6 +155,20 @@ def assert_a_target_that_is_no_column_spoils_its_row(p: Call, bad: int) -> None:
     assert torch.equal(op(*measured)[1].isnan(), ~others), q
 
 
+def assert_padding_may_be_anything(p: Call) -> None:
+    """In an anchor's own negatives that are left out; p is of such."""
+    B, mask = len(p.tensors[0]), p.tensors[4]
+    y = p.tensors[1].clone()
+    K = (len(y) - B) // B
+    out = (mask == 2).repeat(B // mask.shape[0], K // mask.shape[1]).flatten()
+    y[B:][out] = math.nan
+    q = dataclasses.replace(p, tensors=(p.tensors[0], y, *p.tensors[2:]))
+    (ours, gradients), (wanted, of_p) = (x.values(x.rows, p.tensors[0].dtype) for x in (q, p))
+    assert torch.equal(ours, wanted) and all(map(torch.equal, gradients, of_p)), p
+    assert out.any() and not gradients[1][B:][out].any(), p
+    assert_measures_are_right(q)
+
+
 def every_second_without_hard(p: Call) -> Call:
     """With a threshold for each row."""
     rows = torch.arange(p.grad_output().numel())
@@ -211,6 +225,24 @@ def battery_of_sets(device: str = "cpu") -> None:
     ):
         check_call(p.to(device))
         assert_measures_are_right(p.to(device))
+    for p in (
+        coded("ntxent", 40, 9, dtype=single),
+        coded("cross", 20, 9, dtype=single, seed=1),
+        coded("unpaired", 20, 9, "guide", M=90, dtype=single),
+        coded("queue", 20, 9, "groups", M=50, dtype=half),
+        coded("pair", 33, 9, M=90, dtype=single, labels=False),
+        coded("self", 12, 9, dtype=single, share=0.9),  # some have no negatives
+        coded("query", 33, 9, dtype=single, variant="released", tau=0.5),
+        coded("ntxent", 9, 9, dtype=double),
+        coded("cross", 9, 9, dtype=double),
+        coded("queue", 9, 9, M=11, dtype=double),
+        coded("paired", 9, 9, "guide", dtype=single),
+        coded("paired", 9, 9, dtype=double, seed=2),
+    ):
+        check_call(p.to(device))
+        assert_measures_are_right(p.to(device))
+    for dtype in (single, double):
+        assert_padding_may_be_anything(coded("paired", 9, 9, dtype=dtype).to(device))
     for mode, source, dtype, K in (
         ("ntxent", "guide", single, 0),
         ("cross", "groups", half, 0),
@@ -251,13 +283,19 @@ def battery_of_sets(device: str = "cpu") -> None:
         p = p.to(device)
         assert_not_finite_are_the_same_rows(changed(p, 1, 2, 5, math.nan))
         assert_not_finite_are_the_same_rows(changed(p, 7, 3, 5, math.nan))
+    seen = changed(coded("query", 20, 9, dtype=single), 1, 2, 5, math.nan)
+    assert_not_finite_are_the_same_rows(seen.to(device))
+    alone = changed(coded("query", 20, 9, dtype=single), 4, slice(None), 2, 2)
+    assert_not_finite_are_the_same_rows(changed(alone, 1, 2, 5, math.nan).to(device))
     assert_adaptive_is_two(labelled(40, 9, dtype=single, labels=40).to(device))
     assert_adaptive_is_two(labelled(9, 9, "queue", M=20, dtype=double).to(device))
+    assert_adaptive_is_two(coded("ntxent", 20, 9, dtype=half).to(device))
     for p, cut in (
         (labelled(40, 9, dtype=single), (0, 7, 7, 40)),
         (labelled(13, 70, "queue", "guide", M=90, dtype=single), (0, 6, 13)),
         (viewed(20, 9, "query", "groups", dtype=single), (0, 6, 20)),
         (labelled(40, 20, "pair", "groups", M=40, dtype=half), (0, 5, 39, 40)),
+        (coded("unpaired", 20, 9, M=90, dtype=single), (0, 6, 20)),
         (logits(9, 40, dtype=single), (0, 4, 9)),
         (labelled(9, 7, dtype=double), (0, 2, 9)),
     ):

@@ -143,16 +143,38 @@ def groups_of(draw, batch):
 
 
 @st.composite
+def ignored(draw, batch, mode):
+    """Of two views or of features: negatives that do not count."""
+    B = len(batch["features"] if "features" in batch else batch["z0"])
+    shapes = [(B, B)]
+    if (negatives := batch.get("negatives")) is not None:
+        K = negatives.shape[-2]
+        shapes = [(B, K), (K,)] if negatives.dim() == 2 else [(B, K)]
+    elif batch.get("candidates") is not None:
+        shapes = [(B, len(batch["candidates"]))]
+    elif "features" not in batch and mode != "query":
+        shapes.append((2 * B, 2 * B if mode == "ntxent" else B))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    shape, share = draw(st.sampled_from(shapes)), draw(st.sampled_from((0.0, 0.1, 0.5, 1.0)))
+    return torch.rand(shape, generator=generator) < share
+
+
+@st.composite
 def features(draw, special):
-    """features, and labels, a mask or neither."""
+    """features, and labels, with candidates or without, a mask or neither."""
     B, D = draw(FEW | st.sampled_from((64, 200))), draw(FEATURES)
     V = draw(st.sampled_from((None, 1, 2, 3)))
     more = draw(st.sampled_from(((), (), (2,)))) if V else ()
     who = draw(st.sampled_from(("labels", "mask", *(("none",) if V else ()))))
     batch = {"features": draw(rows(B, *((V,) if V else ()), D, *more, special=special)),
-             "labels": None, "mask": None}  # fmt: skip
+             "labels": None, "mask": None, "candidates": None,
+             "candidate_labels": None}  # fmt: skip
     if who == "labels":
         batch["labels"] = draw(labels(B))
+        if draw(st.booleans()):
+            M, width = draw(FEW | st.sampled_from((200,))), math.prod((D, *more))
+            batch["candidates"] = draw(rows(M, width, special=special))
+            batch["candidate_labels"] = draw(labels(M))
     elif who == "mask":
         generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
         mask = torch.rand(B, B, generator=generator) < draw(st.sampled_from((0.0, 0.1, 0.5, 1.0)))
@@ -233,6 +255,8 @@ OPTIONS = {
     "lagged": (st.booleans(), st.sampled_from(NO_FLAGS)),
     "warmup_epochs": (st.sampled_from((0, 1, np.int32(3))), st.sampled_from(NO_COUNTS)),
     "warmup_threshold": (number(0.9, math.inf, -1.0), _outside(math.nan)),
+    "margin": (number(0.0, 0.1, -0.2, 3.0), _outside(math.nan, math.inf, -math.inf)),
+    "relative": (st.booleans(), st.sampled_from(NO_FLAGS)),
     "t": (number(0.3, -0.5, 0.9), _outside(math.nan)),
     "start": (number(0.9, 0.2), _outside(math.nan, math.inf)),
     "end": (number(0.3, -1.5), _outside(math.nan, -math.inf)),
@@ -245,6 +269,7 @@ OPTIONS = {
 RULES = {
     "adaptive": ("quantile", "over", "warmup_epochs", "momentum", "monotonic", "lagged",
                  "warmup_threshold"),
+    "by_positive": ("margin", "relative", "warmup_epochs"),
     "fixed": ("t", "normalize_rows"),
     "step": ("start", "drop", "every", "normalize_rows"),
     "cosine": ("start", "end", "epochs", "normalize_rows", "compounded"),

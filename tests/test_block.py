@@ -4,6 +4,7 @@ of the whole batch give for these rows. And the sums over the rows of all blocks
 
 import math
 
+import data
 import labelled_problems
 import operators
 import pytest
@@ -32,6 +33,9 @@ def cases():
             yield str(p), p.forward()[1]
     p = labelled_problems.labelled(13, 7, masked=True, positives="inside")
     yield f"{p} mask", p.forward()[1]
+    for pairing in (*data.MODES, "queue"):
+        p = labelled_problems.coded(pairing, 13, 7, dtype=F32)
+        yield str(p), p.forward()[1]
     yield "logits", labelled_problems.logits(13, 9).forward()[1]
 
 

@@ -58,6 +58,7 @@ def losses():
     z1, queue, own = numbers(B, D, seed=1), numbers(9, D, seed=2), numbers(B, 9, D, seed=3)
     labels, groups, others = torch.arange(B) % 4, torch.arange(B) // 3, torch.arange(9) // 3
     options = {"eps": 0.4, "temperature": 0.3}
+    same = labels[:, None] == labels
     guide = numbers(B, D, seed=7), numbers(B, D, seed=8)
     cross, with_queue = (HEXLoss(0.3, threshold=0.4, mode=m) for m in ("cross", "ntxent"))
     yield "hex_loss", lambda z: hex_loss(z, z1, **options)
@@ -71,7 +72,9 @@ def losses():
     yield "info_nce", lambda z: info_nce(z, z1, queue)
     yield "InfoNCELoss", lambda z: info(z, z1)
     yield "labels", lambda z: hex_sup_con(z, labels, **options)
-    yield "mask", lambda z: hex_sup_con(z, mask=labels[:, None] == labels, **options)
+    yield "mask", lambda z: hex_sup_con(z, mask=same, **options)
+    yield "ignored", lambda z: adaptive(z, z1, ignored=same)
+    yield "labels ignored", lambda z: hex_sup_con(z, labels, ignored=~same, **options)
     yield "HEXSupConLoss", lambda z: sup_con(torch.stack((z, z1), 1), groups=groups)
     yield "cross entropy", lambda z: hex_cross_entropy(z, labels, **options)
     yield "HEXCrossEntropyLoss", lambda z: logits(z @ z1.T, labels)
@@ -167,6 +170,7 @@ UNKNOWN = {
     "paired": lambda z0, z1, k: InfoNCELoss()(z0, z1, z1[:, None] * FACTORS),
     "labels": lambda z0, z1, k: HEXSupConLoss(threshold=0.4)(z0, k, groups=k),
     "mask": lambda z0, z1, k: HEXSupConLoss(threshold=0.4)(z0, mask=k[:, None] == k),
+    "ignored": lambda z0, z1, k: HEXLoss(threshold=0.4)(z0, z1, ignored=k[:, None] == k),
     "logits": lambda z0, z1, k: HEXCrossEntropyLoss(0.1, threshold=0.4)(z0, k),
     "clip": lambda z0, z1, k: HEXClipLoss(threshold=0.4)(z0, z1, 2.0),
 }

@@ -14,7 +14,7 @@ import torch
 from conftest import problem, without_kernels
 from data import KINDS, MODES, f64
 from emulator import HEX, HOPPER, ROUNDED, TRUNCATED
-from labelled_problems import PAIRINGS, SOURCES, Call, labelled, logits, viewed
+from labelled_problems import PAIRINGS, SOURCES, Call, coded, labelled, logits, viewed
 from set_batteries import (
     QUANTILES,
     assert_adaptive_is_two,
@@ -83,6 +83,22 @@ def test_a_mask_of_all_rows_or_of_images_is_right_in_either_direction(kernels, v
     turned = dataclasses.replace(p, tensors=(*p.tensors[:4], p.tensors[4].T, *p.tensors[5:]))
     check_call(turned)
     assert not torch.equal(turned.rows(), p.rows())
+
+
+@pytest.mark.parametrize("pairing", (*MODES, *PAIRINGS))
+def test_what_a_mask_leaves_out_is_left_out_in_every_layout(mma, pairing):
+    sizes = ((77, 20, F32), (150, 9, BF16), (12, 7, F64))
+    for k, ((N, D, dtype), source) in enumerate(itertools.product(sizes, SOURCES)):
+        if pairing == "paired" or (dtype == BF16 and source == "guide"):
+            N = min(N, 20)
+        mma.device(*emulator.DEVICES[k % 3])
+        p = coded(pairing, N, D, source, M=9 if pairing == "paired" else 100, dtype=dtype, seed=k,
+                  share=(0.2, 0.9)[k % 2])  # fmt: skip
+        check_call(p)
+        assert_measures_are_right(p)
+        if source == "cosines":
+            with mma.brackets():  # which a mask has no use for
+                assert_adaptive_is_two(p)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -37,6 +37,7 @@ from hex import (
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
 Z, X, ONES = torch.ones(4, 3), torch.ones(4, 2, 3), torch.ones(4, dtype=torch.int64)
+SQUARE = torch.ones(4, 4, dtype=torch.bool)
 
 
 class Sharded(torch.Tensor):
@@ -329,6 +330,46 @@ ERRORS = (
         "are not supported; to make a mask of them, compare them with a number: weights > t",
     ),
     (
+        lambda: hex_loss(Z, Z, eps=0, ignored=[[True]]),
+        TypeError,
+        "ignored: got list, wanted a torch.Tensor",
+    ),
+    (
+        lambda: info_nce(Z, Z, ignored=torch.eye(4)),
+        TypeError,
+        "ignored: got torch.float32, wanted torch.bool, True for a negative that does not count",
+    ),
+    (
+        lambda: hex_sup_con(X, eps=0, ignored=torch.eye(4, dtype=torch.bool).to_sparse()),
+        TypeError,
+        "ignored: got layout torch.sparse_coo, wanted a dense tensor",
+    ),
+    (
+        lambda: HEXLoss()(Z, Z, ignored=Z.bool()),
+        ValueError,
+        "ignored: got shape (4, 3), wanted (4, 4) or (8, 8)",
+    ),
+    (
+        lambda: batch_threshold(Z, Z, Z[:3], ignored=Z.bool().T, mode="query"),
+        ValueError,
+        "ignored: got shape (3, 4), wanted (4, 3) or (3,)",
+    ),
+    (
+        lambda: InfoNCELoss(mode="cross")(Z, Z, ignored=ONES.bool()),
+        ValueError,
+        "ignored: got shape (4,), wanted (4, 4) or (8, 4)",
+    ),
+    (
+        lambda: InfoNCELoss()(Z, Z, X, ignored=torch.ones(2, dtype=torch.bool)),
+        ValueError,
+        "ignored: got shape (2,), wanted (4, 2)",
+    ),
+    (
+        lambda: HEXSupConLoss()(X, ignored=torch.ones(8, 8, dtype=torch.bool)),
+        ValueError,
+        "ignored: got shape (8, 8), wanted (4, 4)",
+    ),
+    (
         lambda: hex_cross_entropy(Z[0], ONES, eps=0, temperature=1),
         ValueError,
         "logits: got shape (3,), wanted (N, C)",
@@ -353,6 +394,19 @@ ERRORS = (
         ValueError,
         "gather_distributed: got True with a mask, wanted labels instead, because a mask says "
         "nothing about the rows of other ranks",
+    ),
+    *(
+        (
+            call,
+            ValueError,
+            "gather_distributed: got True with ignored, wanted it with negatives only, because "
+            "it says nothing about the rows of other ranks",
+        )
+        for call in (
+            lambda: HEXLoss(gather_distributed=True)(Z, Z, ignored=SQUARE),
+            lambda: InfoNCELoss(gather_distributed=True)(Z, Z, ignored=SQUARE),
+            lambda: HEXSupConLoss(gather_distributed=True)(X, ignored=SQUARE),
+        )
     ),
     (
         lambda: HEXCrossEntropyLoss(0.1, self_column=1),

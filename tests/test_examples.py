@@ -214,6 +214,13 @@ THRESHOLDS = [  # in 40 epochs
         "--warmup: got 5 with --threshold 0.7",
     ),
     (["--normalize-rows"], "--normalize-rows: got it with an adaptive threshold"),
+    (
+        ["--threshold", "positive:0.1", "--normalize-rows"],
+        "--normalize-rows: got it with one by the positive",
+    ),
+    (["--threshold", "positive"], "got 'positive', wanted adaptive"),
+    (["--threshold", "positive:0.1,0.2"], "got 'positive:0.1,0.2', wanted adaptive"),
+    (["--threshold", "positive:0.1", "--warmup", "40"], "--warmup: got 40 of 40 epochs"),
 ]
 
 
@@ -235,6 +242,7 @@ def test_a_threshold_that_would_train_another_loss_is_refused(arguments, text, t
         ["--threshold", "step:1,0.1,25"],
         ["--threshold", "cosine:1,-1"],
         ["--warmup", "39"],
+        ["--threshold", "positive:-0.1", "--warmup", "39"],
     ],
 )
 def test_a_threshold_at_the_end_of_its_range_is_taken(arguments):
@@ -387,6 +395,7 @@ def test_help_names_every_choice_of_data_and_loss(capsys):
         ("0.7", "fixed, t=0.7"),
         ("step:0.9,0.1,25", "step, start=0.9, drop=0.1, every=25"),
         ("cosine:0.9,0.3", "cosine, start=0.9, end=0.3, epochs=7"),
+        ("positive:0.05", "by_positive, margin=0.05, relative=False"),
     ],
 )
 def test_the_threshold_option_makes_the_tracker_it_names(text, shown):

@@ -84,7 +84,9 @@ def batch():
     return [z.requires_grad_() for z in p.inputs]
 
 
-@pytest.fixture(params=("views", "labels", "groups", "guide", "logits"))
+@pytest.fixture(
+    params=("views", "labels", "candidates", "groups", "guide", "logits", "by positive")
+)
 def training(request, batch):
     """A loss, its inputs of which some learn, and what else it is given."""
     labels = torch.arange(512, device="cuda") % 40
@@ -94,6 +96,14 @@ def training(request, batch):
     if request.param == "labels":
         features = torch.stack([z.detach() for z in batch], 1).requires_grad_()
         return HEXSupConLoss(0.1).cuda(), [features], {"labels": labels}
+    if request.param == "candidates":
+        memory = {"candidates": batch[1].detach()[:300], "candidate_labels": labels[:300]}
+        return HEXSupConLoss(0.1).cuda(), batch[:1], {"labels": labels, **memory}
+    if request.param == "by positive":
+        tracker = ThresholdTracker.by_positive(0.1, warmup_epochs=1)
+        loss = HEXLoss(0.1, threshold=tracker, variant="excluded").cuda()
+        loss.set_epoch(1)
+        return loss, batch, {}
     given = {"groups": {"groups": labels}, "guide": {"guide": tuple(z.detach() + 1 for z in batch)}}
     return HEXLoss(0.1).cuda(), batch, given.get(request.param, {})
 

@@ -134,5 +134,6 @@ def check_thresholds(p) -> None:
 
 if __name__ == "__main__":
     import test_labels
+    import test_masks
 
-    print(ops.isa(), check_all(), test_labels.check_half())
+    print(ops.isa(), check_all(), test_labels.check_half(), test_masks.check_half())

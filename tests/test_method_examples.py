@@ -272,6 +272,12 @@ def test_clip_learns_its_temperature_and_bounds_it():
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_classes_have_no_threshold_by_the_positive(few_digits, tmp_path, capsys):
+    assert run("supcon", "--threshold", "positive:0.1", "--out", tmp_path / "out") == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("supcon.py: error: --threshold: got 'positive:0.1' for classes")
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_method_refuses_a_threshold_that_is_no_cosine(script, few_digits, tmp_path, capsys):
     assert run(script, "--threshold", "1.5", "--out", tmp_path / "out") == 2

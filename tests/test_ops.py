@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import DTYPES, Problem, problem
 from data import MODES, f64, leaves
-from labelled_problems import Call, labelled, logits
+from labelled_problems import Call, coded, labelled, logits
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hex import HEXLoss, ThresholdTracker, batch_threshold, hex_loss, ops
@@ -25,6 +25,9 @@ CALLS = (
     labelled(7, 5, masked=True, source="guide", dtype=torch.bfloat16),
     labelled(7, 5, "pair", "groups", M=6, dtype=torch.float32, positives="inside"),
     labelled(7, 5, "queue", "guide", M=6, dtype=torch.float16),
+    coded("paired", 4, 5, "guide", M=6),
+    coded("self", 7, 5, "groups", dtype=torch.float32, labels=False),
+    coded("unpaired", 7, 5, M=6, dtype=torch.bfloat16),
     logits(7, 6),
     logits(7, 6, dtype=torch.float16, variant="released"),
 )

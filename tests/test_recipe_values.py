@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gist import gist
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -319,6 +320,22 @@ def check_peer(line: str, name: str) -> None:
             z, labels = draw(5 * crops, 6), torch.arange(5).repeat(crops)
             wanted = getattr(losses, name)(temperature=0.2)(z, labels)
             agree(called(line, z, labels, z=z, labels=labels, T=0.2), wanted, len(z), 0.2)
+    elif name == "ref_emb":
+        losses = pytest.importorskip("pytorch_metric_learning.losses", exc_type=ImportError)
+        z, labels, r, r_labels = draw(9, 6), torch.arange(9) % 4, draw(13, 6), torch.arange(13) % 4
+        wanted = losses.SupConLoss(0.2)(z, labels, ref_emb=r, ref_labels=r_labels)
+        value = called(line, z=z, labels=labels, r=r, r_labels=r_labels, T=0.2)
+        agree(value, wanted, len(r), 0.2)
+    elif name == "GISTEmbedLoss":
+        a, p, g_a, g_p = draw(4, 9, 6)
+        wanted = gist("absolute", 0.0, 0.2, contrast_anchors=False, contrast_positives=False)(
+            [a, p], [g_a, g_p]
+        )
+        names = vars(hex) | dict(a=a, p=p, g_a=g_a, g_p=g_p, T=0.2)
+        value = eval(line, names)  # with the threshold of the line
+        if not isinstance(value, Tensor):
+            value = value(a, p, guide=(g_a, g_p))
+        agree(value, wanted, len(p), 0.2)
     elif name == "info-nce":
         peers = pytest.importorskip("info_nce")
         for negatives, how in (
@@ -339,7 +356,8 @@ def check_peer(line: str, name: str) -> None:
         agree(value, peer(image, text, scale), 5, 1 / scale)
 
 
-PEERS = "lightly", "lightly's bank", "SupConLoss", "NTXentLoss", "info-nce", "open_clip"
+PEERS = ("lightly", "lightly's bank", "SupConLoss", "ref_emb", "NTXentLoss", "GISTEmbedLoss",
+         "info-nce", "open_clip")  # fmt: skip
 MIXED = "dino", "byol", "barlowtwins"
 # What each row of the tables is compared with, our lines in their order.
 README = {
@@ -353,6 +371,8 @@ README = {
     "solo-learn, MoCo v2+": [("solo-learn-moco",)],
     "HobbitLong/SupContrast": [("supcontrast",)],
     "pytorch-metric-learning": [("SupConLoss",)],
+    "pytorch-metric-learning, ref_emb": [("ref_emb",)],
+    "sentence-transformers, GISTEmbed": [("GISTEmbedLoss",)],
     "info-nce-pytorch": [("info-nce",)],
     "open_clip": [("open_clip",)],
     "Inf-CL": [("inf-cl",)],
@@ -372,7 +392,9 @@ SWAP = {
     "MoCo v3": [("moco-v3",)],
     "HobbitLong/SupContrast": [("supcontrast",)],
     "pytorch-metric-learning: SupConLoss": [("SupConLoss",)],
+    "pytorch-metric-learning: SupConLoss with `ref_emb`": [("ref_emb",)],
     "pytorch-metric-learning: NTXentLoss": [("NTXentLoss",)],
+    "sentence-transformers: GISTEmbedLoss": [("GISTEmbedLoss",)],
     "info-nce-pytorch": [("info-nce",)],
     "open_clip, Inf-CL": [("open_clip", "inf-cl")],
     "dino, byol, Barlow Twins": [MIXED],

@@ -27,15 +27,17 @@ NO_LABELS, NO_MASK, NO_GROUPS, NO_GUIDE = operators.nothing(Z)
 EPS, TAU, STATE = f64(0.3), f64(0.1), torch.zeros(11, dtype=torch.float64)
 ROWS, STATS, KEPT = torch.ones(10), torch.zeros(9, 10), torch.zeros(0)
 LABELS, MASK = torch.arange(10) % 3, torch.ones(5, 5, dtype=torch.bool)
+CODES = MASK.to(torch.uint8)
 FLOATING = "expected a dense CPU tensor of float64, float32, bfloat16 or float16"
-INTEGERS, BOOLEANS = "expected a dense CPU tensor of int64", "expected a dense CPU tensor of bool"
+INTEGERS = "expected a dense CPU tensor of int64"
+BYTES = "expected a dense CPU tensor of bool or uint8"
 NUMBERS = "expected float32 or float64 of shape"
 BETA, TAU_PLUS = "beta: expected a number from 0 on", "tau_plus: expected a number in [0, 1)"
 MODE = "mode: expected 0 to 5"
 DAMAGED = "its storage is smaller than its shape says (freed or resized?)"
 OF_FORWARD = "expected the contiguous (statistics, rows) tensor of the forward"
 NO_NEGATIVES = "negatives: expected none (0, D) in this mode"
-PART = "mask: expected rows among themselves and a part of their"
+PART = "mask: expected parts of {} anchors and {} candidates"
 ONE_DECIDER = "groups, guide: expected one of them at most, and none with logits"
 FOR_SEVERAL = "mode: 5 is for anchors with several positives"
 
@@ -171,13 +173,27 @@ REFUSED = [
     ("adaptive", SEVERAL | dict(ids=NO_LABELS), "ids: expected labels, or a mask"),
     ("quantile", PAIRS | dict(ids=NO_LABELS), "ids: expected labels, or a mask"),
     *((op, dict(ids=LABELS), "ids: expected none") for op in OPERATORS),
-    ("forward", SEVERAL | dict(mask=MASK.int()), f"mask: {BOOLEANS}"),
-    ("quantile", SEVERAL | dict(mask=MASK[:4]), "mask: expected a square matrix"),
-    ("forward", SEVERAL | dict(mask=MASK[0]), "mask: expected a square matrix"),
-    ("backward", SEVERAL | dict(mask=MASK[:4, :4]), f"{PART} 10"),
-    ("quantile", PAIRS | dict(mask=MASK[:3, :3]), f"{PART} 9"),
-    ("adaptive", LOGITS | dict(mask=MASK), f"{PART} 5"),
-    ("forward", dict(mask=MASK), f"{PART} 10"),
+    ("forward", SEVERAL | dict(mask=MASK.int()), f"mask: {BYTES}"),
+    ("backward", dict(mask=CODES.to(torch.int8)), f"mask: {BYTES}"),
+    ("forward", SEVERAL | dict(mask=MASK[0]), "mask: expected a matrix"),
+    ("quantile", dict(mask=CODES[None]), "mask: expected a matrix"),
+    ("quantile", SEVERAL | dict(mask=MASK[:4]), PART.format(10, 10)),
+    ("backward", SEVERAL | dict(mask=MASK[:, :4]), PART.format(10, 10)),
+    ("quantile", PAIRS | dict(mask=MASK[:, :3]), PART.format(5, 4)),
+    ("adaptive", LOGITS | dict(mask=MASK), "mask: expected none with logits"),
+    ("quantile", LOGITS | dict(mask=CODES), "mask: expected none with logits"),
+    *(
+        (op, dict(mask=MASK), "mask: expected uint8, for anchors with one positive")
+        for op in OPERATORS
+    ),
+    # candidates of: two views, one view, both ways, a queue and its own negatives
+    ("forward", dict(mask=CODES[:, :4]), PART.format(10, 10)),
+    ("adaptive", dict(mode=1, mask=torch.cat([CODES, CODES])), PART.format(5, 5)),
+    ("quantile", dict(mode=2, mask=torch.cat([CODES, CODES], 1)), PART.format(10, 5)),
+    ("forward", dict(mode=3, negatives=QUEUE, mask=CODES), PART.format(5, 4)),
+    ("forward", dict(mode=4, negatives=Z[:, None], mask=CODES), PART.format(5, 1)),
+    ("forward", SEVERAL | dict(mode=3, negatives=QUEUE, ids=torch.zeros(14).long(), mask=CODES),
+     PART.format(5, 9)),
     # the targets of logits
     ("forward", LOGITS | dict(ids=LABELS), "ids: expected 5 targets in one dimension"),
     ("quantile", LOGITS | dict(ids=NO_LABELS), "ids: expected 5 targets in one dimension"),
@@ -230,6 +246,7 @@ REFUSED = [
     ("forward", SEVERAL | dict(ids=freed(LABELS)), f"ids: {DAMAGED}"),
     ("quantile", LOGITS | dict(ids=shrunk(LABELS[:5])), f"ids: {DAMAGED}"),
     ("backward", SEVERAL | dict(mask=shrunk(MASK)), f"mask: {DAMAGED}"),
+    ("forward", dict(mask=freed(CODES)), f"mask: {DAMAGED}"),
     ("forward", dict(groups=freed(LABELS)), f"groups: {DAMAGED}"),
     # the most rows and features there may be, or a few of them, but more than there is memory
     ("quantile", dict(z0=repeated(2**27, 2**27), z1=repeated(2**27, 2**27),

@@ -132,12 +132,14 @@ SAME = LABELS[:, None] == LABELS
 ALL_HARD = {
     "labels": lambda loss, z0, z1: loss(z0, LABELS),
     "mask": lambda loss, z0, z1: loss(z0, mask=SAME),
+    "mask and ignored": lambda loss, z0, z1: loss(z0, mask=SAME, ignored=SAME.roll(2, 0)),
     "views and a mask": lambda loss, z0, z1: loss(torch.stack((z0, z1), 1), mask=SAME),
     "views": lambda loss, z0, z1: loss(torch.stack((z0, z1), 1)),
 }
 WITHOUT_POSITIVES = {
     "labels": lambda loss, z0, z1: loss(z0, torch.arange(40)),
     "mask": lambda loss, z0, z1: loss(z0, mask=torch.eye(40)),
+    "mask and ignored": lambda loss, z0, z1: loss(z0, mask=torch.eye(40), ignored=SAME),
     "one view": lambda loss, z0, z1: loss(z0[:, None]),
 }
 

@@ -9,7 +9,7 @@
 /* Whether the quantiles are taken from lists, which write no cosines. */
 static bool by_lists(const hex_problem_t *p, int64_t capacity)
 {
-    return !p->several && enough(p) && columns_of(p) >= FEWEST_LISTED && capacity;
+    return !p->several && !p->mask.data && enough(p) && columns_of(p) >= FEWEST_LISTED && capacity;
 }
 
 /* The quantile of each row; the same bits whichever way. */

@@ -54,6 +54,11 @@ static int64_t keep_elements(const threshold_context_t *t, int64_t i, row_t *r, 
             seen += (double)own * 0;
             c[n++] = own == 0 ? 0 : 1; /* exactly 1, or 0 for a row of zeros */
         }
+        if (r->apart) {
+            seen += r->cp * 0; /* where the quantile is over the negatives, too */
+            if (!t->over_negatives)
+                c[n++] = cp;
+        }
         *finite = (real)seen;
         return n;
     }

@@ -15,7 +15,7 @@ typedef struct {
 
 static inline bool is_classed(const hex_problem_t *p)
 {
-    return p->several || p->by_group || p->G > 0;
+    return p->several || p->mask.data || p->by_group || p->G > 0;
 }
 
 static int compare_labels(const void *a, const void *b)
@@ -91,32 +91,46 @@ static void free_inputs(inputs_t *in)
     release(in->groups);
 }
 
+/* Adds to the classes of row o what the mask says of it and the rows from `from` on: `anchor` as
+ * below. */
+static void mark_kinds(const hex_problem_t *p, int64_t o, int64_t from, int64_t n, bool anchor,
+                       real *restrict kind)
+{
+    const hex_mask_t *m = &p->mask;
+    const int64_t step = anchor ? m->col : m->row, size = anchor ? m->columns : m->rows;
+    const uint8_t *at =
+        m->data + (anchor ? o % m->rows * m->row : hex_candidate(p, o) % m->columns * m->col);
+    int64_t b = (anchor ? hex_candidate(p, from) : from) % size;
+    for (int64_t j = 0; j < n; j++) {
+        const uint8_t code = m->codes ? at[b * step] : at[b * step] != 0;
+        if (code == HEX_CODE_POSITIVE && p->several)
+            kind[j] = POSITIVE;
+        else if (code == HEX_CODE_LEFT_OUT && kind[j] == NEGATIVE)
+            kind[j] = LEFT_OUT;
+        b = b + 1 == size ? 0 : b + 1;
+    }
+}
+
 /* The classes of row o with the rows [among.begin, among.end) that it meets. `anchor`: it is the
  * anchor of the entries, or else each of the others is, which matters to a mask. */
 static void fill_kinds(const hex_problem_t *p, const inputs_t *in, int64_t o, range_t among,
                        bool anchor, real *restrict kind)
 {
     const int64_t n = among.end - among.begin, from = among.begin;
-    if (p->mask.data) {
-        const hex_mask_t *m = &p->mask;
-        const int64_t step = anchor ? m->col : m->row;
-        const uint8_t *at = m->data + o % m->rows * (anchor ? m->row : m->col);
-        int64_t b = from % m->rows;
-        for (int64_t j = 0; j < n; j++) {
-            kind[j] = at[b * step] ? POSITIVE : NEGATIVE;
-            b = b + 1 == m->rows ? 0 : b + 1;
-        }
-    } else if (p->several) {
+    if (in->ids) {
         const word id = in->ids[o], *restrict ids = in->ids + from;
         for (int64_t j = 0; j < n; j++)
             kind[j] = ids[j] == id ? POSITIVE : NEGATIVE;
-    } else { /* the one positive stands apart */
+    } else {
         for (int64_t j = 0; j < n; j++)
             kind[j] = NEGATIVE;
-        const int64_t q = o < p->B + p->M ? partner(p, o) : -1;
+        /* the one positive stands apart */
+        const int64_t q = !p->several && o < p->B + p->M ? partner(p, o) : -1;
         if (q >= from && q < among.end)
             kind[q - from] = LEFT_OUT;
     }
+    if (p->mask.data)
+        mark_kinds(p, o, from, n, anchor, kind);
     if (p->mode == HEX_NTXENT && o >= from && o < among.end)
         kind[o - from] = LEFT_OUT;
     if (p->mode == HEX_UNPAIRED && p->several) { /* a row of z1 is seen by its positives only */

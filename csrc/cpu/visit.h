@@ -168,12 +168,20 @@ static void free_paired(paired_t *own)
     release(own->inverse);
 }
 
+/* kind: their classes, if they have any; what is left out may hold any numbers, and 0 stands for
+ * it. */
 static void paired_cosines(const hex_problem_t *p, const hex_rows_t *negatives, int64_t D,
-                           const unit_t *unit, int64_t i, paired_t *own)
+                           const unit_t *unit, int64_t i, const real *kind, paired_t *own)
 {
     const real *anchor = unit->u + i * unit->stride;
     for (int64_t j = 0; j < p->K; j++) {
         real *u = own->u + j * own->width;
+        if (kind && kind[j] == LEFT_OUT) {
+            memset(u, 0, (size_t)own->width * sizeof(real));
+            own->inverse[j] = 0;
+            own->c[j] = 0;
+            continue;
+        }
         load(negatives, i * p->K + j, D, u);
         own->inverse[j] = normalize(u, D);
         own->c[j] = (real)dot_product(anchor, u, D);
@@ -202,17 +210,17 @@ static void free_anchor(anchor_t *a)
 
 static row_t anchor_row(const hex_problem_t *p, const inputs_t *in, int64_t i, anchor_t *a)
 {
-    paired_cosines(p, &p->input[2], p->D, &in->unit, i, &a->own);
-    row_t r = {.v = a->own.c, .s = a->own.c, .n = p->K, .apart = true};
-    if (!is_classed(p))
-        return r;
-    for (int64_t j = 0; j < p->K; j++)
-        a->table.kind[j] = NEGATIVE;
-    r.kind = a->table.kind;
+    row_t r = {.v = a->own.c, .s = a->own.c, .n = p->K, .kind = a->table.kind, .apart = true};
+    const uint8_t *codes = p->mask.data ? p->mask.data + i % p->mask.rows * p->mask.row : NULL;
+    for (int64_t j = 0; r.kind && j < p->K; j++)
+        a->table.kind[j] = codes && codes[j % p->mask.columns * p->mask.col] == HEX_CODE_LEFT_OUT
+                               ? LEFT_OUT
+                               : NEGATIVE;
+    paired_cosines(p, &p->input[2], p->D, &in->unit, i, r.kind, &a->own);
     if (p->G > 0) {
-        paired_cosines(p, &p->guide[2], p->G, &in->guide, i, &a->guide);
+        paired_cosines(p, &p->guide[2], p->G, &in->guide, i, r.kind, &a->guide);
         r.s = a->guide.c;
-    } else {
+    } else if (p->by_group) {
         fill_groups(in->groups, i, p->B + p->M + i * p->K, p->K, a->table.group);
         r.s = a->table.group;
     }

@@ -99,6 +99,7 @@ struct hex_run {
     int block_rows;       // a multiple of 64
     hex_unit unit, guide; // the guide's rows; width 0: there is none
     int64_t *ids, *groups; // see sets.cuh; NULL: there are none
+    int64_t *places;       // where a mask says something of each unit row; NULL: there is none
     hex_parts parts;
     unsigned *tickets;  // one a block of rows and one more, 0
     void *coefficients; // of 64 rows K_ALL x 64, compute type; rows up to a multiple of 64
@@ -254,6 +255,14 @@ SHARED_DEVICE hex_origin origin_of(const hex_problem_t &p, int64_t i)
     return i < p.B         ? hex_origin{0, i}
            : i < p.B + p.M ? hex_origin{1, i - p.B}
                            : hex_origin{2, i - p.B - p.M};
+}
+
+// The number of unit row j among the candidates of the anchors that meet it: hex_candidate().
+SHARED_DEVICE int64_t candidate_of(const hex_problem_t &p, int64_t j)
+{
+    const bool of_z0 = p.mode == HEX_NTXENT || (p.mode == HEX_CROSS && j < p.B);
+    const int64_t first = of_z0 ? 0 : p.mode == HEX_UNPAIRED && !p.several ? p.B + p.M : p.B;
+    return j < first ? 0 : j - first;
 }
 
 SHARED_DEVICE __host__ int64_t partner_of(int64_t i, int64_t B) { return i < B ? i + B : i - B; }

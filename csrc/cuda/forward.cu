@@ -320,7 +320,7 @@ static __global__ void __launch_bounds__(32 * WARPS, (SETS ? 8 : 16) / WARPS)
         all.v[SUM_TOP] = (double)top, all.v[SUM_HARD_TOP] = (double)hard_top;
         if constexpr (SETS)
             all.v[SUM_POS_TOP] = (double)pos_top;
-        const hex_row row = {(double)negatives_of_a_row(p),
+        const hex_row row = {SETS ? all.v[SUM_NEGATIVES] : (double)negatives_of_a_row(p),
                              p.several ? 0 : r.unit.positive[image_of(i, p.B)]};
         value = finish_row(p, at, row, row_eps<float>(p, at), all, (double)s.scale, stats, anchors);
         if (p.reduction == HEX_NONE)

@@ -7,7 +7,7 @@
 
 #include "../hex.h"
 
-#define HEX_CUDA_VERSION 5
+#define HEX_CUDA_VERSION 6
 
 /* What a call runs on. Device memory comes from `allocate` (NULL: there is none), 256-byte aligned;
  * the caller frees it when the call is back, which is right for an allocator that is ordered by the

@@ -100,10 +100,12 @@ static void lay_out(const hex_problem_t &p, plan &plan, const wants &w, bool spl
         u.tiles = space.take<uint16_t>(rows * u.panels * TILE * (split ? 2 : 1));
         r.guide.tiles = u.tiles; // its panels stand before the others
     }
-    if (p.several && p.mode != HEX_LOGITS)
+    if (p.several && p.mode != HEX_LOGITS && p.ids[0].data)
         r.ids = space.take<int64_t>(rows);
     if (p.by_group)
         r.groups = space.take<int64_t>(rows);
+    if (p.mask.data && p.mode != HEX_PAIRED)
+        r.places = space.take<int64_t>(rows);
     if (w.coefficients)
         r.coefficients = space.take<char>(K_ALL * rows * real);
     r.partial = space.take<char>(w.partial);
@@ -200,11 +202,11 @@ static const char *of_anchors(hex_problem_t p, const hex_device &d, const hex_ch
     hex_parts counted = r.parts;
     if (choice) { // 16-bit counts: at most 32768 columns a block
         slice_parts(counted, 64, 512, 3 * r.processors);
-        w.tickets = 3 * counted.row_blocks + 2 + (p.several ? anchors : 0);
+        w.tickets = 3 * counted.row_blocks + 2 + (are_uneven(p) ? anchors : 0);
         r.narrow = columns_of_a_row(p) <= 0xffff;
         w.counts = plan.plain ? 0 : anchors * (r.narrow ? HEX_BINS / 2 : HEX_BINS);
         w.partial = anchors * (int64_t)(sizeof(int64_t) + sizeof(int));
-        if (!plan.plain && allow_tf32(p, d) && !p.several)
+        if (!plan.plain && allow_tf32(p, d) && !are_uneven(p))
             r.bracket = hex_plan_bracket(p, r, *choice);
         if (r.bracket.warps)
             bracket_parts(r, anchors, counted, w);
@@ -232,7 +234,7 @@ static const char *of_anchors(hex_problem_t p, const hex_device &d, const hex_ch
     if (choice && !plan.error) {
         hex_run counting = r;
         counting.parts = counted;
-        counting.bracket.tickets = r.tickets + 3 * counted.row_blocks + 2; // not if several
+        counting.bracket.tickets = r.tickets + 3 * counted.row_blocks + 2; // not if they are uneven
         const auto threshold = p.mode == HEX_LOGITS ? hex_logits_threshold
                                : plan.plain         ? hex_plain_threshold
                                                     : hex_tile_threshold;

@@ -49,9 +49,9 @@ DEVICE uint32_t bits_not_numbers(const float (&acc)[8][4])
 // What a thread knows of its two rows.
 struct hex_marker {
     hex_places places;
-    const int64_t *ids, *groups; // of all rows; NULL: there are none
+    const int64_t *ids, *groups, *places_in_mask; // of all rows; NULL: there are none
     hex_mask_t mask;
-    int64_t id[2], group[2];
+    int64_t id[2], group[2], place[2];
     int views; // UNPAIRED: rows of z1 end here, which are seen by their positives only; else 0
     bool several;
 
@@ -59,12 +59,13 @@ struct hex_marker {
     {
         several = p.several;
         places.start(row0, several ? 0 : p.B); // of several positives none is left out
-        ids = r.ids, groups = r.groups, mask = p.mask;
+        ids = r.ids, groups = r.groups, places_in_mask = r.places, mask = p.mask;
         views = several && p.mode == HEX_UNPAIRED ? (int)(p.B + p.M) : 0;
         for (int h = 0; h < 2; h++) {
             const bool there = places.row[h] < r.unit.count;
             id[h] = ids && there ? ids[places.row[h]] : 0;
             group[h] = groups && there ? groups[places.row[h]] : 0;
+            place[h] = places_in_mask && there ? places_in_mask[places.row[h]] : 0;
         }
     }
 
@@ -82,7 +83,7 @@ struct hex_marker {
     __device__ __forceinline__ hex_marks enter(int tile, int col0, int col1, hex_marks *to)
     {
         const bool edge = places.enter(tile, col0, col1);
-        uint32_t seen = ~0u, positive = 0, positive_to = 0, of_z1 = 0, hard = 0;
+        uint32_t seen = ~0u, positive = 0, positive_to, of_z1 = 0, hard = 0, out = 0, out_to = 0;
         if (edge) {
             seen = 0;
             for_each_bit([&](uint32_t bit, int, int q, int col) {
@@ -90,23 +91,30 @@ struct hex_marker {
             });
         }
         const int t = (int)threadIdx.x & 3, first = tile * BN + 2 * t;
-        if (several)
+        if (ids)
 #pragma unroll
             for (int n = 0; n < 8; n++) {
                 const pair of = pair_at(ids + first + 8 * n);
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    positive |= of.first == id[h] ? 1u << (4 * n + 2 * h) : 0;
+                    positive |= of.second == id[h] ? 2u << (4 * n + 2 * h) : 0;
+                }
+            }
+        positive_to = positive;
+        if (places_in_mask) // unrolled, it would take registers from problems without a mask
+#pragma unroll 1
+            for (int n = 0; n < 8; n++) {
+                const pair of = pair_at(places_in_mask + first + 8 * n);
 #pragma unroll
                 for (int q = 0; q < 2; q++) {
                     const int64_t other = q ? of.second : of.first;
 #pragma unroll
                     for (int h = 0; h < 2; h++) {
                         const uint32_t bit = 1u << (4 * n + 2 * h + q);
-                        if (!mask.data) {
-                            positive |= other == id[h] ? bit : 0;
-                            continue;
-                        }
-                        positive |= mask.data[id[h] * mask.row + other * mask.col] ? bit : 0;
+                        add_code(code_in_mask(mask, place[h], other), bit, positive, out);
                         if (to)
-                            positive_to |= mask.data[other * mask.row + id[h] * mask.col] ? bit : 0;
+                            add_code(code_in_mask(mask, other, place[h]), bit, positive_to, out_to);
                     }
                 }
             }
@@ -120,19 +128,23 @@ struct hex_marker {
                     hard |= of.second == group[h] ? 2u << (4 * n + 2 * h) : 0;
                 }
             }
-        if (!mask.data)
-            positive_to = positive;
         if (to) {
             uint32_t row_of_z1 = 0; // which is no negative of the columns
             for (int h = 0; h < 2; h++)
                 row_of_z1 |= places.row[h] < views ? BITS_OF_ROW(h) : 0;
-            *to = {positive_to & seen, seen & ~positive_to & ~row_of_z1, hard, 0};
+            *to = {positive_to & seen, seen & ~(positive_to | row_of_z1 | out_to), hard, 0};
         }
         if (tile * BN < views)
             for_each_bit([&](uint32_t bit, int, int, int col) {
                 of_z1 |= tile * BN + col < views ? bit : 0;
             });
-        return {positive & seen, seen & ~positive & ~of_z1, hard, 0};
+        return {positive & seen, seen & ~(positive | of_z1 | out), hard, 0};
+    }
+    __device__ __forceinline__ void add_code(int code, uint32_t bit, uint32_t &positive,
+                                             uint32_t &out) const
+    {
+        positive |= code == HEX_CODE_POSITIVE && several ? bit : 0;
+        out |= code == HEX_CODE_LEFT_OUT ? bit : 0;
     }
 };
 

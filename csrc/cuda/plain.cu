@@ -64,7 +64,7 @@ template <class real> struct columns {
     // What column j is to the row, and what the row is to it.
     __device__ hex_kind_t kind(int64_t j) const
     {
-        return p->mode == HEX_PAIRED ? NEGATIVE : kind_of(*p, *r, i, j);
+        return p->mode == HEX_PAIRED ? own_kind_of(*p, i, j) : kind_of(*p, *r, i, j);
     }
     __device__ hex_kind_t kind_to(int64_t j) const
     {
@@ -282,8 +282,9 @@ static __global__ void __launch_bounds__(THREADS, 1)
     hex_row_coefficients<real> mine;
     mine.read((const real *)r.coefficients + coefficient(0, i), 64);
     const real x = c.of.cosine(j), *u = (const real *)r.unit.plain + i * r.unit.width;
-    const real g = entry_of(mine, NEGATIVE, x, c.score(j, x), scale, (real)p.beta);
-    const double inverse = r.unit.own[n];
+    const hex_kind_t kind = c.kind(j);
+    const real g = entry_of(mine, kind, x, c.score(j, x), scale, (real)p.beta);
+    const double inverse = kind == LEFT_OUT ? 0 : r.unit.own[n]; // it may hold any numbers
     for (int64_t d = (int)threadIdx.x & 31; d < p.D; d += 32)
         write_number(dn, p.input[2].dtype, n * p.D + d,
                      inverse == 0 ? 0

@@ -13,8 +13,8 @@
 // The row's own place and its positive are left out of the tiles and added at the end where the row
 // is taken whole: self as exactly 1 (0 for a row of zeros), the positive as the inputs give it.
 //
-// Where positives are several, they are cosines of the tiles like others. How long a row is shows when
-// it has been counted, whether it has a NaN too.
+// Where positives are several, they are cosines of the tiles like others. Of these rows, and of those
+// with a mask, it shows when they have been counted how long they are, and whether they have a NaN.
 #include "bins.cuh"
 #include "marks.cuh"
 
@@ -28,7 +28,7 @@ enum { COARSE, FINE };
 template <int KIND> struct histogram {
     uint32_t *all, *words[2]; // of the block, and of the thread's two rows
     int coarse[2];
-    bool negatives, spoilt[2]; // of several positives: whether they do not count; NaN in the rows
+    bool negatives, spoilt[2]; // of sets: whether positives do not count; NaN in the rows
 
     __device__ __forceinline__ void start()
     {
@@ -107,11 +107,11 @@ struct bounds {
 
 struct selection {
     hex_choice choice;
-    int *coarse;      // of each row
-    int64_t *ranks;   // left within the coarse bin
-    double *sums;     // of each block of rows; where positives are several, each row's quantile
-    unsigned *spoilt; // of each block of rows: some of its columns are not finite, if not 0
-    unsigned *spoilt_rows; // the same of each row, where positives are several; else NULL
+    int *coarse;           // of each row
+    int64_t *ranks;        // left within the coarse bin
+    double *sums;          // of each block of rows; where rows are uneven, each row's quantile
+    unsigned *spoilt;      // of each block of rows: some of its columns are not finite, if not 0
+    unsigned *spoilt_rows; // the same of each row, where they are uneven; else NULL
     int *chosen; // each row's bin as bracket.cu found it, -1 where it did not; NULL: nobody looked
 };
 
@@ -142,10 +142,11 @@ static __device__ void write_quantile(const hex_problem_t &p, const hex_run &r, 
                                       const hex_block &block, int64_t i, int bin)
 {
     const int64_t at = block.place(i);
+    const bool apart = p.several || r.unit.positive[image_of(i, p.B)] * 0 == 0;
     const bool finite =
-        s.spoilt_rows ? __ldcg(s.spoilt_rows + at) == 0 &&
-                            (p.mode != HEX_NTXENT || r.unit.inverse[i] * 0 == 0)
-                      : r.unit.positive[image_of(i, p.B)] * 0 == 0 && s.spoilt[block.ticket] == 0;
+        apart && (s.spoilt_rows ? __ldcg(s.spoilt_rows + at) == 0 &&
+                                      (p.mode != HEX_NTXENT || r.unit.inverse[i] * 0 == 0)
+                                : s.spoilt[block.ticket] == 0);
     const double quantile = !finite ? (double)NAN : bin >= 0 ? bin_middle(bin) : (double)INFINITY;
     if (s.choice.each)
         ((float *)s.choice.each)[at] = (float)quantile;
@@ -153,7 +154,7 @@ static __device__ void write_quantile(const hex_problem_t &p, const hex_run &r, 
         s.sums[at] = quantile;
 }
 
-// The last of the threshold where positives are several: the mean of the rows that have an element.
+// The last of the threshold where rows are uneven: the mean of the rows that have an element.
 static __device__ void add_rows(const hex_run &r, const selection &s, unsigned *flag)
 {
     if (!last_to_arrive(r.tickets + 2 * r.parts.row_blocks + 1, r.parts.row_blocks, flag))
@@ -283,7 +284,7 @@ static __global__ void __launch_bounds__(THREADS, SETS ? 3 : 4)
         if (KIND == FINE)
             coarse_of = s.coarse[block.place(i)], rank_of = s.ranks[block.place(i)];
         if (!s.choice.negatives) {
-            if (!SETS)
+            if (!SETS || !p.several)
                 extra[0] = bin_of((float)r.unit.positive[image_of(i, p.B)]);
             if (p.mode == HEX_NTXENT)
                 extra[1] = bin_of(r.unit.inverse[i] == 0 ? 0.f : 1.f);
@@ -312,7 +313,7 @@ static __global__ void __launch_bounds__(THREADS, SETS ? 3 : 4)
             uint32_t all = 0;
             for (int k = 0; k < 8; k++)
                 all += mine[k];
-            const double last = (double)warp_sum(all) + (extra1 >= 0) - 1;
+            const double last = (double)warp_sum(all) + (extra0 >= 0) + (extra1 >= 0) - 1;
             rank = last >= 0 ? (int64_t)rint(s.choice.quantile * last) : -1;
         }
         const bool empty = SETS && rank < 0;
@@ -382,7 +383,7 @@ static __global__ void __launch_bounds__(THREADS, 3)
     if (threadIdx.x >= ROWS || !block.has(i))
         return;
     float least = INFINITY, most = -INFINITY, finite = 0;
-    if (!SETS) {
+    if (!SETS || !p.several) {
         const float positive = (float)r.unit.positive[image_of(i, p.B)];
         least = most = positive, finite = positive * 0;
     }
@@ -396,7 +397,7 @@ static __global__ void __launch_bounds__(THREADS, 3)
         least = fminf(least, __ldcg(from)), most = fmaxf(most, __ldcg(from + anchors));
         finite += __ldcg(from + 2 * anchors);
     }
-    finite = least <= most ? finite : NAN; // of several positives a row may be empty
+    finite = least <= most ? finite : NAN; // where they are uneven a row may be empty
     low[at] = finite == 0 ? fmaxf(fminf(least, 1.f), -1.f) : NAN;
     high[at] = finite == 0 ? fmaxf(fminf(most, 1.f), -1.f) : NAN;
 }
@@ -426,7 +427,7 @@ const char *hex_tile_threshold(const hex_problem_t &p, const hex_run &r, const h
     selection s = {choice, (int *)((int64_t *)r.partial + anchors), (int64_t *)r.partial,
                    rows,   r.tickets + 2 * r.parts.row_blocks + 2,  NULL,
                    NULL};
-    if (p.several)
+    if (are_uneven(p))
         s.spoilt_rows = s.spoilt + r.parts.row_blocks;
     if (r.bracket.warps) {
         uint32_t *brackets = (uint32_t *)s.coarse;

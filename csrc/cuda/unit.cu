@@ -8,6 +8,7 @@
 // or 1e20 keep their direction: the sums are in double, where the square of no float leaves the
 // range; of other rows, the sum is of the row scaled by a power of two.
 #include "fours.cuh"
+#include "sets.cuh"
 
 #define THREADS 128
 
@@ -249,16 +250,18 @@ static __device__ int64_t label_of(const hex_ids_t (&labels)[3], hex_origin from
 
 // A thread for each unit row, up to the end of the last 64.
 static __global__ void __launch_bounds__(THREADS, 8)
-    code_rows(hex_problem_t p, int64_t count, int64_t *ids, int64_t *groups)
+    code_rows(hex_problem_t p, int64_t count, int64_t *ids, int64_t *groups, int64_t *places)
 {
     const int64_t i = blockIdx.x * (int64_t)THREADS + threadIdx.x;
     if (i >= padded(count))
         return;
     const hex_origin from = origin_of(p, i);
     if (ids)
-        ids[i] = i >= count ? 0 : p.mask.data ? i % p.mask.rows : label_of(p.ids, from);
+        ids[i] = i < count ? label_of(p.ids, from) : 0;
     if (groups)
         groups[i] = i < count ? label_of(p.groups, from) : 0;
+    if (places) // of any rows in the mask, for a tile asks for all of its rows
+        places[i] = place_in_mask(i % p.mask.rows, candidate_of(p, i) % p.mask.columns);
 }
 
 // ---- launching ----
@@ -307,9 +310,9 @@ const char *hex_unit_rows(const hex_problem_t &p, const hex_run &r, int64_t zero
             guide.input[k] = p.guide[k];
         error = launch(guide, r.guide, {0, false, NULL, 0, {}, NULL, 0}, r.stream);
     }
-    if (error || !(r.ids || r.groups))
+    if (error || !(r.ids || r.groups || r.places))
         return error;
     HEX_LAUNCH(code_rows, dim3((unsigned)((padded(r.unit.count) + THREADS - 1) / THREADS)),
-               dim3(THREADS), 0, r.stream, p, r.unit.count, r.ids, r.groups);
+               dim3(THREADS), 0, r.stream, p, r.unit.count, r.ids, r.groups, r.places);
     return hex_launched("labels");
 }

@@ -76,7 +76,7 @@ struct marked_weights {
 };
 
 template <bool SPLIT, bool SETS>
-static __global__ void __launch_bounds__(32 * WARPS, SETS ? 1 : 2)
+static __global__ void __launch_bounds__(32 * WARPS, SETS &&SPLIT ? 1 : 2)
     weigh_tiles(hex_problem_t p, hex_run r, hex_fit fit)
 {
     HEX_SHARED_MEMORY(shared);

@@ -16,7 +16,8 @@ import torch
 from common import data
 from hex import ThresholdTracker
 
-RULES = ("adaptive", 0), ("fixed", 1), ("step", 3), ("cosine", 2)  # rule, how many numbers it has
+# Rule, how many numbers it has.
+RULES = ("adaptive", 0), ("fixed", 1), ("step", 3), ("cosine", 2), ("positive", 1)
 NAMED = {-1: "cosine", 0: "cosine scaled by row"}  # by the least value there is
 LAST = "last.ckpt"  # the checkpoint of a run's last complete epoch, in the run's folder
 ONE_CALL = "resume", "stop_after"  # options that a resumed run does not take over
@@ -153,7 +154,8 @@ def make_parser(
     add(
         "--threshold",
         default="adaptive",
-        help="adaptive, a cosine such as 0.7, step:START,DROP,EVERY or cosine:START,END",
+        help="adaptive, a cosine such as 0.7, step:START,DROP,EVERY, cosine:START,END or "
+        "positive:MARGIN, of each row the cosine with its positive less the margin",
     )
     add(
         "--quantile",
@@ -167,11 +169,12 @@ def make_parser(
         default="negatives",
         help="with --threshold adaptive: take the quantile of all cosines, or of the negatives'",
     )
-    add("--warmup", type=natural, default=0, help="with adaptive: epochs of InfoNCE first")
+    text = "with adaptive or positive: epochs of InfoNCE first"
+    add("--warmup", type=natural, default=0, help=text)
     add(
         "--normalize-rows",
         action="store_true",
-        help="with the other thresholds: scale each row's cosines to [0, 1]",
+        help="with a cosine, step or cosine: scale each row's cosines to [0, 1]",
     )
 
     add = parser.add_argument_group("training").add_argument
@@ -226,6 +229,8 @@ def threshold(options: argparse.Namespace) -> ThresholdTracker:
             return ThresholdTracker.adaptive(
                 options.quantile, over=options.over, warmup_epochs=options.warmup
             )
+        case "positive", [margin]:
+            return ThresholdTracker.by_positive(margin, warmup_epochs=options.warmup)
         case "step", [start, drop, every]:
             return ThresholdTracker.step(start, drop, int(every), normalize_rows=rows)
         case "cosine", [start, end]:
@@ -250,7 +255,7 @@ def parse_threshold(text: str) -> tuple[str, list[float]]:
     if (rule, len(numbers)) not in RULES or not all(map(math.isfinite, numbers)):
         raise ValueError(
             f"--threshold: got {text!r}, wanted adaptive, a cosine, "
-            "step:START,DROP,EVERY or cosine:START,END"
+            "step:START,DROP,EVERY, cosine:START,END or positive:MARGIN"
         )
     if rule == "step" and not (numbers[2] >= 1 and numbers[2].is_integer()):
         raise ValueError(f"--threshold: got {text!r}, wanted whole epochs for EVERY, 1 or more")
@@ -265,11 +270,17 @@ def check(options: argparse.Namespace) -> None:
             negatives, in every epoch; or there is an option that belongs to another threshold.
     """
     rule, numbers = parse_threshold(options.threshold)
-    if rule == "adaptive":
+    if rule in ("adaptive", "positive"):
         if options.normalize_rows:
+            named = "an adaptive threshold" if rule == "adaptive" else "one by the positive"
             raise ValueError(
-                "--normalize-rows: got it with an adaptive threshold, which needs no scaling; "
+                f"--normalize-rows: got it with {named}, which needs no scaling; "
                 "wanted it with a fixed one, step or cosine"
+            )
+        if rule == "positive" and options.script == "supcon":
+            raise ValueError(
+                f"--threshold: got {options.threshold!r} for classes, wanted another, for each row "
+                "has several positives"
             )
         if options.warmup >= options.epochs:
             raise ValueError(
@@ -280,7 +291,7 @@ def check(options: argparse.Namespace) -> None:
     if options.warmup:
         raise ValueError(
             f"--warmup: got {options.warmup} with --threshold {options.threshold}, which has none; "
-            "wanted it with adaptive"
+            "wanted it with adaptive or positive"
         )
     if rule == "step":
         start, drop, every = numbers

@@ -370,33 +370,58 @@ static void make_inputs(random_t *r, const shape_t *s, values_t *v)
                features(r, style, of_rest, s->paired ? 3 : 2, s->paired ? cube : shared));
 }
 
-/* Labels or a mask; groups or a guide. Returns what there is. */
+static double any_code(random_t *r)
+{
+    return chance(r, share_of_true) ? 2 : chance(r, 0.1) ? (double)between(r, 1, 255) : 0;
+}
+
+/* Half of a number, for both views; one for all; or itself. */
+static int64_t any_part(random_t *r, int64_t n)
+{
+    const double which = unit(r);
+    return which < 0.3 && n % 2 == 0 ? n / 2 : which < 0.5 && n > 0 ? 1 : n;
+}
+
+static tensor_t *any_mask(random_t *r, const shape_t *s, bool codes)
+{
+    const bool both = s->mode == HEX_NTXENT || s->mode == HEX_CROSS;
+    const int64_t anchors = both ? s->B + s->M : s->B;
+    const int64_t candidates = s->mode == HEX_NTXENT    ? s->B + s->M
+                               : s->mode < HEX_UNPAIRED ? s->M
+                               : s->positives           ? s->M + s->K
+                                                        : s->K;
+    const int64_t size[] = {any_part(r, anchors), any_part(r, candidates)};
+    tensor_t *mask = any_layout(r, codes ? U8 : BOOL, 2, size);
+    for (int64_t i = 0; i < size[0]; i++)
+        for (int64_t j = 0; j < size[1]; j++)
+            write_number(mask, mask->offset + i * mask->stride[0] + j * mask->stride[1],
+                         codes ? any_code(r) : any_bool(r));
+    return mask;
+}
+
+/* Labels or a mask or both; groups or a guide. Returns what there is. */
 static const char *make_sets(random_t *r, const shape_t *s, values_t *v)
 {
     const int64_t rows = s->B + s->M + (s->paired ? s->B * s->K : s->K);
-    const bool masked = s->positives && s->mode == HEX_NTXENT && chance(r, 0.3);
-    int64_t square = masked ? s->B + s->M : 0;
-    if (masked && square % 2 == 0 && chance(r, 0.5))
-        square /= 2; /* one for both views */
+    const bool codes = !s->positives || chance(r, 0.5);
+    const bool masked = !s->logits && chance(r, 0.3);
     const bool labelled = s->positives && (!masked || chance(r, 0.5));
     tensor_t *ids = labels(r, s->logits ? s->B : labelled ? rows : 0);
     for (int64_t i = 0; s->logits && i < s->B; i++)
         write_number(ids, ids->offset + i * ids->stride[0], (double)below(r, s->D > 0 ? s->D : 1));
     set_tensor(v, "ids", ids);
     share_of_true = chance(r, 0.7) ? 0.3 : (double)below(r, 2);
-    tensor_t *mask = any_layout(r, BOOL, 2, (int64_t[]){square, square});
-    for (int64_t i = 0; i < square; i++)
-        for (int64_t j = 0; j < square; j++)
-            write_number(mask, mask->offset + i * mask->stride[0] + j * mask->stride[1],
-                         any_bool(r));
-    set_tensor(v, "mask", mask);
+    set_tensor(v, "mask",
+               masked ? any_mask(r, s, codes) : any_layout(r, BOOL, 2, (int64_t[]){0, 0}));
     const int64_t decider = s->logits ? 0 : below(r, 5); /* 1: groups, 2: guide */
     const int64_t guide[] = {decider == 2 ? rows : 0, between(r, 1, 9)};
     set_tensor(v, "groups", labels(r, decider == 1 ? rows : 0));
     set_tensor(v, "guide", features(r, NORMAL, FLOATS_OF[below(r, 4)], 2, guide));
     static _Thread_local char said[64];
     snprintf(said, sizeof said, "%s%s%s", labelled || s->logits ? ", ids" : "",
-             masked ? ", mask" : "",
+             masked && codes ? ", codes"
+             : masked        ? ", mask"
+                             : "",
              decider == 1   ? ", groups"
              : decider == 2 ? ", guide"
                             : "");
