@@ -16,6 +16,7 @@ import torch
 from gathered import Batch, Encoder, adaptive, assert_close, criterion, gradients
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from hex import HEXCrossEntropyLoss, HEXLoss, HEXSupConLoss
 
@@ -78,7 +79,7 @@ def clip(dtype):
     loss = HEXLoss(mode="cross", threshold=adaptive(0.9))
 
     def masked(x, mask):
-        return texts(x * mask)
+        return texts(x * (mask > 0.3))
 
     def step(way):
         z0, z1 = way(images, x[0], size=SIZE), way(masked, x[1], mask, size=SIZE + 4)
@@ -281,6 +282,22 @@ def test_under_autocast_with_a_scaler_the_bits_are_those_of_kept_chunks(inside, 
     before = network(nn.Dropout(0.2), dtype=torch.float32)
     pairs = zip(before.parameters(), encoder.parameters(), strict=True)
     assert not any(torch.equal(a, b) for a, b in pairs)  # every weight has learned
+
+
+class Checkpointed(nn.Linear):
+    """A layer that saves no activations of its own accord."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+def test_an_encoder_that_checkpoints_its_layers_gives_the_same():
+    found = []
+    for encode in (whole, in_chunks):
+        encoder, loss = network(Checkpointed(24, 24)), HEXLoss(threshold=adaptive(0.9))
+        loss(*(encode(encoder, v, size=SIZE) for v in views())).backward()
+        found.append([loss.threshold.value, *gradients(encoder)])
+    assert_close(*found)
 
 
 def test_a_compiled_encoder_gives_the_same():
