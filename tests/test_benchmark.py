@@ -475,3 +475,16 @@ def test_labels_and_logits_hold_no_more_than_blocks_of_rows():
     labelled(), rows()
     assert measure.peak_mb(labelled) < 12  # 3000 x 3000 in float32 are 36
     assert measure.peak_mb(rows) < 24 + 4
+
+
+def test_the_table_of_large_batches_has_a_line_for_each_batch_and_the_heads_of_the_page():
+    code = "import chunks; print(chunks.table((6, 10), 4))"  # it changes the heap for good
+    folder = Path(__file__).parents[1] / "benchmarks"
+    command = sys.executable, "-c", code
+    printed = subprocess.check_output(command, cwd=folder, text=True)
+    page = (folder.parent / "docs/guides/large_batches.md").read_text()
+    (shown,) = re.findall(r"<!-- chunks -->\n\n(.*)\n", page)
+    head, _, *lines = printed.splitlines()
+    assert head == shown.replace("chunks of 64", "chunks of 4")
+    assert [line.split(" | ")[0] for line in lines] == ["| 6", "| 10"]
+    assert all(float(cell) >= 0 for line in lines for cell in line.strip("|").split("|"))

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The pictures of docs/effect.md: what they show, and whether their words can be read.
 
-They are drawn from the committed rows. test_study.py has the rows themselves and the report.
+They are drawn from the committed rows. test_study.py has the rows themselves and the report, and
+test_study_batches.py the comparison of batch sizes.
 """
 
 import importlib.util

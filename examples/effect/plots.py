@@ -6,7 +6,9 @@ as pale dots, and with their mean ± two standard errors. Its colour is that of 
 """
 
 import math
+import textwrap
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,9 @@ import numpy as np
 from common.pictures import BLUE, GREEN, GREY, ORANGE, plt
 
 from effect.differences import MEASURES, SCORE, Runs, compared, paired, score
-from effect.report import mean_of, scaled, title
+from effect.report import mean_of, planned, scaled, title
 from effect.rows import Rows
-from effect.table import MAIN, Study
+from effect.table import MAIN, Study, sizes
 
 COLOURS = {  # in the order of the lines
     "infonce": GREY, "decoupled": GREY, "hcl": GREEN, "paper": BLUE, "released": ORANGE
@@ -35,10 +37,16 @@ def draw(name: str, study: Study, rows: Rows, folder: Path) -> list[Path]:
     everywhere = {regime: compared(name, study, rows, regime) for regime in (MAIN, *study.regimes)}
     folder.mkdir(parents=True, exist_ok=True)
     made = []
-    pictures = [(picture, runs) for picture in (differences, threshold, groups, geometry)]
-    for picture, shown in [*pictures, (regimes, everywhere)]:
-        path = folder / f"effect-{name}-{picture.__name__}.png"
-        figure = picture(shown, families)
+    pictures: dict[str, Callable[[], Any]] = {
+        picture.__name__: partial(picture, runs, families)
+        for picture in (differences, threshold, groups, geometry)
+    }
+    pictures["regimes"] = partial(regimes, everywhere, families)
+    of_size = {batch: everywhere[regime] for batch, regime in sizes(study).items()}
+    pictures["batches"] = partial(batches, of_size, families, planned(study))
+    for picture in study.pictures:
+        path = folder / f"effect-{name}-{picture}.png"
+        figure = pictures[picture]()
         if figure is not None:
             figure.savefig(path)
             plt.close(figure)
@@ -72,6 +80,38 @@ def regimes(everywhere: dict[str, dict[str, Runs]], families: Families):
         dots(panel, losses, runs, tested(SCORE), families)
         panel.set_title(name)
     return headed(figure, f"Score in each regime {MINUS}, in points", MARKS)
+
+
+def batches(of_size: dict[int, dict[str, Runs]], families: Families, pairs: list[tuple[str, str]]):
+    """The differences of the score over the batch sizes: one panel for each pair of losses."""
+    found = {
+        (pair, batch): paired(runs.get(pair[0], {}), runs.get(pair[1], {}), tested(SCORE))
+        for pair in pairs for batch, runs in of_size.items()
+    }  # fmt: skip
+    if all(x is None or x.error is None for x in found.values()):
+        return None
+    figure, panels = plt.subplots(
+        1, len(pairs), figsize=(WIDTH, 3.8), sharex=True, sharey=True, squeeze=False
+    )
+    places = range(len(of_size))
+    for panel, (loss, baseline) in zip(panels[0], pairs, strict=True):
+        panel.axhline(0, color=GREY, linewidth=1)
+        colour = COLOURS[families[loss]]
+        for x, batch in zip(places, of_size, strict=True):
+            one = found[(loss, baseline), batch]
+            if one is None:
+                continue
+            panel.plot([x] * one.n, one.values, "o", color=colour, alpha=0.35, markersize=5)
+            if one.error is not None:
+                panel.errorbar(
+                    x, one.mean, yerr=2 * one.error, fmt="D", color=colour, markersize=5, capsize=3
+                )
+        panel.set_title(textwrap.fill(f"{title(loss)} minus {title(baseline)}", 20))
+        panel.set_xticks(places, [str(batch) for batch in of_size])
+        panel.set_xlim(-0.5, len(of_size) - 0.5)
+        panel.set_xlabel("batch size")
+        panel.grid(axis="y", alpha=0.25)
+    return headed(figure, "Score by batch size, difference at the same seed, in points", MARKS)
 
 
 def geometry(runs: dict[str, Runs], families: Families):

@@ -25,7 +25,7 @@ from effect.differences import (
     summary,
 )
 from effect.rows import Rows, without_test
-from effect.table import BASELINES, MAIN, Study, plan, temperatures
+from effect.table import BASELINES, MAIN, Study, plan, sizes, temperatures
 
 BLOCK = re.compile(r"(<!-- study (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TITLES = {
@@ -216,6 +216,39 @@ def regimes(name: str, study: Study, rows: Rows) -> str:
     return "\n\n".join(parts) or "No runs of other regimes so far."
 
 
+def batches(name: str, study: Study, rows: Rows) -> str:
+    """Each loss minus InfoNCE, and the released form minus decoupled InfoNCE, by batch size."""
+    measures = {m: x for m, x in measures_of(rows).items() if m in (SCORE, "knn", "linear")}
+    made, lines, p = 0, [], []
+    for batch, regime in sizes(study).items():
+        runs = compared(name, study, rows, regime)
+        made += sum(len(mine.keys() & {*study.seeds}) for mine in runs.values())
+        for loss, baseline in planned(study):
+            found = {m: difference(runs.get(loss, {}), runs.get(baseline, {}), m) for m in measures}
+            first = found[SCORE]
+            p.append(first.p if first is not None and first.enough else 1.0)
+            cells = [str(first.n if first else 0), *(signed(d) for d in found.values())]
+            tested = first is not None and first.enough
+            lines.append([str(batch), title(loss), title(baseline), *cells, tested])
+    for line, raw, adjusted in zip(lines, p, holm(p), strict=True):
+        line[-1:] = [f"{raw:.3f}", f"{adjusted:.3f}"] if line[-1] else ["", ""]
+    head = ["batch size", "loss", "minus", "seeds", *measures.values(), "p of score", "p, Holm"]
+    count = len(study.losses) * len(study.seeds) * len(sizes(study))
+    return (
+        f"{made} of {count} runs have been made: {len(study.losses)} losses, {len(study.seeds)} "
+        f"seeds and {len(sizes(study))} batch sizes.\n\n{table(head, lines)}"
+    )
+
+
+def planned(study: Study) -> list[tuple[str, str]]:
+    """The comparisons at a batch size: a loss, and the baseline that is taken from it."""
+    names = {loss.name: loss.family for loss in study.losses}
+    pairs = [(x, "infonce") for x in names if x != "infonce"]
+    if "decoupled" in names:
+        pairs += [(x, "decoupled") for x, family in names.items() if family == "released"]
+    return pairs
+
+
 def groups(name: str, study: Study, rows: Rows) -> str:
     """The threshold and the members of H, in the first epoch and in the last."""
     lines = []
@@ -338,5 +371,7 @@ def left(name: str, study: Study, rows: Rows) -> str:
 
 BLOCKS: dict[str, Callable[[str, Study, Rows], str]] = {
     f.__name__: f
-    for f in (cost, chosen, main, paired, decoupled, regimes, groups, geometry, verdict, left)
-}
+    for f in (
+        cost, chosen, main, paired, decoupled, regimes, batches, groups, geometry, verdict, left
+    )
+}  # fmt: skip

@@ -111,6 +111,7 @@ class Study:
     leads: dict[str, tuple[str, ...]] = field(
         default_factory=dict
     )  # regime: losses with more_seeds
+    pictures: tuple[str, ...] = ("differences", "threshold", "groups", "geometry", "regimes")
 
 
 CPU = Setup(
@@ -165,6 +166,7 @@ STUDIES = {
             f"batch {batch}": {"batch": batch, "lr": round(3e-3 * (batch / 256) ** 0.5, 6)}
             for batch in (128, 64, 32)
         },
+        pictures=("batches",),
     ),
     # in seconds, on the digits of scikit-learn: to try the machinery
     "tiny": Study(
@@ -211,6 +213,17 @@ class Config:
 
 
 MAIN = "main"  # the regime in which temperatures are chosen
+
+
+def sizes(study: Study) -> dict[int, str]:
+    """The regimes that differ from the main one in the batch size and the learning rate alone, by
+    batch size, from the smallest."""
+    changed = {regime: changes for regime, changes in study.regimes.items()
+               if changes.keys() <= {"batch", "lr"}}  # fmt: skip
+    found = {study.setup.batch: MAIN} | {
+        changes.get("batch", study.setup.batch): regime for regime, changes in changed.items()
+    }
+    return dict(sorted(found.items()))
 
 
 def validation_score(row: dict[str, Any]) -> float:
