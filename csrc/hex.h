@@ -213,12 +213,12 @@ static inline int64_t hex_candidates(const hex_problem_t *p)
                                     : p->K;
 }
 
-/* The number of a unit row among the candidates of the anchors that meet it; 0 if none does. */
+/* The number of a unit row among the candidates of the anchors that meet it. */
 static inline int64_t hex_candidate(const hex_problem_t *p, int64_t j)
 {
     const bool of_z0 = p->mode == HEX_NTXENT || (p->mode == HEX_CROSS && j < p->B);
     const int64_t first = of_z0 ? 0 : p->mode == HEX_UNPAIRED && !p->several ? p->B + p->M : p->B;
-    return j < first ? 0 : j - first;
+    return j - first;
 }
 
 /* Rows of an input that belong to the block. */

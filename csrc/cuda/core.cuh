@@ -257,7 +257,7 @@ SHARED_DEVICE hex_origin origin_of(const hex_problem_t &p, int64_t i)
                            : hex_origin{2, i - p.B - p.M};
 }
 
-// The number of unit row j among the candidates of the anchors that meet it: hex_candidate().
+// hex_candidate(); 0 of a row that no anchor meets.
 SHARED_DEVICE int64_t candidate_of(const hex_problem_t &p, int64_t j)
 {
     const bool of_z0 = p.mode == HEX_NTXENT || (p.mode == HEX_CROSS && j < p.B);

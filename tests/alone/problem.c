@@ -372,7 +372,7 @@ static void make_inputs(random_t *r, const shape_t *s, values_t *v)
 
 static double any_code(random_t *r)
 {
-    return chance(r, share_of_true) ? 2 : chance(r, 0.1) ? (double)between(r, 1, 255) : 0;
+    return chance(r, share_of_true) ? 2 : chance(r, 0.1) ? (double)between(r, 1, 3) : 0;
 }
 
 /* Half of a number, for both views; one for all; or itself. */
