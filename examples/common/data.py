@@ -99,7 +99,12 @@ class PictureSplit:
     """
 
     def __init__(
-        self, pictures: Dataset, views: list[nn.Module], size: int, workers: int, device: torch.device
+        self,
+        pictures: Dataset,
+        views: list[nn.Module],
+        size: int,
+        workers: int,
+        device: torch.device,
     ) -> None:
         self._folder, self._augmentations = pictures, views
         self.labels = torch.tensor(pictures.targets)
@@ -133,7 +138,9 @@ class PictureSplit:
     def images(self, batch_size: int = 256) -> Iterator[Tensor]:
         # A generator of its own, because looking at the images must not change later views.
         aside = torch.Generator()
-        loader = DataLoader(self.as_seen_by(self.whole()), batch_size, generator=aside, **self.loading)
+        loader = DataLoader(
+            self.as_seen_by(self.whole()), batch_size, generator=aside, **self.loading
+        )
         yield from (self.scaled(images) for images, _ in loader)
 
     def as_seen_by(self, *transforms: nn.Module) -> Dataset:

@@ -46,6 +46,8 @@ def quiet() -> None:
         ".*LeafSpec.*is deprecated",  # it is Lightning that uses it
         ".*does not have many workers",  # images in memory need none; else --workers says how many
         "Found .* in eval mode at the start of training",  # a network that is frozen
+        "torch.distributed.nn.functional.all_reduce is deprecated",  # it is lightly that uses it
+        "Checkpoint directory .* exists",  # that of a probe that goes on
         "Experiment logs directory .* exists",  # that of a part of a run that is repeated
     ):
         warnings.filterwarnings("ignore", text)
@@ -260,9 +262,7 @@ def run(script: str, prepare: Callable[[], Begun], command: Callable[[Path], str
     return 0
 
 
-def begin(
-    method: type[Method], options: argparse.Namespace, state: dict[str, Any] | None
-) -> Begun:
+def begin(method: type[Method], options: argparse.Namespace, state: dict[str, Any] | None) -> Begun:
     """The model, with its images, the test images, and the `state` that it was given.
 
     Raises:

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import data
+from common.vision import torchvision, v2
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from common import data
-from common.vision import torchvision, v2
 from paper.settings import CROP, Settings
 
 CIFAR = {  # the class of torchvision, and the folder of its download
@@ -50,7 +50,9 @@ class Pictures(data.PictureSplit):
     def crops(self) -> nn.Module:
         """What a probe is trained on."""
         return v2.Compose([
-            v2.ToImage(), v2.RandomResizedCrop(self.crop, antialias=True), v2.RandomHorizontalFlip(),
+            v2.ToImage(),
+            v2.RandomResizedCrop(self.crop, antialias=True),
+            v2.RandomHorizontalFlip(),
         ])  # fmt: skip
 
     def scaled(self, images: Tensor) -> Tensor:

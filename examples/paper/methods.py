@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from common import data, training
+from common.options import check_device
 from lightly.loss import BarlowTwinsLoss
 from lightly.models.modules import (
     BarlowTwinsProjectionHead,
@@ -23,8 +25,6 @@ from lightly.utils.scheduler import cosine_warmup_schedule
 from timm.optim import Lars
 from torch import Tensor, nn
 
-from common import data, training
-from common.options import check_device
 from hex import HEXLoss, InfoNCELoss
 from hex.presets import authors_mix
 from paper import images, probe
@@ -82,9 +82,10 @@ class Run(training.Method):
         an_epoch = math.ceil(len(self.train_dataloader()) / self.accumulate)
         self.steps = an_epoch * settings["epochs"]
         rise = an_epoch * settings["warmup_epochs"]
+        end = self.steps + 1  # of lightly's cosine, which is at 0 in its last step
         rule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
-            lambda step: cosine_warmup_schedule(step, self.steps, 1.0, 0.0, rise, start / lr),
+            lambda step: cosine_warmup_schedule(step, end, 1.0, 0.0, rise, start / lr),
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rule, "interval": "step"}}
 

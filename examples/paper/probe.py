@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import runs
+from common.options import LAST, check_device
+from common.runs import console
+from common.training import PRECISION
 from lightly.utils.benchmarking import LinearClassifier
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -17,10 +21,6 @@ from pytorch_lightning.strategies import DDPStrategy
 from rich.table import Table
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
-from common import runs
-from common.options import LAST, check_device
-from common.runs import console
-from common.training import PRECISION
 from paper.images import Pictures
 
 
@@ -39,6 +39,14 @@ class Probe(LinearClassifier):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         images, labels = batch
         return self.pictures.scaled(images), labels
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Counts. Lightning's mean over devices is wrong where they have different numbers of
+        images: it rounds the mean of these numbers down."""
+        _, accuracies = self.shared_step(batch, batch_idx)
+        size = len(batch[1])
+        right = {f"right{k}": accuracy * size for k, accuracy in accuracies.items()}
+        self.log_dict(right, on_epoch=True, reduce_fx="sum", sync_dist=True, batch_size=size)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(
@@ -132,5 +140,5 @@ def probed(run: Any, test: Pictures, fraction: float) -> list[float]:
     console.print(f"linear probe on {len(chosen)} images, {settings['epochs']} epochs")
     trainer.fit(probe, train, tested, ckpt_path=going_on, weights_only=True)
     trainer.limit_val_batches = 1.0
-    (scores,) = trainer.validate(probe, tested, verbose=False)
-    return [scores["val_top1"], scores[f"val_top{min(5, classes)}"]]
+    (right,) = trainer.validate(probe, tested, verbose=False)
+    return [round(right[f"right{k}"]) / len(test) for k in probe.topk]

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common import runs, training  # noqa: E402
 from common.options import LAST, CheckpointError, load_checkpoint, natural, positive  # noqa: E402
+
 from paper import settings as of  # noqa: E402
 from paper.methods import METHODS  # noqa: E402
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The settings of a run: read from its file, checked, shortened by --tiny, and shared among devices.
+"""The settings of a run: read from its file, checked, made tiny, and shared out among devices.
 
 A file of settings extends another one by name. What a run is in the end is a plain dict, which its
 checkpoint holds.
@@ -133,7 +133,9 @@ def chosen(settings: Settings, name: str, value: str | None) -> Settings:
     """
     allowed = settings[name]
     if value is not None and value not in allowed:
-        raise ValueError(f"--{name}: got {value!r}, wanted one of {', '.join(allowed)} for this run")
+        raise ValueError(
+            f"--{name}: got {value!r}, wanted one of {', '.join(allowed)} for this run"
+        )
     return settings | {name: value or allowed[0]}
 
 
@@ -228,7 +230,9 @@ def described(settings: Settings, devices: int) -> str:
         f"{settings['warmup_epochs']} epochs",
     ]
     if settings["loss"] == "hex":
-        lines.append(f"HEX: variant {settings['variant']}, threshold {tracker(settings).extra_repr()}")
+        lines.append(
+            f"HEX: variant {settings['variant']}, threshold {tracker(settings).extra_repr()}"
+        )
     return "\n".join(lines)
 
 
