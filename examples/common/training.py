@@ -47,7 +47,6 @@ def quiet() -> None:
         ".*does not have many workers",  # images in memory need none; else --workers says how many
         "Found .* in eval mode at the start of training",  # a network that is frozen
         "torch.distributed.nn.functional.all_reduce is deprecated",  # it is lightly that uses it
-        "Checkpoint directory .* exists",  # that of a probe that goes on
         "Experiment logs directory .* exists",  # that of a part of a run that is repeated
     ):
         warnings.filterwarnings("ignore", text)

@@ -7,19 +7,20 @@ lightly's module belongs to the package pytorch_lightning, and so does its Train
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from common import runs
+from common.data import DataError, loader
 from common.options import LAST, check_device
 from common.runs import console
 from common.training import PRECISION
 from lightly.utils.benchmarking import LinearClassifier
-from pytorch_lightning import Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.strategies import DDPStrategy
 from rich.table import Table
-from torch.utils.data import DataLoader, DistributedSampler, Subset
+from torch.utils.data import DataLoader, Subset
 
 from paper.images import Pictures
 
@@ -59,6 +60,16 @@ class Probe(LinearClassifier):
         return [optimizer], [drops]
 
 
+class EachEpoch(Callback):
+    """Saves a probe after each epoch, in `file`."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Probe) -> None:
+        trainer.save_checkpoint(self.file)
+
+
 def evaluate(run: Any, test: Pictures, seconds: float | None) -> None:
     """Probes the backbone of a run with each share of the labels, and writes result.json.
 
@@ -88,16 +99,27 @@ def evaluate(run: Any, test: Pictures, seconds: float | None) -> None:
 
 
 def probed(run: Any, test: Pictures, fraction: float) -> list[float]:
-    """The accuracies, in [0, 1], of the right class and of the right class among five."""
+    """The accuracies, in [0, 1], of the right class and of the right class among five.
+
+    Raises:
+        DataError: there are not enough images. The text is meant for the user.
+    """
     options, settings, images = run.options, run.settings["probe"], run.images
     classes, several = len(images.classes), options.devices > 1
     device = check_device(options.device)
     gpu = device.type == "cuda"
-    each = max(1, settings["batch"] // options.devices)
+    chosen = Subset(images.as_seen_by(images.crops()), images.some(fraction).tolist())
+    # As the authors: an epoch leaves out what fills no batch.
+    batch = min(settings["batch"], len(chosen)) // options.devices * options.devices
+    if batch == 0:
+        raise DataError(
+            f"--root {options.root}: {fraction:.0%} of the labels are {len(chosen)} images, wanted "
+            f"one for each of the {options.devices} processes"
+        )
     torch.manual_seed(run.settings["seed"])
     probe = Probe(
         run.backbone.eval().requires_grad_(False),
-        each,
+        batch // options.devices,
         settings["lr"],
         run.width,
         classes,
@@ -105,16 +127,7 @@ def probed(run: Any, test: Pictures, fraction: float) -> list[float]:
     )
     probe.pictures, probe.settings = images, settings
 
-    chosen = Subset(images.as_seen_by(images.crops()), images.some(fraction).tolist())
-    order = DistributedSampler(
-        chosen, options.devices, run.global_rank, seed=run.settings["seed"]
-    )  # which Lightning tells the epoch
-    own = range(run.global_rank, len(test), options.devices)  # no image twice on any device
-    train = DataLoader(chosen, each, sampler=order, **images.loading)
-    tested = DataLoader(Subset(test.as_seen_by(test.whole()), own), each, **test.loading)
-
-    folder = Path(options.out) / f"probe-{fraction:g}"
-    last = folder / LAST
+    last = Path(options.out) / f"probe-{fraction:g}" / LAST
     trainer = Trainer(
         accelerator="gpu" if gpu else device.type,
         devices=[device.index] if gpu and not several else options.devices,
@@ -124,20 +137,26 @@ def probed(run: Any, test: Pictures, fraction: float) -> list[float]:
         precision=PRECISION[options.amp],
         max_epochs=settings["epochs"],
         logger=False,
-        callbacks=[
-            ModelCheckpoint(
-                folder, LAST.removesuffix(".ckpt"), enable_version_counter=False,
-                save_on_train_epoch_end=True,
-            )
-        ],
+        callbacks=[EachEpoch(last)],
         num_sanity_val_steps=0,
         limit_val_batches=0,  # only the last epoch's classifier is tested
+        enable_checkpointing=False,  # EachEpoch saves
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-    )  # fmt: skip
-    going_on = last if last.exists() else None
+    )
+    own = range(run.global_rank, len(test), options.devices)  # no image on two devices
+    tested = DataLoader(Subset(test.as_seen_by(test.whole()), own), batch, **test.loading)
+    train = loader(
+        SimpleNamespace(dataset=lambda: chosen, loading=images.loading),
+        batch,
+        run.settings["seed"],
+        lambda: trainer.fit_loop.epoch_progress.current.processed,
+        run.global_rank,
+        options.devices,
+    )
     console.print(f"linear probe on {len(chosen)} images, {settings['epochs']} epochs")
+    going_on = last if last.exists() else None
     trainer.fit(probe, train, tested, ckpt_path=going_on, weights_only=True)
     trainer.limit_val_batches = 1.0
     (right,) = trainer.validate(probe, tested, verbose=False)

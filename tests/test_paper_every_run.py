@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: MIT
+"""Every run of examples/paper, with every data set and network that its file names: trained for a
+few steps, stopped, resumed and evaluated, in one process, and as the authors have it in two.
+
+test_paper_runs.py has the rest, and takes a minute. This takes many.
+"""
+
+from pathlib import Path
+from shutil import rmtree
+
+import pytest
+import torch
+from test_examples import photographs
+from test_paper_runs import (
+    CLASSES,
+    RANKS,
+    TESTED,
+    check_parts,
+    check_result,
+    of,
+    printed,
+    seen_by_ranks,
+    table,
+    two_processes,
+)
+
+EVERY = [f"{name},{data},{backbone}" for name, data, backbone, _ in table.combinations()]
+AUTHORS = [
+    ",".join([name, *(of.read(of.FOLDER / f"{name}.yaml")[x][0] for x in ("data", "backbone"))])
+    for name in of.RUNS
+]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    parts = {"train": 12, "val": TESTED // CLASSES}
+    return photographs(tmp_path_factory.mktemp("images"), parts, CLASSES, size=40)
+
+
+@pytest.mark.parametrize("what", EVERY)
+def test_a_run_stopped_and_resumed_ends_with_the_same_bits_and_result(
+    what, photos, tmp_path, capsys
+):
+    check_parts(what, photos, tmp_path, lambda: capsys.readouterr().out)
+    rmtree(tmp_path)  # checkpoints are large
+
+
+def test_two_processes_train_every_run_and_a_break_changes_no_bit(photos, tmp_path):
+    assert len(AUTHORS) == 14 and set(AUTHORS) <= set(EVERY)
+    two_processes(photos, tmp_path, [f"+{what}" for what in AUTHORS])
+    seen = seen_by_ranks(tmp_path)
+    assert all(set(rank["statuses"]) == {0} for rank in seen)
+    for what in AUTHORS:
+        one, two = (f"{what} {part}" for part in ("whole", "parts"))
+        assert seen[0]["digests"][one] == seen[0]["digests"][two], what
+        assert all(torch.equal(rank["losses"][one], rank["losses"][two]) for rank in seen)
+        results = [check_result(tmp_path / name, what, RANKS) for name in (one, two)]
+        assert results[0]["linear"] == results[1]["linear"]
+    for rank, stream in ((0, "stderr"), (1, "stdout"), (1, "stderr")):
+        assert printed(tmp_path, rank, stream) == ""
