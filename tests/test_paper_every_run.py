@@ -20,11 +20,10 @@ from test_paper_runs import (
     of,
     printed,
     seen_by_ranks,
-    table,
     two_processes,
 )
 
-EVERY = [f"{name},{data},{backbone}" for name, data, backbone, _ in table.combinations()]
+EVERY = [f"{name},{data},{backbone}" for name, data, backbone, _ in of.combinations()]
 AUTHORS = [
     ",".join([name, *(of.read(of.FOLDER / f"{name}.yaml")[x][0] for x in ("data", "backbone"))])
     for name in of.RUNS

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The authors' runs of examples/paper: one of each method is trained by two processes for a few
 steps, stopped, resumed and evaluated, and one of them by one process too. Then what a file of
-settings may be, how a step is shared out, LARS, the learning rate, the probe, and the tables of
-docs/paper_runs.md.
+settings may be, how a step is shared out, LARS, the learning rate and the probe.
 
-All files, data sets and networks are in test_paper_every_run.py, which takes long.
+All files, data sets and networks are in test_paper_every_run.py, which takes long, and the page of
+the runs is in test_paper_page.py.
 """
 
 import importlib.util
@@ -12,7 +12,6 @@ import json
 import math
 import re
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,7 +35,7 @@ for name in (
 import paper_ranks  # noqa: E402
 from common import training  # noqa: E402
 from common.options import LAST  # noqa: E402
-from paper import images, methods, probe, run, table  # noqa: E402
+from paper import images, methods, probe, run  # noqa: E402
 from paper import settings as of  # noqa: E402
 from paper_ranks import arguments_of, digest  # noqa: E402
 from test_examples import bits, photographs  # noqa: E402
@@ -191,14 +190,22 @@ def test_a_step_that_cannot_be_shared_out_is_refused(root, tmp_path, capsys, mon
     assert not (tmp_path / "out").exists()
 
 
-def test_the_first_lines_say_what_a_step_is():
-    settings = of.read(of.FOLDER / "imagenet_simclr_hex.yaml")
+@pytest.mark.parametrize(
+    "name, devices, step",
+    [
+        ("imagenet_simclr_hex", 1, "4096 images, 16 batches of 256, in turn"),
+        ("imagenet_simclr_hex", 8, "4096 images, 16 batches of 256, 2 on each of 8 processes"),
+        ("imagenet_nnclr_hex", 1, "256 images, one batch"),
+        ("imagenet_nnclr_hex", 8, "256 images, one batch, gathered from 8 processes"),
+    ],
+)
+def test_the_first_lines_say_what_a_step_is(name, devices, step):
+    settings = of.read(of.FOLDER / f"{name}.yaml")
     settings |= {"data": "imagenet", "backbone": "resnet50"}
-    said = of.described(settings, 8).splitlines()
-    assert said[1] == (
-        "a step: 4096 images, in batches of 256; 8 processes, each with batches of its own; 2 times"
-    )
-    assert said[2].startswith("LARS: learning rate 4.8 = 0.3 * 256 * 16 / 256, ")
+    said = of.described(settings, devices).splitlines()
+    assert said[1] == f"a step: {step}"
+    rate = "4.8 = 0.3 * 256 * 16" if "simclr" in name else "0.3 = 0.3 * 256 * 1"
+    assert said[2].startswith(f"LARS: learning rate {rate} / 256, ")
     assert said[3].startswith("HEX: variant released, threshold adaptive, ")
 
 
@@ -450,53 +457,3 @@ def test_a_download_of_cifar_is_read_as_torchvision_has_it(tmp_path, monkeypatch
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in images.SCALES["cifar100"])
     unchanged = torch.from_numpy(Fake("", False).data).permute(0, 3, 1, 2) / 255
     torch.testing.assert_close(whole, (unchanged - mean) / std)
-
-
-# ---- the page -----------------------------------------------------------------------------------
-
-
-def test_the_page_is_what_its_results_make():
-    page = table.PAGE.read_text()
-    assert table.written(page) == page
-
-
-def test_a_result_is_taken_over_once_and_stands_in_the_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(table, "RESULTS", tmp_path / "results.json")
-    monkeypatch.setattr(table, "PAGE", tmp_path / "page.md")
-    places = "".join(f"<!-- paper {name} -->\n\nold\n\n<!-- end -->\n" for name in table.TABLES)
-    (tmp_path / "page.md").write_text(places)
-    (tmp_path / "results.json").write_text(
-        '{"paper": {"imagenet_simclr imagenet resnet50": 1.5}, "ours": {}}'
-    )
-    result = {
-        "run": "imagenet_simclr", "data": "imagenet", "backbone": "resnet50", "tiny": False,
-        "variant": "released", "seed": 5, "devices": 8,
-        "linear": {"1": [0.25, 0.5], "0.1": [0.125, 1]},
-    }  # fmt: skip
-    (tmp_path / "result.json").write_text(json.dumps(result))
-    for _ in range(2):
-        assert table.main([str(tmp_path)]) == 0
-    page = (tmp_path / "page.md").read_text()
-    row = "| `imagenet_simclr` | ImageNet | ResNet-50 | 1.50 | 25.00 (100%), 12.50 (10%) |  |"
-    assert row in page.splitlines()
-    counts = Counter(re.findall("not run|not found by us", page))
-    assert counts["not found by us"] == len(table.combinations()) - 1 == 37
-    hexes = sum(x[3]["loss"] == "hex" for x in table.combinations())
-    assert counts["not run"] == len(table.combinations()) + hexes - 1
-    for wrong, text in (
-        (result | {"tiny": True}, "got a run of --tiny"),
-        (None, "wanted the result"),
-    ):
-        (tmp_path / "result.json").unlink()
-        if wrong:
-            (tmp_path / "result.json").write_text(json.dumps(wrong))
-        assert table.main([str(tmp_path)]) == 2
-        assert text in capsys.readouterr().err
-
-
-def test_the_cost_of_imagenet_is_that_of_two_views_of_each_image():
-    settings = of.read(of.FOLDER / "imagenet_simclr.yaml")
-    training, probes = table.cost("imagenet", "resnet50", settings)
-    assert training == pytest.approx(2 * 1.281167 * 100)
-    assert probes == pytest.approx(1.281167 * 100 * 1.11 / 3)
-    assert 0.1 < table.work("cifar10", "resnet18") < table.work("cifar10", "resnet50") < 1

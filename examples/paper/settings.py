@@ -55,7 +55,6 @@ def _are_numbers(x: Any) -> bool:
 Check = tuple[Callable[[Any], bool], str]
 TEXT, CHOICE = (_is_text, "a text"), (_is_choice, "a list of texts")
 COUNT, NUMBER = (_is_count, "a whole number, 1 or more"), (_is_number, "a number, 0 or more")
-NUMBERS = (_are_numbers, "a list of numbers, 0 or more")
 RULE = (_is_rule, "the name of a preset, or a rule with its options")
 
 WANTED: dict[str, Check] = {
@@ -125,6 +124,16 @@ def read(file: Path) -> Settings:
     return settings
 
 
+def combinations() -> list[tuple[str, str, str, Settings]]:
+    """Every run that there can be: its file, data set, network and settings."""
+    found = []
+    for name in RUNS:
+        settings = read(FOLDER / f"{name}.yaml")
+        for data in settings["data"]:
+            found += [(name, data, backbone, settings) for backbone in settings["backbone"]]
+    return found
+
+
 def chosen(settings: Settings, name: str, value: str | None) -> Settings:
     """With one of the values that a run's file allows for "data" or "backbone", or its first.
 
@@ -146,7 +155,7 @@ def tiny(settings: Settings) -> Settings:
     after the first epoch (see `tracker`).
     """
     small = {
-        "images": 32,  # of each part
+        "images": 32,  # of each part; no other run has this setting
         "crop": 8 if settings["crop"] == 32 else 32,
         "batch": 16,
         "accumulate": min(settings["accumulate"], 2),
@@ -213,20 +222,18 @@ def learning_rate(settings: Settings) -> float:
 def described(settings: Settings, devices: int) -> str:
     """What a run is, in a few lines, with the numbers that follow from the others."""
     size, times, split = shared_out(settings, devices)
-    batch = settings["batch"]
-    how = "one process"
-    if devices > 1:
-        how = f"{devices} processes, " + (
-            f"{batch // devices} images each of a batch that is gathered"
-            if split
-            else "each with batches of its own"
-        )
+    batch, batches = settings["batch"], settings["accumulate"]
+    how = "one batch" if batches == 1 else f"{batches} batches of {batch}"
+    if split and devices > 1:
+        how += f", gathered from {devices} processes"
+    elif batches > 1:
+        how += f", {times} on each of {devices} processes" if devices > 1 else ", in turn"
     lines = [
         f"{settings['method']}, loss {settings['loss']}, {settings['backbone']} on "
         f"{settings['data']}, {settings['epochs']} epochs",
-        f"a step: {size * times} images, in batches of {batch}; {how}; {times} times",
+        f"a step: {size * times} images, {how}",
         f"LARS: learning rate {learning_rate(settings):g} = {settings['lr']:g} * {batch} * "
-        f"{settings['accumulate']} / 256, weight decay {settings['weight_decay']:g}, warm-up of "
+        f"{batches} / 256, weight decay {settings['weight_decay']:g}, warm-up of "
         f"{settings['warmup_epochs']} epochs",
     ]
     if settings["loss"] == "hex":

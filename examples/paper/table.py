@@ -41,17 +41,6 @@ RATES = {"fast": 16621.0, "slow": 2 * IMAGES["imagenet"] / (35 * 60) * 8 / 2}
 FORWARD = 1 / 3  # of a step's work: the backward is two thirds
 
 
-def combinations() -> list[tuple[str, str, str, of.Settings]]:
-    """Every run that there can be: its file, data set, network and settings."""
-    found = []
-    for name in of.RUNS:
-        settings = of.read(of.FOLDER / f"{name}.yaml")
-        for data in settings["data"]:
-            for backbone in settings["backbone"]:
-                found.append((name, data, backbone, settings))
-    return found
-
-
 def results() -> dict[str, Any]:
     return json.loads(RESULTS.read_text())
 
@@ -118,7 +107,7 @@ def _threshold(settings: of.Settings) -> str:
 
 def results_table() -> str:
     known, rows = results(), []
-    for name, data, backbone, settings in combinations():
+    for name, data, backbone, settings in of.combinations():
         own = key(name, data, backbone)
         reported = known["paper"].get(own)
         ours = known["ours"].get(own, [])
@@ -172,7 +161,7 @@ def cost(data: str, backbone: str, settings: of.Settings) -> tuple[float, float]
 def cost_table() -> str:
     """A row for all files that cost the same."""
     files: dict[tuple[str, ...], list[str]] = {}
-    for name, data, backbone, settings in combinations():
+    for name, data, backbone, settings in of.combinations():
         hours = (
             " to ".join(f"{x * 1e6 / RATES[rate] / 3600:.2g}" for rate in ("fast", "slow"))
             for x in cost(data, backbone, settings)
