@@ -77,7 +77,7 @@ def main(root: Path, folder: Path, runs: list[str]) -> None:
             trained(what, part)
         trained(what, "parts", "--stop-after", "1")
         torch.manual_seed(9)  # a new process would not have it either
-        trained(what, "parts", "--resume")
+        trained(what, "parts", "--resume", str(folder / f"{what} parts"))
         for part in [*parts, "parts"] if leader else ():
             digests[f"{what} {part}"] = digest(folder / f"{what} {part}")
             if marked != runs[0]:

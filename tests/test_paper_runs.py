@@ -87,7 +87,7 @@ def check_parts(what: str, root: Path, folder: Path, said: Callable[[], str]) ->
     assert run.main([*arguments_of(root, what, parts), "--stop-after", "1"]) == 0
     assert not (parts / "result.json").exists()
     torch.manual_seed(9)
-    assert run.main([*arguments_of(root, what, parts), "--resume"]) == 0
+    assert run.main([*arguments_of(root, what, parts), "--resume", str(parts)]) == 0
     assert digest(whole) == digest(parts)
     one, two = (check_result(folder, what, 1) for folder in (whole, parts))
     assert one["linear"] == two["linear"]
@@ -103,7 +103,7 @@ def test_a_finished_run_that_is_resumed_is_evaluated_again(root, ranks, tmp_path
     shutil.copytree(ranks / f"{FIRST} whole", tmp_path, dirs_exist_ok=True)
     before = digest(tmp_path)
     (tmp_path / "result.json").unlink()
-    assert run.main([*arguments, "--resume"]) == 0  # in one process, a run of two
+    assert run.main([*arguments, "--resume", str(tmp_path)]) == 0  # in one process, a run of two
     assert digest(tmp_path) == before
     two = check_result(ranks / f"{FIRST} whole", FIRST, RANKS)
     assert check_result(tmp_path, FIRST, 1)["linear"] == two["linear"]
@@ -262,7 +262,7 @@ def test_a_file_that_is_missing_or_no_settings_is_refused(root, tmp_path, capsys
         (["--data", "imagenet"], "--data: got 'imagenet', wanted one of cifar100, cifar10 for"),
         (["--backbone", "vit"], "--backbone: got 'vit', wanted one of resnet50, resnet18 for this"),
         (["--root", "nowhere"], "--root nowhere: there is no such folder"),
-        (["--resume"], "last.ckpt: there is no such checkpoint"),
+        (["--resume", "nowhere"], "nowhere/last.ckpt: there is no such checkpoint"),
         ([], "there are 36 training images, wanted 256 for a batch"),
     ],
 )
@@ -284,18 +284,20 @@ def test_what_a_run_cannot_have_is_refused_in_a_line(more, wanted, root, tmp_pat
     ],
 )
 def test_a_run_is_not_resumed_with_other_settings(more, wanted, root, ranks, capsys):
-    arguments = arguments_of(root, FIRST, ranks / f"{FIRST} whole")
-    assert run.main([*arguments, *more, "--resume"]) == 2
+    folder = ranks / f"{FIRST} whole"
+    arguments = arguments_of(root, FIRST, folder)
+    assert run.main([*arguments, *more, "--resume", str(folder)]) == 2
     assert capsys.readouterr().err == f"run.py: error: {wanted}\n"
 
 
 def test_a_run_of_another_file_or_script_is_not_resumed(root, ranks, tmp_path, capsys):
-    other = arguments_of(root, "cifar_simclr_step,cifar10,resnet18", ranks / f"{FIRST} whole")
-    assert run.main([*other, "--resume"]) == 2
+    folder = ranks / f"{FIRST} whole"
+    other = arguments_of(root, "cifar_simclr_step,cifar10,resnet18", folder)
+    assert run.main([*other, "--resume", str(folder)]) == 2
     assert "with --resume, of a run with" in capsys.readouterr().err
     state = {"epoch": 0, "hyper_parameters": {"script": "simclr"}}
     torch.save(state, tmp_path / LAST)
-    assert run.main([*arguments_of(root, FIRST, tmp_path), "--resume"]) == 2
+    assert run.main([*arguments_of(root, FIRST, tmp_path), "--resume", str(tmp_path)]) == 2
     assert "wanted a run of examples/paper/run.py" in capsys.readouterr().err
 
 

@@ -6,8 +6,8 @@
     torchrun --nproc-per-node 8 examples/paper/run.py examples/paper/imagenet_simclr_hex.yaml --root DIR
     python examples/paper/run.py examples/paper/imagenet_simclr_hex.yaml --root DIR --tiny --device cpu
 
-The same command with --resume continues a run after its last whole epoch. Settings other than those
-that the run began with are refused. The number of processes may change, because it does not change
+The same command with --resume RUN, the run's folder, continues it after its last whole epoch. Settings
+other than those that the run began with are refused. The number of processes may change, because it does not change
 the images of a step, the learning rate or the number of images that the loss sees together.
 
 docs/paper_runs.md has the runs, what differs from the authors' setup, and what the runs cost. Needs
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
     add("--tiny", action="store_true", help="a run of seconds, to see that it works")
     add("--out", help="the run's folder; by default runs/paper- and what the run is")
-    add("--resume", action="store_true", help="continue the run that is in the folder")
+    add("--resume", type=Path, metavar="RUN", help="continue the run in this folder")
     add("--stop-after", type=positive, metavar="EPOCHS", help="stop after so many epochs")
     return parser
 
@@ -76,10 +76,13 @@ def options_of(arguments: argparse.Namespace, settings: of.Settings) -> argparse
     devices = int(os.environ.get("WORLD_SIZE", 1))
     size, _, _ = of.shared_out(settings, devices)
     name = arguments.file.stem
-    what = [name, settings["data"], settings["backbone"]]
+    what = [name, settings["data"], settings["backbone"], f"seed{settings['seed']}"]
     if settings["loss"] == "hex":
         what.append(settings["variant"])
-    out = arguments.out or "runs/paper-" + "-".join(what) + ("-tiny" if arguments.tiny else "")
+    if arguments.tiny:
+        what.append("tiny")
+    # All processes have to know the folder, so there is no time in its name.
+    out = arguments.resume or arguments.out or f"runs/paper-{'-'.join(what)}"
     half = settings["precision"] == "16-mixed" and torch.device(arguments.device).type != "cpu"
     return argparse.Namespace(
         script=SCRIPT,
@@ -90,7 +93,7 @@ def options_of(arguments: argparse.Namespace, settings: of.Settings) -> argparse
         device=arguments.device,
         devices=devices,
         amp="fp16" if half else "off",
-        out=out,
+        out=str(out),
         resume=None,
         stop_after=arguments.stop_after,
         loss=settings["loss"],
@@ -133,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
         runs.console.print(of.described(settings, options.devices), soft_wrap=True)
         return begun
 
-    return training.run(SCRIPT, prepare, lambda _: "the same command with --resume")
+    return training.run(SCRIPT, prepare, lambda folder: f"the same command with --resume {folder}")
 
 
 if __name__ == "__main__":
