@@ -79,7 +79,6 @@ def view(
     solarize: float,
 ) -> nn.Module:
     """A random view of an image of any size, uint8 (3, crop, crop). See views.yaml."""
-    kernel = crop // 20 * 2 + 1  # a tenth of the side, and odd
     return v2.Compose([
         v2.ToImage(),
         v2.RandomResizedCrop(
@@ -87,7 +86,7 @@ def view(
         ),
         v2.RandomApply([v2.ColorJitter(brightness, contrast, saturation, hue)], p=0.8),
         v2.RandomGrayscale(0.2),
-        v2.RandomApply([v2.GaussianBlur(kernel, (0.1, 2.0))], p=blur),
+        v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], p=blur),  # 13: three sigma on each side
         v2.RandomSolarize(128, p=solarize),
         v2.RandomHorizontalFlip(),
     ])  # fmt: skip
