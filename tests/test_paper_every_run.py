@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Every run of examples/paper, with every data set and network that its file names: trained for a
-few steps, stopped, resumed and evaluated, in one process, and as the authors have it in two.
+few steps, stopped, resumed and evaluated, in one process, and as the authors have it in two. In one
+process, and with HEX in two, it has to end with the bits of a run without a break.
 
 test_paper_runs.py has the rest, and takes a minute. This takes many.
 """
@@ -48,17 +49,19 @@ def test_a_run_stopped_and_resumed_ends_with_the_same_bits_and_result(
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_two_processes_train_every_run_and_a_break_changes_no_bit(group, photos, tmp_path):
-    runs = [what for what in AUTHORS if what.startswith(f"{group},") or f"{group}_" in what]
-    two_processes(photos, tmp_path, [f"+{what}" for what in runs])
+def test_two_processes_train_resume_and_evaluate_every_run(group, photos, tmp_path):
+    runs = [what for what in AUTHORS if what.startswith((f"{group},", f"{group}_"))]
+    two_processes(photos, tmp_path, [("+" if "_hex," in what else "") + what for what in runs])
     seen = seen_by_ranks(tmp_path)
     assert all(set(rank["statuses"]) == {0} for rank in seen)
     for what in runs:
+        result = check_result(tmp_path / f"{what} parts", what, RANKS)
+        if "_hex," not in what:
+            continue
         one, two = (f"{what} {part}" for part in ("whole", "parts"))
         assert seen[0]["digests"][one] == seen[0]["digests"][two], what
         assert all(torch.equal(rank["losses"][one], rank["losses"][two]) for rank in seen)
-        results = [check_result(tmp_path / name, what, RANKS) for name in (one, two)]
-        assert results[0]["linear"] == results[1]["linear"]
+        assert check_result(tmp_path / one, what, RANKS)["linear"] == result["linear"]
     for rank, stream in ((0, "stderr"), (1, "stdout"), (1, "stderr")):
         assert printed(tmp_path, rank, stream) == ""
     rmtree(tmp_path)
