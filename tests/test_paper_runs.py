@@ -383,8 +383,9 @@ def test_views_are_those_of_the_file():
         assert images.view(32, **x)(picture).shape == (3, 32, 32)
     plain = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0, "blur": 0.0}
     grey = torch.full((3, 40, 50), 200, dtype=torch.uint8)
-    assert (images.view(32, **plain, solarize=0.0)(grey) == 200).all()
-    assert (images.view(32, **plain, solarize=1.0)(grey) == 55).all()
+    for solarize, value in ((0.0, 200), (1.0, 55)):
+        seen = images.view(32, **plain, solarize=solarize)(grey)
+        assert (seen.int() - value).abs().max() <= 1  # turning grey may round down
 
 
 def test_a_share_of_the_labels_has_its_share_of_each_class_and_no_class_is_left_out(model):
