@@ -89,20 +89,27 @@ class MemorySplit:
             yield _centre(images.float() / 255)
 
 
-class FolderSplit:
-    """The images below root/<class>/, read, decoded and augmented by worker processes."""
+class PictureSplit:
+    """Photographs in files, read, decoded and augmented by worker processes.
+
+    Args:
+        pictures: a dataset of torchvision, of images as PIL has them and labels, with `targets` and
+            `classes`.
+        views: makes a view of an image, one for each view.
+    """
 
     def __init__(
-        self, root: Path, size: int, workers: int, device: torch.device, local_views: int
+        self,
+        pictures: Dataset,
+        views: list[nn.Module],
+        size: int,
+        workers: int,
+        device: torch.device,
     ) -> None:
-        try:
-            self._folder = ImageFolder(str(root))
-        except FileNotFoundError as error:  # raised for a class without images
-            raise DataError(f"{root}: {error}") from None
-        self.labels = torch.tensor(self._folder.targets)
-        self.classes = self._folder.classes
+        self._folder, self._augmentations = pictures, views
+        self.labels = torch.tensor(pictures.targets)
+        self.classes = pictures.classes
         self.size, self._device = size, device
-        self._augmentations = _one_a_view(partial(augment.photograph, size), local_views)
         self.loading = {  # options of DataLoader
             "num_workers": workers,
             "pin_memory": device.type == "cuda",
@@ -115,28 +122,59 @@ class FolderSplit:
         return len(self._folder)
 
     def dataset(self) -> Dataset:
-        return _Pictures(self._folder, self._augmentations)
+        return self.as_seen_by(*self._augmentations)
 
     def prepare(self, items: list[Tensor]) -> Batch:
         """What a model gets, of uint8 views and labels."""
         *views, labels = items
-        return [self._prepare(view) for view in views], labels.to(self._device)
+        return [self.scaled(view) for view in views], labels.to(self._device)
 
-    def images(self, batch_size: int = 256) -> Iterator[Tensor]:
-        whole = v2.Compose([
+    def whole(self) -> nn.Module:
+        """What makes a view of the middle of an unchanged image."""
+        return v2.Compose([
             v2.ToImage(), v2.Resize(self.size * 8 // 7, antialias=True), v2.CenterCrop(self.size),
         ])  # fmt: skip
-        pictures = _Pictures(self._folder, [whole])
+
+    def images(self, batch_size: int = 256) -> Iterator[Tensor]:
         # A generator of its own, because looking at the images must not change later views.
         aside = torch.Generator()
-        loader = DataLoader(pictures, batch_size, generator=aside, **self.loading)
-        yield from (self._prepare(images) for images, _ in loader)
+        loader = DataLoader(
+            self.as_seen_by(self.whole()), batch_size, generator=aside, **self.loading
+        )
+        yield from (self.scaled(images) for images, _ in loader)
 
-    def _prepare(self, images: Tensor) -> Tensor:
+    def as_seen_by(self, *transforms: nn.Module) -> Dataset:
+        """For each image the result of each transform, and then the label."""
+        return _Pictures(self._folder, list(transforms))
+
+    def scaled(self, images: Tensor) -> Tensor:
+        """Of uint8 images, those that a network gets."""
         return _centre(images.to(self._device, non_blocking=True).float() / 255)
 
 
-Split = MemorySplit | FolderSplit
+class FolderSplit(PictureSplit):
+    """The images below root/<class>/."""
+
+    def __init__(
+        self, root: Path, size: int, workers: int, device: torch.device, local_views: int
+    ) -> None:
+        views = _one_a_view(partial(augment.photograph, size), local_views)
+        super().__init__(image_folder(root), views, size, workers, device)
+
+
+def image_folder(root: Path) -> ImageFolder:
+    """The images below root/<class>/.
+
+    Raises:
+        DataError: there are none, or a class has none.
+    """
+    try:
+        return ImageFolder(str(root))
+    except FileNotFoundError as error:
+        raise DataError(f"{root}: {error}") from None
+
+
+Split = MemorySplit | PictureSplit
 
 
 def load(
@@ -229,8 +267,8 @@ def in_memory(
     Raises:
         DataError: the data is missing or is not what was expected.
     """
-    parts = [_decoded(folder, size) for folder in _parts(root)]
-    _check_classes(root, *(classes for _, _, classes in parts))
+    parts = [_decoded(folder, size) for folder in parts_of(root)]
+    check_classes(root, *(classes for _, _, classes in parts))
     views = [augment.small(), augment.small()]
     train, test = (MemorySplit(x.to(device), y, classes, views) for x, y, classes in parts)
     return train, test
@@ -313,12 +351,12 @@ def _decode(path: str, size: int | None = None) -> Tensor:
 def _folders(
     root: Path, size: int, workers: int, device: torch.device, local_views: int
 ) -> tuple[FolderSplit, FolderSplit]:
-    train, test = (FolderSplit(part, size, workers, device, local_views) for part in _parts(root))
-    _check_classes(root, train.classes, test.classes)
+    train, test = (FolderSplit(part, size, workers, device, local_views) for part in parts_of(root))
+    check_classes(root, train.classes, test.classes)
     return train, test
 
 
-def _parts(root: Path) -> tuple[Path, Path]:
+def parts_of(root: Path) -> tuple[Path, Path]:
     """The folders of the training and of the test images."""
     tests = [root / name for name in ("test", "val") if (root / name).is_dir()]
     if not (root / "train").is_dir() or not tests:
@@ -329,10 +367,10 @@ def _parts(root: Path) -> tuple[Path, Path]:
     return root / "train", tests[0]
 
 
-def _check_classes(root: Path, train: list[str], test: list[str]) -> None:
+def check_classes(root: Path, train: list[str], test: list[str]) -> None:
     if train != test:
         raise DataError(
-            f"--root {root}: train/ has {len(train)} classes and {_parts(root)[1].name}/ has "
+            f"--root {root}: train/ has {len(train)} classes and {parts_of(root)[1].name}/ has "
             f"{len(test)}, or their names differ"
         )
 

@@ -40,11 +40,13 @@ PRECISION = {"off": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 def quiet() -> None:
     """Turns off Lightning's advertisements, and its warnings that do not concern these runs."""
-    for name in ("pytorch", "fabric"):
-        logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for text in (
         ".*LeafSpec.*is deprecated",  # it is Lightning that uses it
         ".*does not have many workers",  # images in memory need none; else --workers says how many
+        "Found .* in eval mode at the start of training",  # a network that is frozen
+        "torch.distributed.nn.functional.all_reduce is deprecated",  # it is lightly that uses it
         "Experiment logs directory .* exists",  # that of a part of a run that is repeated
     ):
         warnings.filterwarnings("ignore", text)
@@ -68,6 +70,8 @@ class Method(LightningModule):
     local_views: ClassVar[int] = 0  # how many small crops there are besides the two views
     gathers: ClassVar[bool] = False  # whether its loss is that of the whole batch, on all devices
     classes_known: ClassVar[bool] = True  # of all candidates: the log has H's share of the class
+    accumulate: int = 1  # how many batches there are in a step of the optimizer
+    sync_batchnorm: bool = True  # whether BatchNorm sees the batches of all devices as one
 
     def __init__(self, options: argparse.Namespace, images: data.Split) -> None:
         super().__init__()
@@ -83,6 +87,11 @@ class Method(LightningModule):
             text = "how many GPUs, or processes on the CPU"
             add("--devices", type=positive, default=1, help=text)
 
+    @classmethod
+    def load(cls, options: argparse.Namespace) -> tuple[data.Split, data.Split]:
+        """The images to train on and those to test with. It raises as `runs.load` does."""
+        return runs.load(options, cls.local_views)
+
     def forward(self, *views: Tensor) -> Tensor:
         """The loss of a batch, 0-d, from views (B, 3, size, size) in [-1, 1]."""
         raise NotImplementedError
@@ -94,10 +103,16 @@ class Method(LightningModule):
         return loss
 
     def on_train_batch_end(self, outputs: Any, items: Any, index: int) -> None:
-        self.after_step(self.trainer.global_step, self.steps)
+        if (index + 1) % self.accumulate == 0 or self.trainer.is_last_batch:
+            self.after_step(self.trainer.global_step, self.steps)
 
     def after_step(self, step: int, steps: int) -> None:
         """Called after each step of the optimizer; `step` counts from 1 to `steps`."""
+
+    def finish(self, test: data.Split, seconds: float | None) -> None:
+        """Evaluates, after the last epoch. It is called on all ranks."""
+        if rank_zero_only.rank == 0:
+            runs.finish(type(self), self.options, self.backbone, (self.images, test), seconds)
 
     def train_dataloader(self) -> DataLoader:
         options, trainer = self.options, self.trainer
@@ -117,6 +132,9 @@ class Method(LightningModule):
         self.steps = len(self.train_dataloader()) * self.options.epochs
         rule = runs.schedule(optimizer, self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rule, "interval": "step"}}
+
+
+Begun = tuple[Method, data.Split, dict[str, Any] | None]  # and the test images, the checkpoint
 
 
 class EachEpoch(Callback):
@@ -149,7 +167,7 @@ class EachEpoch(Callback):
         self.step = partial(bar.advance, bar.add_task(name, total=steps))
 
     def on_train_batch_end(self, trainer: Trainer, model: Method, outputs: Any, *_: Any) -> None:
-        self.losses.append(outputs["loss"].detach())
+        self.losses.append(outputs["loss"].detach() * model.accumulate)  # Lightning has divided it
         self.step()
         self.let_ctrl_c()
 
@@ -190,6 +208,23 @@ def main(method: type[Method], arguments: list[str] | None = None, **defaults: o
         diverged, 130 after Ctrl-C.
     """
     script = Path(sys.modules[method.__module__].__file__).stem
+
+    def prepare() -> Begun:
+        return begin(method, *parse(method, script, arguments, **defaults))
+
+    return run(script, prepare, lambda folder: f"python {sys.argv[0]} --resume {folder}")
+
+
+def run(script: str, prepare: Callable[[], Begun], command: Callable[[Path], str]) -> int:
+    """Trains what `prepare` makes, and says in a line what goes wrong.
+
+    Args:
+        script: the name with which an error begins.
+        command: what continues the run in a folder.
+
+    Returns:
+        The exit status of `main`.
+    """
     quiet()
     leader = rank_zero_only.rank == 0  # Lightning starts the script again for each other rank
     console.quiet = not leader
@@ -204,9 +239,8 @@ def main(method: type[Method], arguments: list[str] | None = None, **defaults: o
     folder = None
     try:
         try:
-            options, state = parse(method, script, arguments, **defaults)
-            model, test = begin(method, options, state)
-            folder = make_folder(options) if leader else Path()
+            model, test, state = prepare()
+            folder = make_folder(model.options) if leader else Path()
         except ValueError as error:  # a ValueError in training is a fault of the program
             return failed(2, f"error: {error}")
         train(model, test, folder, state)
@@ -221,16 +255,14 @@ def main(method: type[Method], arguments: list[str] | None = None, **defaults: o
         if folder is not None:
             text = f"interrupted; {runs.what_is_kept(folder)}"
             if (folder / LAST).exists():
-                text += f"\nTo go on: python {sys.argv[0]} --resume {folder}"
+                text += f"\nTo go on: {command(folder)}"
         console.print(text, soft_wrap=True)
         return 130
     return 0
 
 
-def begin(
-    method: type[Method], options: argparse.Namespace, state: dict[str, Any] | None
-) -> tuple[Method, data.Split]:
-    """The model, with its images, and the test images.
+def begin(method: type[Method], options: argparse.Namespace, state: dict[str, Any] | None) -> Begun:
+    """The model, with its images, the test images, and the `state` that it was given.
 
     Raises:
         DataError, CheckpointError, ValueError: the run cannot begin. The text is meant for the
@@ -248,11 +280,11 @@ def begin(
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # that "cuda" means
     if options.amp == "fp16" and check_device(options.device).type == "cpu":
         raise ValueError("--amp fp16: wanted a GPU; on a CPU there is bf16")
-    images, test = runs.load(options, method.local_views)
+    images, test = method.load(options)
     model = method(options, images)
     if state is not None:  # Lightning restores it again; here it is seen whether it fits
         runs.restore(model, {"model": state["state_dict"]}, "model")
-    return model, test
+    return model, test, state
 
 
 def train(model: Method, test: data.Split, folder: Path, state: dict[str, Any] | None) -> None:
@@ -282,7 +314,8 @@ def train(model: Method, test: data.Split, folder: Path, state: dict[str, Any] |
         else "auto",
         # Normalises by the whole batch. torch has it for CUDA only: on the CPU each rank normalises
         # by its own part.
-        sync_batchnorm=several and gpu,
+        sync_batchnorm=several and gpu and model.sync_batchnorm,
+        accumulate_grad_batches=model.accumulate,
         precision=PRECISION[options.amp],
         max_epochs=options.epochs,
         logger=logs,
@@ -304,13 +337,11 @@ def train(model: Method, test: data.Split, folder: Path, state: dict[str, Any] |
             trainer.fit(model, ckpt_path=options.resume, weights_only=True)
         except SystemExit:  # Lightning makes it of Ctrl-C, when it has ended the other ranks
             raise KeyboardInterrupt from None
-    if not trainer.is_global_zero:
-        return
     if each_epoch.saved == options.epochs:
         seconds = time.perf_counter() - start if first == 0 else None
         model.to(device)  # Lightning leaves it on the CPU
-        runs.finish(type(model), options, model.backbone, (model.images, test), seconds)
-    console.print(
+        model.finish(test, seconds)
+    console.print(  # which prints on rank 0
         f"checkpoint: {folder / LAST}\nlog: tensorboard --logdir {folder}", soft_wrap=True
     )
 
