@@ -37,10 +37,11 @@ build: .venv/hex ## hex in .venv, from this folder, with all that its tests and 
 CUDA_TESTS := $(addprefix tests/test_cuda_,emulation.py blocks.py sets.py build.py mutants.py)
 # Those that compile the CPU core again (by other compilers, for instructions that few CPUs have, with
 # planted errors, with sanitizers), those of all levels in memory full of NaN, of allocations that
-# fail, of what a build gives, of the benchmarks, of the documentation site, and of the notebook.
+# fail, of what a build gives, of the benchmarks, of the documentation site, of the notebook, and of
+# every one of the paper's runs.
 THOROUGH_TESTS := $(addprefix tests/test_,clang.py aarch64.py bf16_level.py work_done_twice.py \
     unwritten_memory.py build.py benchmark.py benchmark_gpu.py failing_allocations.py \
-    alone_planted.py races.py site.py notebook.py)
+    alone_planted.py races.py site.py notebook.py paper_every_run.py)
 NOT_ALWAYS := $(addprefix --ignore=,$(CUDA_TESTS) $(THOROUGH_TESTS))
 
 test: lint ## lint, then the tests: five minutes
