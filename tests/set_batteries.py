@@ -33,8 +33,7 @@ def check_call(p: Call) -> None:
     rows, ours = p.values(p.rows, x.dtype)
     truth, exact = p.values(p.plain, torch.float64)
     delta = 2 * 2**-12 + 2**-24 * x.shape[-1] ** 0.5
-    condition = 1.0 if p.variant else (1 + p.tau_plus) / (1 - p.tau_plus)
-    steep = (condition * (1 + p.beta) + 1) * delta / p.tau
+    steep = (p.condition * (1 + p.beta) + 1) * delta / p.tau
     pairs = [("loss", rows, truth, 2 * steep)]
     for z, a, b in zip(inputs, ours, exact, strict=True):
         assert a.dtype == (z.dtype if z.dim() else torch.float64), p
