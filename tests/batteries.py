@@ -387,6 +387,10 @@ def battery(device: str = "cpu") -> None:
         problem("cluster", 40, 20, dtype=single, beta=2.0),
         problem("cluster", 40, 66, "unpaired", K=150, dtype=single, beta=0.5),
         problem("cluster", 33, 7, "cross", dtype=single, tau=0.02, variant="released"),
+        problem("cluster", 20, 9, dtype=single, variant="excluded"),
+        problem("cluster", 33, 7, "query", dtype=single, variant="paper decoupled"),
+        # the positive so near that without it in the denominator m is far below 0
+        problem("clamped", 13, 40, dtype=single, tau=0.005, variant="paper decoupled"),
         problem("clamped", 24, 40, dtype=single, tau_plus=0.9, tau=0.005),
         problem("cluster", 20, 9, dtype=single, tau=0.05, beta=6.0),  # no common scale
         problem("gauss", 20, 40, dtype=single, tau=0.001),  # at a shift of 1 all would be 0

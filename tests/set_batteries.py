@@ -188,6 +188,10 @@ def battery_of_sets(device: str = "cpu") -> None:
         labelled(40, 9, masked=True, dtype=single, **inside),  # of two views
         labelled(70, 20, "queue", "guide", M=90, dtype=single, beta=0.5),
         labelled(70, 66, "queue", M=90, dtype=single, variant="released"),
+        labelled(20, 9, "queue", M=40, dtype=single, variant="excluded"),
+        labelled(20, 9, dtype=single, labels=13, variant="paper decoupled"),
+        labelled(13, 9, "pair", "guide", M=20, dtype=single, variant="paper decoupled", **inside),
+        labelled(20, 9, dtype=single, labels=1, variant="paper decoupled"),
         labelled(33, 66, "pair", "guide", M=90, dtype=single, beta=2.0, **inside),
         changed(
             labelled(33, 9, "self", "groups", dtype=single, tau=0.02, variant="released", **inside),
@@ -219,7 +223,12 @@ def battery_of_sets(device: str = "cpu") -> None:
         ("ntxent", "groups", double, 9),
     ):
         check_call(viewed(40 if K != 9 else 9, 20, mode, source, K=K, dtype=dtype).to(device))
-    for dtype, variant in ((single, "paper"), (half, "released"), (double, "paper")):
+    for dtype, variant in (
+        (single, "paper"),
+        (half, "released"),
+        (double, "paper decoupled"),
+        (single, "excluded decoupled"),
+    ):
         p = logits(9, 700, dtype=dtype, variant=variant).to(device)
         check_call(p)
         of_infinity = changed(p, 0, 3, (p.tensors[1][3] + 1) % 700, math.inf)

@@ -15,13 +15,14 @@ import operators
 import pytest
 import torch
 from conftest import DTYPES, problem
-from data import MODES, f64, leaves, views
+from data import FORMS as OF_VIEWS
+from data import MODES, f64, form, leaves, views
 from labelled_problems import PAIRINGS, SOURCES, Call, check, labelled, logits
 from torch import Tensor
 
 from hex import ops, reference
 
-FORMS = tuple(itertools.product(("paper", "released"), ("outside", "inside")))
+FORMS = tuple(itertools.product(OF_VIEWS, ("outside", "inside")))
 
 
 def everything(dtype: torch.dtype) -> list[Call]:
@@ -35,7 +36,7 @@ def everything(dtype: torch.dtype) -> list[Call]:
         calls.append(labelled(N, D, pairing, source, M=M, masked=masked, dtype=dtype, seed=k,
                               variant=variant, positives=positives,
                               beta=(1.0, 0.0, 0.5)[k // 3 % 3]))  # fmt: skip
-    for k, variant in enumerate(("paper", "released")):
+    for k, variant in enumerate(OF_VIEWS):
         for N, C in ((1, 1), (19, 37), (5, 1031)):
             calls.append(logits(N, C, dtype=dtype, variant=variant, seed=k))
     return calls
@@ -71,7 +72,10 @@ def test_hard_batches_and_temperatures_are_as_exact(kind, tau):
 @pytest.mark.parametrize("p", (labelled(7, 3), labelled(7, 3, "pair", M=5, positives="inside"),
                                labelled(4, 3, "queue", "guide", M=5), labelled(7, 3, masked=True),
                                labelled(7, 3, "self", "groups", variant="released"),
-                               logits(3, 7), logits(3, 7, variant="released")),
+                               logits(3, 7), logits(3, 7, variant="released"),
+                               labelled(7, 3, variant="paper decoupled"),
+                               labelled(7, 3, positives="inside", variant="paper decoupled"),
+                               logits(3, 7, variant="excluded")),
                          ids=str)  # fmt: skip
 def test_first_and_second_derivatives_are_those_of_finite_differences(p):
     inputs = [p.tensors[k].clone() for k in p.places]
@@ -82,7 +86,7 @@ def test_first_and_second_derivatives_are_those_of_finite_differences(p):
     assert torch.autograd.gradgradcheck(p.rows, inputs, fast_mode=True)
 
 
-@pytest.mark.parametrize("variant", ("paper", "released"))
+@pytest.mark.parametrize("variant", OF_VIEWS)
 @pytest.mark.parametrize("source", ("groups", "guide"))
 @pytest.mark.parametrize("mode", MODES)
 def test_derivatives_of_views_are_those_of_finite_differences(mode, source, variant):
@@ -95,7 +99,9 @@ def test_derivatives_of_views_are_those_of_finite_differences(mode, source, vari
     else:
         guide = views("cluster", n, 4, seed=2)[0]
         eps = guide.new_tensor(0.2)
-    rule = code, reduction, 0, p.beta, ops.VARIANTS[variant], p.tau_plus, False
+    options = form(variant)
+    of_form = ops.VARIANTS[options["variant"]], p.tau_plus, options["decoupled"]
+    rule = code, reduction, 0, p.beta, *of_form
 
     def loss(tau: Tensor, *z: Tensor) -> tuple[Tensor, ...]:
         inputs = *(*z, negatives)[:3], ids, mask, groups, guide
@@ -218,7 +224,7 @@ def test_strided_inputs_are_read_right():
                 assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("variant", ("paper", "released"))
+@pytest.mark.parametrize("variant", OF_VIEWS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_logit_of_infinity_makes_loss_count_share_and_gradient_of_its_row_nan(dtype, variant):
     p = logits(19, 37, dtype=dtype, variant=variant, left_out=0.0)
