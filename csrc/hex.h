@@ -139,7 +139,7 @@ typedef struct {
     hex_variant_t variant;
     hex_positives_t positives; /* outside the logarithm, or inside */
     double beta, tau_plus;
-    bool decoupled; /* the positives are not in the denominator; in the released variant never */
+    bool decoupled;   /* the positives are not in the denominator; in the released variant never */
     bool self_column; /* of logits: each row's quantile has a cosine of 1 too, the anchor's own */
 } hex_problem_t;
 

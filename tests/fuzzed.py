@@ -45,8 +45,8 @@ FUNCTION_OPTIONS = {
     "hex_cross_entropy": ("beta", "tau_plus", "variant", "decoupled", "reduction"),
 }  # fmt: skip
 DEFAULTS = dict(beta=1.0, tau_plus=0.1, variant="paper", decoupled=False, mode="ntxent",
-                reduction="mean", positives="outside", base_temperature=None, self_column=False, quantile=0.99,
-                over="negatives")  # fmt: skip
+                reduction="mean", positives="outside", base_temperature=None, self_column=False,
+                quantile=0.99, over="negatives")  # fmt: skip
 GRADS = ("ones", "randn", "zero", "expanded", "negative", "strided")  # layouts of grad_output
 DIFFERENTIABLE = ("z0", "z1", "negatives", "features", "logits")
 

@@ -189,6 +189,7 @@ def battery_of_sets(device: str = "cpu") -> None:
         labelled(70, 20, "queue", "guide", M=90, dtype=single, beta=0.5),
         labelled(70, 66, "queue", M=90, dtype=single, variant="released"),
         labelled(20, 9, "queue", M=40, dtype=single, variant="excluded"),
+        changed(labelled(20, 9, dtype=single, variant="excluded"), 9, -2.0),  # G is empty
         labelled(20, 9, dtype=single, labels=13, variant="paper decoupled"),
         labelled(13, 9, "pair", "guide", M=20, dtype=single, variant="paper decoupled", **inside),
         labelled(20, 9, dtype=single, labels=1, variant="paper decoupled"),

@@ -205,7 +205,10 @@ MUTANTS = {
         ("given && some && rest_top > hard_top", "false"),
         ("(largest - centre) / t", "0"),
         ("released || decoupled || inside || positives == 1", "true"),
-        ("released || decoupled || inside || positives == 1", "released || inside || positives == 1"),
+        (
+            "released || decoupled || inside || positives == 1",
+            "released || inside || positives == 1",
+        ),
         ("released || p.variant == HEX_EXCLUDED", "released"),
         ("leaves_out ? 0 : count", "count"),
         (

@@ -176,7 +176,10 @@ def test_the_operators_of_pairs_take_sides_of_nothing(N, M, D, kernels):
         ids = none.new_zeros(n)
         for groups, guide in ((no_groups, no_guide), (ids, no_guide), (no_groups, leaf(n, 2))):
             value, seen = ops.loss(
-                (*z, ids, nobody, groups, guide), f64(0.1), f64(0.1), (code, 1, 1, 1.0, 0, 0.1)
+                (*z, ids, nobody, groups, guide),
+                f64(0.1),
+                f64(0.1),
+                (code, 1, 1, 1.0, 0, 0.1, False),
             )
             hard, share = ops.hard_and_share(seen)
             value.backward()
@@ -196,7 +199,7 @@ def test_the_operators_of_views_take_batches_of_nothing(mode, kernels):
         inputs = [leaf(*shape) for shape in shapes]
         value, seen = ops.loss(
             (*inputs, *operators.nothing(inputs[0].detach())), f64(0.1), f64(0.1),
-            (mode, 1, 0, 1.0, 0, 0.1),
+            (mode, 1, 0, 1.0, 0, 0.1, False),
         )  # fmt: skip
         hard, _ = ops.hard_and_share(seen)
         value.backward()

@@ -389,6 +389,36 @@ def test_the_gradient_of_a_target_of_minus_infinity_is_that_of_a_target_far_belo
 
 
 @pytest.mark.parametrize("kernels", [True, False])
+def test_a_debiased_sum_of_exactly_0_is_at_its_floor_though_that_underflows(kernels, monkeypatch):
+    """q = r - tau_plus e_0 with r = 1 and e_0 = 2, and exp(-1/tau) is 0 in float64."""
+    if not kernels:
+        without_kernels(monkeypatch)
+    logits = torch.tensor([[math.log(2), 0]], dtype=torch.float64, requires_grad=True)
+    loss = hex_cross_entropy(
+        logits, torch.tensor([0]), eps=-2.0, temperature=1e-3, tau_plus=0.5, decoupled=True
+    )
+    assert loss.item() == pytest.approx(-1000 - math.log(2), rel=1e-15)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.tolist() == [[-1, 0]]
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("positives", ["outside", "inside"])
+def test_a_positive_whose_exponential_overflows_beside_the_denominator_has_a_loss(
+    positives, kernels, monkeypatch
+):
+    """Cosines of 1 with it and of 0 with the 6 negatives, all in H: Q = 6, or 6 exp(-1/tau)."""
+    if not kernels:
+        without_kernels(monkeypatch)
+    z = torch.eye(4, 8, dtype=torch.float64)[:, None].repeat(1, 2, 1).requires_grad_()
+    for tau_plus, wanted in ((0.0, math.log(6) - 2048), (0.1, math.log(6) - 4096)):
+        loss = hex_sup_con(z, eps=-0.5, temperature=2**-11, tau_plus=tau_plus, decoupled=True,
+                           positives=positives)  # fmt: skip
+        assert loss.item() == pytest.approx(wanted, rel=1e-14)
+        assert torch.autograd.grad(loss, z)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("variant", FORMS)
 def test_a_target_of_minus_infinity_alone_in_the_denominator_is_nan_as_torchs(
     variant, kernels, monkeypatch

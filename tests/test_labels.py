@@ -59,14 +59,27 @@ def test_the_kernels_compute_what_the_reference_computes(dtype):
         check(p)
 
 
+@pytest.mark.parametrize("positives", ("outside", "inside"))
+@pytest.mark.parametrize("variant", OF_VIEWS)
+def test_rows_of_which_all_or_no_negatives_are_in_h_are_as_exact(variant, positives):
+    """Of several positives, one, or none; with the temperature's derivative."""
+    for k, (pairing, dtype) in enumerate(itertools.product(PAIRINGS, DTYPES[:2])):
+        for labels in (1, 3, 40):
+            p = labelled(23, 7, pairing, M=9, dtype=dtype, labels=labels, seed=k, variant=variant,
+                         positives=positives)  # fmt: skip
+            for eps in (-2.0, 2.0, math.inf):
+                check(dataclasses.replace(p, tensors=(*p.tensors[:-2], f64(eps), p.tensors[-1])))
+
+
 @pytest.mark.parametrize("tau", (0.005, 0.03, 0.5))
 @pytest.mark.parametrize("kind", ("gauss", "near_collapsed", "collapsed", "zero_rows", "clamped"))
 def test_hard_batches_and_temperatures_are_as_exact(kind, tau):
     for positives, dtype in itertools.product(("outside", "inside"), DTYPES[:2]):
         source = "groups" if "collapsed" in kind else "cosines"  # there is no gap for eps
         tau_plus = 0.9 if kind == "clamped" else 0.1
-        check(labelled(26, 17, "self", source, kind=kind, tau=tau, positives=positives,
-                       dtype=dtype, tau_plus=tau_plus, labels=13))  # fmt: skip
+        for variant, share in (("paper", tau_plus), *((OF_VIEWS[3], x) for x in (0.0, tau_plus))):
+            check(labelled(26, 17, "self", source, kind=kind, tau=tau, positives=positives,
+                           dtype=dtype, tau_plus=share, labels=13, variant=variant))  # fmt: skip
 
 
 @pytest.mark.parametrize("p", (labelled(7, 3), labelled(7, 3, "pair", M=5, positives="inside"),

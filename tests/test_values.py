@@ -88,6 +88,21 @@ def test_a_cold_temperature_is_as_good_as_torch(tau, mode, device):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("tau", [0.02, 0.003, 0.001])
+def test_a_cold_temperature_without_the_positive_in_the_denominator_is_as_good_as_torch(
+    tau, mode, device
+):
+    """The positive's exponential overflows beside those of the negatives, which may all be in H."""
+    kinds = ("gauss", "clamped", "cluster")
+    for k, (dtype, kind) in enumerate(itertools.product(DTYPES[:2], kinds)):
+        p = problem(kind, 15, 33, mode, tau=tau, dtype=dtype, device=device, near=0.2)
+        for variant in FORMS[3:]:
+            for tau_plus in (0.0, 0.1, 0.9):
+                check(p.with_(variant=variant, tau_plus=tau_plus, beta=(0.5, 1.0, 2.0)[k % 3]))
+            check(p.with_(variant=variant, eps=f64(-2.0).to(device)))
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_rows_at_the_floor_are_as_good_as_torch(mode, device):
     for dtype in DTYPES:
         for tau in (0.3, 0.1, 0.05):

@@ -531,7 +531,9 @@ static double row_forward(const hex_problem_t *p, const row_t *r, double eps_giv
         row_begin(eps, NAN, out);
         return NAN;
     }
-    const double shift = apart || of.rest > hard ? of.rest : hard;
+    /* where G is empty, -Inf is no shift of the positives' row, which may be summed all the same */
+    const bool some = of.rest != -INFINITY;
+    const double shift = (apart && some) || of.rest > hard ? of.rest : hard;
     const sums_t s = classed_sums(r, shift, of.shift, eps, scale, p->beta, of.hard);
     return classed_scalars(p, s, &of, r, shift, eps, tau, out);
 }
