@@ -253,6 +253,9 @@ def battery_of_sets(device: str = "cpu") -> None:
         )
         assert_measures_are_right(lost)
         assert_measures_are_right(changed(p, 0, 3, (at + 1) % 700, math.inf))
+    near = logits(9, 40, dtype=single, variant="paper decoupled", tau_plus=0.0)
+    near = changed(near, 0, 3, int(near.tensors[1][3]), 1000.0)  # exp(-m) overflows
+    check_call(changed(near, 2, -300.0).to(device))  # all are in H
     for p in (
         labelled(40, 9, "pair", "guide", M=90, dtype=single),
         labelled(9, 9, "queue", "guide"),
