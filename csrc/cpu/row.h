@@ -442,7 +442,7 @@ INLINE double row_scalars(const hex_problem_t *p, sums_t s, const sets_t *of, co
     }
     if (clamped && decoupled) { /* the largest is in H, and what is left may lie far below it */
         const bool some = s.count < negatives;
-        m = some && above / t > lowest ? above / t : lowest;
+        m = some ? fmax(above / t, lowest) : lowest;
         unit = some ? exp(above / t - m) : 0;
         local = floor_ = near * exp(lowest - m);
     }
