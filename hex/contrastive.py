@@ -49,8 +49,8 @@ class Statistics(NamedTuple):
     hard: Tensor
     """The mean of |H(i)| over the rows."""
     share: Tensor
-    """The share of the local term in the denominator, Q_i / (exp(l_ip) + Q_i + sum_G exp(l_ij)),
-    averaged over the rows. It is 0 in the released form, which has no such term."""
+    """The share of the local term Q_i in the denominator, averaged over the rows. It is 0 in the
+    variants "released" and "excluded", which have no such term."""
 
 
 class ContrastiveLoss(nn.Module):
@@ -98,9 +98,11 @@ class ContrastiveLoss(nn.Module):
         else:
             self.temperature = temperature  # a Parameter registers itself
         self.threshold = _tracker(threshold)
-        if self.threshold is not None and self.variant == "paper":
+        if self.threshold is not None and self.variant != "released":
             # In the released form an empty H makes sense: it is decoupled InfoNCE.
             self.threshold.warn_if_never()
+        elif self.threshold is not None and self.decoupled:
+            self.threshold.warn_if_decoupled_twice()
         self._last: tuple[Tensor, ...] | None = None  # eps, and what ops.hard_and_share takes
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -246,12 +248,12 @@ class ContrastiveLoss(nn.Module):
             return
         object.__setattr__(self, "_last", statistics)  # it is none of what a module looks for
         if tracker is not None and learns and not tracker.counts_unseen(value):
-            hard, released = _rows(statistics)[1], self.variant == "released"
+            hard, leaves_out = _rows(statistics)[1], self.variant != "paper"
             value = value.detach()
             # A loss that is 0 for want of positives says nothing of H: as NaN it is not counted.
-            if released and batch.may_lack_positives():
+            if leaves_out and batch.may_lack_positives():
                 value = torch.where(batch.is_without_positives(), math.nan, value)
-            tracker.watch(hard, value, could_be_0=released)
+            tracker.watch(hard, value, could_be_0=leaves_out)
 
     def __prepare_scriptable__(self) -> None:  # called by torch.jit.script
         raise NotImplementedError(
@@ -316,7 +318,7 @@ class ContrastiveLoss(nn.Module):
             value = getattr(self, name)
             if name == "temperature" and isinstance(value, Tensor):
                 parts.append(f"temperature=<{type(value).__name__}>")
-            elif name not in ("base_temperature", "gather_distributed") or value:
+            elif name not in ("decoupled", "base_temperature", "gather_distributed") or value:
                 parts.append(f"{name}={value!r}")
         return ", ".join(parts)
 

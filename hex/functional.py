@@ -82,10 +82,15 @@ def hex_loss(
         tau_plus: in [0, 1), the expected share of false negatives in H. A large one does not simply
             weaken the repulsion of H: see docs/guides/what_h_holds.md.
         variant: "paper" for the equations above, or "released" for what the authors' code computes
-            (docs/released.md). In "excluded" H is left out: Q_i is 0.
-        decoupled: whether the positive is left out of the denominator, as in decoupled contrastive
-            learning. A row without negatives then has the loss 0. The released form has no positive
-            there in either case, and this option changes it only where eps is +inf.
+            (docs/released.md). In "excluded" H is left out of the loss: Q_i is 0. Use it if
+            negatives above eps are taken for false ones.
+        decoupled: whether the positive is left out of the denominator::
+
+                L_i = -l_ip + log( Q_i + sum_{j in G(i)} exp(l_ij) )
+
+            With H empty, this is decoupled contrastive learning. The loss can be negative. It is 0
+            for a row that has nothing in the denominator. The released form has no positive there
+            in either case, so this option changes it only where eps is +inf.
         mode: which rows are anchors and candidates.
             "ntxent" (SimCLR): all rows of z0 and z1 are anchors, and the other 2B - 2 rows are
             negatives. "query" (NNCLR, MoCo v3): z0 against z1. "cross" (CLIP): z0 against z1, and
@@ -112,7 +117,8 @@ def hex_loss(
         >>> hex_loss(z0, z1, eps=eps).backward()
 
     Source: Kokilepersaud et al., "HEX: Hierarchical Emergence Exploitation in Self-Supervised
-    Algorithms", WACV 2025 (arXiv 2410.23200); https://github.com/olivesgatech/HEX.
+    Algorithms", WACV 2025 (arXiv 2410.23200); https://github.com/olivesgatech/HEX; for `decoupled`,
+    Yeh et al., "Decoupled Contrastive Learning", ECCV 2022 (arXiv 2110.06848).
     """
     rule = checked_rule(
         reduction=reduction,
@@ -133,6 +139,7 @@ def info_nce(
     *,
     ignored: Tensor | None = None,
     temperature: float | Tensor = 0.1,
+    decoupled: bool = False,
     mode: Mode = "ntxent",
     reduction: Reduction = "mean",
     cache_bytes: int | None = None,
@@ -140,8 +147,11 @@ def info_nce(
     """The InfoNCE loss of a batch, in nats. It is `hex_loss` with H empty, on the same kernels.
 
         L_i = -l_ip + log( exp(l_ip) + sum_{negatives j} exp(l_ij) ),    l = c / tau
+        L_i = -l_ip + log( sum_{negatives j} exp(l_ij) )                 decoupled
 
     Args:
+        decoupled: whether the positive is left out of the denominator, as in decoupled contrastive
+            learning. The loss can then be negative. It is 0 for a row without negatives.
         z0, z1, negatives, ignored, temperature, mode, reduction, cache_bytes: as in `hex_loss`.
 
     Returns:
@@ -157,11 +167,12 @@ def info_nce(
         >>> query, key, queue = torch.randn(32, 128), torch.randn(32, 128), torch.randn(128, 4096)
         >>> loss = info_nce(query, key, queue.T, temperature=0.07)  # MoCo
 
-    Source: van den Oord et al. 2018 (arXiv 1807.03748); Chen et al. 2020 (arXiv 2002.05709).
+    Source: van den Oord et al. 2018 (arXiv 1807.03748); Chen et al. 2020 (arXiv 2002.05709); Yeh et
+    al. 2022 (arXiv 2110.06848) for `decoupled`.
     """
     return hex_loss(
-        z0, z1, negatives, eps=math.inf, ignored=ignored, temperature=temperature, mode=mode,
-        reduction=reduction, cache_bytes=cache_bytes,
+        z0, z1, negatives, eps=math.inf, ignored=ignored, temperature=temperature,
+        decoupled=decoupled, mode=mode, reduction=reduction, cache_bytes=cache_bytes,
     )  # fmt: skip
 
 
@@ -277,7 +288,10 @@ def hex_sup_con(
         variant: "paper" for the equations above, or "released" for the authors' form. Their code
             does not handle several positives, so here P(i) takes the place of the positive. H(i) is
             left out, and the positives are missing in the denominator:
-            log sum_G exp(l) + |H and G| exp(-1/tau) - (mean_P l, or log E).
+            log sum_G exp(l) + |H and G| exp(-1/tau) - (mean_P l, or log E). In "excluded" Q_i is 0.
+        decoupled: whether the positives are left out of the denominator, D_i = Q_i + sum_G exp(l).
+            L_i is then log D_i - mean_P l (outside) or log D_i - log E_i (inside). It is 0 for a
+            row that has nothing in the denominator.
         positives: "outside" or "inside" the logarithm (see the equations).
         base_temperature: None, or a number > 0. The loss is then multiplied by temperature /
             base_temperature, as in SupContrast (where it is 0.07 by default).
@@ -346,13 +360,13 @@ def hex_cross_entropy(
             that is -inf is left out of its row, so that no `ignored` is needed.
         target: (N,), integers in [0, C), the column of the positive. If the logit of that column is
             -inf, the loss is +inf, as torch's is. The gradient is then that of the limit, which is
-            -1 in that column. If nothing else is in the denominator either (in the released form:
-            nothing in G), the loss and the gradient are NaN, as with torch.
+            -1 in that column. If nothing else is in the denominator either, the loss and the
+            gradient are NaN, as with torch.
         eps: the threshold, a cosine: a number, a 0-d tensor, or (N,), one value for each row.
         temperature: what the cosines were divided by. Only the comparison with eps and the floor of
             Q depend on this argument, so its own gradient is the one at constant logits. A learned
             temperature also gets a gradient through the logits.
-        beta, tau_plus, variant, reduction: as in `hex_loss`.
+        beta, tau_plus, variant, decoupled, reduction: as in `hex_loss`.
 
     Returns:
         0-d, or (N,) for "none". It is float64 if the logits are float64, and otherwise float32.

@@ -46,7 +46,11 @@ class HEXLoss(ContrastiveLoss):
         beta: >= 0. The larger beta is, the more the closest members of H count.
         tau_plus: in [0, 1), the expected share of false negatives in H. A large one does not simply
             weaken the repulsion of H: see docs/guides/what_h_holds.md.
-        variant: "paper", or "released" for what the authors' code computes (docs/released.md).
+        variant: "paper", or "released" for what the authors' code computes (docs/released.md), or
+            "excluded", which leaves H out: Q_i is 0.
+        decoupled: whether the positive is left out of the denominator, as in decoupled contrastive
+            learning (DCL). With threshold=None, the loss is DCL. The released form has no positive
+            there in either case.
         mode: "ntxent" (SimCLR), "query" (NNCLR, MoCo v3) or "cross" (CLIP); see `hex_loss`.
         reduction: "mean", "sum" or "none".
         gather_distributed: whether the batches of all ranks of torch.distributed count as one
@@ -89,7 +93,8 @@ class HEXLoss(ContrastiveLoss):
         dict_keys(['eps', 'hard', 'share'])
 
     Source: Kokilepersaud et al., "HEX: Hierarchical Emergence Exploitation in Self-Supervised
-    Algorithms", WACV 2025 (arXiv 2410.23200); https://github.com/olivesgatech/HEX.
+    Algorithms", WACV 2025 (arXiv 2410.23200); https://github.com/olivesgatech/HEX; for `decoupled`,
+    Yeh et al., "Decoupled Contrastive Learning", ECCV 2022 (arXiv 2110.06848).
     """
 
     shown: ClassVar[tuple[str, ...]] = (
@@ -97,6 +102,7 @@ class HEXLoss(ContrastiveLoss):
         "beta",
         "tau_plus",
         "variant",
+        "decoupled",
         "mode",
         "reduction",
         "gather_distributed",
@@ -182,8 +188,12 @@ class InfoNCELoss(ContrastiveLoss):
     """InfoNCE on the kernels of `HEXLoss`: the baseline with which to compare HEX.
 
         L_i = -l_ip + log( exp(l_ip) + sum_{negatives j} exp(l_ij) ),    l = c / tau
+        L_i = -l_ip + log( sum_{negatives j} exp(l_ij) )                 decoupled
 
     Args:
+        decoupled: whether the positive is left out of the denominator. This is decoupled
+            contrastive learning (DCL), with the value of lightly's `DCLLoss`. The loss can be
+            negative. It is 0 for a row without negatives.
         temperature, mode, reduction, gather_distributed, process_group, check_sizes, cache_bytes:
             as in `HEXLoss`.
 
@@ -202,15 +212,23 @@ class InfoNCELoss(ContrastiveLoss):
         >>> from hex import InfoNCELoss
         >>> loss = InfoNCELoss(0.1)(torch.randn(256, 128), torch.randn(256, 128))
 
-    Source: van den Oord et al. 2018 (arXiv 1807.03748); Chen et al. 2020 (arXiv 2002.05709).
+    Source: van den Oord et al. 2018 (arXiv 1807.03748); Chen et al. 2020 (arXiv 2002.05709); Yeh et
+    al. 2022 (arXiv 2110.06848) for `decoupled`.
     """
 
-    shown: ClassVar[tuple[str, ...]] = ("temperature", "mode", "reduction", "gather_distributed")
+    shown: ClassVar[tuple[str, ...]] = (
+        "temperature",
+        "decoupled",
+        "mode",
+        "reduction",
+        "gather_distributed",
+    )
 
     def __init__(
         self,
         temperature: float | Tensor = 0.1,
         *,
+        decoupled: bool = False,
         mode: Mode = "ntxent",
         reduction: Reduction = "mean",
         gather_distributed: bool = False,
@@ -219,9 +237,9 @@ class InfoNCELoss(ContrastiveLoss):
         cache_bytes: int | None = None,
     ) -> None:
         super().__init__(
-            temperature, None, beta=1.0, tau_plus=0.0, variant="paper", reduction=reduction,
-            gather_distributed=gather_distributed, process_group=process_group,
-            check_sizes=check_sizes, cache_bytes=cache_bytes,
+            temperature, None, beta=1.0, tau_plus=0.0, variant="paper", decoupled=decoupled,
+            reduction=reduction, gather_distributed=gather_distributed,
+            process_group=process_group, check_sizes=check_sizes, cache_bytes=cache_bytes,
         )  # fmt: skip
         check_mode(mode)
         self.mode: Mode = mode
@@ -265,7 +283,7 @@ class HEXSupConLoss(ContrastiveLoss):
     have a positive. (Its NTXentLoss leaves the other positives out of each denominator.)
 
     Args:
-        temperature, threshold, beta, tau_plus, variant, reduction: as in `HEXLoss`.
+        temperature, threshold, beta, tau_plus, variant, decoupled, reduction: as in `HEXLoss`.
         positives: "outside" the logarithm, which is SupCon's L_out, or "inside" it.
         base_temperature: None, or a number > 0. The loss is then multiplied by temperature /
             base_temperature (SupContrast: 0.07).
@@ -301,8 +319,8 @@ class HEXSupConLoss(ContrastiveLoss):
     """
 
     shown: ClassVar[tuple[str, ...]] = (
-        "temperature", "beta", "tau_plus", "variant", "positives", "base_temperature", "reduction",
-        "gather_distributed",
+        "temperature", "beta", "tau_plus", "variant", "decoupled", "positives", "base_temperature",
+        "reduction", "gather_distributed",
     )  # fmt: skip
 
     def __init__(
@@ -387,7 +405,8 @@ class HEXCrossEntropyLoss(ContrastiveLoss):
             as one more element of each row, a cosine of 1. The authors' quantile counts it, but the
             logits do not contain it. Use True for SimCLR, whose code has left out the diagonal or
             filled it with -inf. Use False for MoCo, whose rows never contained it.
-        threshold, beta, tau_plus, variant, reduction, process_group, check_sizes: as in `HEXLoss`.
+        threshold, beta, tau_plus, variant, decoupled, reduction, process_group, check_sizes: as in
+            `HEXLoss`.
         gather_distributed: as in `HEXLoss`. The loss is then the mean over the rows of all ranks,
             at a threshold that is measured on all of them. The columns remain the rank's own.
 
@@ -420,6 +439,7 @@ class HEXCrossEntropyLoss(ContrastiveLoss):
         "beta",
         "tau_plus",
         "variant",
+        "decoupled",
         "reduction",
         "gather_distributed",
     )

@@ -394,7 +394,7 @@ def row_loss(
         log_g = g + torch.log(torch.where(some, total, 1.0))
     if decoupled:
         # L = log S - log E, where log S is of log Q and of log sum_G
-        above = (n_q > 0) & (q >= f)
+        above = (n_q > 0) & (q >= f) & (q > 0)  # f may have underflowed
         log_q = m + torch.log(torch.where(above, q, 1.0))
         log_q = torch.where(above, log_q, floor + torch.log(n_q.clamp(min=1)))
         log_q = torch.where(n_q > 0, log_q, 0.0)

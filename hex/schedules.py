@@ -47,6 +47,13 @@ def lowest(rule: str, options: dict[str, Any]) -> float:
     return float(min(options.get(name, math.inf) for name in ("t", "start", "end")))
 
 
+def is_ever_infinite(rule: str, options: dict[str, Any]) -> bool:
+    """Whether the threshold is +inf at some time: as a fixed number, or in a warm-up."""
+    if rule == "adaptive":
+        return bool(options["warmup_epochs"]) and options["warmup_threshold"] == math.inf
+    return options.get("t") == math.inf
+
+
 def is_falling(rule: str, options: dict[str, Any], value: float) -> bool:
     """Whether a schedule that now stands at `value` will still fall."""
     falls = rule == "step" or (rule == "cosine" and options["start"] > options["end"])

@@ -431,14 +431,14 @@ class ThresholdTracker(nn.Module):
             self._warn(
                 "never any",
                 f"no row of {period} had a negative above the threshold: H was empty, so the loss "
-                "was InfoNCE (in the released form, decoupled InfoNCE). Use a lower threshold or "
-                f"quantile, or larger batches ({self})",
+                "was InfoNCE (decoupled InfoNCE in the released form and with decoupled=True). Use "
+                f"a lower threshold or quantile, or larger batches ({self})",
             )
         elif nothing == batches:
             self._warn(
                 "nothing else",
-                f"every negative was above the threshold in every row of {period}. The released "
-                "form leaves these out, so the loss and its gradient were 0. Use a higher "
+                f"every negative was above the threshold in every row of {period}. The variant of "
+                "this loss leaves these out, so the loss and its gradient were 0. Use a higher "
                 f"threshold, or a schedule that falls less far ({self})",
             )
 
@@ -489,6 +489,16 @@ class ThresholdTracker(nn.Module):
                 "never any",
                 f"no cosine is above {lowest:g}, so H is always empty, which is InfoNCE. Use a "
                 f"lower threshold, or threshold=None if InfoNCE is wanted ({self})",
+            )
+
+    def warn_if_decoupled_twice(self) -> None:
+        """Warns that a loss in the released form has no positive in its denominator to leave out,
+        unless the threshold is +inf at some time, where that form is InfoNCE."""
+        if not schedules.is_ever_infinite(self.rule, self.options):
+            self._warn(
+                "decoupled twice",
+                'decoupled=True changes nothing with variant="released", which has no positive in '
+                f"its denominator at any threshold below +inf; leave it out ({self})",
             )
 
     def warn_if_too_small(self, n_row: int, has_self: bool) -> None:

@@ -380,6 +380,7 @@ def battery(device: str = "cpu") -> None:
     """A few problems that between them go through every line of the kernels."""
     single = torch.float32
     problem = functools.partial(conftest.problem, device=device)
+    low, cold = f64(-2.0).to(device), {"tau": 0.0005, "variant": "paper decoupled"}
     for p in (
         problem("cluster", 70, 130, dtype=single),  # tiles with and without an edge, two chunks
         problem("cluster", 20, 9, dtype=single, tau=0.004, eps=f64(math.inf).to(device)),
@@ -387,6 +388,12 @@ def battery(device: str = "cpu") -> None:
         problem("cluster", 40, 20, dtype=single, beta=2.0),
         problem("cluster", 40, 66, "unpaired", K=150, dtype=single, beta=0.5),
         problem("cluster", 33, 7, "cross", dtype=single, tau=0.02, variant="released"),
+        problem("cluster", 20, 9, dtype=single, variant="excluded"),
+        problem("cluster", 33, 7, "query", dtype=single, variant="paper decoupled"),
+        # exp(-m) overflows; Q is its sum, and at its floor
+        problem("clamped", 13, 40, dtype=single, eps=low, tau_plus=0.0, **cold),
+        problem("clamped", 13, 40, dtype=single, eps=low, **cold),
+        problem("clamped", 13, 40, dtype=single, near=0.2, **cold),
         problem("clamped", 24, 40, dtype=single, tau_plus=0.9, tau=0.005),
         problem("cluster", 20, 9, dtype=single, tau=0.05, beta=6.0),  # no common scale
         problem("gauss", 20, 40, dtype=single, tau=0.001),  # at a shift of 1 all would be 0

@@ -65,6 +65,11 @@ def embeddings(h: Hashes, kind: str, size: tuple[int, int, int], dtype: torch.dt
                 reduction="none",
             )  # fmt: skip
             h.add(mode, *step(rows, *z, tau))
+        for name in data.FORMS[2:]:
+            rows = hex.hex_loss(
+                *z, eps=0.3, temperature=tau, mode=public, reduction="none", **data.form(name)
+            )
+            h.add(f"{mode} {name}", *step(rows, *z, tau))
         for over, quantile in itertools.product(("all", "negatives"), (0.5, 0.99)):
             tracker = hex.ThresholdTracker.adaptive(quantile, over=over)
             loss = hex.HEXLoss(threshold=tracker, mode=public)

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import random
 import sys
 import types
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import hypothesis
 import operators
@@ -196,8 +199,10 @@ class Problem:
 
     @property
     def condition(self) -> float:
-        """Of the debiasing, r - tau_plus e_0 over 1 - tau_plus."""
-        return 1.0 if self.variant != "paper" else (1 + self.tau_plus) / (1 - self.tau_plus)
+        """Of the debiasing: `condition_of` the problem."""
+        wide = [z.double() for z in self.inputs]
+        run = functools.partial(self.reference, *wide, tau=f64(self.tau))
+        return condition_of(run, self.tau_plus, **form(self.variant))
 
     def grad_output(self) -> Tensor:
         """Of the rows: numbers of both signs."""
@@ -318,6 +323,39 @@ BY_DOTS = ops.isa() in ("avx512_bf16", "avx512_amx")
 COSINE_ULPS = 2 if BY_DOTS else 1
 
 
+def condition_of(
+    run: Callable[[], object], tau_plus: float, variant: str, decoupled: bool
+) -> float:
+    """How many times its terms' relative error a denominator may err by, for the debiased sum in it
+    is their difference, q = N_h (r - tau_plus E / n_P) / (1 - tau_plus).
+
+    The denominator of the paper's form also has E, and no more than (1 + tau_plus) / (1 - tau_plus)
+    comes of it. Decoupled it has not, and the terms may be any number of times what is left of
+    them: the most of all rows is taken, which are those of `run`, by the reference in float64.
+    """
+    if variant != "paper":
+        return 1.0
+    least = (1 + tau_plus) / (1 - tau_plus)
+    if not decoupled:
+        return least
+    with mock.patch.object(reference, "row_loss", wraps=reference.row_loss) as looked:
+        run()
+    (table, hard, tau, beta, *_), options = looked.call_args
+    values, positive, negative, _ = (x.detach() for x in table)
+    if not negative.any():
+        return least
+    hard, some = negative & hard, negative.any(1, keepdim=True)
+    x = values if options.get("logits") else values / tau.detach()
+    top = torch.where(some, torch.where(negative, x, -math.inf).amax(1, keepdim=True), 0.0)
+    e = torch.exp((x - top).clamp(max=600))
+    b = torch.where(hard, beta * (x - top), -math.inf).softmax(1).nan_to_num(0)  # 0 without H
+    r, rest = (b * e).sum(1), torch.where(negative & ~hard, e, 0.0).sum(1)
+    near, mean = hard.sum(1), torch.where(positive, e, 0.0).sum(1) / positive.sum(1).clamp(min=1)
+    terms, q = (near * (r + sign * tau_plus * mean) / (1 - tau_plus) for sign in (1, -1))
+    floor = near * torch.exp((-1 / tau.detach() - top.squeeze(1)).clamp(max=600))
+    return max(least, (terms / (torch.maximum(q.abs(), floor) + rest)).nan_to_num(0).max().item())
+
+
 def assert_as_good_as_torch(
     ours: Tensor,
     same_dtype: Tensor,
@@ -380,9 +418,10 @@ def check(p: Problem) -> None:
     _check_rows(p, same, truth)
     ours = p.ours()
     # What the weights of a row, the dL/dc, add up to: the negatives' to S / (tau (e_0 + S)) =
-    # (1 - exp(-L)) / tau before debiasing.
-    mass = 1.0 if p.variant == "released" else -torch.expm1(-truth.loss)
-    mass = mass / p.tau * p.condition * p.grad_output().double().abs()
+    # (1 - exp(-L)) / tau before debiasing, or to 1 / tau where the denominator has no e_0.
+    condition, decoupled = p.condition, "decoupled" in p.variant
+    mass = 1.0 if p.variant == "released" or decoupled else -torch.expm1(-truth.loss)
+    mass = mass / p.tau * condition * p.grad_output().double().abs()
     for name, z in zip(p.names, (*p.inputs, None), strict=True):
         if z is None:
             scale = 2 * mass.sum().item() / p.tau  # cosines are up to 2 apart
@@ -401,7 +440,7 @@ def check(p: Problem) -> None:
             truth.grads[name],
             tau=p.tau,
             dtype=p.dtype,
-            condition=p.condition,
+            condition=condition,
             scale=scale,
             about=(name, p),
         )
@@ -409,13 +448,15 @@ def check(p: Problem) -> None:
 
 def _check_rows(p: Problem, same: Result, truth: Result) -> None:
     loss, stats, _ = operators.forward(*p.raw())
+    condition = p.condition
     assert loss.dtype == stats.dtype == p.dtype
     assert torch.equal(stats[ops.COUNT].double(), truth.count.double()), p
+    # Without e_0 in the denominator the loss is a difference, of logarithms up to 1/tau.
+    size = 2 / p.tau * condition if "decoupled" in p.variant else 0.0
     named = {
-        "loss": (loss, same.loss, truth.loss),
-        "share": (stats[ops.SHARE], same.share, truth.share),
+        "loss": (size, loss, same.loss, truth.loss),
+        "share": (0.0, stats[ops.SHARE], same.share, truth.share),
     }
-    for name, tensors in named.items():
-        assert_as_good_as_torch(
-            *tensors, tau=p.tau, dtype=p.dtype, condition=p.condition, about=(name, p)
-        )
+    for name, (scale, *tensors) in named.items():
+        options = dict(tau=p.tau, dtype=p.dtype, condition=condition, scale=scale)
+        assert_as_good_as_torch(*tensors, **options, about=(name, p))

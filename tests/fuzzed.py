@@ -7,12 +7,13 @@ float64; the threshold is that which the call had, and is compared by itself.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import strategies as draws
 import torch
-from conftest import BY_DOTS, DTYPES, assert_as_good_as_torch
+from conftest import BY_DOTS, DTYPES, assert_as_good_as_torch, condition_of
 from hypothesis import strategies as st
 
 import hex
@@ -21,28 +22,31 @@ from hex import state as states
 from hex.open_clip import HEXClipLoss
 
 FUNCTIONS = ("hex_loss", "info_nce", "batch_threshold", "hex_sup_con", "hex_cross_entropy")
-COMMON = ("beta", "tau_plus", "variant", "reduction", "gather_distributed", "check_sizes")
+COMMON = ("beta", "tau_plus", "variant", "decoupled", "reduction", "gather_distributed",
+          "check_sizes")  # fmt: skip
 LOSS_OPTIONS = {
     "HEXLoss": (*COMMON, "mode", "cache_bytes"),
-    "InfoNCELoss": ("mode", "reduction", "cache_bytes", "gather_distributed", "check_sizes"),
+    "InfoNCELoss": ("decoupled", "mode", "reduction", "cache_bytes", "gather_distributed",
+                    "check_sizes"),
     "HEXSupConLoss": (*COMMON, "positives", "base_temperature", "cache_bytes"),
     "HEXCrossEntropyLoss": (*COMMON, "self_column"),
     "HEXClipLoss": (
-        "beta", "tau_plus", "variant", "cache_bytes", "gather_distributed", "check_sizes"
+        "beta", "tau_plus", "variant", "decoupled", "cache_bytes", "gather_distributed",
+        "check_sizes",
     ),
 }  # fmt: skip
 LOSSES = tuple(LOSS_OPTIONS)
 FUNCTION_OPTIONS = {
-    "hex_loss": ("beta", "tau_plus", "variant", "mode", "reduction", "cache_bytes"),
-    "info_nce": ("mode", "reduction", "cache_bytes"),
+    "hex_loss": ("beta", "tau_plus", "variant", "decoupled", "mode", "reduction", "cache_bytes"),
+    "info_nce": ("decoupled", "mode", "reduction", "cache_bytes"),
     "batch_threshold": ("mode", "quantile", "over"),
-    "hex_sup_con": ("beta", "tau_plus", "variant", "positives", "base_temperature", "reduction",
-                    "cache_bytes"),
-    "hex_cross_entropy": ("beta", "tau_plus", "variant", "reduction"),
+    "hex_sup_con": ("beta", "tau_plus", "variant", "decoupled", "positives", "base_temperature",
+                    "reduction", "cache_bytes"),
+    "hex_cross_entropy": ("beta", "tau_plus", "variant", "decoupled", "reduction"),
 }  # fmt: skip
-DEFAULTS = dict(beta=1.0, tau_plus=0.1, variant="paper", mode="ntxent", reduction="mean",
-                positives="outside", base_temperature=None, self_column=False, quantile=0.99,
-                over="negatives")  # fmt: skip
+DEFAULTS = dict(beta=1.0, tau_plus=0.1, variant="paper", decoupled=False, mode="ntxent",
+                reduction="mean", positives="outside", base_temperature=None, self_column=False,
+                quantile=0.99, over="negatives")  # fmt: skip
 LABELS = "labels", "groups", "target", "candidate_labels"
 GRADS = ("ones", "randn", "zero", "expanded", "negative", "strided")  # layouts of grad_output
 DIFFERENTIABLE = ("z0", "z1", "negatives", "features", "candidates", "logits")
@@ -216,7 +220,7 @@ class Case:
         eps = problem.unknown_eps(p.inputs[0]) if p.h_is_given else eps
         rows = reference.problem_rows(
             *p.inputs, eps, p.tau, p.mode, positives, o["beta"], ops.VARIANTS[o["variant"]],
-            o["tau_plus"],
+            o["tau_plus"], o["decoupled"],
         )[0]  # fmt: skip
         value = reference.reduce(rows, ops.REDUCTIONS[o["reduction"]])
         if o["base_temperature"] is not None:
@@ -417,8 +421,8 @@ def check_loss(case: Case, value, eps, layout: str, graph: bool) -> None:
     if infinite.any():
         return
     ratio = 1.0 if o["base_temperature"] is None else case.tau / o["base_temperature"]
-    paper = o["variant"] == "paper"
-    condition = (1 + o["tau_plus"]) / (1 - o["tau_plus"]) if paper else 1.0
+    run = functools.partial(case.plain, torch.float64, eps)
+    condition = condition_of(run, o["tau_plus"], o["variant"], o["decoupled"])
     number = max(1, len(rows)) if o["reduction"] == "sum" else 1
     # The rows' own errors, and what they are differences of, each up to 1/tau or a logit.
     most = truth[0].abs().max().item() if len(rows) else 0.0
@@ -483,9 +487,9 @@ def grad_output(value: torch.Tensor, layout: str) -> torch.Tensor:
 
 def is_open(case: Case, eps: torch.Tensor) -> bool:
     """What is known and not mended: a logit of +inf that is no target is in H for the kernels and
-    in G for the formulas where eps is from 1 on, and the released form leaves H out, not G."""
+    in G for the formulas where eps is from 1 on, and two variants leave H out, not G."""
     logits = case.batch.get("logits")
-    if logits is None or case.seen["variant"] != "released":
+    if logits is None or case.seen["variant"] == "paper":
         return False
     return bool(((eps >= 1) & (eps < math.inf)).any() and (logits.detach() == math.inf).any())
 

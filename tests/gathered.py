@@ -116,6 +116,7 @@ CASES = {
         HEXLoss, "views", _OTHER | {"threshold": lambda: adaptive(0.93, over="all")}, 3
     ),
     "ntxent released": Case(HEXLoss, "views", _RELEASED, 3),
+    "ntxent decoupled": Case(HEXLoss, "views", _MEASURED | {"decoupled": True}, 3),
     "ntxent at 0.3": Case(HEXLoss, "views", _OTHER | {"threshold": 0.3}, 2),
     "ntxent by range": Case(HEXLoss, "views", {"threshold": _by_range}, 2),
     "ntxent lagged": Case(HEXLoss, "views", {"threshold": lambda: adaptive(lagged=True)}, 2),
@@ -147,6 +148,10 @@ CASES = {
     "labels": Case(HEXSupConLoss, "labels", _MEASURED, 3),
     "labels inside": Case(HEXSupConLoss, "labels", _MEASURED | {"positives": "inside"}, 3),
     "labels released": Case(HEXSupConLoss, "labels", _RELEASED | {"base_temperature": 0.07}, 3),
+    "labels excluded": Case(HEXSupConLoss, "labels", _MEASURED | {"variant": "excluded"}, 3),
+    "labels decoupled": Case(
+        HEXSupConLoss, "labels", _MEASURED | {"decoupled": True, "positives": "inside"}, 3
+    ),
     "labels of one view": Case(HEXSupConLoss, "one view", _MEASURED, 3),
     "labels and groups": Case(HEXSupConLoss, "labels groups", {}, 2),
     "SupCon": Case(HEXSupConLoss, "labels", {"threshold": None}, 2),

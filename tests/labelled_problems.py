@@ -11,7 +11,7 @@ from typing import Any
 
 import operators
 import torch
-from conftest import BY_DOTS, assert_as_good_as_torch
+from conftest import BY_DOTS, assert_as_good_as_torch, condition_of
 from data import MODES as OF_VIEWS
 from data import batch, eps_in_a_gap, f64, form, views
 from torch import Tensor
@@ -145,6 +145,13 @@ class Call:
         """The reference's rows, |H| and share."""
         tensors = self.changed(*differentiable)
         return reference.problem_rows(*self.inputs(tensors), *tensors[-2:], *self.plain_options())
+
+    @property
+    def condition(self) -> float:
+        """Of the debiasing: `condition_of` the problem."""
+        wide = [self.tensors[k].double() for k in self.places]
+        variant = reference.VARIANTS[self.variant]
+        return condition_of(lambda: self.plain(*wide), self.tau_plus, variant, self.decoupled)
 
     def values(self, function, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Rows and gradients of a function of the differentiable tensors, in a dtype."""
@@ -351,8 +358,8 @@ def check(p: Call) -> None:
     assert loss.dtype == stats.dtype == p.dtype
     assert torch.equal(stats[ops.COUNT].double(), truth[1].double()), p
     # What the rows are differences of: -mean_P l and log D, each up to 1/tau.
-    size = 2 / p.tau if p.variant or p.name == "labelled" else 0.0
-    condition = (1 + p.tau_plus) / (1 - p.tau_plus) if not p.variant else 1.0
+    size = 2 / p.tau if p.variant or p.decoupled or p.name == "labelled" else 0.0
+    condition = p.condition
     same = p.plain(*(z.to(p.dtype if z.dim() else torch.float64) for z in inputs))
     for name, ours, a, b in (
         ("loss", loss, same[0], truth[0]),

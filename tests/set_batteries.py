@@ -33,8 +33,7 @@ def check_call(p: Call) -> None:
     rows, ours = p.values(p.rows, x.dtype)
     truth, exact = p.values(p.plain, torch.float64)
     delta = 2 * 2**-12 + 2**-24 * x.shape[-1] ** 0.5
-    condition = 1.0 if p.variant else (1 + p.tau_plus) / (1 - p.tau_plus)
-    steep = (condition * (1 + p.beta) + 1) * delta / p.tau
+    steep = (p.condition * (1 + p.beta) + 1) * delta / p.tau
     pairs = [("loss", rows, truth, 2 * steep)]
     for z, a, b in zip(inputs, ours, exact, strict=True):
         assert a.dtype == (z.dtype if z.dim() else torch.float64), p
@@ -203,6 +202,11 @@ def battery_of_sets(device: str = "cpu") -> None:
         labelled(40, 9, masked=True, dtype=single, **inside),  # of two views
         labelled(70, 20, "queue", "guide", M=90, dtype=single, beta=0.5),
         labelled(70, 66, "queue", M=90, dtype=single, variant="released"),
+        labelled(20, 9, "queue", M=40, dtype=single, variant="excluded"),
+        changed(labelled(20, 9, dtype=single, variant="excluded"), 9, -2.0),  # G is empty
+        labelled(20, 9, dtype=single, labels=13, variant="paper decoupled"),
+        labelled(13, 9, "pair", "guide", M=20, dtype=single, variant="paper decoupled", **inside),
+        labelled(20, 9, dtype=single, labels=1, variant="paper decoupled"),
         labelled(33, 66, "pair", "guide", M=90, dtype=single, beta=2.0, **inside),
         changed(
             labelled(33, 9, "self", "groups", dtype=single, tau=0.02, variant="released", **inside),
@@ -252,7 +256,12 @@ def battery_of_sets(device: str = "cpu") -> None:
         ("ntxent", "groups", double, 9),
     ):
         check_call(viewed(40 if K != 9 else 9, 20, mode, source, K=K, dtype=dtype).to(device))
-    for dtype, variant in ((single, "paper"), (half, "released"), (double, "paper")):
+    for dtype, variant in (
+        (single, "paper"),
+        (half, "released"),
+        (double, "paper decoupled"),
+        (single, "excluded decoupled"),
+    ):
         p = logits(9, 700, dtype=dtype, variant=variant).to(device)
         check_call(p)
         of_infinity = changed(p, 0, 3, (p.tensors[1][3] + 1) % 700, math.inf)
@@ -276,6 +285,9 @@ def battery_of_sets(device: str = "cpu") -> None:
         )
         assert_measures_are_right(lost)
         assert_measures_are_right(changed(p, 0, 3, (at + 1) % 700, math.inf))
+    near = logits(9, 40, dtype=single, variant="paper decoupled", tau_plus=0.0)
+    near = changed(near, 0, 3, int(near.tensors[1][3]), 1000.0)  # exp(-m) overflows
+    check_call(changed(near, 2, -300.0).to(device))  # all are in H
     for p in (
         labelled(40, 9, "pair", "guide", M=90, dtype=single),
         labelled(9, 9, "queue", "guide"),

@@ -12,7 +12,7 @@ import warnings
 import numpy as np
 import torch
 from conftest import DTYPES, Problem
-from data import MODES, f64
+from data import FORMS, MODES, f64
 from hypothesis import strategies as st
 
 from hex import ThresholdTracker
@@ -80,7 +80,7 @@ def problems(draw, special=True, minimum=0):
         tau=draw(st.sampled_from((1e-3, 0.02, 0.1, 0.5, 10.0))),
         beta=draw(st.sampled_from((0.0, 0.5, 1.0, 2.0))),
         tau_plus=draw(st.sampled_from((0.0, 0.1, 0.9))),
-        variant=draw(st.sampled_from(("paper", "released"))),
+        variant=draw(st.sampled_from(FORMS)),
     )
     if draw(st.booleans()):
         p = p.with_(eps=torch.linspace(-1, 1, p.rows, dtype=torch.float64))
@@ -237,7 +237,8 @@ def _outside(*values, none=True):
 OPTIONS = {
     "beta": (number(0.0, 0.5, 1.0, 2.0), _outside(-0.5, math.nan, math.inf, torch.tensor(1.0))),
     "tau_plus": (number(0.0, 0.1, 0.9), _outside(-0.5, math.nan, 1, 1.5, torch.tensor(0.5))),
-    "variant": (st.sampled_from(("paper", "released")), st.sampled_from(NO_CHOICES)),
+    "variant": (st.sampled_from(("paper", "released", "excluded")), st.sampled_from(NO_CHOICES)),
+    "decoupled": (st.booleans(), st.sampled_from(NO_FLAGS)),
     "mode": (st.sampled_from(MODES[:3]), st.sampled_from(NO_CHOICES)),
     "reduction": (st.sampled_from(("none", "mean", "sum")), st.sampled_from(NO_CHOICES)),
     "positives": (st.sampled_from(("outside", "inside")), st.sampled_from(NO_CHOICES)),

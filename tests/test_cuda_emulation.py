@@ -14,7 +14,7 @@ import pytest
 import torch
 from batteries import assert_half_is_right, assert_one_pass_is_two, assert_threshold_is_right
 from conftest import EMULATED, NAMES, Problem, check, cuda_tensor, eps_of_each_row, problem
-from data import KINDS, f64, nans
+from data import FORMS, KINDS, f64, nans
 from emulator import ALONE, HOPPER, ROUNDED, SMALL, TRUNCATED
 
 from hex import HEXLoss, ThresholdTracker, _load, ops, reference
@@ -140,7 +140,7 @@ def test_a_long_sum_of_the_gradient_is_as_good_as_torch_though_additions_are_cut
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("variant", ("paper", "released"))
+@pytest.mark.parametrize("variant", FORMS)
 def test_every_mode_and_variant_is_as_good_as_torch(mma, mode, variant):
     for seed, (B, D, K) in enumerate(((3, 3, 2), (13, 7, 11), (37, 65, 65), (65, 64, 130))):
         p = problem("cluster", B, D, mode, K=K, seed=seed, dtype=torch.float32, variant=variant)
@@ -152,7 +152,9 @@ def test_every_mode_and_variant_is_as_good_as_torch(mma, mode, variant):
 @pytest.mark.parametrize("tau", (1.0, 0.05, 0.03125, 0.01, 0.001))
 def test_hard_batches_are_right_at_every_temperature(mma, kind, tau):
     for beta in (0.0, 1.0, 2.5):
-        check(problem(kind, 20, 9, dtype=torch.float32, tau=tau, beta=beta, tau_plus=0.3))
+        for variant in ("paper", "paper decoupled"):
+            options = {"beta": beta, "tau_plus": 0.3, "variant": variant}
+            check(problem(kind, 20, 9, dtype=torch.float32, tau=tau, **options))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -161,7 +163,8 @@ def test_16_bit_inputs_err_no_more_than_fp16_products_do(kernels, mode, dtype):
     for B, D, K in ((13, 7, 11), (37, 130, 70)):
         p = problem("cluster", B, D, mode, K=K, dtype=dtype)
         assert_half_is_right(p)
-        assert_half_is_right(p.with_(variant="released"))
+        for variant in ("released", "excluded", "paper decoupled"):
+            assert_half_is_right(p.with_(variant=variant))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -264,9 +267,11 @@ def test_one_pass_is_for_large_batches_in_16_bits_and_high_quantiles(mma):
 
 def test_what_has_nothing_to_sum_is_defined(mma):
     for mode in MODES:
-        check(problem("gauss", 1, 5, mode, K=0, dtype=torch.float32, eps=f64(0.5)))
-        check(problem("gauss", 4, 5, mode, K=3, dtype=torch.float32, eps=f64(-math.inf)))
-        check(problem("gauss", 4, 5, mode, K=3, dtype=torch.float32, eps=f64(math.inf)))
+        for variant in FORMS:
+            options = {"dtype": torch.float32, "variant": variant}
+            check(problem("gauss", 1, 5, mode, K=0, eps=f64(0.5), **options))
+            check(problem("gauss", 4, 5, mode, K=3, eps=f64(-math.inf), **options))
+            check(problem("gauss", 4, 5, mode, K=3, eps=f64(math.inf), **options))
         p = problem("gauss", 0, 5, mode, K=3, dtype=torch.float32, eps=f64(0.5))
         padded = (*p.inputs, p.inputs[0].new_empty((0, 5)))[:3]
         assert operators.threshold(*padded, ops.MODES[mode], 0.9, "all").isnan()

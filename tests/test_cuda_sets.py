@@ -12,6 +12,7 @@ import pytest
 import set_batteries
 import torch
 from conftest import problem, without_kernels
+from data import FORMS as OF_VIEWS
 from data import KINDS, MODES, f64
 from emulator import HEX, HOPPER, ROUNDED, TRUNCATED
 from labelled_problems import PAIRINGS, SOURCES, Call, coded, labelled, logits, viewed
@@ -27,7 +28,7 @@ from set_batteries import (
 from hex import HEXLoss, ThresholdTracker, ops
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-FORMS = tuple(itertools.product(("paper", "released"), ("outside", "inside")))
+FORMS = tuple(itertools.product(OF_VIEWS, ("outside", "inside")))
 # Within a tile and of several; features and a guide's of one panel of 64 and of several.
 SIZES = ((3, 7), (20, 64), (70, 130), (136, 9), (200, 300))
 FEW = ((3, 7), (13, 70), (37, 5))  # for float64
@@ -62,7 +63,7 @@ def test_every_pairing_source_and_form_is_as_good_as_torch(mma, dtype, pairing, 
     sizes = SIZES if dtype == F32 else FEW
     case = 3 * PAIRINGS.index(pairing) + SOURCES.index(source)
     for k, (N, D) in enumerate(sizes):
-        variant, positives = FORMS[(case + k) % 4]
+        variant, positives = FORMS[(case + 3 * k) % len(FORMS)]
         mma.device(*emulator.DEVICES[(case + k) % 3])
         options = {"variant": variant, "positives": positives, "beta": (1.0, 0.0, 2.5)[k % 3]}
         p = labelled(N, D, pairing, source, M=2 * N // 3, dtype=dtype, seed=k,
@@ -117,7 +118,7 @@ def test_16_bit_rows_err_no_more_than_fp16_products_do(kernels, pairing, dtype):
     for k, (source, (N, D)) in enumerate(itertools.product(SOURCES, ((20, 7), (136, 130)))):
         if source == "guide":  # among as many cosines none is alone
             N, D = min(N, 20), D // 2
-        variant, positives = FORMS[k % 4]
+        variant, positives = FORMS[(PAIRINGS.index(pairing) + 3 * k) % len(FORMS)]
         check_call(labelled(N, D, pairing, source, M=40, dtype=dtype, labels=40, variant=variant,
                             positives=positives))  # fmt: skip
     check_call(labelled(70, 30, pairing, "guide", M=40, dtype=dtype, guide_dtype=F32))
@@ -140,7 +141,7 @@ def test_a_long_row_is_as_good_as_torch_though_additions_are_cut_off(kernels):
         check_call(labelled(150, 140, "self", "guide", dtype=F32))  # bands, some columns at a time
 
 
-@pytest.mark.parametrize("variant", ("paper", "released"))
+@pytest.mark.parametrize("variant", OF_VIEWS)
 @pytest.mark.parametrize("source", ("groups", "guide"))
 @pytest.mark.parametrize("mode", MODES)
 def test_two_views_with_groups_or_a_guide(mma, mode, source, variant):
@@ -289,7 +290,7 @@ def test_what_has_nothing_to_choose_from_is_as_on_the_cpu(libraries):
 # ---- logits -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ("paper", "released"))
+@pytest.mark.parametrize("variant", OF_VIEWS)
 @pytest.mark.parametrize("dtype", (F64, F32, BF16, F16), ids=str)
 def test_logits_of_any_dtype_and_strides(kernels, dtype, variant):
     for N, C, tau, beta in ((5, 3, 0.1, 1.0), (19, 700, 0.01, 0.0), (7, 257, 1.0, 2.5)):
@@ -306,7 +307,7 @@ def test_logits_of_any_dtype_and_strides(kernels, dtype, variant):
             assert_measures_are_right(q)
 
 
-@pytest.mark.parametrize("variant", ("paper", "released"))
+@pytest.mark.parametrize("variant", OF_VIEWS)
 @pytest.mark.parametrize("dtype", (F64, F32, F16), ids=str)
 def test_a_target_of_minus_infinity_loses_and_has_a_gradient(mma, dtype, variant):
     p = logits(19, 37, dtype=dtype, variant=variant)
@@ -345,7 +346,7 @@ def test_logits_that_a_finite_number_leaves_out_have_a_threshold(mma):
     assert_measures_are_right(p)
 
 
-@pytest.mark.parametrize("variant", ("paper", "released"))
+@pytest.mark.parametrize("variant", OF_VIEWS)
 @pytest.mark.parametrize("dtype", (F64, F32, BF16), ids=str)
 def test_a_row_of_the_lowest_numbers_has_a_loss_and_a_gradient(mma, dtype, variant):
     """As of padding, which some mask with them whole."""
@@ -359,7 +360,7 @@ def test_a_row_of_the_lowest_numbers_has_a_loss_and_a_gradient(mma, dtype, varia
         torch.testing.assert_close(ours.double(), want, rtol=4e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("variant", ("paper", "released"))
+@pytest.mark.parametrize("variant", OF_VIEWS)
 @pytest.mark.parametrize("value", (math.nan, math.inf))
 def test_a_target_that_is_not_finite_has_no_finite_gradient(mma, value, variant):
     p = logits(5, 9, dtype=F32, variant=variant)

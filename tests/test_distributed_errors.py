@@ -135,6 +135,10 @@ COMPARED = {
         lambda rank, e: good(hex_loss(mode=("query", "cross")[rank]), first(e, 18)),
         DIFFERENT + "options",
     ),
+    "denominators": (
+        lambda rank, e: good(hex_loss(decoupled=bool(rank)), first(e, 18)),
+        DIFFERENT + "options",
+    ),
     "thresholds": (
         lambda rank, e: good(
             HEXLoss(threshold=(0.3, 0.4)[rank], gather_distributed=True), first(e, 18)

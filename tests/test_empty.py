@@ -23,7 +23,7 @@ from hex import (
 )
 
 MODES = ("ntxent", "query", "cross")
-VARIANTS = ("paper", "released")
+VARIANTS = ("paper", "released", "excluded")
 SCHEDULES = {
     "adaptive": lambda: ThresholdTracker.adaptive(over="negatives"),
     "whole": lambda: ThresholdTracker.adaptive(over="all"),
@@ -89,7 +89,7 @@ def test_an_empty_batch_has_no_threshold():
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("mode", MODES)
 def test_an_empty_batch_of_views_has_loss_0(mode, schedule, kernels):
-    variant = VARIANTS[(MODES.index(mode) + list(SCHEDULES).index(schedule)) % 2]
+    variant = VARIANTS[(MODES.index(mode) + list(SCHEDULES).index(schedule)) % 3]
 
     def criterion():
         return HEXLoss(0.1, threshold=SCHEDULES[schedule](), mode=mode, variant=variant)
@@ -106,7 +106,7 @@ def test_an_empty_batch_of_views_has_loss_0(mode, schedule, kernels):
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of the threshold, that nothing is learnt
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_an_empty_batch_with_negatives_has_loss_0(schedule, kernels):
-    variant = VARIANTS[list(SCHEDULES).index(schedule) % 2]
+    variant = VARIANTS[list(SCHEDULES).index(schedule) % 3]
 
     def criterion():
         return HEXLoss(0.1, threshold=SCHEDULES[schedule](), variant=variant)
@@ -132,7 +132,7 @@ def test_an_empty_batch_with_negatives_has_loss_0(schedule, kernels):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("positives", ["outside", "inside"])
 def test_an_empty_batch_of_labels_has_loss_0(positives, schedule, kernels):
-    variant = VARIANTS[(len(positives) + list(SCHEDULES).index(schedule)) % 2]
+    variant = VARIANTS[(len(positives) + list(SCHEDULES).index(schedule)) % 3]
 
     def criterion():
         return HEXSupConLoss(
@@ -154,7 +154,7 @@ def test_an_empty_batch_of_labels_has_loss_0(positives, schedule, kernels):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("self_column", [False, True])
 def test_an_empty_batch_of_logits_has_loss_0(self_column, schedule, kernels):
-    variant = VARIANTS[(self_column + list(SCHEDULES).index(schedule)) % 2]
+    variant = VARIANTS[(self_column + list(SCHEDULES).index(schedule)) % 3]
     for C in (4, 1, 0):
         criterion = HEXCrossEntropyLoss(
             0.1, threshold=SCHEDULES[schedule](), self_column=self_column, variant=variant
@@ -176,7 +176,10 @@ def test_the_operators_of_pairs_take_sides_of_nothing(N, M, D, kernels):
         ids = none.new_zeros(n)
         for groups, guide in ((no_groups, no_guide), (ids, no_guide), (no_groups, leaf(n, 2))):
             value, seen = ops.loss(
-                (*z, ids, nobody, groups, guide), f64(0.1), f64(0.1), (code, 1, 1, 1.0, 0, 0.1)
+                (*z, ids, nobody, groups, guide),
+                f64(0.1),
+                f64(0.1),
+                (code, 1, 1, 1.0, 0, 0.1, False),
             )
             hard, share = ops.hard_and_share(seen)
             value.backward()
@@ -196,7 +199,7 @@ def test_the_operators_of_views_take_batches_of_nothing(mode, kernels):
         inputs = [leaf(*shape) for shape in shapes]
         value, seen = ops.loss(
             (*inputs, *operators.nothing(inputs[0].detach())), f64(0.1), f64(0.1),
-            (mode, 1, 0, 1.0, 0, 0.1),
+            (mode, 1, 0, 1.0, 0, 0.1, False),
         )  # fmt: skip
         hard, _ = ops.hard_and_share(seen)
         value.backward()

@@ -12,7 +12,7 @@ import math
 import pytest
 import torch
 from conftest import BY_DOTS, Problem, problem
-from data import MODES, f64, leaves
+from data import FORMS, MODES, f64, leaves
 
 from hex import HEXLoss, hex_loss
 
@@ -185,7 +185,7 @@ def test_the_temperature_keeps_its_dtype(device):
 # ---- by differences -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize("variant", FORMS)
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_are_the_differences_of_the_loss(mode, variant, device):
     """In float64 and tighter than gradcheck's own tolerances: central differences of 1e-5 err by

@@ -69,7 +69,7 @@ def dense(z: tuple[Tensor, ...], mode: str, hard: Tensor, variant: str) -> Tenso
 # ---- groups -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ("paper", "released"))
+@pytest.mark.parametrize("variant", ("paper", "released", "excluded"))
 @pytest.mark.parametrize("mode", MODES)
 def test_groups_are_h(mode, variant):
     z = [x.requires_grad_() for x in inputs(mode)]

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import without_kernels
-from data import f64, nans
+from data import FORMS, f64, form, nans
 
 from hex import (
     HEXCrossEntropyLoss,
@@ -361,7 +361,7 @@ def test_a_target_of_minus_infinity_has_torchs_loss_and_gradient(dtype, kernels,
     assert dx[2, 2] == -1
 
 
-@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize("variant", FORMS)
 @pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
 def test_the_gradient_of_a_target_of_minus_infinity_is_that_of_a_target_far_below(beta, variant):
     logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -373,13 +373,14 @@ def test_the_gradient_of_a_target_of_minus_infinity_is_that_of_a_target_far_belo
         for composed in (False, True):
             x = x.detach().requires_grad_()
             if composed:
-                p, code = of_logits(x, target, 0.1), reference.VARIANTS.index(variant)
+                p, options = of_logits(x, target, 0.1), form(variant)
+                code = reference.VARIANTS.index(options["variant"])
                 rows = reference.problem_rows(
-                    *p.inputs, f64(0.05), p.tau, p.mode, 1, beta, code, 0.1
+                    *p.inputs, f64(0.05), p.tau, p.mode, 1, beta, code, 0.1, options["decoupled"]
                 )[0]
             else:
                 rows = hex_cross_entropy(x, target, eps=0.05, temperature=0.1, beta=beta,
-                                         variant=variant, reduction="none")  # fmt: skip
+                                         reduction="none", **form(variant))  # fmt: skip
             assert ((rows == math.inf) if lowest == -math.inf else rows.isfinite()).all()
             rows.sum().backward()
             grads.append(x.grad)
@@ -388,7 +389,37 @@ def test_the_gradient_of_a_target_of_minus_infinity_is_that_of_a_target_far_belo
 
 
 @pytest.mark.parametrize("kernels", [True, False])
-@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_a_debiased_sum_of_exactly_0_is_at_its_floor_though_that_underflows(kernels, monkeypatch):
+    """q = r - tau_plus e_0 with r = 1 and e_0 = 2, and exp(-1/tau) is 0 in float64."""
+    if not kernels:
+        without_kernels(monkeypatch)
+    logits = torch.tensor([[math.log(2), 0]], dtype=torch.float64, requires_grad=True)
+    loss = hex_cross_entropy(
+        logits, torch.tensor([0]), eps=-2.0, temperature=1e-3, tau_plus=0.5, decoupled=True
+    )
+    assert loss.item() == pytest.approx(-1000 - math.log(2), rel=1e-15)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.tolist() == [[-1, 0]]
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("positives", ["outside", "inside"])
+def test_a_positive_whose_exponential_overflows_beside_the_denominator_has_a_loss(
+    positives, kernels, monkeypatch
+):
+    """Cosines of 1 with it and of 0 with the 6 negatives, all in H: Q = 6, or 6 exp(-1/tau)."""
+    if not kernels:
+        without_kernels(monkeypatch)
+    z = torch.eye(4, 8, dtype=torch.float64)[:, None].repeat(1, 2, 1).requires_grad_()
+    for tau_plus, wanted in ((0.0, math.log(6) - 2048), (0.1, math.log(6) - 4096)):
+        loss = hex_sup_con(z, eps=-0.5, temperature=2**-11, tau_plus=tau_plus, decoupled=True,
+                           positives=positives)  # fmt: skip
+        assert loss.item() == pytest.approx(wanted, rel=1e-14)
+        assert torch.autograd.grad(loss, z)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("variant", FORMS)
 def test_a_target_of_minus_infinity_alone_in_the_denominator_is_nan_as_torchs(
     variant, kernels, monkeypatch
 ):
@@ -397,12 +428,13 @@ def test_a_target_of_minus_infinity_alone_in_the_denominator_is_nan_as_torchs(
     logits = torch.tensor([[1.0, 2, -math.inf, 4], [-math.inf] * 4, [1, 2, 3, 4]]).requires_grad_()
     target = torch.tensor([2, 2, 2])
     rows = hex_cross_entropy(
-        logits, target, eps=-20.0, temperature=0.1, variant=variant, reduction="none"
+        logits, target, eps=-20.0, temperature=0.1, reduction="none", **form(variant)
     )
     (gradient,) = torch.autograd.grad(rows.sum(), logits)
-    if variant == "released":  # all negatives are in H, which it leaves out
+    if not variant.startswith("paper"):  # all negatives are in H, which it leaves out
         assert rows.isnan().tolist() == [True, True, False]
-        assert gradient[0].isnan().all() and (gradient[2] == 0).all()
+        assert gradient[0, 2].isnan() and gradient[2].isfinite().all()
+        assert (gradient[2] == 0).all()
     else:
         assert rows[0] == math.inf and rows.isnan().tolist() == [False, True, False]
         assert gradient[0, 2] == -1
@@ -411,7 +443,7 @@ def test_a_target_of_minus_infinity_alone_in_the_denominator_is_nan_as_torchs(
 
 
 @pytest.mark.parametrize("kernels", [True, False])
-@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize("variant", FORMS)
 @pytest.mark.parametrize("columns", [2, 700])
 @pytest.mark.parametrize("column", [1, 0], ids=["target", "negative"])
 def test_a_logit_of_infinity_is_nan_as_torchs(column, columns, variant, kernels, monkeypatch):
@@ -424,7 +456,7 @@ def test_a_logit_of_infinity_is_nan_as_torchs(column, columns, variant, kernels,
         logits.requires_grad_()
         wanted = F.cross_entropy(logits.float(), target, reduction="none").isnan()
         assert wanted.tolist() == [i == 3 for i in range(20)]
-        options = dict(variant=variant, reduction="none")
+        options = dict(reduction="none", **form(variant))
         calls = [
             hex_cross_entropy(logits, target, eps=eps, temperature=0.1, **options)
             for eps in (math.inf, 2.0, 0.3, -2.0)
@@ -437,7 +469,7 @@ def test_a_logit_of_infinity_is_nan_as_torchs(column, columns, variant, kernels,
 
 @pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("positives", ["inside", "outside"])
-@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize("variant", FORMS)
 @pytest.mark.parametrize("eps", [math.inf, 0.3])
 def test_a_nan_among_positives_alone_is_seen(eps, variant, positives, kernels, monkeypatch):
     if not kernels:
@@ -446,7 +478,7 @@ def test_a_nan_among_positives_alone_is_seen(eps, variant, positives, kernels, m
     with torch.no_grad():
         z[3, 1] = math.nan
     rows = hex_sup_con(
-        z, torch.zeros(6).int(), eps=eps, variant=variant, positives=positives, reduction="none"
+        z, torch.zeros(6).int(), eps=eps, positives=positives, reduction="none", **form(variant)
     )
     assert rows.isnan().all()
     assert torch.autograd.grad(rows.sum(), z)[0].isnan().all()
@@ -474,8 +506,8 @@ def test_masked_columns_leave_the_derivative_in_the_temperature_finite(dtype, ke
         without_kernels(monkeypatch)
     least = torch.finfo(dtype).min
     logits = torch.tensor([[3, least, least, 5]], dtype=dtype)
-    for variant in ("paper", "released"):
+    for variant in FORMS:
         tau = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
-        options = dict(eps=0.4, temperature=tau, variant=variant)
+        options = dict(eps=0.4, temperature=tau, **form(variant))
         hex_cross_entropy(logits, torch.tensor([0]), **options).backward()
         assert tau.grad.isfinite()

@@ -21,6 +21,7 @@ LOSSES = {
     "InfoNCELoss": InfoNCELoss,
     "HEXLoss adaptive": HEXLoss,
     "HEXLoss": lambda tau: HEXLoss(tau, threshold=0.2),
+    "HEXLoss excluded": lambda tau: HEXLoss(tau, threshold=0.2, variant="excluded"),
     "HEXLoss released": lambda tau: HEXLoss(tau, threshold=0.2, variant="released"),
 }
 

@@ -19,7 +19,7 @@ import operators
 import pytest
 import torch
 from conftest import DTYPES, check, problem
-from data import MODES
+from data import FORMS, MODES
 
 from hex import ops, reference
 
@@ -106,9 +106,8 @@ def test_a_level_that_there_is_not_is_an_import_error():
 def check_all(step: int = 1) -> int:
     """Compares everything, or every so many-th, at the level in use; the number of batches."""
     count = 0
-    variants = ("paper", "released")
     batches = [*itertools.product(MODES, SIZES), ("ntxent", PAIRS)]
-    everything = itertools.product(batches, variants, DTYPES)
+    everything = itertools.product(batches, FORMS, DTYPES)
     for (mode, (B, D, K)), variant, dtype in itertools.islice(everything, 0, None, step):
         p = problem("cluster", B, D, mode, K=K, dtype=dtype, variant=variant, seed=count)
         check(p)

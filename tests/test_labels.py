@@ -15,13 +15,14 @@ import operators
 import pytest
 import torch
 from conftest import DTYPES, problem
-from data import MODES, f64, leaves, views
+from data import FORMS as OF_VIEWS
+from data import MODES, f64, form, leaves, views
 from labelled_problems import PAIRINGS, SOURCES, Call, check, labelled, logits
 from torch import Tensor
 
 from hex import ops, reference
 
-FORMS = tuple(itertools.product(("paper", "released"), ("outside", "inside")))
+FORMS = tuple(itertools.product(OF_VIEWS, ("outside", "inside")))
 
 
 def everything(dtype: torch.dtype) -> list[Call]:
@@ -35,7 +36,7 @@ def everything(dtype: torch.dtype) -> list[Call]:
         calls.append(labelled(N, D, pairing, source, M=M, masked=masked, dtype=dtype, seed=k,
                               variant=variant, positives=positives,
                               beta=(1.0, 0.0, 0.5)[k // 3 % 3]))  # fmt: skip
-    for k, variant in enumerate(("paper", "released")):
+    for k, variant in enumerate(OF_VIEWS):
         for N, C in ((1, 1), (19, 37), (5, 1031)):
             calls.append(logits(N, C, dtype=dtype, variant=variant, seed=k))
     return calls
@@ -58,20 +59,36 @@ def test_the_kernels_compute_what_the_reference_computes(dtype):
         check(p)
 
 
+@pytest.mark.parametrize("positives", ("outside", "inside"))
+@pytest.mark.parametrize("variant", OF_VIEWS)
+def test_rows_of_which_all_or_no_negatives_are_in_h_are_as_exact(variant, positives):
+    """Of several positives, one, or none; with the temperature's derivative."""
+    for k, (pairing, dtype) in enumerate(itertools.product(PAIRINGS, DTYPES[:2])):
+        for labels in (1, 3, 40):
+            p = labelled(23, 7, pairing, M=9, dtype=dtype, labels=labels, seed=k, variant=variant,
+                         positives=positives)  # fmt: skip
+            for eps in (-2.0, 2.0, math.inf):
+                check(dataclasses.replace(p, tensors=(*p.tensors[:-2], f64(eps), p.tensors[-1])))
+
+
 @pytest.mark.parametrize("tau", (0.005, 0.03, 0.5))
 @pytest.mark.parametrize("kind", ("gauss", "near_collapsed", "collapsed", "zero_rows", "clamped"))
 def test_hard_batches_and_temperatures_are_as_exact(kind, tau):
     for positives, dtype in itertools.product(("outside", "inside"), DTYPES[:2]):
         source = "groups" if "collapsed" in kind else "cosines"  # there is no gap for eps
         tau_plus = 0.9 if kind == "clamped" else 0.1
-        check(labelled(26, 17, "self", source, kind=kind, tau=tau, positives=positives,
-                       dtype=dtype, tau_plus=tau_plus, labels=13))  # fmt: skip
+        for variant, share in (("paper", tau_plus), *((OF_VIEWS[3], x) for x in (0.0, tau_plus))):
+            check(labelled(26, 17, "self", source, kind=kind, tau=tau, positives=positives,
+                           dtype=dtype, tau_plus=share, labels=13, variant=variant))  # fmt: skip
 
 
 @pytest.mark.parametrize("p", (labelled(7, 3), labelled(7, 3, "pair", M=5, positives="inside"),
                                labelled(4, 3, "queue", "guide", M=5), labelled(7, 3, masked=True),
                                labelled(7, 3, "self", "groups", variant="released"),
-                               logits(3, 7), logits(3, 7, variant="released")),
+                               logits(3, 7), logits(3, 7, variant="released"),
+                               labelled(7, 3, variant="paper decoupled"),
+                               labelled(7, 3, positives="inside", variant="paper decoupled"),
+                               logits(3, 7, variant="excluded")),
                          ids=str)  # fmt: skip
 def test_first_and_second_derivatives_are_those_of_finite_differences(p):
     inputs = [p.tensors[k].clone() for k in p.places]
@@ -82,7 +99,7 @@ def test_first_and_second_derivatives_are_those_of_finite_differences(p):
     assert torch.autograd.gradgradcheck(p.rows, inputs, fast_mode=True)
 
 
-@pytest.mark.parametrize("variant", ("paper", "released"))
+@pytest.mark.parametrize("variant", OF_VIEWS)
 @pytest.mark.parametrize("source", ("groups", "guide"))
 @pytest.mark.parametrize("mode", MODES)
 def test_derivatives_of_views_are_those_of_finite_differences(mode, source, variant):
@@ -95,7 +112,9 @@ def test_derivatives_of_views_are_those_of_finite_differences(mode, source, vari
     else:
         guide = views("cluster", n, 4, seed=2)[0]
         eps = guide.new_tensor(0.2)
-    rule = code, reduction, 0, p.beta, ops.VARIANTS[variant], p.tau_plus, False
+    options = form(variant)
+    of_form = ops.VARIANTS[options["variant"]], p.tau_plus, options["decoupled"]
+    rule = code, reduction, 0, p.beta, *of_form
 
     def loss(tau: Tensor, *z: Tensor) -> tuple[Tensor, ...]:
         inputs = *(*z, negatives)[:3], ids, mask, groups, guide
@@ -218,7 +237,7 @@ def test_strided_inputs_are_read_right():
                 assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("variant", ("paper", "released"))
+@pytest.mark.parametrize("variant", OF_VIEWS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_logit_of_infinity_makes_loss_count_share_and_gradient_of_its_row_nan(dtype, variant):
     p = logits(19, 37, dtype=dtype, variant=variant, left_out=0.0)

@@ -13,12 +13,13 @@ import operators
 import pytest
 import torch
 from conftest import BY_DOTS, DTYPES, assert_as_good_as_torch
+from data import FORMS as OF_VIEWS
 from data import MODES, batch, f64, views
 from labelled_problems import HEX, check, labelled
 
 from hex import HEXLoss, HEXSupConLoss, hex_sup_con, ops, reference
 
-FORMS = tuple(itertools.product(("paper", "released"), ("outside", "inside"), (0.0, 1.0, 0.5)))
+FORMS = tuple(itertools.product(OF_VIEWS, ("outside", "inside"), (0.0, 1.0, 0.5)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -54,7 +55,7 @@ def groups_of(z: list[torch.Tensor], seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("mode", MODES)
 def test_groups_of_views_by_tiles(mode, dtype):
     """And `paired`, which has no tiles, anchor by anchor."""
-    for k, (variant, beta) in enumerate(itertools.product((0, 1), (0.0, 1.0, 0.5))):
+    for k, (variant, beta) in enumerate(itertools.product((0, 1, 2), (0.0, 1.0, 0.5))):
         check_groups(mode, dtype, variant, beta, k)
 
 

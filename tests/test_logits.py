@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from data import batch, f64
+from data import FORMS, batch, f64, form
 from torch import Tensor
 
 from hex import HEXCrossEntropyLoss, HEXLoss, ThresholdTracker, hex_cross_entropy, hex_loss, ops
@@ -58,10 +58,10 @@ def test_with_the_local_term_off_it_is_torchs_cross_entropy(dtype, reduction):
         torch.testing.assert_close(a, b, rtol=0, atol=part * b.abs().max().item())
 
 
-@pytest.mark.parametrize("variant", ("paper", "released"))
+@pytest.mark.parametrize("variant", FORMS)
 def test_on_the_logits_of_a_queue_it_is_hexloss(variant):
     z, logits, target = moco()
-    options = dict(eps=0.35, temperature=TAU, variant=variant, beta=0.7, reduction="none")
+    options = dict(eps=0.35, temperature=TAU, beta=0.7, reduction="none", **form(variant))
     ours = hex_cross_entropy(logits, target, **options)
     torch.testing.assert_close(ours, hex_loss(*z, **options), rtol=1e-10, atol=1e-12)
 

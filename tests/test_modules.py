@@ -17,7 +17,7 @@ import warnings
 import pytest
 import torch
 from conftest import problem
-from data import MODES, f64
+from data import FORMS, MODES, f64, form
 from torch import Tensor, nn
 
 from hex import (
@@ -217,13 +217,14 @@ def test_a_temperature_tensor_that_is_no_temperature_gives_nan(tau):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("variant", ("paper", "released"))
+@pytest.mark.parametrize("variant", FORMS)
 def test_statistics_are_those_of_the_reference_and_carry_no_gradient(mode, variant):
     z = inputs(mode, dtype=torch.float64)
-    module = HEXLoss(0.3, threshold=0.4, mode=named(mode), variant=variant)
+    module = HEXLoss(0.3, threshold=0.4, mode=named(mode), **form(variant))
     assert module.last is None
     a_step(module, *z)
-    _, hard, share = reference.loss_rows(*(*z, None)[:3], f64(0.4), f64(0.3), mode, variant=variant)
+    given = *(*z, None)[:3], f64(0.4), f64(0.3), mode
+    _, hard, share = reference.loss_rows(*given, **form(variant))
     assert isinstance(module.last, Statistics)
     assert all(x.dim() == 0 and not x.requires_grad for x in module.last)
     torch.testing.assert_close(module.last.hard, hard.mean(), rtol=1e-14, atol=0)
@@ -404,6 +405,9 @@ def test_repr_names_every_option():
     )
     learned = InfoNCELoss(nn.Parameter(torch.tensor(0.2)), mode="cross", reduction="none")
     assert repr(learned) == "InfoNCELoss(temperature=<Parameter>, mode='cross', reduction='none')"
+    assert repr(InfoNCELoss(decoupled=True)) == (
+        "InfoNCELoss(temperature=0.1, decoupled=True, mode='ntxent', reduction='mean')"
+    )
 
 
 @pytest.mark.parametrize("mode, rows", (("ntxent", 75), ("query", 51), ("unpaired", 50)))
@@ -455,9 +459,9 @@ def test_a_device_without_kernels_gets_the_same_by_plain_torch_and_one_warning(
 
     def run() -> list[Tensor]:
         out = []
-        for variant, reduction in itertools.product(("paper", "released"), ops.REDUCTIONS):
+        for variant, reduction in itertools.product(FORMS, ops.REDUCTIONS):
             tau = f64_parameter(0.3)
-            options = {"variant": variant, "reduction": reduction, "mode": named(mode)}
+            options = {"reduction": reduction, "mode": named(mode), **form(variant)}
             module = HEXLoss(tau, threshold=make(), **options)
             out += [*a_step(module, *z), tau.grad, *module.last]
         return out

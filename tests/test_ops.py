@@ -11,7 +11,7 @@ import operators
 import pytest
 import torch
 from conftest import DTYPES, Problem, problem
-from data import MODES, f64, leaves
+from data import FORMS, MODES, f64, leaves
 from labelled_problems import Call, coded, labelled, logits
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -30,6 +30,7 @@ CALLS = (
     coded("unpaired", 7, 5, M=6, dtype=torch.bfloat16),
     logits(7, 6),
     logits(7, 6, dtype=torch.float16, variant="released"),
+    labelled(7, 3, variant="paper decoupled"),
 )
 TRACKER = ThresholdTracker.adaptive(over="negatives")
 
@@ -99,7 +100,7 @@ def test_opcheck(op, mode, device):
     """Every operator in every mode and, for there are more modes, with every dtype."""
     k = MODES.index(mode)
     dtype = DTYPES[(k + OPS.index(op)) % len(DTYPES)]
-    variant = "released" if k % 2 else "paper"
+    variant = FORMS[k]
     p = problem("cluster", 7, 5, mode, dtype=dtype, device=device, variant=variant)
     torch.library.opcheck(*op(p, **options_of(op, k)))
 
@@ -216,7 +217,7 @@ def everything(p: Problem):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_device_without_kernels_gives_the_same_values_with_one_warning(mode, no_kernels):
-    for variant in ("paper", "released"):
+    for variant in FORMS:
         p = problem("cluster", 9, 5, mode, variant=variant)
         with pytest.warns(RuntimeWarning) as warned:
             composed = everything(p)

@@ -77,9 +77,11 @@ def batches(anchors=7, K=45):
     return result
 
 
-def closed_form(c, positive, eps, tau, beta, tau_plus):
+def closed_form(c, positive, eps, tau, beta, tau_plus, decoupled=False):
     """Of each row: loss (N,), dL/dc_p and dL/dc (N, 1 + K), whether Q is at its floor, and the
     condition of the debiasing; c (N, K), positive (N,).
+
+    Decoupled, the condition is that of the whole denominator, of which Q may be a small part.
     """
     c, positive, tau = c.astype(LONG), positive.astype(LONG), LONG(tau)
     d = (c - positive[:, None]) / tau
@@ -95,7 +97,7 @@ def closed_form(c, positive, eps, tau, beta, tau_plus):
     floor = count * np.exp(-(1 + positive) / tau - m)
     clamped = q < floor
     S = np.maximum(q, floor) + np.where(hard, 0, e).sum(1)
-    k = 1 / (tau * (e0 + S))
+    k = 1 / (tau * (S if decoupled else e0 + S))
     free = k * count * ~clamped / (1 - tau_plus)
     dc = (free[:, None] * weight) * (e + beta * (e - r[:, None]))
     dc = np.where(hard, dc, k[:, None] * e)
@@ -104,36 +106,44 @@ def closed_form(c, positive, eps, tau, beta, tau_plus):
     debiased = some & ~clamped
     spread = np.where(debiased, abs(r - tau_plus * e0), 1)
     condition = np.where(debiased, (r + tau_plus * e0) / spread, 1)
+    if decoupled:
+        loss = m + np.log(S)
+        terms = count * (r + tau_plus * e0) / (1 - tau_plus)
+        condition = np.where(debiased, np.maximum(terms / S, 1), 1)
     return loss, np.concatenate([dp[:, None], dc], 1), clamped & some, condition
 
 
-def errors(batch, eps, tau, beta, tau_plus, dtype):
-    """Of each row: that of the loss, relative; of the gradients, of the row's largest, both over
-    the condition; the condition; whether Q is at its floor.
+def errors(batch, eps, tau, beta, tau_plus, dtype, decoupled=False):
+    """Of each row: that of the loss, relative (a decoupled loss of below 1, which is a difference:
+    absolute); of the gradients, of the row's largest, both over the condition; the condition;
+    whether Q is at its floor.
     """
     given = [z.to(dtype) for z in batch.inputs]
     loss, stats, kept = operators.forward(
-        *given, f64(eps), f64(tau), 4, 0, 0, beta, tau_plus, False, True
+        *given, f64(eps), f64(tau), 4, 0, 0, beta, tau_plus, decoupled, True
     )
     ones = torch.ones(len(given[0]), dtype=dtype)
     dz = operators.backward(ones, *given, f64(tau), stats, kept, 4, 0, beta, 6)
     ours = torch.cat([dz[1][:, None], dz[2]], 1).double().numpy()  # (N, 1 + K, D)
 
     c = batch.c
-    value, g, clamped, condition = closed_form(c[:, 1:], c[:, 0], eps, tau, beta, tau_plus)
+    rule = tau, beta, tau_plus, decoupled
+    value, g, clamped, condition = closed_form(c[:, 1:], c[:, 0], eps, *rule)
     wrong = np.sqrt(((ours - g.astype(float)[:, :, None] * batch.directions) ** 2).sum(2))
     # No more digits are promised than the dtype has, and none below its least normal number.
     info = torch.finfo(dtype)
     tiny = info.tiny * math.sqrt(ours.shape[2]) / info.eps
     largest = abs(g).max(1) + tiny
     share = wrong / (np.where(batch.sizes > 0, batch.sizes, 1) * largest[:, None])
-    relative = abs(loss.double().numpy() - value) / (value + tiny)
+    size = np.maximum(abs(value), 1) if decoupled else value + tiny
+    relative = abs(loss.double().numpy() - value) / size
     return relative / condition, share.max(1) / condition, condition, clamped
 
 
+@pytest.mark.parametrize("decoupled", [False, True], ids=["", "decoupled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("tau", TAUS)
-def test_loss_and_gradient_given_the_cosines(tau, dtype):
+def test_loss_and_gradient_given_the_cosines(tau, dtype, decoupled):
     assert np.finfo(LONG).eps < 1e-18
     loss_bound, gradient_bound = 1e-12, 1e-12
     if dtype == torch.float32:
@@ -142,7 +152,7 @@ def test_loss_and_gradient_given_the_cosines(tau, dtype):
     for k, batch in enumerate(batches()):
         for j, (beta, tau_plus) in enumerate((b, t) for b in BETAS for t in TAU_PLUS):
             eps = (-1.5, 0.3, 0.6, 0.9, 0.97, 2.0)[(k + j) % 6] + 1e-4  # no cosine
-            loss, gradient, *rest = errors(batch, eps, tau, beta, tau_plus, dtype)
+            loss, gradient, *rest = errors(batch, eps, tau, beta, tau_plus, dtype, decoupled)
             assert (loss <= loss_bound).all(), (loss.max(), k, eps, beta, tau_plus)
             assert (gradient <= gradient_bound).all(), (gradient.max(), k, eps, beta, tau_plus)
             results.append((loss, gradient, *rest))

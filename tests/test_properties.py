@@ -11,7 +11,7 @@ import math
 import operators
 import torch
 from conftest import Problem, problem
-from data import MODES, f64, leaves
+from data import MODES, f64, form, leaves
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import problems
@@ -95,7 +95,9 @@ def test_the_mean_of_losses_is_between_the_least_and_the_greatest(p):
 def test_infonce_is_what_every_form_is_at_an_infinite_threshold(p):
     at = p.with_(eps=f64(math.inf))
     name = p.mode if len(p.inputs) == 2 else "ntxent"
-    wanted = info_nce(*p.inputs, temperature=p.tau, mode=name, reduction="none")
+    decoupled = form(p.variant)["decoupled"]
+    options = dict(temperature=p.tau, decoupled=decoupled, mode=name, reduction="none")
+    wanted = info_nce(*p.inputs, **options)
     assert torch.equal(at.loss(*p.inputs).nan_to_num(-1), wanted.nan_to_num(-1))
 
 

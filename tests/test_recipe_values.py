@@ -303,6 +303,9 @@ def check_peer(line: str, name: str) -> None:
     if name == "lightly":
         peer = pytest.importorskip("lightly.loss", exc_type=ImportError).NTXentLoss(0.2)
         agree(called(line, z0, z1, T=0.2), peer(z0, z1), 10, 0.2)
+    elif name == "DCLLoss":
+        peer = pytest.importorskip("lightly.loss", exc_type=ImportError).DCLLoss(0.2)
+        agree(called(line, z0, z1, T=0.2), peer(z0, z1), 10, 0.2)
     elif name == "lightly's bank":
         losses = pytest.importorskip("lightly.loss", exc_type=ImportError)
         bank, names = F.normalize(draw(10, 6), dim=1), ours() | {"T": 0.2}
@@ -356,8 +359,8 @@ def check_peer(line: str, name: str) -> None:
         agree(value, peer(image, text, scale), 5, 1 / scale)
 
 
-PEERS = ("lightly", "lightly's bank", "SupConLoss", "ref_emb", "NTXentLoss", "GISTEmbedLoss",
-         "info-nce", "open_clip")  # fmt: skip
+PEERS = ("lightly", "DCLLoss", "lightly's bank", "SupConLoss", "ref_emb", "NTXentLoss",
+         "GISTEmbedLoss", "info-nce", "open_clip")  # fmt: skip
 MIXED = "dino", "byol", "barlowtwins"
 # What each row of the tables is compared with, our lines in their order.
 README = {
@@ -366,6 +369,7 @@ README = {
     "facebookresearch/moco": [("moco",)],
     "mmpretrain, MoCo": [("moco",)],
     "lightly": [("lightly",)],
+    "lightly, DCLLoss": [("DCLLoss",)],
     "stable-pretraining": [("stable-pretraining",)],
     "solo-learn, SimCLR and SupCon": [("solo-learn",)],
     "solo-learn, MoCo v2+": [("solo-learn-moco",)],
@@ -385,6 +389,7 @@ SWAP = {
     "sthalles/SimCLR; mmpretrain: SimCLR": [("simclr", "mmpretrain")],
     "facebookresearch/moco; mmpretrain: MoCo": [("moco",)],
     "lightly: SimCLR, NNCLR; stable-pretraining": [("lightly", "stable-pretraining")],
+    "lightly: DCL": [("DCLLoss",)],
     "lightly: MoCo, its memory bank kept": [("lightly's bank",)],
     "solo-learn: SimCLR, SupCon": [("solo-learn",)],
     "solo-learn: NNCLR, All4One": [("solo-learn-nnclr",)],

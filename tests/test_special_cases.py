@@ -12,7 +12,7 @@ import operators
 import pytest
 import torch
 from conftest import DTYPES, Problem, at_the_floor, check, check_loss, problem
-from data import INF, MODES, NAN, f64, leaves
+from data import FORMS, INF, MODES, NAN, f64, form, leaves
 
 from hex import (
     HEXLoss,
@@ -26,7 +26,7 @@ from hex import (
 )
 from hex.state import CANDIDATE, SKIPPED
 
-VARIANTS = ("paper", "released")
+VARIANTS = FORMS
 
 
 def results(p: Problem, reduction: str = "none"):
@@ -405,8 +405,8 @@ def test_without_negatives_nan_is_still_nan():
     z = torch.tensor([[1.0, NAN]])
     for variant in VARIANTS:
         for mode in ("ntxent", "query", "cross"):
-            assert hex_loss(z, z, eps=0.3, mode=mode, variant=variant).isnan()
-        assert hex_loss(z, z, z[:0], eps=0.3, variant=variant).isnan()
+            assert hex_loss(z, z, eps=0.3, mode=mode, **form(variant)).isnan()
+        assert hex_loss(z, z, z[:0], eps=0.3, **form(variant)).isnan()
 
 
 # ---- the released variant -----------------------------------------------------------------------

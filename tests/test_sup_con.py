@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from data import f64, views
+from data import FORMS, f64, form, views
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -64,11 +64,11 @@ def test_two_views_with_the_local_term_off_are_info_nce(positives):
           lambda x: InfoNCELoss(0.2)(x[:, 0], x[:, 1]), x)  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", ("paper", "released"))
+@pytest.mark.parametrize("variant", FORMS)
 @pytest.mark.parametrize("positives", ("outside", "inside"))
 def test_with_a_single_positive_it_is_hex(positives, variant):
     x = features()
-    options = dict(eps=0.4, temperature=0.2, beta=0.7, tau_plus=0.2, variant=variant)
+    options = dict(eps=0.4, temperature=0.2, beta=0.7, tau_plus=0.2, **form(variant))
     for reduction in ("none", "mean", "sum"):
         check(
             lambda x, r=reduction: hex_sup_con(x, positives=positives, reduction=r, **options),
@@ -109,7 +109,7 @@ def test_other_axes_are_flattened():
 
 def by_letter(
     x: Tensor, ids: list[int], eps: float, tau: float, beta: float, tau_plus: float,
-    positives: str, variant: str,
+    positives: str, variant: str, decoupled: bool,
 ) -> list[float]:  # fmt: skip
     """Each row by loops over its cosines, as docs/math.md has it."""
     u = F.normalize(x)
@@ -132,16 +132,17 @@ def by_letter(
             losses.append(math.log(far) + constant - numerator if rest else 0.0)
             continue
         near = 0.0
-        if hard:
+        if hard and variant == "paper":
             mean = sum(math.exp(beta * v) for v in hard) / len(hard)
             weighted = sum(math.exp(beta * v) / mean * math.exp(v) for v in hard)
             debiased = weighted - tau_plus * len(hard) * total / len(p)
             near = max(debiased / (1 - tau_plus), len(hard) * math.exp(-1 / tau))
-        losses.append(math.log(total + near + far) - numerator)
+        denominator = near + far if decoupled else total + near + far
+        losses.append(math.log(denominator) - numerator if denominator else 0.0)
     return losses
 
 
-@pytest.mark.parametrize("variant", ("paper", "released"))
+@pytest.mark.parametrize("variant", FORMS)
 @pytest.mark.parametrize("positives", ("outside", "inside"))
 def test_it_is_the_formula_letter_by_letter(positives, variant):
     floors = 0
@@ -149,14 +150,14 @@ def test_it_is_the_formula_letter_by_letter(positives, variant):
         x = features(kind="cluster" if tau_plus < 0.5 else "clamped")
         x, ids = x.transpose(0, 1).flatten(0, 1)[:-1], LABELS.repeat(2)[:-1].clone()
         ids[7] = 99  # alone
-        options = dict(beta=beta, tau_plus=tau_plus, positives=positives, variant=variant)
+        options = dict(beta=beta, tau_plus=tau_plus, positives=positives, **form(variant))
         rows = hex_sup_con(x, ids, eps=eps, temperature=0.5, reduction="none", **options)
         wanted = f64(by_letter(x, ids.tolist(), eps, 0.5, **options))
         torch.testing.assert_close(rows, wanted, rtol=1e-10, atol=1e-12)
         off = hex_sup_con(x, ids, eps=eps, temperature=0.5, reduction="none",
                           **(options | {"tau_plus": 0.0}))  # fmt: skip
         floors += int((rows != off).sum())
-    assert (floors > 0) == (variant == "paper")  # tau_plus matters there and nowhere else
+    assert (floors > 0) == variant.startswith("paper")  # tau_plus matters there and nowhere else
 
 
 # ---- the losses that people use ------------------------------------------------------------------
@@ -238,18 +239,18 @@ def test_pytorch_metric_learning_ntxent_leaves_the_other_positives_out_of_the_de
     dtype=st.sampled_from((torch.float64, torch.float32)),
     eps=st.sampled_from((-2.0, 0.11, math.inf)),
     positives=st.sampled_from(("outside", "inside")),
-    variant=st.sampled_from(("paper", "released")),
+    variant=st.sampled_from(FORMS),
 )
 def test_any_labels_give_what_the_reference_gives(labels, D, dtype, eps, positives, variant):
     ids = torch.tensor(labels)
     x = torch.randn(len(labels), D, generator=torch.Generator().manual_seed(D)).to(dtype)
     x = x.requires_grad_()
-    options = dict(positives=positives, variant=variant)
+    options = dict(positives=positives, **form(variant))
     rows = hex_sup_con(x, ids, eps=eps, temperature=0.3, reduction="none", **options)
     p = of_features(x.double(), ids, None, 0.3)
-    codes = ops.POSITIVES[positives], ops.VARIANTS[variant]
+    rule = 1.0, ops.VARIANTS[options["variant"]], 0.1, options["decoupled"]
     truth = reference.problem_rows(
-        *p.inputs, f64(eps), p.tau, p.mode, codes[0], 1.0, codes[1], 0.1
+        *p.inputs, f64(eps), p.tau, p.mode, ops.POSITIVES[positives], *rule
     )[0]
     near = 1e-9 if dtype == torch.float64 else 2e-4
     if D > 1:  # with one feature cosines are 1 or -1 but for rounding: exactly at a tie of H

@@ -16,7 +16,7 @@ import operators
 import pytest
 import torch
 from conftest import problem
-from data import MODES
+from data import FORMS, MODES
 from torch import Tensor
 
 from hex import HEXCrossEntropyLoss, HEXLoss, HEXSupConLoss, InfoNCELoss, ThresholdTracker, ops
@@ -38,7 +38,7 @@ def everything(p) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
-@pytest.mark.parametrize("variant", ("paper", "released"))
+@pytest.mark.parametrize("variant", FORMS)
 @pytest.mark.parametrize("mode", MODES)
 def test_every_output_has_the_same_bits_for_any_number_of_threads_and_on_every_run(
     mode, variant, dtype, threads

@@ -22,7 +22,7 @@ from conftest import (
     eps_of_each_row,
     problem,
 )
-from data import KINDS, MODES, f64
+from data import FORMS, KINDS, MODES, f64
 from torch import Tensor
 
 from hex import HEXLoss, InfoNCELoss, ThresholdTracker, ops, reference
@@ -88,7 +88,10 @@ OF_TWO_SETS = {
 def test_loss_and_gradients_of_two_sets_are_as_good_as_torch(mode, dtype):
     """Every kind twice, with each size four times."""
     for k, kind in enumerate(KINDS):
-        options = ({}, {"beta": 0.5, "tau": 1.0}, {"variant": "released"}, {"tau": 0.06})[k % 4]
+        options = (
+            {}, {"beta": 0.5, "tau": 1.0}, {"variant": "released"}, {"tau": 0.06},
+            {"variant": "paper decoupled"}, {"variant": "excluded"},
+        )[k]  # fmt: skip
         for B, K in (OF_TWO_SETS[mode][k % 3], OF_TWO_SETS[mode][(k + 1 + k // 3) % 3]):
             check(problem(kind, B, (3, 33)[k % 2], mode, K=K, dtype=dtype, **options))
 
@@ -152,13 +155,14 @@ def test_every_threshold_and_power_is_as_good_as_torch(eps, beta):
         mode = "cross" if dtype == torch.float64 else "ntxent"
         p = problem("cluster", 200, 16, mode, dtype=dtype, beta=beta, eps=f64(eps))
         check(p)
-        check(p.with_(variant="released"))
+        for variant in FORMS[1:]:
+            check(p.with_(variant=variant))
 
 
 @pytest.mark.parametrize("mode", TILED)
 def test_each_row_may_have_its_own_threshold(mode):
     for dtype in (torch.float64, torch.float32):
-        for variant in ("paper", "released"):
+        for variant in FORMS:
             B = {"ntxent": 97, "unpaired": 101}.get(mode, 203)
             p = problem("cluster", B, 9, mode, K=301, dtype=dtype, variant=variant)
             check(eps_of_each_row(p))

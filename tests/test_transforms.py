@@ -12,7 +12,7 @@ import warnings
 import pytest
 import torch
 from conftest import DTYPES, Problem, problem
-from data import MODES, f64
+from data import FORMS, MODES, f64
 from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
@@ -27,7 +27,7 @@ from hex import (
     hex_loss,
 )
 
-VARIANTS = ("paper", "released")
+VARIANTS = FORMS
 
 # What torch.compile itself does while it traces an autograd.Function.
 pytestmark = pytest.mark.filterwarnings(

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DTYPES, at_the_floor, check, eps_of_each_row, problem
-from data import INF, KINDS, MODES, f64
+from data import FORMS, INF, KINDS, MODES, f64
 
 from hex import hex_loss, info_nce, ops, reference
 
@@ -24,6 +24,9 @@ OPTIONS = [
     {"tau": 0.07, "beta": 0.5, "tau_plus": 0.9},
     {"tau": 0.2, "beta": 2.0, "tau_plus": 0.1},
     {"tau": 0.1, "variant": "released"},
+    {"tau": 0.2, "variant": "excluded"},
+    {"tau": 0.1, "tau_plus": 0.3, "variant": "paper decoupled"},
+    {"tau": 0.07, "variant": "excluded decoupled"},
 ]
 SIZES = [(2, 1), (13, 3), (33, 65)]  # none fills a vector or a tile
 
@@ -43,7 +46,7 @@ def test_every_row_and_gradient_is_as_good_as_torch(kind, mode, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", MODES)
 def test_each_row_may_have_its_own_threshold(mode, dtype, device):
-    for variant in ("paper", "released"):
+    for variant in FORMS:
         p = eps_of_each_row(
             problem("cluster", 23, 9, mode, K=19, dtype=dtype, device=device, variant=variant)
         )
@@ -69,7 +72,7 @@ def test_many_features_are_summed_in_slices(mode, D, device):
 ])  # fmt: skip
 def test_many_rows_and_candidates_are_done_in_blocks(mode, B, K, device):
     """Row by row, for which beta is above 1; none of the blocks and slices is full at the end."""
-    for variant in ("paper", "released"):
+    for variant in FORMS:
         p = problem("cluster", B, 17, mode, K=K, dtype=torch.float32, device=device, near=0.8)
         check(p.with_(variant=variant, beta=1.5))
 
@@ -82,6 +85,21 @@ def test_a_cold_temperature_is_as_good_as_torch(tau, mode, device):
     for k, (dtype, kind) in enumerate(itertools.product(dtypes, kinds)):
         p = problem(kind, 15, 33, mode, tau=tau, dtype=dtype, device=device)
         check(p.with_(beta=(0.5, 1.0, 2.0)[(k + k // 4) % 3]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("tau", [0.02, 0.003, 0.001])
+def test_a_cold_temperature_without_the_positive_in_the_denominator_is_as_good_as_torch(
+    tau, mode, device
+):
+    """The positive's exponential overflows beside those of the negatives, which may all be in H."""
+    kinds = ("gauss", "clamped", "cluster")
+    for k, (dtype, kind) in enumerate(itertools.product(DTYPES[:2], kinds)):
+        p = problem(kind, 15, 33, mode, tau=tau, dtype=dtype, device=device, near=0.2)
+        for variant in FORMS[3:]:
+            for tau_plus in (0.0, 0.1, 0.9):
+                check(p.with_(variant=variant, tau_plus=tau_plus, beta=(0.5, 1.0, 2.0)[k % 3]))
+            check(p.with_(variant=variant, eps=f64(-2.0).to(device)))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -110,7 +128,7 @@ def test_each_input_may_have_its_own_dtype(mode, device):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("mode", MODES)
 def test_mean_and_sum_are_those_of_the_rows(mode, dtype, device):
-    for variant in ("paper", "released"):
+    for variant in FORMS:
         p = problem("cluster", 19, 6, mode, dtype=dtype, device=device, variant=variant)
         rows = p.loss(*p.inputs).double()
         # The rows and the result are rounded to the dtype; both sums add up in float64, and each

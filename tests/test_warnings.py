@@ -12,6 +12,7 @@ from torch import nn
 from tracked import adaptive, train, views
 
 from hex import HEXLoss, HEXSupConLoss, InfoNCELoss, ThresholdTracker
+from hex.open_clip import HEXClipLoss
 
 
 def epoch_of(loss, number: int, *inputs, of=None) -> None:
@@ -37,6 +38,37 @@ def test_an_epoch_in_which_all_was_hard_and_the_released_loss_0_is_warned_of():
     epoch_of(loss, 0, *views(40))
     with pytest.warns(UserWarning, match="the loss and its gradient were 0"):
         loss.set_epoch(1)
+
+
+@pytest.mark.parametrize("options", ({}, {"decoupled": True}), ids=("excluded", "decoupled"))
+def test_an_epoch_in_which_all_negatives_were_excluded_is_warned_of(options):
+    loss = HEXLoss(threshold=-1.5, variant="excluded", **options)
+    epoch_of(loss, 0, *views(40))
+    with pytest.warns(UserWarning, match="the loss and its gradient were 0"):
+        loss.set_epoch(1)
+
+
+@pytest.mark.parametrize("threshold", ("adaptive", 0.3))
+@pytest.mark.parametrize("kind", (HEXLoss, HEXSupConLoss, HEXClipLoss))
+def test_a_released_form_that_is_also_decoupled_is_warned_of_once(kind, threshold):
+    with pytest.warns(UserWarning, match="decoupled=True changes nothing") as caught:
+        loss = kind(threshold=threshold, variant="released", decoupled=True)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if kind is HEXLoss:
+            epoch_of(loss, 0, *views(40))
+        kind(threshold=loss.threshold, variant="released", decoupled=True)
+
+
+def test_a_released_form_whose_threshold_is_infinite_at_some_time_may_be_decoupled():
+    z = views(40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for threshold in (None, math.inf, adaptive(warmup_epochs=2)):
+            loss = HEXLoss(threshold=threshold, variant="released", decoupled=True)
+            loss.set_epoch(0)
+            assert torch.equal(loss(*z), InfoNCELoss(decoupled=True)(*z))
 
 
 def test_a_loss_of_0_for_want_of_positives_and_a_schedule_that_is_still_to_fall_warn_of_nothing():

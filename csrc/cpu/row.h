@@ -382,7 +382,7 @@ INLINE double row_scalars(const hex_problem_t *p, sums_t s, const sets_t *of, co
     const bool released = is_released(p, eps), inside = classed && p->positives == HEX_INSIDE;
     const bool logits = classed && p->mode == HEX_LOGITS, decoupled = p->decoupled;
     const double nP = classed ? of->positives : 1, negatives = of->negatives, t = logits ? 1 : tau;
-    /* of which Q is a sum, and all that are repelled */
+    /* how many Q is a sum of, and how many are repelled */
     const double near = leaves_out(p, eps) ? 0 : s.count, repelled = near + negatives - s.count;
     /* A positive logit of -Inf: L = log D - l_p is +Inf and has a gradient, that of log D and -1. */
     const bool lost = classed && of->sum == -INFINITY;
@@ -413,7 +413,7 @@ INLINE double row_scalars(const hex_problem_t *p, sums_t s, const sets_t *of, co
     m = decoupled || above / t > m ? above / t : m;
     if (classed && near > 0 && lowest > m)
         m = lowest;
-    /* of no more than 1e260, for E makes q less than the floor long before */
+    /* decoupled, m may lie far below 0; by an E of 1e260 q is at its floor as by a larger one */
     const double e0 = exp(-m < 600 ? -m : 600);
     const double unit_p = classed ? exp(below - m < 600 ? below - m : 600) : e0,
                  E = classed ? unit_p * s.e : e0;
@@ -426,7 +426,7 @@ INLINE double row_scalars(const hex_problem_t *p, sums_t s, const sets_t *of, co
         r = unit * s.be / s.b;
         local = near * (r - p->tau_plus * (classed ? E / nP : e0)) / (1 - p->tau_plus);
         floor_ = near * exp(lowest - m);
-        clamped = local < floor_;
+        clamped = local < floor_ || local <= 0; /* the floor may have underflowed */
         local = clamped ? floor_ : local;
     }
     if (clamped && s.count < negatives && again && is_lost(s.rest, negatives)) {
@@ -440,15 +440,15 @@ INLINE double row_scalars(const hex_problem_t *p, sums_t s, const sets_t *of, co
         above = shift - centre;
         unit = exp(above / t - m);
     }
-    if (clamped && decoupled) { /* what is left may all be far below the largest, which is in H */
+    if (clamped && decoupled) { /* the largest is in H, and what is left may lie far below it */
         const bool some = s.count < negatives;
-        m = some && above / t > lowest ? above / t : lowest;
+        m = some ? fmax(above / t, lowest) : lowest;
         unit = some ? exp(above / t - m) : 0;
         local = floor_ = near * exp(lowest - m);
     }
 
-    /* S = Q + sum_G e,  k = 1 / (t D) with D = E + S or S;  debias: dq / de_0 of the positives'
-     * share */
+    /* S = Q + sum_G e,  D = E + S or, decoupled, S,  k = 1 / (t D);  debias: dq / de_0 of the
+     * positives' share */
     const double rest = unit * s.rest, S = local + rest, D = decoupled ? S : E + S, k = 1 / (t * D);
     const bool debiased = near > 0 && !clamped;
     const double share = k * near * p->tau_plus * unit_p;
@@ -531,7 +531,9 @@ static double row_forward(const hex_problem_t *p, const row_t *r, double eps_giv
         row_begin(eps, NAN, out);
         return NAN;
     }
-    const double shift = apart || of.rest > hard ? of.rest : hard;
+    /* where G is empty, -Inf is no shift of the positives' row, which may be summed all the same */
+    const bool some = of.rest != -INFINITY;
+    const double shift = (apart && some) || of.rest > hard ? of.rest : hard;
     const sums_t s = classed_sums(r, shift, of.shift, eps, scale, p->beta, of.hard);
     return classed_scalars(p, s, &of, r, shift, eps, tau, out);
 }

@@ -255,9 +255,9 @@ SHARED_DEVICE double row_loss(const hex_problem_t &p, const hex_row &row, double
     if (!valid)
         return (double)NAN;
     out[HEX_STAT_COUNT] = count;
-    // Nothing to attract, or nothing to repel.
-    // Of which Q is a sum, and all that are repelled.
+    // How many Q is a sum of, and how many are repelled.
     const double near = leaves_out ? 0 : count, repelled = near + negatives - count;
+    // Nothing to attract, or nothing to repel.
     if (!SETS ? repelled == 0
               : positives == 0 ||
                     (repelled == 0 && (released || decoupled || inside || positives == 1))) {
@@ -292,7 +292,7 @@ SHARED_DEVICE double row_loss(const hex_problem_t &p, const hex_row &row, double
         m = decoupled ? (shift - centre) / t : fmax(m, (shift - centre) / t);
     if (SETS && near > 0)
         m = fmax(m, lowest);
-    // of no more than 1e260, for E makes q less than the floor long before
+    // decoupled, m may lie far below 0; by an E of 1e260 q is at its floor as by a larger one
     const double e0 = exp(fmin(-m, 600.0)), pos_unit = SETS ? exp(fmin(below - m, 600.0)) : e0;
     const double E = pos_unit * pos_e;
     double rest_unit = some ? exp((rest_top - centre) / t - m) : 0;
@@ -305,11 +305,11 @@ SHARED_DEVICE double row_loss(const hex_problem_t &p, const hex_row &row, double
         r = hard_unit * s.v[SUM_BE] / s.v[SUM_B];
         local = near * (r - p.tau_plus * E / positives) / (1 - p.tau_plus);
         floor_ = near * exp(lowest - m);
-        clamped = local < floor_;
+        clamped = local < floor_ || local <= 0; // the floor may have underflowed
         local = clamped ? floor_ : local;
         if (clamped && some)
             shift = rest_top;
-        if (clamped && decoupled) { // what is left may all be far below the largest, which is in H
+        if (clamped && decoupled) { // the largest is in H, and what is left may lie far below it
             const double top = (rest_top - centre) / t;
             m = some ? fmax(top, lowest) : lowest;
             rest_unit = some ? exp(top - m) : 0;
@@ -317,7 +317,8 @@ SHARED_DEVICE double row_loss(const hex_problem_t &p, const hex_row &row, double
         }
     }
 
-    // S = Q + sum_G e,  k = 1 / (t D) with D = E + S or S;  debias: dq / de_0 of the positives' share
+    // S = Q + sum_G e,  D = E + S or, decoupled, S,  k = 1 / (t D);  debias: dq / de_0 of the
+    // positives' share
     const bool debiased = near > 0 && !clamped;
     const double S = local + rest_unit * s.v[SUM_REST], D = decoupled ? S : E + S, k = 1 / (t * D);
     const double debias =
