@@ -51,6 +51,8 @@ def is_ever_infinite(rule: str, options: dict[str, Any]) -> bool:
     """Whether the threshold is +inf at some time: as a fixed number, or in a warm-up."""
     if rule == "adaptive":
         return bool(options["warmup_epochs"]) and options["warmup_threshold"] == math.inf
+    if rule == "by_positive":
+        return bool(options["warmup_epochs"])
     return options.get("t") == math.inf
 
 

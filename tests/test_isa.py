@@ -68,7 +68,8 @@ def test_a_level_computes_what_the_reference_computes(level):
         pytest.skip(f"{level} is in use: the other tests are of it")
     result = run(level, __file__)
     assert result.returncode == 0, result.stderr[-4000:]
-    assert result.stdout.split() == [level, str((5 * len(SIZES) + 1) * 2 * 4), "66"]
+    batches = (5 * len(SIZES) + 1) * len(FORMS) * len(DTYPES)
+    assert result.stdout.split() == [level, str(batches), "129"]
 
 
 def test_an_empty_level_is_none_and_the_best_that_this_cpu_has_is_taken():

@@ -65,7 +65,8 @@ def test_a_released_form_whose_threshold_is_infinite_at_some_time_may_be_decoupl
     z = views(40)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for threshold in (None, math.inf, adaptive(warmup_epochs=2)):
+        by_positive = ThresholdTracker.by_positive(warmup_epochs=2)
+        for threshold in (None, math.inf, adaptive(warmup_epochs=2), by_positive):
             loss = HEXLoss(threshold=threshold, variant="released", decoupled=True)
             loss.set_epoch(0)
             assert torch.equal(loss(*z), InfoNCELoss(decoupled=True)(*z))
