@@ -382,15 +382,22 @@ static int64_t any_part(random_t *r, int64_t n)
     return which < 0.3 && n % 2 == 0 ? n / 2 : which < 0.5 && n > 0 ? 1 : n;
 }
 
+static int64_t anchors_of(const shape_t *s)
+{
+    return s->mode == HEX_NTXENT || s->mode == HEX_CROSS ? s->B + s->M : s->B;
+}
+
+static int64_t candidates_of(const shape_t *s)
+{
+    return s->mode == HEX_NTXENT    ? s->B + s->M
+           : s->mode < HEX_UNPAIRED ? s->M
+           : s->positives           ? s->M + s->K
+                                    : s->K;
+}
+
 static tensor_t *any_mask(random_t *r, const shape_t *s, bool codes)
 {
-    const bool both = s->mode == HEX_NTXENT || s->mode == HEX_CROSS;
-    const int64_t anchors = both ? s->B + s->M : s->B;
-    const int64_t candidates = s->mode == HEX_NTXENT    ? s->B + s->M
-                               : s->mode < HEX_UNPAIRED ? s->M
-                               : s->positives           ? s->M + s->K
-                                                        : s->K;
-    const int64_t size[] = {any_part(r, anchors), any_part(r, candidates)};
+    const int64_t size[] = {any_part(r, anchors_of(s)), any_part(r, candidates_of(s))};
     tensor_t *mask = any_layout(r, codes ? U8 : BOOL, 2, size);
     for (int64_t i = 0; i < size[0]; i++)
         for (int64_t j = 0; j < size[1]; j++)
@@ -405,7 +412,8 @@ static const char *make_sets(random_t *r, const shape_t *s, values_t *v)
     const int64_t rows = s->B + s->M + (s->paired ? s->B * s->K : s->K);
     const bool codes = !s->positives || chance(r, 0.5);
     const bool masked = !s->logits && chance(r, 0.3);
-    const bool labelled = s->positives && (!masked || chance(r, 0.5));
+    const bool alone = masked && anchors_of(s) > 0 && candidates_of(s) > 0; /* an empty one is none */
+    const bool labelled = s->positives && (!alone || chance(r, 0.5));
     tensor_t *ids = labels(r, s->logits ? s->B : labelled ? rows : 0);
     for (int64_t i = 0; s->logits && i < s->B; i++)
         write_number(ids, ids->offset + i * ids->stride[0], (double)below(r, s->D > 0 ? s->D : 1));
