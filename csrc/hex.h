@@ -213,7 +213,8 @@ static inline int64_t hex_candidates(const hex_problem_t *p)
                                     : p->K;
 }
 
-/* The number of a unit row among the candidates of the anchors that meet it. */
+/* The number of a unit row among the candidates of the anchors that meet it; on a device that is
+ * candidate_of() in cuda/core.cuh. */
 static inline int64_t hex_candidate(const hex_problem_t *p, int64_t j)
 {
     const bool of_z0 = p->mode == HEX_NTXENT || (p->mode == HEX_CROSS && j < p->B);

@@ -58,8 +58,9 @@ class HEXLoss(ContrastiveLoss):
             exchange what they measured. So the threshold, the loss and the statistics are those of
             all rows, with the same bits on all ranks. Data-parallel training (DDP, FSDP) averages
             the gradients over ranks, and this average is the gradient of the whole batch. With
-            `negatives`, the candidates remain the rank's own. In a single process this option has
-            no effect. Every rank must call the loss equally often (docs/distributed.md).
+            `negatives`, the candidates remain the rank's own. In a single process this option
+            changes no value, but without `negatives` it refuses `ignored` all the same. Every rank
+            must call the loss equally often (docs/distributed.md).
         process_group: the data-parallel ranks, a torch.distributed.ProcessGroup, if these are not
             all ranks. deepcopy keeps it. It cannot be pickled.
         check_sizes: whether the ranks first compare, at each call, their numbers of rows, dtypes

@@ -399,7 +399,7 @@ def _of_candidates(
         ids = torch.cat([of_rows(labels), others])
     else:  # of all views of an image; the rows of a mask repeat in the order of one process
         alone = labels[:, None] == others
-        marks = torch.where(ignored, _LEFT_OUT, alone.to(torch.uint8) * _POSITIVE).to(torch.uint8)
+        marks = torch.where(ignored, _LEFT_OUT, alone.to(torch.uint8) * _POSITIVE)
         if share is not None:
             marks = marks.repeat_interleave(views, 0)
     if groups is not None:
@@ -470,7 +470,7 @@ def _ignored_shapes(z0: Tensor, negatives: Tensor | None, mode: str) -> list[tup
 
 
 def _codes(ignored: Tensor, positive: Tensor | None = None) -> Tensor:
-    """The mask of the operators."""
+    """The mask of the operators. A bool may have another byte than 0 and 1, which `!= 0` mends."""
     codes = (ignored != 0).to(torch.uint8) * _LEFT_OUT
     return codes if positive is None else torch.where(positive, _POSITIVE, codes)
 

@@ -182,7 +182,7 @@ class ThresholdTracker(nn.Module):
 
         Args:
             t: < 1, or math.inf for InfoNCE. With t < -1 every negative is in H. For any other
-                t >= 1, H is always empty, and a loss of the paper's form warns.
+                t >= 1, H is always empty, and a loss warns, unless it has the released form.
             normalize_rows: whether t is compared with the cosines scaled to [0, 1] in each row, as
                 in all schedules of the authors. The whole row is scaled, so in mode "ntxent" max_i
                 is 1, the cosine of the anchor with itself. t must then be finite.
@@ -289,8 +289,8 @@ class ThresholdTracker(nn.Module):
 
         Call it between steps and outside compiled code, because it waits for the device. Naming the
         epoch that is already running changes nothing. It warns, once, if H was empty in every row
-        of the epoch that ends. It also warns if, in the released form, H always had all negatives,
-        so that the loss was 0.
+        of the epoch that ends. It also warns if H always had all negatives in the released form
+        or with "excluded", so that the loss was 0.
 
         Raises:
             TypeError, ValueError: epoch is not an integer >= 0.
