@@ -233,27 +233,45 @@ def test_dropout_and_augmentation_draw_the_same_numbers_in_both_passes():
     assert not torch.allclose(ours[0], drawn(in_chunks, seed=6)[0])
 
 
-def normed(encode, **options) -> tuple[list[Tensor], list[Tensor]]:
-    """The gradients of a step with BatchNorm, and its running statistics afterwards."""
-    encoder, loss = network(nn.BatchNorm1d(24)), HEXLoss(threshold=adaptive(0.9))
+def normed(encode, kind, momentum, **options) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradients of the last of two steps with BatchNorm, and its running statistics."""
+    encoder = network(kind(24, momentum=momentum))
+    loss, norm = HEXLoss(threshold=adaptive(0.9)), encoder[1]
     if options:
         options = {"context_fn": lambda: (torch.enable_grad(), frozen_statistics(encoder))}
-    value = loss(*(encode(encoder, v, size=9, **options) for v in views()))
-    value.backward()
-    norm = encoder[1]
-    assert norm.momentum == 0.1
-    return [value.detach(), *gradients(encoder)], [norm.running_mean, norm.running_var]
+    for seed in range(2):
+        encoder.zero_grad()
+        value = loss(*(encode(encoder, v, size=9, **options) for v in views(seed=seed)))
+        value.backward()
+        assert norm.momentum == momentum
+    statistics = [norm.running_mean, norm.running_var, norm.num_batches_tracked]
+    assert "1.num_batches_tracked" in encoder.state_dict()
+    return [value.detach(), *gradients(encoder)], statistics
 
 
-def test_batch_norm_uses_the_statistics_of_each_chunk_and_frozen_ones_are_updated_once():
+@pytest.mark.parametrize("momentum", (0.1, None))
+@pytest.mark.parametrize("kind", (nn.BatchNorm1d, nn.SyncBatchNorm))
+def test_batch_norm_uses_the_statistics_of_each_chunk_and_frozen_ones_are_updated_once(
+    kind, momentum
+):
+    norm = kind, momentum
     (kept_step, once), (frozen_step, frozen), (bare_step, twice), (whole_step, _) = (
-        normed(kept), normed(in_chunks, frozen=True), normed(in_chunks), normed(whole)
+        normed(kept, *norm), normed(in_chunks, *norm, frozen=True), normed(in_chunks, *norm),
+        normed(whole, *norm),
     )  # fmt: skip
     assert_close(frozen_step, kept_step)
     assert_close(bare_step, kept_step)
     assert_close(frozen, once)
-    assert not torch.allclose(twice[0], once[0])
+    assert int(once[2]) == 20 and int(twice[2]) == 40  # two steps of two views in five chunks
+    assert momentum is None or not torch.allclose(twice[0], once[0])
     assert not torch.allclose(whole_step[0], kept_step[0])
+
+
+def test_batch_norm_without_running_statistics_has_none_to_freeze():
+    norm = nn.BatchNorm1d(3, track_running_stats=False)
+    with frozen_statistics(norm):
+        norm(torch.rand(4, 3))
+    assert norm.momentum == 0.1 and norm.running_mean is norm.num_batches_tracked is None
 
 
 @pytest.mark.parametrize("inside", (False, True), ids=("backward after", "backward inside"))

@@ -56,6 +56,14 @@ def test_a_result_is_taken_over_once_and_stands_in_the_table(tmp_path, monkeypat
         assert text in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("form", ("released", "paper"))
+def test_a_run_of_the_method_alone_stands_in_the_table_whatever_form_it_names(form, monkeypatch):
+    row = {"variant": form, "seed": 5, "devices": 1, "linear": {"1": [0.25, 0.5]}}
+    known = {"paper": {}, "ours": {"cifar_simclr cifar100 resnet18": [row]}}
+    monkeypatch.setattr(table, "results", lambda: known)
+    assert table.results_table().count("25.00 (100%)") == 1
+
+
 def test_the_cost_of_imagenet_is_that_of_two_views_of_each_image():
     settings = of.read(of.FOLDER / "imagenet_simclr.yaml")
     training, probes = table.cost("imagenet", "resnet50", settings)

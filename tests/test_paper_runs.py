@@ -275,6 +275,15 @@ def test_what_a_run_cannot_have_is_refused_in_a_line(more, wanted, root, tmp_pat
     assert not out.exists()
 
 
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_a_run_of_the_method_alone_has_no_form_of_hex(variant, root, tmp_path, capsys):
+    arguments = arguments_of(root, "cifar_simclr,cifar100,resnet18", tmp_path / "out")
+    assert run.main([*arguments, "--variant", variant]) == 2
+    wanted = f"--variant: got {variant!r}, wanted none for a run of the method alone"
+    assert capsys.readouterr().err == f"run.py: error: {wanted}\n"
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "more, wanted",
     [

@@ -87,6 +87,18 @@ def test_a_seed_beyond_those_of_the_study_is_not_counted_among_its_runs(two_size
     assert text.startswith("16 of 16 runs have been made: 4 losses, 2 seeds")
 
 
+def test_the_cost_counts_trained_runs_alone_and_names_those_that_it_times(two_sizes):
+    seconds = [r["cost"]["cpu_all"] for r in two_sizes.values() if r["loss"] != "untrained"]
+    assert len(seconds) < len(two_sizes)
+    counted = f"{len(seconds)} runs took {sum(seconds) / 3600:.1f} hours of CPU time in all, not "
+    text = report.cost("cpu", STUDY, two_sizes)
+    assert text.startswith(counted) and ". A run of the main grid took" in text
+    # If all regimes differ in the batch size, the size says which runs are meant.
+    by_size = replace(STUDY, regimes={"batch 128": STUDY.regimes["batch 128"]})
+    text = report.cost("cpu", by_size, two_sizes)
+    assert text.startswith(counted) and ". A run with batch size 256 took" in text
+
+
 def test_the_study_has_four_losses_with_five_seeds_at_four_sizes():
     batch, found = STUDIES["batch"], {}
     assert list(sizes(batch)) == [32, 64, 128, 256]

@@ -120,10 +120,12 @@ def cost(name: str, study: Study, rows: Rows) -> str:
     })  # fmt: skip
     commits = sorted({row["commit"] for row in rows.values()})
     images = next(iter(rows.values()))["images"]
+    by_size = study.regimes.keys() <= {*sizes(study).values()}
+    which = f"with batch size {study.setup.batch}" if by_size else "of the main grid"
     return (
-        f"{len(rows)} runs took {sum(seconds) / 3600:.1f} hours of CPU time in all. A run of the "
-        f"main grid took {median(main):.0f} seconds (the median; {min(main):.0f} to "
-        f"{max(main):.0f}). Machine: {'; '.join(machines)}. Commits: "
+        f"{len(seconds)} runs took {sum(seconds) / 3600:.1f} hours of CPU time in all, not "
+        f"counting the untrained network. A run {which} took {median(main):.0f} seconds (the "
+        f"median; {min(main):.0f} to {max(main):.0f}). Machine: {'; '.join(machines)}. Commits: "
         f"{', '.join(f'`{c}`' for c in commits)}. Each run had "
         f"{images['train']} training images, {images['validation']} held-out images of the "
         f"training set, and {images['test']} test images."

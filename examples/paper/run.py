@@ -60,6 +60,10 @@ def settings_of(arguments: argparse.Namespace) -> of.Settings:
     settings = of.read(arguments.file)
     for name in ("data", "backbone"):
         settings = of.chosen(settings, name, getattr(arguments, name))
+    if settings["loss"] == "base" and arguments.variant is not None:
+        raise ValueError(
+            f"--variant: got {arguments.variant!r}, wanted none for a run of the method alone"
+        )
     for name in ("variant", "seed"):
         if (value := getattr(arguments, name)) is not None:
             settings[name] = value

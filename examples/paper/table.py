@@ -111,11 +111,10 @@ def results_table() -> str:
         own = key(name, data, backbone)
         reported = known["paper"].get(own)
         ours = known["ours"].get(own, [])
-        forms = ("released", "paper") if settings["loss"] == "hex" else (settings["variant"],)
-        cells = [
-            "; ".join(map(_scores, (x for x in ours if x["variant"] == form))) for form in forms
-        ]
-        cells = [cell or "not run" for cell in cells]
+        parts = [ours]  # the method alone has no form
+        if settings["loss"] == "hex":
+            parts = [[x for x in ours if x["variant"] == form] for form in ("released", "paper")]
+        cells = ["; ".join(map(_scores, part)) or "not run" for part in parts]
         rows.append([
             f"`{name}`", NAMES[data], NAMES[backbone],
             "not found by us" if reported is None else f"{reported:.2f}",
