@@ -74,7 +74,7 @@ class ContrastiveLoss(nn.Module):
     base_temperature: float | None = None
     cache_bytes: int | None = None
     shown: ClassVar[tuple[str, ...]] = ()  # the options that are in the repr
-    several: ClassVar[bool] = False  # whether an anchor may have several positives
+    _several: ClassVar[bool] = False  # whether an anchor may have several positives
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class ContrastiveLoss(nn.Module):
         checks the temperature. A subclass may have attributes of these names before."""
         if name == "threshold":
             value = _tracker(value)
-            check_one_positive(value is not None and value.rule == "by_positive" and self.several)
+            check_one_positive(value is not None and value.rule == "by_positive" and self._several)
         elif name in self.__dict__ and name in Rule._fields:
             value = getattr(checked_rule(**{**_ANY_RULE, name: value}), name)
         elif name in self.__dict__ and name in ("gather_distributed", "self_column"):

@@ -323,7 +323,7 @@ class HEXSupConLoss(ContrastiveLoss):
         "temperature", "beta", "tau_plus", "variant", "decoupled", "positives", "base_temperature",
         "reduction", "gather_distributed",
     )  # fmt: skip
-    several: ClassVar[bool] = True
+    _several: ClassVar[bool] = True
 
     def __init__(
         self,
