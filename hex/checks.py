@@ -266,7 +266,7 @@ def check_guide_of_candidates(
         raise ValueError(
             f"guide: got {shown(guide)}, wanted a tuple (guide, candidate_guide) with candidates"
         )
-    own, others = check_guide_of_features(guide[0], features), guide[1]
+    own, others = check_guide_of_features(guide[0], features, "guide[0]"), guide[1]
     check_embeddings("guide[1]", others)
     wanted = candidates.shape[0], _width(own)
     if not has_shape(others, wanted):
@@ -275,17 +275,17 @@ def check_guide_of_candidates(
     return own, others.detach()
 
 
-def check_guide_of_features(guide: Any, features: Tensor) -> Tensor:
+def check_guide_of_features(guide: Any, features: Tensor, name: str = "guide") -> Tensor:
     """The guide of features, detached. Only its last axis may have another size."""
-    check_embeddings("guide", guide)
+    check_embeddings(name, guide)
     leading = min(features.dim() - 1, 2)  # images, and views
     wanted = *features.shape[:leading], *guide.shape[leading:]
     if guide.dim() != features.dim() or not has_shape(guide, wanted):
         raise ValueError(
-            f"guide: got shape {tuple(guide.shape)}, wanted that of features, "
+            f"{name}: got shape {tuple(guide.shape)}, wanted that of features, "
             f"{tuple(features.shape)}, except for the last axis"
         )
-    check_device("guide", guide, features.device, "features")
+    check_device(name, guide, features.device, "features")
     detached: Tensor = guide.detach()
     return detached
 
@@ -531,8 +531,8 @@ def check_threshold(threshold: Any) -> None:
 def check_one_positive(several: bool) -> None:
     if several:
         raise ValueError(
-            "threshold: got by_positive for rows with several positives, wanted a loss of one, "
-            "such as HEXLoss; or hex_sup_con with an eps for each row"
+            "threshold: got by_positive in a loss that allows several positives, wanted a loss of "
+            "one, such as HEXLoss; or hex_sup_con with an eps for each row"
         )
 
 

@@ -74,6 +74,7 @@ class ContrastiveLoss(nn.Module):
     base_temperature: float | None = None
     cache_bytes: int | None = None
     shown: ClassVar[tuple[str, ...]] = ()  # the options that are in the repr
+    _several: ClassVar[bool] = False  # whether an anchor may have several positives
 
     def __init__(
         self,
@@ -98,23 +99,30 @@ class ContrastiveLoss(nn.Module):
         else:
             self.temperature = temperature  # a Parameter registers itself
         self.threshold = _tracker(threshold)
-        if self.threshold is not None and self.variant != "released":
-            # In the released form an empty H makes sense: it is decoupled InfoNCE.
-            self.threshold.warn_if_never()
-        elif self.threshold is not None and self.decoupled:
-            self.threshold.warn_if_decoupled_twice()
         self._last: tuple[Tensor, ...] | None = None  # eps, and what ops.hard_and_share takes
+        self._warn_of_options()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Checks an option that is set later, in the same way as when the loss was made. Each call
         checks the temperature. A subclass may have attributes of these names before."""
         if name == "threshold":
             value = _tracker(value)
+            check_one_positive(value is not None and value.rule == "by_positive" and self._several)
         elif name in self.__dict__ and name in Rule._fields:
             value = getattr(checked_rule(**{**_ANY_RULE, name: value}), name)
         elif name in self.__dict__ and name in ("gather_distributed", "self_column"):
             value = check_flag(name, value)
         super().__setattr__(name, value)
+        if name in ("threshold", "variant", "decoupled") and "_last" in self.__dict__:
+            self._warn_of_options()
+
+    def _warn_of_options(self) -> None:
+        """Warns of options that each may have any value, but of which one makes another useless."""
+        if self.threshold is not None and self.variant != "released":
+            # In the released form an empty H makes sense: it is decoupled InfoNCE.
+            self.threshold.warn_if_never()
+        elif self.threshold is not None and self.decoupled:
+            self.threshold.warn_if_decoupled_twice()
 
     @property
     def process_group(self) -> Any:
@@ -201,7 +209,6 @@ class ContrastiveLoss(nn.Module):
             update = _update_outside if is_compiled_in_checkpoint() else ThresholdTracker.update
             return update(tracker, candidate, store=learns, anchors=batch.anchors)
         if tracker.rule == "by_positive":
-            check_one_positive(batch.several and batch.mode != ops.MODES["logits"])
             return tracker.below(positive.cosines(batch), positive.rounding(batch)).to(like.device)
         eps = tracker.current()
         if not tracker.normalize_rows:

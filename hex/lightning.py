@@ -77,8 +77,8 @@ class HEXCallback(_Callback):  # type: ignore[misc]
     left out where groups give H, and where the loss is called in a compiled graph or under a
     transform of torch.func. With `gather_distributed` each rank counts its own images alone, as
     anchors and as candidates, at the eps of all ranks; what is logged is the number of rank 0. With
-    `normalize_rows` on several ranks it is left out, because the thresholds of the rows are not
-    gathered.
+    `by_positive` or `normalize_rows` on several ranks it is left out, because the thresholds of the
+    rows are not gathered.
 
     A figure that was logged in an earlier step and is left out in a step, for example because the
     loss was not called, is logged as NaN there.
@@ -260,7 +260,8 @@ class _Watch:
         """None if groups gave H, or if the threshold of each row is not known here."""
         assert loss._last is not None and loss.threshold is not None
         eps = loss._last[0]  # of each row if the rows have thresholds of their own
-        if arguments.get("groups") is not None or (loss.threshold.normalize_rows and not eps.dim()):
+        by_row = loss.threshold.normalize_rows or loss.threshold.rule == "by_positive"
+        if arguments.get("groups") is not None or (by_row and not eps.dim()):
             return None
         z0, z1 = list(arguments.values())[:2]  # HEXClipLoss has names of its own for them
         negatives = arguments.get("negatives")
@@ -269,6 +270,7 @@ class _Watch:
         return class_share(
             z0, z1, labels, eps, mode=loss.mode, negatives=negatives,
             negative_labels=None if negatives is None else of_negatives,
+            ignored=arguments.get("ignored"),
         )  # fmt: skip
 
     def __reduce__(self) -> tuple[Any, ...]:

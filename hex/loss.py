@@ -284,7 +284,8 @@ class HEXSupConLoss(ContrastiveLoss):
     have a positive. (Its NTXentLoss leaves the other positives out of each denominator.)
 
     Args:
-        temperature, threshold, beta, tau_plus, variant, decoupled, reduction: as in `HEXLoss`.
+        temperature, threshold, beta, tau_plus, variant, decoupled, reduction: as in `HEXLoss`. A
+            threshold of the rule by_positive is refused.
         positives: "outside" the logarithm, which is SupCon's L_out, or "inside" it.
         base_temperature: None, or a number > 0. The loss is then multiplied by temperature /
             base_temperature (SupContrast: 0.07).
@@ -323,6 +324,7 @@ class HEXSupConLoss(ContrastiveLoss):
         "temperature", "beta", "tau_plus", "variant", "decoupled", "positives", "base_temperature",
         "reduction", "gather_distributed",
     )  # fmt: skip
+    _several: ClassVar[bool] = True
 
     def __init__(
         self,

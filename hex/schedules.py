@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_count, check_flag, check_number, check_over
+from .checks import as_float, check_count, check_flag, check_number, check_over, is_number
 
 __all__ = ["OPTIONS", "at", "checked", "is_falling", "lowest"]
 
@@ -75,15 +75,20 @@ def checked(rule: str, options: dict[str, Any]) -> dict[str, Any]:
     """
     values = {name: check(name, options[name]) for name, check in OPTIONS[rule].items()}
     # An infinite t has a meaning: InfoNCE, or all in H.
-    for name in ("t", "start", "drop", "end", "margin"):
-        if math.isinf(values.get(name, 0)) and (name != "t" or values["normalize_rows"]):
-            raise ValueError(f"{name}: got {options[name]}, wanted a finite number")
+    if values.get("normalize_rows") and "t" in values:
+        _finite("t", options["t"])
     if values.get("compounded") and values["epochs"] > _MOST_FACTORS:
         raise ValueError(
             f"epochs: got {values['epochs']}, wanted at most {_MOST_FACTORS} with compounded=True, "
             "for which the factors of all epochs are multiplied"
         )
     return values
+
+
+def _finite(name: str, value: Any, low: float = -math.inf) -> float:
+    if is_number(value) and not math.isfinite(as_float(name, value)):
+        raise ValueError(f"{name}: got {value}, wanted a finite number")
+    return check_number(name, value, low)
 
 
 OPTIONS: dict[str, dict[str, Callable[[str, Any], Any]]] = {  # rule: what each option must be
@@ -97,20 +102,20 @@ OPTIONS: dict[str, dict[str, Callable[[str, Any], Any]]] = {  # rule: what each 
         "warmup_threshold": check_number,
     },
     "by_positive": {
-        "margin": check_number,
+        "margin": _finite,
         "relative": check_flag,
         "warmup_epochs": partial(check_count, low=0),
     },
     "fixed": {"t": check_number, "normalize_rows": check_flag},
     "step": {
-        "start": check_number,
-        "drop": partial(check_number, low=0),
+        "start": _finite,
+        "drop": partial(_finite, low=0),
         "every": partial(check_count, low=1),
         "normalize_rows": check_flag,
     },
     "cosine": {
-        "start": check_number,
-        "end": check_number,
+        "start": _finite,
+        "end": _finite,
         "epochs": partial(check_count, low=1),
         "normalize_rows": check_flag,
         "compounded": check_flag,

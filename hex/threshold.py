@@ -344,11 +344,11 @@ class ThresholdTracker(nn.Module):
             0-d float64 on the candidate's device, without gradient. It is never the buffer itself.
 
         Raises:
-            RuntimeError: the tracker is a schedule.
+            RuntimeError: the tracker is not adaptive.
             TypeError, ValueError: an argument has the wrong type or shape.
         """
         if not self.adaptive_rule:
-            raise RuntimeError(f"update: got a {self.rule} schedule, wanted an adaptive tracker")
+            raise RuntimeError(f"update: got the rule {self.rule!r}, wanted 'adaptive'")
         check_candidate("candidate", candidate)
         store = check_flag("store", store)
         kind: type = type(anchors)
@@ -432,14 +432,18 @@ class ThresholdTracker(nn.Module):
                 "never any",
                 f"no row of {period} had a negative above the threshold: H was empty, so the loss "
                 "was InfoNCE (decoupled InfoNCE in the released form and with decoupled=True). Use "
-                f"a lower threshold or quantile, or larger batches ({self})",
+                "a lower threshold or quantile, larger batches, or fewer ignored negatives "
+                f"({self})",
             )
         elif nothing == batches:
+            remedy = "higher threshold, or a schedule that falls less far"
+            if self.rule == "by_positive":
+                remedy = "smaller margin"
             self._warn(
                 "nothing else",
                 f"every negative was above the threshold in every row of {period}. The variant of "
-                "this loss leaves these out, so the loss and its gradient were 0. Use a higher "
-                f"threshold, or a schedule that falls less far ({self})",
+                f"this loss leaves these out, so the loss and its gradient were 0. Use a {remedy} "
+                f"({self})",
             )
 
     def kernel_rule(self) -> tuple[float, bool, float, bool, bool, int, float]:
@@ -459,11 +463,12 @@ class ThresholdTracker(nn.Module):
         """The threshold of a schedule in this epoch, as a new 0-d float64 on the tracker's device.
 
         Raises:
-            RuntimeError: the tracker is adaptive, or by the positive.
+            RuntimeError: the tracker is adaptive, or its rule is by_positive.
         """
-        if self.adaptive_rule or self.rule == "by_positive":
-            got = "an adaptive tracker" if self.adaptive_rule else "a tracker by the positive"
-            raise RuntimeError(f"current: got {got}, wanted a schedule")
+        if self.rule in ("adaptive", "by_positive"):
+            raise RuntimeError(
+                f"current: got the rule {self.rule!r}, wanted 'fixed', 'step' or 'cosine'"
+            )
         if self.rule != "fixed" and torch.is_grad_enabled():
             self._warn_without_epochs("the threshold stays at its start")
         return self.value

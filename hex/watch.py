@@ -15,8 +15,16 @@ With Lightning, `hex.lightning.HEXCallback` logs all of them. `hex.plots` draws 
 import torch
 from torch import Tensor
 
-from .checks import Mode, check_eps, check_labels, check_mode, check_negatives, check_views
-from .problem import eps_tensor
+from .checks import (
+    Mode,
+    check_eps,
+    check_ignored,
+    check_labels,
+    check_mode,
+    check_negatives,
+    check_views,
+)
+from .problem import _ignored_shapes, eps_tensor
 from .reference import _dots, _unit_rows
 
 __all__ = ["class_share"]
@@ -33,15 +41,17 @@ def class_share(
     mode: Mode = "ntxent",
     negatives: Tensor | None = None,
     negative_labels: Tensor | None = None,
+    ignored: Tensor | None = None,
 ) -> Tensor:
     """The share of the members of all H(i) that are of the class of their anchor i::
 
         H(i) = { negatives j of i : c_ij > eps },   c_ij the cosine of i and j
         share = sum_i |{ j in H(i) : y_j = y_i }| / sum_i |H(i)|,   y the labels
 
-    The anchors, their negatives and H are those of `HEXLoss(mode=mode)(z0, z1, negatives)`: an
-    anchor and its positive are not among its negatives. With eps=-math.inf H holds all negatives,
-    and the share is what chance gives.
+    The anchors, their negatives and H are those of
+    `HEXLoss(mode=mode)(z0, z1, negatives, ignored=ignored)`: an anchor, its positive and what is
+    ignored are not among its negatives. With eps=-math.inf H holds all negatives, and the share is
+    what chance gives.
 
     It says how many of the negatives in H are false negatives. The paper's form of the loss repels
     H, and expects only a share tau_plus of it to be of the anchor's class. The released form leaves
@@ -54,11 +64,12 @@ def class_share(
         z0, z1: (B, D), the two views that the loss was given.
         labels: (B,) integers, the class of each image.
         eps: the threshold, a cosine: a number, a 0-d tensor, or (N,), one for each anchor.
-            `criterion.last.eps` is that of the last batch. (With `normalize_rows` each anchor has
-            a threshold of its own, and `last.eps` is their mean.)
+            `criterion.last.eps` is that of the last batch. (With `by_positive` and with
+            `normalize_rows` each anchor has a threshold of its own, and `last.eps` is their mean.)
         mode: that of the loss.
         negatives: None, (K, D) or (B, K, D), as the loss was given them.
         negative_labels: (K,) or (B, K) integers, the classes of the negatives, if there are any.
+        ignored: None, or the negatives that do not count, as the loss was given them.
 
     Returns:
         0-d float64 on the device of z0, in [0, 1]. It is NaN if no H has a member, as with the eps
@@ -87,6 +98,8 @@ def class_share(
         negative_labels = check_labels("negative_labels", negative_labels, of_negatives, device)
     elif negative_labels is not None:
         raise ValueError("negative_labels: got some, wanted None without negatives")
+    if ignored is not None:
+        ignored = check_ignored(ignored, _ignored_shapes(z0, negatives, mode), device)
     both = negatives is None and mode != "query"
     check_eps(eps, 2 * images if both else images)
     with torch.no_grad():
@@ -97,21 +110,26 @@ def class_share(
         index = torch.arange(images, device=device)[:, None]
         if negatives is not None:
             none = index[:, :0]
-            counts = _counts(u0, negatives.to(dtype), labels, negative_labels, thresholds, none)
+            counts = _counts(
+                u0, negatives.to(dtype), labels, negative_labels, thresholds, none, ignored
+            )
         elif mode == "ntxent":
             own = torch.cat([index, index + images], 1).repeat(2, 1)  # the anchor, the positive
             u, of_both = torch.cat([u0, u1]), labels.repeat(2)
-            counts = _counts(u, u, of_both, of_both, thresholds, own)
+            counts = _counts(u, u, of_both, of_both, thresholds, own, ignored)
         else:
-            counts = _counts(u0, u1, labels, labels, thresholds[:images], index)
+            there = back = ignored
+            if ignored is not None and ignored.shape[0] != images:  # by anchors
+                there, back = ignored.chunk(2)
+            counts = _counts(u0, u1, labels, labels, thresholds[:images], index, there)
             if mode == "cross":
-                counts = counts + _counts(u1, u0, labels, labels, thresholds[images:], index)
+                counts += _counts(u1, u0, labels, labels, thresholds[images:], index, back)
         return counts[0].to(torch.float64) / counts[1]
 
 
 def _counts(
     u: Tensor, candidates: Tensor, labels: Tensor, their_labels: Tensor | None, eps: Tensor,
-    not_negatives: Tensor,
+    not_negatives: Tensor, ignored: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """How many members of all H are of the anchor's class, and how many there are: (2,) int64.
 
@@ -121,6 +139,8 @@ def _counts(
         labels, their_labels: (N,), and (M,) or (N, M).
         eps: (N,) float64.
         not_negatives: (N, k), the candidates that are none.
+        ignored: None, or (n, m) bool, True for candidates that do not count. It repeats over the
+            rows and the columns.
     """
     assert their_labels is not None
     counts = torch.zeros(2, dtype=torch.int64, device=u.device)
@@ -138,6 +158,9 @@ def _counts(
         # float32 would round eps, which is float64.
         hard = c.clamp(max=1).to(torch.float64) > eps[block, None]
         hard.scatter_(1, not_negatives[block], False)
+        if ignored is not None:
+            index = torch.arange(start, start + len(hard), device=u.device) % ignored.shape[0]
+            hard &= ~ignored[index].repeat(1, hard.shape[1] // max(1, ignored.shape[1]))
         same = labels[block, None] == (their_labels if shared else their_labels[block])
         counts += torch.stack([(hard & same).sum(), hard.sum()])
     return counts

@@ -201,10 +201,21 @@ ERRORS = (
         "guide[1]: got shape (3, 3), wanted (4, 3)",
     ),
     (
-        lambda: HEXSupConLoss(threshold=ThresholdTracker.by_positive())(X),
+        lambda: HEXSupConLoss()(X, ONES, candidates=Z, candidate_labels=ONES, guide=(Z, Z)),
         ValueError,
-        "threshold: got by_positive for rows with several positives, wanted a loss of one, such as "
-        "HEXLoss; or hex_sup_con with an eps for each row",
+        "guide[0]: got shape (4, 3), wanted that of features, (4, 2, 3), except for the last axis",
+    ),
+    (
+        lambda: HEXSupConLoss()(Z, ONES, candidates=Z, candidate_labels=ONES, guide=(ONES, Z)),
+        TypeError,
+        "guide[0]: got torch.int64, wanted torch.float64, float32, bfloat16 or float16; labels go "
+        "to HEXSupConLoss, logits and a target to HEXCrossEntropyLoss",
+    ),
+    (
+        lambda: HEXSupConLoss(threshold=ThresholdTracker.by_positive()),
+        ValueError,
+        "threshold: got by_positive in a loss that allows several positives, wanted a loss of one, "
+        "such as HEXLoss; or hex_sup_con with an eps for each row",
     ),
     (
         lambda: ThresholdTracker.by_positive(torch.inf),

@@ -329,7 +329,7 @@ def updated(tracker, draw, tell):
     tell("update", candidate, store, anchors, tracker)
     before = fuzzed.bits(tracker)
     if not tracker.adaptive_rule:
-        with pytest.raises(RuntimeError, match="^update: got a .* schedule, wanted an adaptive"):
+        with pytest.raises(RuntimeError, match="^update: got the rule '.*', wanted 'adaptive'"):
             tracker.update(candidate, store=store, anchors=anchors)
         return tracker
     arguments = candidate, store, anchors

@@ -241,7 +241,8 @@ def test_negatives_a_guide_and_thresholds_of_each_row_give_the_h_that_is_counted
     class Queue(Model):
         def __init__(self, kind: str) -> None:
             scaled = ThresholdTracker.fixed(0.7, normalize_rows=True)
-            super().__init__(HEXLoss(0.2, threshold=scaled if kind == "rows" else 0.2))
+            trackers = {"rows": scaled, "by the positive": ThresholdTracker.by_positive(0.1)}
+            super().__init__(HEXLoss(0.2, threshold=trackers.get(kind, 0.2)))
             self.kind, self.sizes = kind, []
             generator = torch.Generator().manual_seed(3)
             self.queue = torch.randn(20, 4, generator=generator)
@@ -260,6 +261,11 @@ def test_negatives_a_guide_and_thresholds_of_each_row_give_the_h_that_is_counted
                 share = class_share(
                     z0, z1, y, 0.2, negatives=self.queue, negative_labels=self.of_queue
                 )
+            elif self.kind == "ignored":
+                ignored = torch.ones(len(y), len(y), dtype=torch.bool).triu(3)
+                loss = self.criterion(z0, z1, ignored=ignored)
+                share = class_share(z0, z1, y, 0.2, ignored=ignored)
+                self.sizes.append(float(class_share(z0, z1, y, 0.2) - share))
             elif self.kind == "guided queue":
                 negatives = self.queue.repeat(1, 2)[:, :6]
                 loss = self.criterion(z0, z1, negatives=self.queue, guide=(*guide, negatives))
@@ -274,13 +280,15 @@ def test_negatives_a_guide_and_thresholds_of_each_row_give_the_h_that_is_counted
             self.wanted.append(float(share))
             return loss
 
-    for kind in ("queue", "guide", "guided queue", "rows", "groups"):
+    for kind in (
+        "queue", "guide", "guided queue", "ignored", "rows", "by the positive", "groups"
+    ):  # fmt: skip
         model, logger = Queue(kind), Recorder()
         fit(model, logger=logger, labels=lambda batch, m=model: (batch[1], m.of_queue))
         logged = list(logger.of("hex/class_share").values())
         assert logged == pytest.approx(model.wanted), kind
         assert len(logged) == (0 if kind == "groups" else 8)
-        if kind == "rows":  # or the mean of the thresholds would do
+        if model.sizes:  # or the mean of the thresholds, or all negatives, would do
             assert any(abs(size) > 1e-3 for size in model.sizes)
 
 
@@ -501,8 +509,7 @@ def test_a_step_that_does_not_end_leaves_no_hook(how):
 class Ranked(Model):
     """Writes what its rank would log."""
 
-    def __init__(self, path) -> None:
-        tracker = ThresholdTracker.adaptive(0.8)
+    def __init__(self, path, tracker) -> None:
         super().__init__(HEXLoss(0.2, threshold=tracker, gather_distributed=True))
         self.path = path
 
@@ -512,12 +519,25 @@ class Ranked(Model):
 
 def test_with_two_ranks_the_number_of_the_first_is_logged(tmp_path):
     logger = loggers.CSVLogger(tmp_path)
-    fit(Ranked(tmp_path), logger=logger, devices=2, strategy="ddp_fork")
+    tracker = ThresholdTracker.adaptive(0.8)
+    fit(Ranked(tmp_path, tracker), logger=logger, devices=2, strategy="ddp_fork")
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     (path,) = tmp_path.glob("**/metrics.csv")
     history = plots.read_csv(path)
     assert history["class_share"] == pytest.approx(first) and len(first) == 4
     assert first != pytest.approx(second)
+
+
+@pytest.mark.parametrize(
+    "tracker",
+    (ThresholdTracker.by_positive(0.1), ThresholdTracker.fixed(0.7, normalize_rows=True)),
+    ids=("by_positive", "normalize_rows"),
+)
+def test_with_two_ranks_the_share_at_thresholds_of_each_row_is_left_out(tmp_path, tracker):
+    logger = loggers.CSVLogger(tmp_path)
+    fit(Ranked(tmp_path, tracker), logger=logger, epochs=1, devices=2, strategy="ddp_fork")
+    (path,) = tmp_path.glob("**/metrics.csv")
+    assert set(plots.read_csv(path)) == {"step", "eps", "hard", "share"}
 
 
 # ---- refusals -----------------------------------------------------------------------------------

@@ -204,9 +204,9 @@ def test_the_loss_can_see_what_a_tracker_needs():
     assert (adaptive.adaptive_rule, adaptive.quantile, adaptive.over) == (True, 0.5, "negatives")
     assert not adaptive.normalize_rows
     assert not fixed.adaptive_rule and fixed.normalize_rows
-    with pytest.raises(RuntimeError, match="current: got an adaptive tracker, wanted a schedule"):
+    with pytest.raises(RuntimeError, match="current: got the rule 'adaptive', wanted 'fixed'"):
         adaptive.current()
-    with pytest.raises(RuntimeError, match="update: got a fixed schedule, wanted an adaptive"):
+    with pytest.raises(RuntimeError, match="update: got the rule 'fixed', wanted 'adaptive'"):
         fixed.update(f64(0.5), store=True)
 
 
@@ -413,7 +413,8 @@ def test_a_short_last_batch_alone_is_not_warned_of_but_a_short_first_one_is():
         (lambda t: t.step(INF, 0.1, 25), ValueError, "start: got inf, wanted a finite number"),
         (lambda t: t.step(0.9, -0.1, 25), ValueError, "drop: got -0.1, wanted"),
         (lambda t: t.step(0.9, 0.1, 0), ValueError, "every: got 0, wanted an integer >= 1"),
-        (lambda t: t.cosine(0.9, NAN, 10), ValueError, "end: got nan"),
+        (lambda t: t.cosine(0.9, NAN, 10), ValueError, "end: got nan, wanted a finite"),
+        (lambda t: t.step(0.9, NAN, 25), ValueError, "drop: got nan, wanted a finite number"),
         (lambda t: t.cosine(0.9, 0.3, 0), ValueError, "epochs: got 0, wanted an integer >= 1"),
         (lambda t: t.cosine(0.9, 0.3, 9, compounded=0), TypeError, "compounded: got int"),
         (lambda t: t.cosine(0.9, 0.3, 9, normalize_rows=None), TypeError, "normalize_rows: got"),

@@ -61,6 +61,28 @@ def test_a_released_form_that_is_also_decoupled_is_warned_of_once(kind, threshol
         kind(threshold=loss.threshold, variant="released", decoupled=True)
 
 
+def test_options_that_are_set_later_are_warned_of_as_those_that_a_loss_is_made_with():
+    loss = HEXLoss(variant="released")
+    with pytest.warns(UserWarning, match="decoupled=True changes nothing") as caught:
+        loss.decoupled = True
+        loss.variant = "released"
+    assert len(caught) == 1 and caught[0].filename == __file__
+    loss = HEXLoss(decoupled=True)
+    with pytest.warns(UserWarning, match="decoupled=True changes nothing"):
+        loss.variant = "released"
+    with pytest.warns(UserWarning, match="no cosine is above 1.5, so H is always empty"):
+        HEXLoss().threshold = 1.5
+
+
+def test_where_every_negative_is_ignored_the_warning_says_that_fewer_could_be():
+    loss = HEXLoss()
+    z, every = views(40), torch.ones(40, 40, dtype=torch.bool)
+    loss.set_epoch(0)
+    train(lambda *z: loss(*z, ignored=every), *z)
+    with pytest.warns(UserWarning, match="larger batches, or fewer ignored negatives"):
+        loss.set_epoch(1)
+
+
 def test_a_released_form_whose_threshold_is_infinite_at_some_time_may_be_decoupled():
     z = views(40)
     with warnings.catch_warnings():

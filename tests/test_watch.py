@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hex import HEXLoss, HEXSupConLoss, watch
+from hex import HEXLoss, HEXSupConLoss, ThresholdTracker, watch
 from hex.watch import class_share
 
 B, D, K, CLASSES = 23, 11, 17, 4
@@ -33,21 +33,26 @@ def drawn(mode: str, dtype: torch.dtype = torch.float64):
     return z0.to(dtype), z1.to(dtype), labels, options
 
 
-def pairs(z0, z1, labels, mode="ntxent", negatives=None, negative_labels=None):
+def pairs(z0, z1, labels, mode="ntxent", negatives=None, negative_labels=None, ignored=None):
     """Of each anchor with each of its negatives: its row, the cosine, and if the classes match."""
+    ignored = torch.zeros(1, 1) if ignored is None else torch.atleast_2d(ignored)
+    high, wide = ignored.shape  # which repeats
     sides = ((z0, z1),) if mode == "query" or negatives is not None else ((z0, z1), (z1, z0))
     for side, (anchors, others) in enumerate(sides):
         for i, anchor in enumerate(anchors):
             its = []
             if negatives is None:
-                its += [(others[j], labels[j]) for j in range(B) if j != i]
+                first = B * (1 - side) if mode == "ntxent" else 0
+                its += [(others[j], labels[j], first + j) for j in range(B) if j != i]
                 if mode == "ntxent":
-                    its += [(anchors[j], labels[j]) for j in range(B) if j != i]
+                    its += [(anchors[j], labels[j], B * side + j) for j in range(B) if j != i]
             elif negatives.dim() == 2:
-                its += zip(negatives, negative_labels, strict=True)
+                its += zip(negatives, negative_labels, range(K), strict=True)
             else:
-                its += zip(negatives[i], negative_labels[i], strict=True)
-            for z, label in its:
+                its += zip(negatives[i], negative_labels[i], range(K), strict=True)
+            for z, label, column in its:
+                if ignored[(side * B + i) % high, column % wide]:
+                    continue
                 c = float(cosine_similarity(anchor.double(), z.double(), dim=0))
                 yield side * B + i, c, bool(label == labels[i])
 
@@ -83,6 +88,58 @@ def test_it_is_the_share_of_the_pairs_counted_one_by_one_in_the_h_of_the_loss(
         rows = 2 * B if mode in ("ntxent", "cross") else B
         criterion(z0, z1, options.get("negatives"))
         assert criterion.statistics()["hard"] == pytest.approx(members / rows, rel=1e-6)
+
+
+SHAPES = {
+    "ntxent": [(B, B), (2 * B, 2 * B)], "query": [(B, B)], "cross": [(B, B), (2 * B, B)],
+    "unpaired": [(B, K), (K,)], "paired": [(B, K)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode, shape", [(mode, shape) for mode in MODES for shape in SHAPES[mode]])
+def test_what_the_loss_ignores_is_in_no_h(mode, shape, monkeypatch):
+    z0, z1, labels, options = drawn(mode)
+    ignored = torch.rand(shape, generator=torch.Generator().manual_seed(4)) < 0.4
+    if mode == "paired":  # what is ignored is padding
+        options["negatives"] = options["negatives"].masked_fill(ignored[..., None], math.nan)
+    options["ignored"] = ignored
+    found = list(pairs(z0, z1, labels, **options))
+    eps = eps_in_a_gap(torch.tensor([c for _, c, _ in found], dtype=torch.float64), 0.5)
+    wanted, members = counted(found, eps)
+    for numbers in (2**20, 50):
+        monkeypatch.setattr(watch, "_NUMBERS", numbers)
+        assert class_share(z0, z1, labels, eps, **options).item() == wanted
+    of_loss = {name: options[name] for name in ("mode",) if name in options}
+    criterion = HEXLoss(threshold=float(eps), **of_loss)
+    criterion(z0, z1, options.get("negatives"), ignored=ignored)
+    rows = 2 * B if mode in ("ntxent", "cross") else B
+    assert criterion.statistics()["hard"] == pytest.approx(members / rows, rel=1e-6)
+    every = class_share(z0, z1, labels, eps, **options | {"ignored": torch.ones_like(ignored)})
+    assert every.isnan()
+
+
+def test_where_the_own_class_is_ignored_none_of_h_is_of_it():
+    z0, z1, labels, _ = drawn("ntxent")
+    same = labels[:, None] == labels
+    assert class_share(z0, z1, labels, -0.5) > 0
+    assert class_share(z0, z1, labels, -0.5, ignored=same) == 0
+    none = class_share(z0[:0], z1[:0], labels[:0], -0.5, ignored=same[:0, :0])
+    assert none.isnan()
+    no_negatives = {"negatives": z0[:0], "negative_labels": labels[:0], "ignored": same[:, :0]}
+    assert class_share(z0, z1, labels, -0.5, **no_negatives).isnan()
+
+
+@pytest.mark.parametrize("mode", ("ntxent", "query", "cross"))
+def test_the_thresholds_by_the_positive_are_those_that_the_guide_on_logging_makes(mode):
+    z0, z1, labels, _ = drawn(mode)
+    criterion = HEXLoss(threshold=ThresholdTracker.by_positive(0.3), mode=mode)
+    criterion(z0, z1)
+    eps = cosine_similarity(z0, z1) - 0.3
+    if mode != "query":
+        eps = torch.cat([eps, eps])
+    right = class_share(z0, z1, labels, criterion._last[0], mode=mode)
+    assert class_share(z0, z1, labels, eps, mode=mode) == right
+    assert class_share(z0, z1, labels, criterion.last.eps, mode=mode) != right
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -180,8 +237,10 @@ def test_nothing_is_as_large_as_all_pairs():
     images = 3 * 400
     z0, z1 = torch.randn(2, images, 3, generator=torch.Generator().manual_seed(2)).unbind()
     labels = torch.arange(images) % 5
+    ignored = torch.eye(images, dtype=torch.bool)
     with Largest() as largest:
         class_share(z0, z1, labels, 0.3)
+        class_share(z0, z1, labels, 0.3, ignored=ignored)
     assert 4 * images**2 > 5 * watch._NUMBERS
     assert images**2 // 4 < largest.numbers <= watch._NUMBERS
 
@@ -238,6 +297,10 @@ ERRORS = (
      "negative_labels: got shape (4,), wanted (3,)"),
     (lambda: class_share(Z, Z, Y, 0, negative_labels=Y), ValueError,
      "negative_labels: got some, wanted None without negatives"),
+    (lambda: class_share(Z, Z, Y, 0, ignored=Y), TypeError,
+     "ignored: got torch.int64, wanted torch.bool, True for a negative that does not count"),
+    (lambda: class_share(Z, Z, Y, 0, mode="cross", ignored=Y > 0), ValueError,
+     "ignored: got shape (4,), wanted (4, 4) or (8, 4)"),
 )  # fmt: skip
 
 
