@@ -304,7 +304,7 @@ def one_rank(batch: Batch, own: slice) -> Step:
     """
     p = problem.of_views(*(z.detach() for z in batch.leaves), None, batch.mode, TAU)
     one, paper, none = ops.POSITIVES["one"], ops.VARIANTS["paper"], ops.REDUCTIONS["none"]
-    rule = p.mode, none, one, BETA, paper, TAU_PLUS
+    rule = p.mode, none, one, BETA, paper, TAU_PLUS, False
     tracker = ThresholdTracker.adaptive(QUANTILE)
     grad = torch.full((p.anchors,), 1 / p.anchors, dtype=torch.float64)
     mine = own.start, own.stop - own.start

@@ -62,4 +62,4 @@ def test_a_race_that_is_planted_is_found(program, tmp_path):
 
     extension = compile_extension(tmp_path, options, *RACES, csrc=csrc)
     with pytest.raises(AssertionError, match="ThreadSanitizer: data race|other bits"):
-        run(program, extension, "base", 1, "threads", 48, 60)  # problems of many tiles
+        run(program, extension, "base", 1, "threads", 48, 72)  # problems of many tiles
