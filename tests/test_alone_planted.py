@@ -3,7 +3,6 @@
 in the sources of the extension, of which it has to complain. Part of `make thorough`.
 """
 
-import re
 import shutil
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from standalone import ADDRESS, ROOT, build, compile_extension, run, sources
 
 pytestmark = test_alone.pytestmark
 
-BAD = "AddressSanitizer|runtime error"  # of the one that sees it first
+BAD = "AddressSanitizer"
 SOLVE, FAIL, FUZZ, THREADS = (
     ("solve", 0, 96),
     ("fail", 0, 24),
@@ -21,7 +20,7 @@ SOLVE, FAIL, FUZZ, THREADS = (
     ("threads", 48, 72),
 )
 FAIL_IN_LOOPS = ("fail", 24, 36)  # problems of so many rows that they are several threads'
-# The file, what it has, the text that takes its place, the command, and what is said: a pattern.
+# The file, what it has, the text that takes its place, the command, and what is said.
 PLANTED = {
     "outputs are not freed after an error":
         ("call.c", "i < c->n_out; i++)\n            aoti",
@@ -35,7 +34,7 @@ PLANTED = {
         ("problem.h", "if (!columns)", "if (0)", FAIL, "nothing was said"),
     "a call of torch is not looked at":
         ("call.c", "return torch_get_mutable_data_ptr(t, data) ?",
-         "return torch_get_mutable_data_ptr(t, data) && 0 ?", FAIL, BAD),
+         "return torch_get_mutable_data_ptr(t, data) && 0 ?", FAIL, "store to null pointer"),
     "memory of the core is not freed":
         ("cpu/entry.h", "    release(k);", "", SOLVE, "blocks of memory are left"),
     "a loop that could not run is not looked at":
@@ -93,4 +92,4 @@ def test_what_is_planted_is_found(program, built, name, tmp_path):
     compile_extension(tmp_path, options, *ADDRESS, csrc=csrc, only=changed)
     with pytest.raises(AssertionError) as found:
         run(program, tmp_path / "_C.abi3.so", "base", 1, *command)
-    assert re.search(said, str(found.value)), found.value
+    assert said in str(found.value), found.value

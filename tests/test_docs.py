@@ -142,7 +142,7 @@ def test_the_trackers_of_the_table_can_be_made():
     table = section("Options, and when to set them").split("| `ThresholdTracker` |")[1]
     cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `.")]
     calls = [call for cell in cells for call in re.findall(r"`(\.\w+\(.*?\))`", cell)]
-    assert len(calls) >= 6
+    assert len(calls) >= 7
     for call in calls:
         made = eval(f"ThresholdTracker{call}", {"ThresholdTracker": hex.ThresholdTracker,
                                                 "epochs": 10, "t": 0.5})  # fmt: skip
