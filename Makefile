@@ -44,7 +44,7 @@ THOROUGH_TESTS := $(addprefix tests/test_,clang.py aarch64.py bf16_level.py work
     alone_planted.py races.py site.py notebook.py paper_every_run.py)
 NOT_ALWAYS := $(addprefix --ignore=,$(CUDA_TESTS) $(THOROUGH_TESTS))
 
-test: lint ## lint, then the tests: five minutes
+test: lint ## lint, then the tests: eight minutes
 	$(PYTEST) $(NOT_ALWAYS)
 
 thorough: build ## slow tests: the core compiled again, errors planted, wheels, benchmarks, the site
